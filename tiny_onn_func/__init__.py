@@ -1,0 +1,7 @@
+"""The mathematics of Tiny-ONN: pure functions over nested dicts of tensors."""
+
+from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.decoder import forward
+from tiny_onn_func.params import init_params
+
+__all__ = ["ModelConfig", "forward", "init_params"]

@@ -1,0 +1,74 @@
+"""Every size of the model, in one place, checked when it is made."""
+
+from dataclasses import dataclass, fields
+
+DYNAMIC_K = -1  # value of num_experts_per_tok that hands the choice of K to the surprise budget
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a Tiny-ONN decoder, under their Hugging Face names.
+
+    Args:
+        vocab_size: tokens in the vocabulary (V).
+        hidden_size: width of the residual stream (D).
+        num_hidden_layers: decoder layers (L).
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads; divides the query heads (grouped-query attention).
+        head_dim: width of a head; even, for the rotary embedding.
+        moe_intermediate_size: hidden size of one expert (F).
+        num_experts: experts per layer (E).
+        num_experts_per_tok: experts of a token (K); -1 lets the surprise budget choose per token.
+        min_experts_per_tok: floor under the budget's choice.
+        max_experts_per_tok: static cap (M) over the budget's choice; None means all experts.
+        rms_norm_eps: epsilon of every RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        tie_word_embeddings: whether the head is the transposed embedding.
+
+    Raises:
+        ValueError: a size is out of range or does not divide; the message names the key.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    moe_intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int = DYNAMIC_K
+    min_experts_per_tok: int = 1
+    max_experts_per_tok: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[:8]:
+            _require(getattr(self, field.name) >= 1, field.name, "1 or more", getattr(self, field.name))
+        heads, groups, experts = self.num_attention_heads, self.num_key_value_heads, self.num_experts
+        _require(heads % groups == 0, "num_key_value_heads", f"a divisor of num_attention_heads ({heads})", groups)
+        _require(self.head_dim % 2 == 0, "head_dim", "an even number (rotary pairs)", self.head_dim)
+        top_k = self.num_experts_per_tok
+        wanted = f"{DYNAMIC_K} (dynamic) or 1 to num_experts ({experts})"
+        _require(top_k == DYNAMIC_K or 1 <= top_k <= experts, "num_experts_per_tok", wanted, top_k)
+        cap = self.max_experts_per_tok
+        _require(cap is None or 1 <= cap <= experts, "max_experts_per_tok", f"1 to num_experts ({experts})", cap)
+        floor, ceiling = self.min_experts_per_tok, experts if cap is None else cap
+        wanted = f"1 to max_experts_per_tok ({ceiling})"
+        _require(1 <= floor <= ceiling, "min_experts_per_tok", wanted, floor)
+        _require(self.rms_norm_eps > 0, "rms_norm_eps", "more than 0", self.rms_norm_eps)
+        _require(self.rope_theta > 0, "rope_theta", "more than 0", self.rope_theta)
+
+    @property
+    def routes_per_token(self) -> int:
+        """M: the most experts that one token may use, a static number."""
+        if self.num_experts_per_tok != DYNAMIC_K:
+            return self.num_experts_per_tok
+        return self.num_experts if self.max_experts_per_tok is None else self.max_experts_per_tok
+
+
+def _require(fine: bool, key: str, wanted: str, came: object) -> None:
+    if not fine:
+        raise ValueError(f"model.{key}: expected {wanted}, got {came}")

@@ -1,0 +1,75 @@
+"""The decoder: embedding, layers of attention and experts, norm, head."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tiny_onn_func.attention import attention, causal_mask
+from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.experts import ApplyW2, apply_w2
+from tiny_onn_func.moe import RouterTrace, RoutingInputs, moe
+from tiny_onn_func.ops import rms_norm, rotary_angles, wide_dtype
+from tiny_onn_func.tree import flatten, unflatten
+
+
+def forward(
+    params: Mapping[str, Any],
+    input_ids: Int[Tensor, "batch seq"],
+    config: ModelConfig,
+    *,
+    attention_mask: Int[Tensor, "batch seq"] | None = None,
+    surprise_budget: float | Tensor = 0.5,
+    apply_w2: ApplyW2 = apply_w2,
+    router_coupling: float | Tensor = 0.0,
+    explore: Int[Tensor, "layers tokens"] | None = None,
+) -> tuple[Float[Tensor, "batch seq vocab"], RouterTrace]:
+    """Logits and what the routers did.
+
+    Args:
+        params: as made by `init_params`.
+        input_ids: int64 in [0, vocab_size).
+        attention_mask: 1 = real token, 0 = padding; None = all real. Padding visits no expert and is never attended.
+        surprise_budget: in (0, 1]; read when `config.num_experts_per_tok` is -1.
+        apply_w2: what applies w2 to the rows; wrap it to look at, or to change, every expert's output.
+        router_coupling: share of the gradient through the routing weights that is let through; 0 isolates the router.
+        explore: expert that each (layer, token) also tries, -1 for none.
+
+    Returns:
+        logits in float32 (float64 for float64 parameters), and a RouterTrace stacked over layers, T = batch * seq.
+
+    Raises:
+        ValueError: the budget is outside (0, 1].
+    """
+    if isinstance(surprise_budget, float | int) and not 0 < surprise_budget <= 1:
+        raise ValueError(f"surprise_budget: expected a number in (0, 1], got {surprise_budget}")
+    batch, seq = input_ids.shape
+    device = input_ids.device
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    routing = RoutingInputs(rearrange(real != 0, "b s -> (b s)"), surprise_budget, router_coupling, explore)
+    rotary = rotary_angles(torch.arange(seq, device=device), config.head_dim, config.rope_theta)
+    visible = causal_mask(attention_mask, seq, device)
+
+    x = F.embedding(input_ids, params["embed_tokens"])
+    traces = []
+    for index, layer in enumerate(unstack_layers(params["layers"], config.num_hidden_layers)):
+        normed = rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
+        x = x + attention(normed, layer["self_attn"], rotary, visible, config)
+        normed = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
+        tokens = rearrange(normed, "b s dim -> (b s) dim")
+        out, trace = moe(tokens, layer["moe"], index, routing, config, apply_w2)
+        x = x + rearrange(out, "(b s) dim -> b s dim", b=batch)
+        traces.append(trace)
+    head = params["embed_tokens"].mT if config.tie_word_embeddings else params["lm_head"]
+    logits = rms_norm(x, params["norm"], config.rms_norm_eps) @ head
+    return logits.to(wide_dtype(logits.dtype)), RouterTrace(*map(torch.stack, zip(*traces, strict=True)))
+
+
+def unstack_layers(layers: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """Stacked layers -> one tree per layer, unbound once: indexing per layer makes the backward quadratic in L."""
+    unbound = {name: leaf.unbind(0) for name, leaf in flatten(layers).items()}
+    return [unflatten({name: slices[index] for name, slices in unbound.items()}) for index in range(count)]

@@ -1,0 +1,68 @@
+"""Tokens to rows, rows to experts, experts back to tokens. `apply_w2` is the seam where others may look in."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int, Int32
+from torch import Tensor
+
+from tiny_onn_func.grouped import combine_rows, dispatch_rows, grouped_matmul
+from tiny_onn_func.ops import swiglu
+from tiny_onn_func.routing import Routing
+
+
+class Rows(NamedTuple):
+    """The N = tokens * slots rows of one layer, sorted by expert, inactive rows last."""
+
+    token: Int[Tensor, " rows"]  # original token index
+    expert: Int[Tensor, " rows"]  # E on inactive rows
+    offsets: Int32[Tensor, " experts"]  # row behind the last one of each expert
+
+
+ApplyW2 = Callable[[int, Tensor, Tensor, Rows], Tensor]
+
+
+def apply_w2(
+    layer: int, hidden: Float[Tensor, "rows inner"], w2: Float[Tensor, "experts inner dim"], rows: Rows
+) -> Float[Tensor, "rows dim"]:
+    """y = h w2 of each row's expert; zero on inactive rows. Anyone may pass a function of this form instead."""
+    return grouped_matmul(hidden, w2, rows.offsets)
+
+
+class Sorted(NamedTuple):
+    """Rows, and the permutation that made them: `order[row]` is a flat (token, slot) index, `inverse` undoes it."""
+
+    rows: Rows
+    order: Int[Tensor, " rows"]
+    inverse: Int[Tensor, " rows"]
+
+
+def sort_by_expert(routing: Routing, num_experts: int) -> Sorted:
+    """Sort the (token, slot) pairs by expert, stably, inactive ones last, with static shapes."""
+    slots = routing.expert_ids.shape[-1]
+    expert = torch.where(routing.active, routing.expert_ids, num_experts)
+    expert, order = rearrange(expert, "tokens slots -> (tokens slots)").sort(stable=True)
+    positions = torch.arange(order.shape[0], device=order.device)
+    inverse = torch.zeros_like(order).scatter(0, order, positions)
+    counts = order.new_zeros(num_experts + 1).scatter_add(0, expert, torch.ones_like(expert))
+    offsets = counts[:num_experts].cumsum(dim=0).to(torch.int32)
+    return Sorted(Rows(order // slots, expert, offsets), order, inverse)
+
+
+def apply_experts(
+    x: Float[Tensor, "tokens dim"],
+    routing: Routing,
+    params: Mapping[str, Tensor],
+    layer: int,
+    apply_w2: ApplyW2,
+) -> Float[Tensor, "tokens dim"]:
+    """out_t = sum_e weight_te * (silu(x_t w1_e) * (x_t w3_e)) w2_e over the experts that token t visits."""
+    slots = routing.expert_ids.shape[-1]
+    rows, order, inverse = sort_by_expert(routing, params["w1"].shape[0])
+    gate_and_up = torch.cat((params["w1"], params["w3"]), dim=-1)  # one grouped matmul instead of two
+    inputs = dispatch_rows(x, order, inverse, slots)
+    gate, up = grouped_matmul(inputs, gate_and_up, rows.offsets).chunk(2, dim=-1)
+    y = apply_w2(layer, swiglu(gate, up), params["w2"], rows)
+    return combine_rows(y, routing.weights.to(y.dtype), order, inverse)

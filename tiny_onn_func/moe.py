@@ -1,0 +1,52 @@
+"""One mixture-of-experts layer: route, visit the experts, combine."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from einops import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.experts import ApplyW2, apply_experts
+from tiny_onn_func.ops import scale_gradient, wide_dtype
+from tiny_onn_func.routing import route
+
+
+class RouterTrace(NamedTuple):
+    """What the router saw and decided: (tokens, ...) for one layer, stacked to (layers, tokens, ...) by `forward`."""
+
+    router_inputs: Float[Tensor, "*layers tokens dim"]  # detached
+    router_logits: Float[Tensor, "*layers tokens experts"]
+    expert_ids: Int[Tensor, "*layers tokens slots"]
+    weights: Float[Tensor, "*layers tokens slots"]
+    active: Bool[Tensor, "*layers tokens slots"]
+
+
+class RoutingInputs(NamedTuple):
+    """What every layer's routing reads beside its parameters."""
+
+    real: Bool[Tensor, " tokens"]
+    surprise_budget: float | Tensor
+    router_coupling: float | Tensor  # share of the main loss's gradient that reaches the router
+    explore: Int[Tensor, "layers tokens"] | None
+
+
+def moe(
+    x: Float[Tensor, "tokens dim"],
+    params: Mapping[str, Tensor],
+    layer: int,
+    inputs: RoutingInputs,
+    config: ModelConfig,
+    apply_w2: ApplyW2,
+) -> tuple[Float[Tensor, "tokens dim"], RouterTrace]:
+    """Output of the layer and its trace. Without coupling the main loss has exactly no gradient in the router."""
+    dtype = wide_dtype(x.dtype)
+    decoupled = isinstance(inputs.router_coupling, float | int) and inputs.router_coupling == 0
+    seen = x.detach() if decoupled else x
+    logits = einsum(seen.to(dtype), params["router"].to(dtype), "tokens dim, dim experts -> tokens experts")
+    explore = None if inputs.explore is None else inputs.explore[layer]
+    routing = route(logits, inputs.real, config, inputs.surprise_budget, params["router_bias"], explore)
+    routing = routing._replace(weights=scale_gradient(routing.weights, inputs.router_coupling))
+    out = apply_experts(x, routing, params, layer, apply_w2)
+    return out, RouterTrace(x.detach(), logits, *routing)

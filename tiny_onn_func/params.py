@@ -1,0 +1,100 @@
+"""One spec tree, shape and initialiser of every leaf; parameters and counts are derived from it."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.tree import Tree, flatten, unflatten
+
+
+class Spec(NamedTuple):
+    """Shape of a leaf and the standard deviation of its normal initialiser, or the constant that fills it."""
+
+    shape: tuple[int, ...]
+    std: float | None = None
+    fill: float = 0.0
+
+
+ROUTER_STD = 0.02  # near-uniform routing at the start: a budget of 0.5 begins with about half of the experts
+EMBEDDING_STD = 0.02
+
+
+def param_specs(config: ModelConfig) -> dict[str, Spec]:
+    """Dotted name -> Spec. Layers are stacked on a leading axis L, experts on E; weights are (in, out).
+
+    Matrices start at 1 / sqrt(fan in), so that activations keep their size whatever the widths; the two that write
+    into the residual stream are smaller by sqrt(2 L), one for each write (GPT-2).
+    """
+    layers, width, inner = config.num_hidden_layers, config.hidden_size, config.moe_intermediate_size
+    experts, head_dim = config.num_experts, config.head_dim
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    residual = 1 / math.sqrt(2 * layers)
+
+    def norm(*shape: int) -> Spec:
+        return Spec(shape, fill=1.0)
+
+    def matrix(*shape: int, gain: float = 1.0) -> Spec:
+        return Spec(shape, std=gain / math.sqrt(shape[-2]))
+
+    specs = {
+        "embed_tokens": Spec((config.vocab_size, width), std=EMBEDDING_STD),
+        "layers.input_layernorm": norm(layers, width),
+        "layers.self_attn.q_proj": matrix(layers, width, queries),
+        "layers.self_attn.k_proj": matrix(layers, width, keys),
+        "layers.self_attn.v_proj": matrix(layers, width, keys),
+        "layers.self_attn.o_proj": matrix(layers, queries, width, gain=residual),
+        "layers.self_attn.q_norm": norm(layers, head_dim),
+        "layers.self_attn.k_norm": norm(layers, head_dim),
+        "layers.post_attention_layernorm": norm(layers, width),
+        "layers.moe.router": Spec((layers, width, experts), std=ROUTER_STD),
+        "layers.moe.router_bias": Spec((layers, experts)),
+        "layers.moe.w1": matrix(layers, experts, width, inner),
+        "layers.moe.w3": matrix(layers, experts, width, inner),
+        "layers.moe.w2": matrix(layers, experts, inner, width, gain=residual),
+        "norm": norm(width),
+    }
+    if not config.tie_word_embeddings:
+        specs["lm_head"] = Spec((width, config.vocab_size), std=EMBEDDING_STD)
+    return specs
+
+
+def init_params(config: ModelConfig, generator: Generator, dtype: torch.dtype = torch.float32) -> Tree:
+    """A nested dict of freshly drawn parameters on the generator's device; same generator state, same values."""
+
+    def leaf(spec: Spec) -> Tensor:
+        if spec.std is None:
+            return torch.full(spec.shape, spec.fill, dtype=dtype, device=generator.device)
+        drawn = torch.randn(spec.shape, generator=generator, dtype=torch.float32, device=generator.device)
+        return (drawn * spec.std).to(dtype)
+
+    return unflatten({name: leaf(spec) for name, spec in param_specs(config).items()})
+
+
+def count_params(config: ModelConfig) -> int:
+    """Number of parameters of the model."""
+    return sum(math.prod(spec.shape) for spec in param_specs(config).values())
+
+
+def count_active_params(config: ModelConfig, experts_per_tok: float) -> float:
+    """Parameters that one token uses when it visits `experts_per_tok` experts on average."""
+    experts = sum(math.prod(s.shape) for name, s in param_specs(config).items() if name.endswith((".w1", ".w2", ".w3")))
+    return count_params(config) - experts + experts * experts_per_tok / config.num_experts
+
+
+def check_params(params: Tree, config: ModelConfig) -> None:
+    """Refuse parameters that do not belong to the configuration.
+
+    Raises:
+        ValueError: a leaf is missing, unknown or has another shape; the message names it.
+    """
+    found, specs = flatten(params), param_specs(config)
+    for name in specs.keys() | found.keys():
+        if name not in found:
+            raise ValueError(f"params.{name}: expected shape {specs[name].shape}, got no such leaf")
+        if name not in specs:
+            raise ValueError(f"params.{name}: expected no such leaf, got shape {tuple(found[name].shape)}")
+        if tuple(found[name].shape) != specs[name].shape:
+            raise ValueError(f"params.{name}: expected shape {specs[name].shape}, got {tuple(found[name].shape)}")

@@ -1,0 +1,71 @@
+"""Router logits -> which experts a token visits, and with what weight. A decision; no learning rule in it."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tiny_onn_func.config import DYNAMIC_K, ModelConfig
+from tiny_onn_func.ops import wide_dtype
+
+
+class Routing(NamedTuple):
+    """M slots per token, best expert first; the experts of one token are distinct."""
+
+    expert_ids: Int[Tensor, "tokens slots"]
+    weights: Float[Tensor, "tokens slots"]  # sums to 1 over the active slots, 0 elsewhere
+    active: Bool[Tensor, "tokens slots"]  # never on padding
+
+
+def route(
+    router_logits: Float[Tensor, "tokens experts"],
+    real: Bool[Tensor, " tokens"],
+    config: ModelConfig,
+    surprise_budget: float | Tensor,
+    bias: Float[Tensor, " experts"] | None = None,
+    explore: Int[Tensor, " tokens"] | None = None,
+) -> Routing:
+    """Keep the most probable experts until their mass reaches the surprise budget.
+
+    p = softmax(router_logits); experts are ranked by p + bias; rank r is kept iff the mass of p before it is below
+    the budget, so K = 1 + #(cumulative mass < budget), token by token. A budget of 1 keeps every expert. The floor
+    and the cap of the configuration then apply; a positive `num_experts_per_tok` keeps exactly that many.
+
+    Args:
+        router_logits: higher = preferred.
+        real: False on padding, which keeps no expert.
+        surprise_budget: in (0, 1]; read by dynamic K only.
+        bias: added to p for the ranking, never for the weights (loss-free balancing, arXiv 2408.15664).
+        explore: expert that the token also tries, -1 for none; it takes a free slot, or else the last one.
+    """
+    slots = config.routes_per_token
+    p = router_logits.to(wide_dtype(router_logits.dtype)).softmax(dim=-1)
+    expert_ids = (p if bias is None else p + bias).detach().topk(slots, dim=-1).indices
+    rank = torch.arange(slots, device=p.device)
+    if config.num_experts_per_tok == DYNAMIC_K:
+        mass_before = F.pad(p.detach().gather(-1, expert_ids).cumsum(dim=-1)[..., :-1], (1, 0))
+        budget = torch.as_tensor(surprise_budget, device=p.device)
+        kept = (mass_before < budget) | (budget >= 1) | (rank < config.min_experts_per_tok)
+    else:
+        kept = torch.ones_like(expert_ids, dtype=torch.bool)
+    if explore is not None:
+        expert_ids, kept = _try_expert(expert_ids, kept, explore, rank)
+    active = kept & rearrange(real, "tokens -> tokens 1")
+    mass = p.gather(-1, expert_ids) * active
+    weights = mass / mass.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+    return Routing(expert_ids, weights, active)
+
+
+def _try_expert(expert_ids: Tensor, kept: Tensor, explore: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the explored expert into the first free slot, or the last one; the one it displaces takes its old slot."""
+    wanted = rearrange(explore, "tokens -> tokens 1")
+    count = kept.sum(dim=-1, keepdim=True)
+    new = (wanted >= 0) & ~((expert_ids == wanted) & kept).any(dim=-1, keepdim=True)
+    slot = count.clamp_max(rank.shape[0] - 1)
+    displaced = expert_ids.gather(-1, slot)
+    swapped = torch.where(expert_ids == wanted, displaced, expert_ids)
+    swapped = torch.where(rank == slot, wanted, swapped)
+    return torch.where(new, swapped, expert_ids), kept | (new & (rank == slot))

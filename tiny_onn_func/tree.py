@@ -1,0 +1,77 @@
+"""Nested dicts of tensors: map, flatten by dotted name, stack runs, split off the router."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree  # torch has no public pytree module (2.13)
+
+Tree = dict[str, Any]  # nested dicts with tensors at the leaves
+ROUTER_LEAVES = frozenset({"router", "router_bias"})
+
+
+def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """The same structure with `function(leaf, *leaves_of_rest)` at every leaf; dicts and NamedTuples are structure."""
+    return pytree.tree_map(function, tree, *rest)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves in insertion order."""
+    return pytree.tree_leaves(tree)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """{"a": {"b": t}} -> {"a.b": t}, in insertion order."""
+    flat: dict[str, Tensor] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Tensor]) -> Tree:
+    """The inverse of `flatten`."""
+    tree: Tree = {}
+    for name, leaf in flat.items():
+        *path, last = name.split(".")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """R trees of one structure -> one tree whose leaves have a new leading axis of size R (the axis vmap maps)."""
+    if not trees:
+        raise ValueError("stack: expected at least one tree, got none")
+    return tree_map(lambda *same: torch.stack([torch.as_tensor(leaf) for leaf in same]), *trees)
+
+
+def unstack(tree: Any) -> list[Any]:
+    """The inverse of `stack`."""
+    flat, spec = pytree.tree_flatten(tree)
+    return [pytree.tree_unflatten(list(run), spec) for run in zip(*(leaf.unbind(0) for leaf in flat), strict=True)]
+
+
+def partition(tree: Mapping[str, Any]) -> tuple[Tree, Tree]:
+    """Parameters -> (fast, router): the router's leaves and all others, each with the nesting of the whole."""
+    flat = flatten(tree)
+    router = {name: leaf for name, leaf in flat.items() if _is_router(name)}
+    fast = {name: leaf for name, leaf in flat.items() if not _is_router(name)}
+    return unflatten(fast), unflatten(router)
+
+
+def merge(fast: Mapping[str, Any], router: Mapping[str, Any]) -> Tree:
+    """The inverse of `partition`, up to the order of keys."""
+    return unflatten(flatten(fast) | flatten(router))
+
+
+def walk(tree: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted name, leaf) of any tree of dicts, NamedTuples and sequences."""
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        yield ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path), leaf
+
+
+def _is_router(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in ROUTER_LEAVES

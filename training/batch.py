@@ -1,0 +1,19 @@
+"""What one step trains on."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+IGNORE_INDEX = -100  # label of a position that has no target, as in torch.nn.functional.cross_entropy
+
+
+class Batch(NamedTuple):
+    """Tokens, the token that each position must predict, and which tokens are real; all (B, S) int64.
+
+    `labels[b, s]` is already shifted: the target of position s, or -100 where there is none.
+    `attention_mask` is 1 on real tokens and 0 on padding.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor

@@ -1,0 +1,58 @@
+"""HyperParams: the numbers of a run, every one of which may be mapped by vmap."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+Number = float | Tensor  # a Python number, or a 0-d tensor when mapped
+
+
+class HyperParams(NamedTuple):
+    """Numbers that a hyper step reads. Router rules are coefficients, so different rules are runs of one vmap.
+
+    A coefficient that is the Python number 0 switches its term off for good (it costs nothing); a 0-d tensor of
+    value 0 computes the term and multiplies it by zero.
+    """
+
+    lr: Number = 3e-3
+    """AdamW learning rate of the fast system (everything but the router)."""
+    router_lr: Number = 1e-3
+    """AdamW learning rate of the router; 0 freezes it."""
+    weight_decay: Number = 0.1
+    """Decoupled weight decay of the matrices of the fast system; the router has none."""
+    beta1: Number = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: Number = 0.99
+    """AdamW: decay of the second moment."""
+    eps: Number = 1e-8
+    """AdamW: term added to the denominator."""
+    max_grad_norm: Number = 1.0
+    """Global norm to which each system's gradient is clipped."""
+    warmup_steps: Number = 0
+    """Steps over which both learning rates rise linearly from zero."""
+    total_steps: Number = 0
+    """Step at which the cosine decay ends; 0 keeps the learning rates constant."""
+    min_lr_ratio: Number = 0.0
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    pi_alpha: Number = 0.5
+    """Surprise budget of dynamic K, in (0, 1], and the steepness of predictive integrity."""
+    pi_gamma: Number = 0.1
+    """Weight of surprise in predictive integrity."""
+    min_candidates: Number = 2
+    """Fewest routed experts with which a token may teach the router."""
+    surprise_weight: Number = 1.0
+    """Weight of the surprise loss."""
+    surprise_sign: Number = 1.0
+    """+1 sends tokens to the least surprised expert, -1 to the most surprised one."""
+    balance_weight: Number = 0.0
+    """Weight of the load-balance loss (Switch Transformer, per layer, padding excluded)."""
+    z_weight: Number = 0.0
+    """Weight of the router z-loss (ST-MoE)."""
+    router_coupling: Number = 0.0
+    """Share of the main loss's gradient that reaches the router; 1 is the standard top-k router."""
+    bias_speed: Number = 0.0
+    """Step of the selection bias (loss-free balancing, arXiv 2408.15664)."""
+    explore_prob: Number = 0.0
+    """Probability that a token also tries a random expert in a layer."""
+    explore_seed: Number = 0
+    """Seed of that exploration."""

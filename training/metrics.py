@@ -1,0 +1,99 @@
+"""What a step measures about routing: pure tensor functions that run inside torch.func transforms.
+
+Counts are made by `scatter_add` on tensors that are batched whenever an input is; nothing waits for the device.
+Shares and counts are float32; means of a float64 tensor stay float64.
+"""
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tiny_onn_func.ops import wide_dtype
+
+
+def expert_load(
+    expert_ids: Int[Tensor, "layers tokens slots"], active: Bool[Tensor, "layers tokens slots"], num_experts: int
+) -> Float[Tensor, "layers experts"]:
+    """load[l, e] = share of the layer's routed rows that expert e got; a row of zeros where nothing was routed.
+
+    Args:
+        expert_ids: in [0, num_experts) on active slots, anything elsewhere.
+        active: which slots are routed.
+    """
+    flat = "layers tokens slots -> layers (tokens slots)"
+    return _shares(rearrange(expert_ids, flat), rearrange(active, flat), num_experts)
+
+
+def target_load(
+    targets: Int[Tensor, "layers tokens"], informative: Bool[Tensor, "layers tokens"], num_experts: int
+) -> Float[Tensor, "layers experts"]:
+    """share[l, e] = share of the layer's informative tokens whose target is e; zeros where no token informs."""
+    return _shares(targets, informative, num_experts)
+
+
+def max_vio(load: Float[Tensor, "layers experts"]) -> Float[Tensor, ""]:
+    """Mean over layers of (max load - mean load) / mean load; 0 is even, E - 1 is one expert alone.
+
+    A layer without load counts as 0 (MaxVio: Wang et al. 2024, arXiv 2408.15664).
+    """
+    load = _wide(load)
+    mean, highest = load.mean(dim=-1), load.amax(dim=-1)
+    used = mean > 0
+    return torch.where(used, (highest - mean) / torch.where(used, mean, 1.0), 0.0).mean()
+
+
+def dead_experts(load: Float[Tensor, "layers experts"]) -> Float[Tensor, ""]:
+    """Number of (layer, expert) pairs that got no row in this batch."""
+    return (load == 0).sum().to(torch.float32)
+
+
+def load_entropy(load: Float[Tensor, "layers experts"]) -> Float[Tensor, ""]:
+    """Mean over layers of -sum_e p_e log p_e / log E with p = load / sum(load), in [0, 1]; 1 is even.
+
+    A layer without load counts as 0; a lone expert with load is even.
+    """
+    load = _wide(load)
+    total = load.sum(dim=-1)
+    p = load / torch.where(total > 0, total, 1.0).unsqueeze(-1)
+    experts = load.shape[-1]
+    if experts == 1:
+        return p.mean()
+    entropy = -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(dim=-1)
+    return (entropy / p.new_full((), experts).log()).clamp(0.0, 1.0).mean()
+
+
+def average_k(
+    active: Bool[Tensor, "layers tokens slots"], attention_mask: Bool[Tensor, " tokens"] | Int[Tensor, " tokens"]
+) -> Float[Tensor, ""]:
+    """Mean number of experts that a real token visits, over layers and tokens; 0 where no token is real."""
+    real = attention_mask != 0
+    visits = (active & rearrange(real, "tokens -> tokens 1")).sum().to(torch.float32)
+    return visits / (active.shape[0] * real.sum()).clamp_min(1)
+
+
+def expert_surprise(per_token_surprise: Float[Tensor, "layers tokens experts"]) -> Float[Tensor, "layers experts"]:
+    """Mean over tokens of the finite entries (the rows that the expert got), 0 where there is none."""
+    finite = per_token_surprise.isfinite()
+    total = reduce(_finite_or_zero(per_token_surprise), "layers tokens experts -> layers experts", "sum")
+    return total / finite.sum(dim=1).clamp_min(1)
+
+
+def mean_finite(x: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """Mean of the finite entries, 0 where there is none."""
+    return _finite_or_zero(x).sum() / x.isfinite().sum().clamp_min(1)
+
+
+def _shares(index: Int[Tensor, "layers rows"], counted: Bool[Tensor, "layers rows"], bins: int) -> Tensor:
+    """Share of each layer's counted rows that falls into each bin; uncounted rows go to a spare bin first."""
+    index = torch.where(counted, index, bins)
+    counts = index.new_zeros((index.shape[0], bins + 1)).scatter_add(1, index, torch.ones_like(index))[:, :bins]
+    return counts.to(torch.float32) / counts.sum(dim=-1, keepdim=True).clamp_min(1)
+
+
+def _finite_or_zero(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), _wide(x), 0.0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(wide_dtype(x.dtype))

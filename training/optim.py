@@ -1,0 +1,85 @@
+"""AdamW as a pair of pure functions, clipping, and the learning-rate schedule."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tiny_onn_func.tree import Tree, flatten, leaves, tree_map, unflatten
+from training.hyper import HyperParams, Number
+
+
+class AdamWState(NamedTuple):
+    """Number of updates made, and the running moments of the gradient; `mu` and `nu` have the parameters' structure."""
+
+    count: Tensor  # () int64
+    mu: Tree
+    nu: Tree
+
+
+def adamw_init(params: Tree) -> AdamWState:
+    """No update made yet, moments zero."""
+    leaf = leaves(params)[0]
+    zeros = tree_map(torch.zeros_like, params)
+    return AdamWState(leaf.new_zeros((), dtype=torch.int64), zeros, tree_map(torch.zeros_like, params))
+
+
+def adamw_update(
+    params: Tree,
+    grads: Tree,
+    state: AdamWState,
+    *,
+    lr: Number,
+    weight_decay: Number,
+    hyper: HyperParams,
+    grad_scale: Number = 1.0,
+) -> tuple[Tree, AdamWState]:
+    """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101); gradients are multiplied by `grad_scale` first.
+
+    mu = b1 mu + (1 - b1) g;  nu = b2 nu + (1 - b2) g^2
+    p = p (1 - lr wd) - lr / (1 - b1^t) * mu / (sqrt(nu / (1 - b2^t)) + eps)
+
+    Decay acts on matrices; norms and biases, one number a channel, have none.
+    """
+    count = state.count + 1
+    step_size = lr / (1 - hyper.beta1**count)
+    root_correction = (1 - hyper.beta2**count).sqrt()
+    p, g, mu, nu = (flatten(tree) for tree in (params, grads, state.mu, state.nu))
+    new_p: dict[str, Tensor] = {}
+    for name, value in p.items():
+        grad = g[name] * grad_scale
+        mu[name] = hyper.beta1 * mu[name] + (1 - hyper.beta1) * grad
+        nu[name] = hyper.beta2 * nu[name] + (1 - hyper.beta2) * grad.square()
+        decayed = value * (1 - lr * weight_decay) if has_decay(name) else value
+        new_p[name] = decayed - step_size * mu[name] / (nu[name].sqrt() / root_correction + hyper.eps)
+    return unflatten(new_p), AdamWState(count, unflatten(mu), unflatten(nu))
+
+
+def has_decay(name: str) -> bool:
+    """Whether weight decay acts on the leaf of this dotted name."""
+    return not name.endswith(("norm", "bias"))
+
+
+def global_norm(grads: Any) -> Float[Tensor, ""]:
+    """Euclidean norm over all leaves together."""
+    return torch.stack([torch.linalg.vector_norm(g) for g in leaves(grads)]).square().sum().sqrt()
+
+
+def clip_factor(norm: Tensor, max_norm: Number) -> Float[Tensor, ""]:
+    """min(1, max_norm / norm): what to multiply gradients with."""
+    return (max_norm / (norm + 1e-6)).clamp_max(1.0)
+
+
+def schedule(step: Tensor, hyper: HyperParams) -> Float[Tensor, ""]:
+    """Share of the peak learning rate at a step: linear warm-up, then a cosine to `min_lr_ratio` at `total_steps`.
+
+    warm = min(1, (step + 1) / warmup_steps); without `total_steps` (0) the rate stays at its peak.
+    """
+    at = step.to(torch.float32)
+    warmup, total = (torch.as_tensor(n, device=at.device, dtype=at.dtype) for n in (hyper.warmup_steps, hyper.total_steps))
+    warm = ((at + 1) / warmup.clamp_min(1)).clamp_max(1.0)
+    progress = ((at - warmup) / (total - warmup).clamp_min(1)).clamp(0.0, 1.0)
+    cosine = hyper.min_lr_ratio + (1 - hyper.min_lr_ratio) * 0.5 * (1 + torch.cos(math.pi * progress))
+    return warm * torch.where(total > 0, cosine, 1.0)

@@ -1,0 +1,167 @@
+"""RunConfig: everything that decides a training run, as frozen values that are checked when they are made."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tiny_onn_func.config import ModelConfig
+from training.errors import UserError
+from training.hyper import HyperParams
+
+BYTE_TOKENS = 257  # bytes 0 to 255 and the document boundary
+Rule = tuple[str, Callable[[Any], bool], str]  # (what is wanted, the test, the keys it holds for)
+RUN_RULES: tuple[Rule, ...] = (
+    ("some text", lambda value: value != "", "data out"),
+    ("1 or more", lambda value: value >= 1, "steps batch_size eval_bytes final_eval_bytes keep_checkpoints"),
+    ("2 or more", lambda value: value >= 2, "sequence_length"),
+    ("0 or more", lambda value: value >= 0, "eval_every checkpoint_every picture_every sample_tokens threads"),
+    ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),  # what a torch.Generator takes
+    ("more than 0 and less than 1", lambda value: 0 < value < 1, "holdout"),
+    ("cosine or constant", lambda value: value in ("cosine", "constant"), "schedule"),
+    ("auto, document or tail", lambda value: value in ("auto", "document", "tail"), "split"),
+)
+
+HYPER_RULES: tuple[Rule, ...] = (
+    ("0 or more", lambda value: value >= 0, "lr router_lr weight_decay warmup_steps pi_gamma surprise_weight"),
+    ("0 or more", lambda value: value >= 0, "balance_weight z_weight bias_speed"),
+    ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "explore_seed"),
+    ("more than 0", lambda value: value > 0, "eps max_grad_norm"),
+    ("0 or more and less than 1", lambda value: 0 <= value < 1, "beta1 beta2"),
+    ("0 to 1", lambda value: 0 <= value <= 1, "min_lr_ratio router_coupling explore_prob"),
+    ("more than 0 and at most 1", lambda value: 0 < value <= 1, "pi_alpha"),
+    ("1 or more", lambda value: value >= 1, "min_candidates"),
+    ("1 or -1", lambda value: value in (1, -1), "surprise_sign"),
+)
+
+
+@dataclass(frozen=True)
+class HyperSettings:
+    """`training.hyper.HyperParams` as plain numbers: the same fields and defaults, without `total_steps`.
+
+    What each one means is said there. `total_steps` is no setting: `hyper_params` derives it from the run.
+
+    Raises:
+        UserError: a number is out of range; the message names the key.
+    """
+
+    lr: float = 3e-3
+    router_lr: float = 1e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    pi_alpha: float = 0.5
+    pi_gamma: float = 0.1
+    min_candidates: int = 2
+    surprise_weight: float = 1.0
+    surprise_sign: float = 1.0
+    balance_weight: float = 0.0
+    z_weight: float = 0.0
+    router_coupling: float = 0.0
+    bias_speed: float = 0.0
+    explore_prob: float = 0.0
+    explore_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self, HYPER_RULES, "hyper.")
+
+
+# The model and the numbers of the default preset; configs/small.yaml says the same, a test compares them.
+DEFAULT_MODEL = ModelConfig(
+    vocab_size=BYTE_TOKENS,
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    moe_intermediate_size=64,
+    num_experts=16,
+    num_experts_per_tok=4,
+)
+DEFAULT_HYPER = HyperSettings()
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run: the data, the budget, what is watched and written, the model, the numbers of the hyper step.
+
+    Raises:
+        UserError: a value is out of range; the message names the key.
+    """
+
+    data: str = "stdlib"
+    """What to train on: stdlib (the source of Python's standard library), a text file, a folder, a glob, .jsonl."""
+    out: str | None = None
+    """Folder of the run; by default runs/<name of the config file, or train>-seed<seed>."""
+    steps: int = 2000
+    """Hyper steps of the whole run."""
+    seed: int = 0
+    """Seed of the parameters and of the order of the batches."""
+    batch_size: int = 12
+    """Sequences of a batch."""
+    sequence_length: int = 64
+    """Tokens of a sequence."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rates after the warm-up: a cosine that ends at the last step, or constant."""
+    holdout: float = 0.1
+    """Share of the text that is held out, more than 0 and less than 1."""
+    split: Literal["auto", "document", "tail"] = "auto"
+    """What is held out: whole documents, the tail of the text, or (auto) documents where there are several."""
+    eval_every: int = 500
+    """Steps between two held-out scores during the run; 0 scores only at the end."""
+    eval_bytes: int = 16384
+    """Held-out bytes of a score during the run."""
+    final_eval_bytes: int | None = 262144
+    """Held-out bytes of the score at the end; null means all of them."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; 0 writes one at the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    picture_every: int = 250
+    """Steps between two updates of the pictures; 0 draws them at the end only."""
+    sample_tokens: int = 200
+    """Tokens of the sample text at the end; 0 for no sample."""
+    prompt: str = "def "
+    """What the sample text continues."""
+    threads: int = 0
+    """Processor threads; 0 leaves the choice to torch."""
+    model: ModelConfig = DEFAULT_MODEL
+    """Sizes of the model."""
+    hyper: HyperSettings = DEFAULT_HYPER
+    """Numbers of the hyper step."""
+
+    def __post_init__(self) -> None:
+        _check(self, RUN_RULES, "")
+        wanted = f"{BYTE_TOKENS} (256 bytes and the document boundary) or more"
+        _require(self.model.vocab_size >= BYTE_TOKENS, "model.vocab_size", wanted, self.model.vocab_size)
+
+
+def hyper_params(config: RunConfig) -> HyperParams:
+    """The run's numbers as `hyper_step` wants them, all Python numbers.
+
+    The cosine ends at the last step of the run: `total_steps = steps`, or 0 (constant) with `schedule: constant`.
+    A run shorter than its warm-up warms up until its end: `warmup_steps` is at most `steps`.
+    """
+    total_steps = config.steps if config.schedule == "cosine" else 0
+    warmup_steps = min(config.hyper.warmup_steps, config.steps)
+    return HyperParams(**asdict(config.hyper) | {"total_steps": total_steps, "warmup_steps": warmup_steps})
+
+
+def default_out(config: RunConfig, preset: str = "train") -> str:
+    """The run folder of a config that names none: runs/<preset>-seed<seed>."""
+    return f"runs/{preset}-seed{config.seed}"
+
+
+def _check(values: object, rules: tuple[Rule, ...], prefix: str) -> None:
+    for wanted, test, keys in rules:
+        for key in keys.split():
+            value = getattr(values, key)
+            _require(value is None or test(value), prefix + key, wanted, value)
+
+
+def _require(fine: bool, key: str, wanted: str, came: object) -> None:
+    if not fine:
+        raise UserError(f"{key}: expected {wanted}, got {came!r}")
