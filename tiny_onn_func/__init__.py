@@ -2,6 +2,7 @@
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
+from tiny_onn_func.generate import generate
 from tiny_onn_func.params import init_params
 
-__all__ = ["ModelConfig", "forward", "init_params"]
+__all__ = ["ModelConfig", "forward", "generate", "init_params"]

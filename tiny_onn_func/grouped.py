@@ -1,10 +1,11 @@
 """Rows times experts: the grouped matmul, dispatch and combine, with every custom gradient of this project.
 
 Three rules hold for all of them. Rows behind the last offset belong to nobody: never computed, exact zeros forward and
-backward. Each backward is written with these same functions, so second derivatives exist. Each has a vmap rule that folds
-R runs into the groups: R runs of E experts are one call with R * E groups, never a loop.
+backward. Each backward is written with these same functions, so second derivatives exist. Each has a vmap rule that
+folds R runs into the groups: R runs of E experts are one call with R * E groups, never a loop.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -183,24 +184,46 @@ class _Combine(Function):
 
 
 def _matmul_kernel(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """One group after another. Plain tensors only: inside a Function's forward no transform is in sight."""
+    """Plain tensors only: inside a Function's forward no transform is in sight."""
+    if _has_fast_path(rows, weights):
+        out = F.grouped_mm(rows, weights, offs=offsets)
+        out[int(offsets[-1]) :] = 0  # the library leaves these rows as it found the memory
+        return out
     out = rows.new_zeros(rows.shape[0], weights.shape[-1])
-    start = 0
-    for end, weight in zip(offsets.tolist(), weights.unbind(0), strict=True):
-        if end > start:
-            torch.mm(rows[start:end], weight, out=out[start:end])
-        start = end
+    for start, end, weight in _groups(offsets, weights):
+        torch.mm(rows[start:end], weight, out=out[start:end])
     return out
 
 
 def _outer_kernel(rows: Tensor, grads: Tensor, offsets: Tensor) -> Tensor:
+    rows = rows.contiguous()
+    if _has_fast_path(rows.mT, grads):
+        return F.grouped_mm(rows.mT, grads, offs=offsets)
     out = rows.new_zeros(offsets.shape[0], rows.shape[1], grads.shape[1])
-    start = 0
-    for end, block in zip(offsets.tolist(), out.unbind(0), strict=True):
-        if end > start:
-            torch.mm(rows[start:end].mT, grads[start:end], out=block)
-        start = end
+    for start, end, block in _groups(offsets, out):
+        torch.mm(rows[start:end].mT, grads[start:end], out=block)
     return out
+
+
+def _has_fast_path(left: Tensor, right: Tensor) -> bool:
+    """Whether the library's grouped matmul takes these: float32 or bfloat16, strides in multiples of 16 bytes."""
+    return left.dtype in (torch.float32, torch.bfloat16) and all(_is_aligned(t) for t in (left, right))
+
+
+def _is_aligned(t: Tensor) -> bool:
+    if t.numel() == 0 or 0 in t.stride():
+        return False
+    inner, outer = sorted(t.stride()[-2:])
+    return inner == 1 and all(s * t.element_size() % 16 == 0 for s in (outer, *t.stride()[:-2]))
+
+
+def _groups(offsets: Tensor, blocks: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, end, block) of every group that has rows."""
+    start = 0
+    for end, block in zip(offsets.tolist(), blocks.unbind(0), strict=True):
+        if end > start:
+            yield start, end, block
+        start = end
 
 
 def _sum_of(first: Tensor | None, second: Tensor | None) -> Tensor:

@@ -27,7 +27,9 @@ def rotary_angles(
 
 
 def rotate(
-    x: Float[Tensor, "batch heads seq dim"], cos: Float[Tensor, "*batch1 seq half"], sin: Float[Tensor, "*batch1 seq half"]
+    x: Float[Tensor, "batch heads seq dim"],
+    cos: Float[Tensor, "*batch1 seq half"],
+    sin: Float[Tensor, "*batch1 seq half"],
 ) -> Float[Tensor, "batch heads seq dim"]:
     """Rotary embedding with the two halves of a head as pairs, as Qwen3 and Llama store them."""
     cos, sin = (rearrange(t, "... seq half -> ... 1 seq half").to(x.dtype) for t in (cos, sin))

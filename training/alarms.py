@@ -56,13 +56,13 @@ def _single_expert(history: Records, window: Records) -> str | None:
     if len(seen) < MIN_RECORDS or np.mean(seen) > ONE_EXPERT:
         return None
     now, first = float(np.mean(seen)), float(np.mean(_numbers(history[:WINDOW], "avg_k") or seen))
-    change = f"fallen from {first:.2f} to {now:.2f}" if first > now + 0.1 else f"{now:.2f}"
+    change = f"has fallen from {first:.2f} to {now:.2f}" if first > now + 0.1 else f"is {now:.2f}"
     gating = _numbers(window, "gating_acc")
     success = ""
     if gating and np.mean(gating) >= SUSPICIOUS_GATING:
         success = f": the gating accuracy of {np.mean(gating):.2f} is this collapse, not success"
     return (
-        f"One expert per token: avg_k is {change}, so each token's only expert is its own target and nothing else is "
+        f"One expert per token: avg_k {change}, so each token's only expert is its own target and nothing else is "
         f"tried{success}. Set --model.min-experts-per-tok 2 or --hyper.explore-prob 0.05, or raise --hyper.pi-alpha."
     )
 
@@ -100,7 +100,7 @@ def _taken_over(load: np.ndarray | None, fewest: int) -> str | None:
 
 
 def _numbers(records: Records, key: str) -> list[float]:
-    return [float(r[key]) for r in records if isinstance(r.get(key), int | float)]
+    return [float(r[key]) for r in records if isinstance(r.get(key), int | float) and np.isfinite(r[key])]
 
 
 def _loads(window: Records, num_experts: int) -> np.ndarray | None:

@@ -63,7 +63,9 @@ def row_surprise(hidden: Float[Tensor, "rows inner"], grad: Float[Tensor, "rows 
     return _row_norm(hidden) * _row_norm(grad)
 
 
-def sparse_fill(surprise: Float[Tensor, " rows"], rows: Rows, tokens: int, experts: int) -> Float[Tensor, "tokens experts"]:
+def sparse_fill(
+    surprise: Float[Tensor, " rows"], rows: Rows, tokens: int, experts: int
+) -> Float[Tensor, "tokens experts"]:
     """Rows' values at [token, expert], +inf elsewhere; inactive rows (expert = `experts`) fall into a spare column."""
     spare = experts + 1
     flat = surprise.new_full((tokens * spare,), torch.inf).scatter(0, rows.token * spare + rows.expert, surprise)

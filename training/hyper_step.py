@@ -6,16 +6,16 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Generator, Tensor
-from torch.func import grad_and_value
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.params import init_params
-from tiny_onn_func.tree import Tree, merge, partition
+from tiny_onn_func.tree import Tree, leaves, merge, partition
 from training import metrics as measure
 from training.batch import Batch
+from training.differentiate import gradients
 from training.explore import draw_exploration
 from training.hooks import SurpriseHookManager
 from training.hyper import HyperParams, Number
@@ -81,9 +81,7 @@ class Observed(NamedTuple):
     per_token_surprise: Float[Tensor, "layers tokens experts"]
 
 
-def hyper_step(
-    state: TrainState, batch: Batch, hyper: HyperParams, config: ModelConfig
-) -> tuple[TrainState, Metrics]:
+def hyper_step(state: TrainState, batch: Batch, hyper: HyperParams, config: ModelConfig) -> tuple[TrainState, Metrics]:
     """One step of both systems; pure: the inputs stay untouched and nothing is left behind.
 
     The experts and all else learn the mean main loss; the router learns which of the experts that a token visited was
@@ -135,31 +133,37 @@ def main_gradients(
         explore = draw_exploration(hyper.explore_seed, step, hyper.explore_prob, layers, tokens, experts)
 
     def objective(fast: Tree, router: Tree) -> tuple[Tensor, Observed]:
-        leaf = fast["embed_tokens"]  # made from a parameter, the tensor is batched wherever parameters are
-        surprise = leaf.detach().new_full((layers, tokens, experts), torch.inf, dtype=wide_dtype(leaf.dtype))
-        hooks = SurpriseHookManager(surprise)
+        dtype = wide_dtype(fast["embed_tokens"].dtype)
+        surprise = torch.full((layers, tokens, experts), torch.inf, dtype=dtype, device=batch.input_ids.device)
+        hooks = SurpriseHookManager(surprise + _mapped_zero((fast, router, batch, hyper), dtype))
         logits, trace = forward(
             merge(fast, router), batch.input_ids, config, attention_mask=batch.attention_mask,
             surprise_budget=hyper.pi_alpha, apply_w2=hooks.apply_w2, router_coupling=hyper.router_coupling,
             explore=explore,
         )  # fmt: skip
         lm = language_modelling(logits, batch.labels)
-        return lm.loss_sum, Observed(lm, trace, surprise)
+        return lm.loss_sum, Observed(lm, trace, hooks.per_token_surprise)
 
-    argnums = (0,) if _off(hyper.router_coupling) else (0, 1)
-    grads, (_, seen) = grad_and_value(objective, argnums=argnums, has_aux=True)(fast, router)
-    return (grads[0], grads[1] if len(grads) > 1 else None), seen
+    if _off(hyper.router_coupling):
+        (grads,), seen = gradients(lambda fast: objective(fast, router), fast)
+        return (grads, None), seen
+    (grads, router_grads), seen = gradients(objective, fast, router)
+    return (grads, router_grads), seen
 
 
 def per_token_surprise(
     params: Tree, batch: Batch, config: ModelConfig, hyper: HyperParams
 ) -> Float[Tensor, "layers tokens experts"]:
     """(L, B*S, E) surprise of every routed (layer, token, expert), +inf where a token did not go."""
-    _, seen = main_gradients(params, batch, hyper._replace(explore_prob=0.0), config, torch.zeros((), dtype=torch.int64))
+    _, seen = main_gradients(
+        params, batch, hyper._replace(explore_prob=0.0), config, torch.zeros((), dtype=torch.int64)
+    )
     return seen.per_token_surprise
 
 
-def balanced_bias(bias: Tensor, load: Float[Tensor, "layers experts"], speed: Number) -> Float[Tensor, "layers experts"]:
+def balanced_bias(
+    bias: Tensor, load: Float[Tensor, "layers experts"], speed: Number
+) -> Float[Tensor, "layers experts"]:
     """bias + speed * sign(mean load - load): over-used experts sink (loss-free balancing, arXiv 2408.15664)."""
     return bias + speed * (load.mean(dim=-1, keepdim=True) - load).sign().to(bias.dtype)
 
@@ -176,7 +180,7 @@ def _router_gradients(
         loss = router_loss(logits, targets, load, real, hyper)
         return loss.total, loss
 
-    grads, (_, loss) = grad_and_value(objective, has_aux=True)(learned)
+    (grads,), loss = gradients(objective, learned)
     return grads, loss
 
 
@@ -219,7 +223,12 @@ def _learned(router: Tree) -> dict[str, Any]:
     return {"router": router["layers"]["moe"]["router"]}
 
 
+def _mapped_zero(tree: Any, dtype: torch.dtype) -> Tensor:
+    """0, batched wherever vmap maps a leaf: an in-place write into a tensor needs the mapped axis of what is written."""
+    zeros = [leaf.detach().new_zeros((), dtype=dtype) for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+    return torch.stack(zeros).sum()
+
+
 def _off(coefficient: Number) -> bool:
     """Whether a coefficient is the Python number 0, which switches its term off for good."""
     return isinstance(coefficient, float | int) and coefficient == 0
-

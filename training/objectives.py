@@ -20,9 +20,7 @@ class LanguageModelling(NamedTuple):
     entropy_sum: Tensor  # of the output distribution, nats; detached
 
 
-def language_modelling(
-    logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]
-) -> LanguageModelling:
+def language_modelling(logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]) -> LanguageModelling:
     """Cross entropy of the labels, summed; labels of -100 count nowhere.
 
     The *sum* is what surprise differentiates: a batch that is split or padded keeps every token's value.

@@ -50,10 +50,12 @@ def adamw_update(
     new_p: dict[str, Tensor] = {}
     for name, value in p.items():
         grad = g[name] * grad_scale
-        mu[name] = hyper.beta1 * mu[name] + (1 - hyper.beta1) * grad
-        nu[name] = hyper.beta2 * nu[name] + (1 - hyper.beta2) * grad.square()
+        mu[name] = torch.lerp(mu[name], grad, 1 - hyper.beta1)
+        nu[name] = torch.lerp(nu[name], grad.square(), 1 - hyper.beta2)
+        # step / (sqrt(nu) / root + eps) = (step root) / (sqrt(nu) + eps root): one pass less over the leaf
+        update = mu[name] / (nu[name].sqrt() + hyper.eps * root_correction)
         decayed = value * (1 - lr * weight_decay) if has_decay(name) else value
-        new_p[name] = decayed - step_size * mu[name] / (nu[name].sqrt() / root_correction + hyper.eps)
+        new_p[name] = decayed - step_size * root_correction * update
     return unflatten(new_p), AdamWState(count, unflatten(mu), unflatten(nu))
 
 
@@ -78,7 +80,9 @@ def schedule(step: Tensor, hyper: HyperParams) -> Float[Tensor, ""]:
     warm = min(1, (step + 1) / warmup_steps); without `total_steps` (0) the rate stays at its peak.
     """
     at = step.to(torch.float32)
-    warmup, total = (torch.as_tensor(n, device=at.device, dtype=at.dtype) for n in (hyper.warmup_steps, hyper.total_steps))
+    warmup, total = (
+        torch.as_tensor(n, device=at.device, dtype=at.dtype) for n in (hyper.warmup_steps, hyper.total_steps)
+    )
     warm = ((at + 1) / warmup.clamp_min(1)).clamp_max(1.0)
     progress = ((at - warmup) / (total - warmup).clamp_min(1)).clamp(0.0, 1.0)
     cosine = hyper.min_lr_ratio + (1 - hyper.min_lr_ratio) * 0.5 * (1 + torch.cos(math.pi * progress))

@@ -34,6 +34,18 @@ HYPER_RULES: tuple[Rule, ...] = (
 )
 
 
+def _check(values: object, rules: tuple[Rule, ...], prefix: str) -> None:
+    for wanted, test, keys in rules:
+        for key in keys.split():
+            value = getattr(values, key)
+            _require(value is None or test(value), prefix + key, wanted, value)
+
+
+def _require(fine: bool, key: str, wanted: str, came: object) -> None:
+    if not fine:
+        raise UserError(f"{key}: expected {wanted}, got {came!r}")
+
+
 @dataclass(frozen=True)
 class HyperSettings:
     """`training.hyper.HyperParams` as plain numbers: the same fields and defaults, without `total_steps`.
@@ -153,15 +165,3 @@ def hyper_params(config: RunConfig) -> HyperParams:
 def default_out(config: RunConfig, preset: str = "train") -> str:
     """The run folder of a config that names none: runs/<preset>-seed<seed>."""
     return f"runs/{preset}-seed{config.seed}"
-
-
-def _check(values: object, rules: tuple[Rule, ...], prefix: str) -> None:
-    for wanted, test, keys in rules:
-        for key in keys.split():
-            value = getattr(values, key)
-            _require(value is None or test(value), prefix + key, wanted, value)
-
-
-def _require(fine: bool, key: str, wanted: str, came: object) -> None:
-    if not fine:
-        raise UserError(f"{key}: expected {wanted}, got {came!r}")

@@ -9,19 +9,18 @@ import ast
 import difflib
 import inspect
 import os
-import re
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, make_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
 from training.hyper import HyperParams
+from training.plain_yaml import read_yaml, scalar, shown, write_yaml
 from training.run_config import HyperSettings, RunConfig, default_out, hyper_params
 
 __all__ = [
@@ -38,16 +37,6 @@ __all__ = [
 Values = dict[str, Any]  # dotted key -> value
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-# What a plain scalar means, for reader and writer alike: YAML 1.1 would read 1e-3 as text, `on` as true, 1:30 as 90.
-PLAIN = {
-    None: [  # whatever its first character
-        ("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|none|None|)\Z")),
-        ("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z")),
-        ("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]{0,17})\Z")),
-        ("tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\Z")),
-        ("tag:yaml.org,2002:float", re.compile(r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z")),
-    ]
-}
 
 
 def load_settings(path: str | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -86,10 +75,7 @@ def parse_train_args(argv: Sequence[str]) -> tuple[RunConfig, bool]:
 
 def save_settings(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write every setting as YAML, all of it or nothing; `load_settings` reads the same RunConfig back."""
-    text = yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, width=120)
-    draft = Path(f"{os.fspath(path)}.tmp")
-    draft.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(draft, path)
+    write_yaml(asdict(config), path)
 
 
 def key_types() -> dict[str, Any]:
@@ -100,7 +86,8 @@ def key_types() -> dict[str, Any]:
 def _types(kind: type, prefix: str) -> dict[str, Any]:
     types: dict[str, Any] = {}
     for key, hint in get_type_hints(kind).items():
-        types |= _types(hint, f"{prefix}{key}.") if is_dataclass(hint) else {f"{prefix}{key}": hint}
+        nested = isinstance(hint, type) and is_dataclass(hint)
+        types |= _types(hint, f"{prefix}{key}.") if nested else {f"{prefix}{key}": hint}
     return types
 
 
@@ -109,7 +96,7 @@ def _types(kind: type, prefix: str) -> dict[str, Any]:
 
 def _resolve(path: str | None, overrides: Mapping[str, Any], spell: Callable[[str], str]) -> RunConfig:
     """Defaults, then the file, then the overrides, whose keys `spell` names as the user wrote them."""
-    given = _checked(_read_yaml(path), lambda key: f"{path}: {key}") if path is not None else {}
+    given = _checked(_read_file(path), lambda key: f"{path}: {key}") if path is not None else {}
     given |= _checked(overrides, spell)
     values: dict[str, Any] = asdict(RunConfig())
     for key, value in given.items():
@@ -133,8 +120,7 @@ def _checked(values: Mapping[str, Any], place: Callable[[str], str]) -> Values:
         try:
             checked[key] = TypeAdapter(types[key], config=STRICT).validate_python(value)
         except ValidationError:
-            came = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-            raise UserError(f"{place(key)}: expected {_wanted(types[key])}, got {came}") from None
+            raise UserError(f"{place(key)}: expected {_wanted(types[key])}, got {shown(value)}") from None
     return checked
 
 
@@ -153,51 +139,23 @@ def _suggestion(name: str, known: Collection[str]) -> str:
 # YAML -----------------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of PLAIN, which refuses a key that is given twice."""
-
-    yaml_implicit_resolvers = PLAIN
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, f"{key_node.value}: given twice", key_node.start_mark)
-            seen |= {key_node.value} if isinstance(key_node, yaml.ScalarNode) else set()
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = PLAIN
-
-
-def _read_yaml(path: str) -> Values:
+def _read_file(path: str) -> Values:
     """A YAML file as {dotted key: value}, unchecked."""
-    try:
-        document = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"{path}: expected a YAML file of settings, got: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise UserError(f"{path}:{f' line {mark.line + 1}:' if mark else ''} no valid YAML: {problem}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected settings such as `steps: 100`, got {'nothing' if document is None else 'none'}")
     values: Values = {}
     sections = {key.partition(".")[0] for key in key_types() if "." in key}
-    for key, value in document.items():
-        pairs = {_shown(key): value}
+    for key, value in read_yaml(path).items():
+        pairs = {_name(key): value}
         if key in sections:
             if not isinstance(value, dict | None):
-                raise UserError(f"{path}: {key}: expected settings below it, such as `{key}: {{...}}`, got {value!r}")
-            pairs = {f"{key}.{_shown(inner)}": leaf for inner, leaf in (value or {}).items()}
+                raise UserError(f"{path}: {key}: expected keys and values below it, got {shown(value)}")
+            pairs = {f"{key}.{_name(inner)}": leaf for inner, leaf in (value or {}).items()}
         if twice := values.keys() & pairs.keys():
-            raise UserError(f"{path}: {min(twice)}: given twice")
+            raise UserError(f"{path}: {min(twice)} is given twice")
         values |= pairs
     return values
 
 
-def _shown(key: Any) -> str:
+def _name(key: object) -> str:
     return str(key) if str(key).isprintable() else repr(key)
 
 
@@ -220,53 +178,53 @@ def _read_flags(argv: Sequence[str]) -> tuple[Values, str | None, set[str]]:
         name, equals, text = word.partition("=")
         key = name.removeprefix("--").replace("-", "_")
         if not word.startswith("--"):
-            raise UserError(f"{_shown(word)}: expected a flag, such as --steps 100")
+            raise UserError(f"{_name(word)}: expected a flag, such as --steps 100")
+        if name in ("--resume", "--help"):
+            raise UserError(f"{name}: expected no value, got {shown(text)}")
         if key not in types:
             known = [_flag(key) for key in types] + ["--resume", "--help"]
-            raise UserError(f"{_shown(name)}: unknown flag{_suggestion(name, known)}")
+            raise UserError(f"{_name(name)}: unknown flag{_suggestion(name, known)}")
         if not equals:
-            if not words or words[0].startswith("--"):
-                raise UserError(f"{name}: expected a value, got {_shown(words[0]) if words else 'nothing'}")
+            if not words:
+                raise UserError(f"{name}: expected a value, got nothing")
+            if words[0].startswith("--"):
+                came = _name(words[0])
+                raise UserError(f"{name}: expected a value, got {came}; if that is meant, write {name}={came}")
             text = words.pop(0)
-        values[key] = _scalar(text) if {int, float, bool} & {types[key], *get_args(types[key])} else text
+        values[key] = scalar(text) if {int, float, bool} & {types[key], *get_args(types[key])} else text
     return values, values.pop("config", None), switches
 
 
-def _scalar(text: str) -> Any:
-    """The value of a flag, read as YAML reads a plain scalar."""
-    loader = _Loader("")
-    return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
-
-
-def _print_help(config: RunConfig) -> None:
+def _print_help(config: RunConfig) -> NoReturn:
     """Print every flag with its meaning and its value in `config`, and exit with status 0."""
     import tyro  # half a second that only --help needs
 
-    texts = _field_texts(HyperParams)
-    hyper = make_dataclass(
-        "Numbers",
-        [
-            (field.name, Annotated[field.type, tyro.conf.arg(help=texts[field.name])], getattr(config.hyper, field.name))
-            for field in fields(HyperSettings)
-        ],
-        namespace={"__doc__": "Numbers of the hyper step."},
-        frozen=True,
+    def columns(kind: type, texts: Mapping[str, str]) -> list[tuple[str, Any]]:
+        return [(field.name, Annotated[field.type, tyro.conf.arg(help=texts[field.name])]) for field in fields(kind)]
+
+    about = {"__doc__": "Numbers of the hyper step."}
+    numbers = make_dataclass("Numbers", columns(HyperSettings, _field_texts(HyperParams)), namespace=about)
+    file = Annotated[str | None, tyro.conf.arg(help="YAML file of settings; flags win.", metavar="FILE.yaml")]
+    switch = Annotated[bool, tyro.conf.arg(help="Go on from the newest checkpoint in the run folder.", metavar="")]
+    own: list[Any] = [("config", file, None), ("resume", switch, False), ("hyper", numbers)]
+    page = make_dataclass("Page", own, bases=(RunConfig,), frozen=True)
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    tyro.cli(
+        page,
+        args=["--help"],
+        prog="tiny-onn train",
+        description="Train a Tiny-ONN. Every key of the YAML is also a flag.",
+        default=page(**values | {"hyper": numbers(**asdict(config.hyper))}),
+        config=(tyro.conf.FlagConversionOff,),
     )
-    file = Annotated[str | None, tyro.conf.arg(help="YAML file of settings; flags win over it.", metavar="FILE.yaml")]
-    switch = Annotated[bool, tyro.conf.arg(help="Go on from the newest checkpoint of the run folder.", metavar="")]
-    parts = [("config", file, None), ("resume", switch, False), ("hyper", hyper, hyper())]
-    page = make_dataclass("Page", parts, bases=(RunConfig,), frozen=True)
-    default = page(**{field.name: getattr(config, field.name) for field in fields(config)} | {"hyper": hyper()})
-    about = "Train a Tiny-ONN: every key of the YAML is also a flag."
-    tyro.cli(page, args=["--help"], prog="tiny-onn train", description=about, default=default,
-             config=(tyro.conf.FlagConversionOff,))
+    raise SystemExit(0)
 
 
 def _field_texts(kind: type) -> dict[str, str]:
     """Field -> the text that stands under it in the source of its class."""
-    body = ast.parse(inspect.getsource(kind)).body[0].body
+    body = getattr(ast.parse(inspect.getsource(kind)).body[0], "body", [])
     return {
-        field.target.id: text.value.value
+        ast.unparse(field.target): ast.literal_eval(text.value)
         for field, text in pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }

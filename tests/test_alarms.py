@@ -1,0 +1,107 @@
+"""The collapse alarm rings for each collapse, names what to change, and is silent otherwise."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.alarms import MIN_RECORDS, WINDOW, collapse_alarms
+
+E, L = 8, 2
+EVEN = [[1 / E] * E] * L
+ALONE = [[1.0] + [0.0] * (E - 1), [1 / E] * E]
+
+
+def records(count: int = WINDOW, **fields: Any) -> list[dict[str, Any]]:
+    healthy = {"avg_k": 3.0, "gating_acc": 0.4, "expert_load": EVEN}
+    return [{"step": i + 1, **healthy, **fields} for i in range(count)]
+
+
+def test_a_healthy_run_rings_no_alarm() -> None:
+    assert collapse_alarms(records(200), E) == []
+
+
+def test_fallen_k_rings_with_its_figures_and_says_that_perfect_gating_is_the_collapse() -> None:
+    history = records(50, avg_k=7.1) + records(WINDOW, avg_k=1.07, gating_acc=0.99)
+    (alarm,) = collapse_alarms(history, E)
+    for part in ("7.10", "1.07", "0.99", "not success", "--model.min-experts-per-tok 2", "--hyper.pi-alpha"):
+        assert part in alarm
+
+
+def test_fallen_k_does_not_speak_of_success_where_gating_is_poor() -> None:
+    (alarm,) = collapse_alarms(records(avg_k=1.0, gating_acc=0.2), E)
+    assert "success" not in alarm
+
+
+@pytest.mark.parametrize("sizes", [{"num_experts_per_tok": 1}, {"max_experts_per_tok": 1}])
+def test_one_expert_per_token_is_no_alarm_where_it_was_asked_for(sizes: dict[str, int]) -> None:
+    assert collapse_alarms(records(avg_k=1.0, gating_acc=1.0), E, **sizes) == []
+    assert collapse_alarms(records(avg_k=1.0), E, num_experts_per_tok=2) != []
+
+
+def test_dead_experts_are_those_without_a_row_in_the_whole_window() -> None:
+    half = [[0.0] * 4 + [0.25] * 4, [1 / E] * E]
+    other_half = [[0.25] * 4 + [0.0] * 4, [1 / E] * E]
+    (alarm,) = collapse_alarms(records(expert_load=half), E)
+    for part in ("4 of 16", "25%", "layer 0", "--hyper.balance-weight 0.01", "--hyper.bias-speed 0.001"):
+        assert part in alarm
+    alternating = [{**r, "expert_load": other_half} if i % 2 else r for i, r in enumerate(records(expert_load=half))]
+    assert collapse_alarms(alternating, E) == []
+
+
+def test_one_dead_expert_of_many_is_no_alarm() -> None:
+    load = [[0.0, *[1 / (E - 1)] * (E - 1)], [1 / E] * E]
+    assert collapse_alarms(records(expert_load=load), E) == []
+
+
+def test_an_expert_that_takes_a_layer_over_is_named() -> None:
+    load = [[1 / E] * E, [0.006] * 3 + [0.958] + [0.006] * 4]
+    (alarm,) = collapse_alarms(records(expert_load=load), E)
+    for part in ("expert 3 of layer 1", "96%", "--hyper.balance-weight 0.01"):
+        assert part in alarm
+    assert len(collapse_alarms(records(expert_load=ALONE), E)) == 2  # the others are dead, too
+
+
+def test_an_expert_in_one_of_two_slots_of_every_token_takes_over_at_half_of_the_rows() -> None:
+    load = [[0.48] + [0.52 / (E - 1)] * (E - 1), [1 / E] * E]
+    (alarm,) = collapse_alarms(records(expert_load=load), E, num_experts_per_tok=2)
+    assert "48%" in alarm
+    assert collapse_alarms(records(expert_load=load), E) == []  # with a slot for each of them it is a favourite only
+
+
+def test_few_experts_that_all_must_be_used_never_take_over() -> None:
+    assert collapse_alarms(records(expert_load=[[0.5, 0.5]]), 2, num_experts_per_tok=2) == []
+    assert collapse_alarms(records(avg_k=1.0, expert_load=[[1.0]]), 1) == []
+
+
+def test_the_alarm_waits_for_enough_records_and_stops_when_the_run_recovers() -> None:
+    assert collapse_alarms(records(MIN_RECORDS - 1, avg_k=1.0, expert_load=ALONE), E) == []
+    assert len(collapse_alarms(records(MIN_RECORDS, avg_k=1.0, expert_load=ALONE), E)) == 3
+    assert collapse_alarms(records(avg_k=1.0, expert_load=ALONE) + records(), E) == []
+
+
+def test_unknown_values_ring_no_alarm() -> None:
+    for unknown in (None, float("nan")):
+        assert collapse_alarms(records(avg_k=unknown, expert_load=[[unknown] * E] * L), E) == []
+
+
+def test_steps_that_routed_nothing_count_nowhere() -> None:
+    idle = np.zeros((L, E)).tolist()
+    assert collapse_alarms(records(expert_load=idle), E) == []
+
+
+odd = st.one_of(
+    st.none(), st.floats(), st.text(max_size=3), st.lists(st.none() | st.floats(), max_size=3),
+    st.lists(st.lists(st.none() | st.floats(0, 1), min_size=2, max_size=3), max_size=3),
+)  # fmt: skip
+odd_records = st.lists(
+    st.fixed_dictionaries({}, optional={"avg_k": odd, "gating_acc": odd, "expert_load": odd}), max_size=12
+)
+
+
+@given(odd_records, st.integers(1, 3))
+def test_records_with_holes_never_raise(history: list[dict[str, Any]], experts: int) -> None:
+    for alarm in collapse_alarms(history, experts):
+        assert "--hyper." in alarm

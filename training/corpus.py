@@ -1,0 +1,209 @@
+"""A source as two memory-mapped streams of tokens, to train on and held out; made once and cached on disk.
+
+The split is fixed by document, so that no held-out text is ever trained on:
+
+- `document`: the hash of a document's content decides its side. Equal documents are on the same side, and neither other
+  documents nor their order move any.
+- `tail`: the last share `holdout` of the text is held out, whatever documents it is made of.
+- `auto`: `tail` for a single document, else `document`.
+
+A cache entry is a folder that appears whole or not at all. Its name hashes all that the tokens depend on: the files'
+paths, sizes and times, the Python version (stdlib), the split. Entries are never deleted, only left unused: clear the
+cache by deleting its folder.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from training.errors import UserError
+from training.sources import Source, documents, find_source, printable, refuse
+from training.tokens import BOUNDARY, CHUNK, SIDES, Tokens, count_bytes, resolve_split, write_streams
+
+FORMAT = 1  # of the cache; a new number forgets the entries of the old one
+RECORD = "entry.json"
+
+
+class Corpus(NamedTuple):
+    """One side of a split; the arrays are memory-mapped and read-only.
+
+    tokens: (n,) uint16.
+    targets: (n,) uint8, 1 where the token is learned, 0 where it is only context.
+    num_bytes: bytes of its text; boundaries are none.
+    num_targets: targets that have a token before them, so can be predicted.
+    num_documents: documents that end here.
+    """
+
+    tokens: Tokens
+    targets: npt.NDArray[np.uint8]
+    num_bytes: int
+    num_targets: int
+    num_documents: int
+
+
+class Splits(NamedTuple):
+    """The two sides of a source, the split that made them (`document` or `tail`), and where they are cached."""
+
+    train: Corpus
+    held_out: Corpus
+    source: str
+    split: str
+    folder: Path
+
+
+def open_corpus(
+    source: str,
+    *,
+    sequence_length: int,
+    holdout: float = 0.1,
+    split: str = "auto",
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Splits:
+    """The tokens of a source, from the cache or made now.
+
+    Args:
+        source: what `training.sources` knows: stdlib, a text file, a folder, a glob, .jsonl.
+        sequence_length: tokens of a training sequence; each side must have room for one and its last target.
+        holdout: share that is held out, in (0, 1): of the documents, or of the text with `tail`.
+        split: `auto`, `document` or `tail`.
+        cache_dir: default $TINY_ONN_CACHE, else ~/.cache/tiny-onn.
+        progress: show a bar on the error stream if tokenizing takes more than a second.
+
+    Raises:
+        UserError: an argument out of range, a source that cannot be read, a side that is too short, no room to write.
+    """
+    if not 0 < holdout < 1:
+        raise UserError(f"holdout: expected more than 0 and less than 1, got {holdout!r}")
+    if split not in ("auto", "document", "tail"):
+        raise UserError(f"split: expected auto, document or tail, got {split!r}")
+    if sequence_length < 1:
+        raise UserError(f"sequence_length: expected 1 or more, got {sequence_length!r}")
+    found = find_source(source)
+    cache = Path(os.path.expanduser(cache_dir or os.environ.get("TINY_ONN_CACHE") or "~/.cache/tiny-onn"))
+    entry = cache / _key(found, holdout, split)
+    splits = _load(entry, found.name)
+    if splits is None:
+        _build(found, entry, holdout, split, progress)
+        splits = _load(entry, found.name)
+    if splits is None:
+        raise UserError(f"{printable(entry)}: expected the tokens just written, got something else; is the disk full?")
+    _check_sides(splits, sequence_length)
+    return splits
+
+
+def _check_sides(splits: Splits, sequence_length: int) -> None:
+    train, held_out = splits.train, splits.held_out
+    mend = "give more text or a larger holdout" + (", or set split: tail" if splits.split == "document" else "")
+    if min(train.tokens.size, held_out.tokens.size) < sequence_length + 1:
+        raise UserError(
+            f"{splits.source}: expected at least {sequence_length + 1} tokens (sequence_length + 1) on each side, got "
+            f"{train.tokens.size} to train on and {held_out.tokens.size} held out, from a text of "
+            f"{train.num_bytes + held_out.num_bytes} bytes; {mend}, or a smaller sequence_length"
+        )
+    if not (train.num_targets and held_out.num_targets):
+        raise UserError(
+            f"{splits.source}: expected assistant turns on each side, got {train.num_targets} tokens of them to train "
+            f"on and {held_out.num_targets} held out; {mend}"
+        )
+
+
+# Cache ----------------------------------------------------------------------------------------------------------------
+
+
+def _key(source: Source, holdout: float, split: str) -> str:
+    folders = {folder: str(folder.resolve()) for folder in {file.parent for file in source.files}}
+    found = ((file, _stat(file)) for file in source.files)
+    files = [(folders[file.parent], file.name, stat.st_size, stat.st_mtime_ns) for file, stat in found]
+    version = sys.version if source.name == "stdlib" else None
+    identity = json.dumps([FORMAT, version, source.read.__name__, split, holdout, files])
+    return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+
+
+def _stat(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        refuse(printable(file), error)
+
+
+def _load(entry: Path, source: str) -> Splits | None:
+    """An entry of the cache; None if it is not there, or its files are not of the lengths that its record names."""
+    try:
+        record = json.loads((entry / RECORD).read_text(encoding="utf-8"))
+        train, held_out = (_open_side(entry, side, record[side]) for side in SIDES)
+        return Splits(train, held_out, source, str(record["split"]), entry)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _open_side(entry: Path, side: str, record: Mapping[str, Any]) -> Corpus:
+    tokens = _map(entry / f"{side}.tokens", np.uint16)
+    targets = _map(entry / f"{side}.targets", np.uint8)
+    if not tokens.size == targets.size == record["tokens"]:
+        raise ValueError(f"expected {record['tokens']} tokens, got {tokens.size} and {targets.size} flags")
+    return Corpus(tokens, targets, int(record["bytes"]), int(record["targets"]), int(record["documents"]))
+
+
+def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    if path.stat().st_size == 0:  # cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+def _build(source: Source, entry: Path, holdout: float, split: str, progress: bool) -> None:
+    """Tokenize into a draft beside the entry, then move it there."""
+    draft = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}")
+    try:
+        draft.mkdir(parents=True)
+        split, found = resolve_split(split, documents(source))
+        size, desc = sum(_stat(file).st_size for file in source.files), f"tokenizing {source.name}"
+        with tqdm(total=size, desc=desc, unit="B", unit_scale=True, delay=1.0, disable=not progress) as bar:
+            write_streams(draft, found, holdout, split, bar)
+            bar.update(max(0, size - bar.n))  # JSON lines have more bytes than their text
+        record = {"split": split} | {side: _measure(draft, side) for side in SIDES}
+        (draft / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        _publish(draft, entry)
+    except OSError as error:
+        name, came = printable(entry.parent), error.strerror or error
+        raise UserError(
+            f"{name}: expected a folder to cache tokens in, got: {came}; name another in TINY_ONN_CACHE"
+        ) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _measure(folder: Path, side: str) -> dict[str, int]:
+    tokens, targets = _map(folder / f"{side}.tokens", np.uint16), _map(folder / f"{side}.targets", np.uint8)
+    chunks = [tokens[start : start + CHUNK] for start in range(0, tokens.size, CHUNK)]
+    return {
+        "tokens": tokens.size,
+        "bytes": sum(count_bytes(chunk) for chunk in chunks),
+        "targets": int(np.count_nonzero(targets[1:])),
+        "documents": sum(int(np.count_nonzero(chunk == BOUNDARY)) for chunk in chunks),
+    }
+
+
+def _publish(draft: Path, entry: Path) -> None:
+    """Make a draft the entry, in one step and on disk; an entry that is already there and whole is as good."""
+    for path in draft.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut leaves files of the right length, full of zeros
+    if _load(entry, "") is None:
+        shutil.rmtree(entry, ignore_errors=True)
+        entry.unlink(missing_ok=True)  # if it is no folder
+    try:
+        os.replace(draft, entry)
+    except OSError:
+        if _load(entry, "") is None:
+            raise

@@ -1,0 +1,203 @@
+"""Tokens -> batches: windows to train on, a pure function of (seed, step), and windows that score each token once.
+
+    splits = open_corpus("stdlib", sequence_length=64)
+    batch = batch_at(splits.train, seed=0, step=7, batch_size=12, sequence_length=64)
+    bits_per_byte = nats / ln 2 / scored_span(splits.held_out, max_bytes).num_bytes
+
+where nats is the summed loss over the labels of `held_out_batches(splits.held_out, ..., max_bytes)`.
+"""
+
+import gzip
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from training.batch import IGNORE_INDEX, Batch
+from training.corpus import Corpus, Splits, open_corpus
+from training.errors import UserError
+from training.tokens import BOUNDARY, CHUNK, VOCAB_SIZE, Tokens, decode, encode
+
+__all__ = [
+    "BOUNDARY",
+    "VOCAB_SIZE",
+    "Corpus",
+    "ScoredSpan",
+    "Splits",
+    "baselines",
+    "batch_at",
+    "decode",
+    "encode",
+    "held_out_batches",
+    "open_corpus",
+    "scored_span",
+]
+
+REDRAWS = 1000  # of windows without a target, before the targets are listed, which takes a pass over the text
+Array = npt.NDArray[np.int64]
+
+
+def batch_at(corpus: Corpus, seed: int, step: int, batch_size: int, sequence_length: int) -> Batch:
+    """The batch of a step: a pure function of (seed, step), whatever was asked for before.
+
+    Rows are windows of sequence_length + 1 tokens from anywhere in the stream, so they may cross boundaries. Each has
+    at least one target; a window that has none is drawn again.
+
+    Args:
+        seed: 0 to 2**128 - 1.
+        step: 0 to 2**128 - 1.
+
+    Raises:
+        UserError: the corpus is too short for one window, or has no target.
+    """
+    starts_count = corpus.tokens.size - sequence_length
+    if starts_count < 1 or not corpus.num_targets:
+        raise UserError(
+            f"sequence_length: expected a text of at least {sequence_length + 1} tokens (sequence_length + 1) with a "
+            f"target, got {corpus.tokens.size} tokens and {corpus.num_targets} targets; make it smaller"
+        )
+    starts = _draw_starts(corpus, seed, step, batch_size, sequence_length)
+    index = starts[:, None] + np.arange(sequence_length + 1)
+    window = corpus.tokens[index].astype(np.int64)
+    labels = np.where(corpus.targets[index[:, 1:]] != 0, window[:, 1:], IGNORE_INDEX)
+    return _batch(window[:, :-1], labels, np.ones_like(labels))
+
+
+def _draw_starts(corpus: Corpus, seed: int, step: int, rows: int, length: int) -> Array:
+    """(rows,) places where windows with a target begin; all such windows are equally likely, unless hardly any has one.
+
+    Counter-based: the raw outputs of Philox with key `seed`, the same in all versions of numpy; each step has 2**64
+    counters of its own.
+    """
+    stream = np.random.Philox(key=int(seed), counter=int(step) << 64)
+    count = corpus.tokens.size - length
+    starts = (stream.random_raw(rows) % np.uint64(count)).astype(np.int64)
+    labelled = np.arange(1, length + 1)
+    for _ in range(REDRAWS):
+        bare = np.flatnonzero(~corpus.targets[starts[:, None] + labelled].any(axis=1))
+        if not bare.size:
+            return starts
+        starts[bare] = (stream.random_raw(bare.size) % np.uint64(count)).astype(np.int64)
+    targets = np.flatnonzero(corpus.targets[1:]) + 1
+    chosen = targets[stream.random_raw(bare.size) % np.uint64(targets.size)]
+    before = (stream.random_raw(bare.size) % np.uint64(length)).astype(np.int64) + 1
+    starts[bare] = np.clip(chosen - before, 0, count - 1)
+    return starts
+
+
+def _batch(input_ids: Array, labels: Array, attention_mask: Array) -> Batch:
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(part)) for part in (input_ids, labels, attention_mask)))
+
+
+# Scoring --------------------------------------------------------------------------------------------------------------
+
+
+class ScoredSpan(NamedTuple):
+    """What is scored of a stream: the targets among tokens[1:end], and the bytes of text that they stand for."""
+
+    end: int
+    num_targets: int
+    num_bytes: int
+
+
+def scored_span(corpus: Corpus, max_bytes: int | None = None) -> ScoredSpan:
+    """The shortest beginning of a stream with `max_bytes` bytes to score, or all of it.
+
+    The first token has nothing before it and is not scored. Boundaries are scored like any target, so their cost is
+    charged to the text, but they are no bytes.
+
+    Raises:
+        UserError: `max_bytes` is less than 1, or there is nothing to score.
+    """
+    if max_bytes is not None and max_bytes < 1:
+        raise UserError(f"max_bytes: expected 1 or more, or none for all, got {max_bytes!r}")
+    num_targets = num_bytes = 0
+    for start, tokens, is_target in _chunks(corpus, corpus.tokens.size):
+        scored = np.flatnonzero(is_target & (tokens != BOUNDARY))
+        if max_bytes is not None and num_bytes + scored.size >= max_bytes:
+            stop = int(scored[max_bytes - num_bytes - 1]) + 1
+            return ScoredSpan(start + stop, num_targets + int(np.count_nonzero(is_target[:stop])), max_bytes)
+        num_targets += int(np.count_nonzero(is_target))
+        num_bytes += scored.size
+    if not num_bytes:
+        raise UserError(f"held-out text: expected a byte to score, got none in {corpus.tokens.size} tokens; give more")
+    return ScoredSpan(corpus.tokens.size, num_targets, num_bytes)
+
+
+def _chunks(corpus: Corpus, end: int) -> Iterator[tuple[int, Tokens, npt.NDArray[np.bool_]]]:
+    """(start, tokens, whether they are scored) over tokens[1:end], a few at a time."""
+    for start in range(1, end, CHUNK):
+        part = slice(start, min(start + CHUNK, end))
+        yield start, corpus.tokens[part], corpus.targets[part] != 0
+
+
+def held_out_batches(
+    corpus: Corpus, batch_size: int, sequence_length: int, max_bytes: int | None = None, stride: int | None = None
+) -> Iterator[Batch]:
+    """Batches whose labels are the targets of `scored_span(corpus, max_bytes)`, each exactly once.
+
+    Windows begin every `stride` tokens (default: half a window); what an earlier window scored has label -100, so that
+    all labels but those of the first window have at least sequence_length - stride tokens of context. Windows with
+    nothing to score are left out. All batches have the same shape: behind the end of the stream, and in rows of the
+    last batch that are not needed, there is padding (token 0, mask 0).
+    """
+    stride = max(1, sequence_length // 2) if stride is None else stride
+    if not 1 <= stride <= sequence_length:
+        raise UserError(f"stride: expected 1 to sequence_length ({sequence_length}), got {stride!r}")
+    end = scored_span(corpus, max_bytes).end
+    # Window w begins at w * stride and is the first to see the targets from fresh[w] to fresh[w + 1].
+    fresh = np.r_[1, np.arange(sequence_length + 1, end, stride)]
+    kept = np.flatnonzero(np.maximum.reduceat(corpus.targets[:end], fresh))
+    for begin in range(0, kept.size, batch_size):
+        windows = kept[begin : begin + batch_size]
+        spare = (0, batch_size - windows.size)
+        starts = np.pad(windows * stride, spare, constant_values=end)
+        index = starts[:, None] + np.arange(sequence_length)
+        real = index < end - 1  # the last token has no successor here
+        ids = np.where(real, corpus.tokens[np.where(real, index, 0)], 0).astype(np.int64)
+        following = np.where(real, index + 1, 0)
+        scored = real & (corpus.targets[following] != 0) & (following >= np.pad(fresh[windows], spare)[:, None])
+        labels = np.where(scored, corpus.tokens[following].astype(np.int64), IGNORE_INDEX)
+        yield _batch(ids, labels, real.astype(np.int64))
+
+
+# Baselines ------------------------------------------------------------------------------------------------------------
+
+
+def baselines(train: Corpus, held_out: Corpus, max_bytes: int | None = None) -> dict[str, float]:
+    """Bits per byte of models that need no training, on the bytes that `held_out_batches` with `max_bytes` scores.
+
+    `uniform`: log2(257) a target. `unigram` and `bigram`: counts of the targets of the training side, one added to
+    each. `gzip -9`: those bytes in one file; it is told no boundaries, the others pay for them.
+    """
+    end, num_targets, num_bytes = scored_span(held_out, max_bytes)
+    known, scored = _pairs(train, train.tokens.size), _pairs(held_out, end)
+    bits = {
+        "uniform": num_targets * np.log2(VOCAB_SIZE),
+        "unigram": _cost(known.sum(axis=0), scored.sum(axis=0)),
+        "bigram": _cost(known, scored),
+        "gzip -9": 8 * len(gzip.compress(_scored_text(held_out, end), 9, mtime=0)),
+    }
+    return {name: float(value / num_bytes) for name, value in bits.items()}
+
+
+def _pairs(corpus: Corpus, end: int) -> Array:
+    """counts[a, b] of targets b behind a token a, among tokens[:end]."""
+    counts = np.zeros(VOCAB_SIZE**2, np.int64)
+    for start, tokens, is_target in _chunks(corpus, end):
+        before = corpus.tokens[start - 1 : start - 1 + tokens.size].astype(np.int64)
+        counts += np.bincount((before * VOCAB_SIZE + tokens)[is_target], minlength=VOCAB_SIZE**2)
+    return counts.reshape(VOCAB_SIZE, VOCAB_SIZE)
+
+
+def _cost(known: Array, scored: Array) -> float:
+    """-sum scored log2 p, with p = (known + 1) / sum (known + 1) over the last axis."""
+    smooth = known + 1.0
+    return float(-(scored * np.log2(smooth / smooth.sum(axis=-1, keepdims=True))).sum())
+
+
+def _scored_text(corpus: Corpus, end: int) -> bytes:
+    kept = (tokens[is_target & (tokens != BOUNDARY)] for _, tokens, is_target in _chunks(corpus, end))
+    return b"".join(part.astype(np.uint8).tobytes() for part in kept)
