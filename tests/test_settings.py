@@ -293,11 +293,13 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_the_flag(words, ca
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_mistake_in_the_file_is_reported_as_the_files_beside_fine_flags(tmp_path):
+def test_a_mistake_is_reported_where_it_stands_in_the_file_or_on_the_command_line(tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {num_experts: 3}\n")
     words = ["--config", str(tmp_path / "mine.yaml"), "--steps", "5"]
     place = f"{tmp_path}/mine.yaml: model.num_experts_per_tok: expected "
     assert complaint(parse_train_args, words).startswith(place)
+    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    assert complaint(parse_train_args, [*words, "--steps", "-5"]) == "--steps: expected 1 or more, got -5"
 
 
 def test_help_lists_every_flag_with_its_meaning_and_its_value_and_exits_with_0(tmp_path, capsys):

@@ -133,7 +133,8 @@ class _Dispatch(Function):
 
     @staticmethod
     def jvp(ctx: Any, x_dot: Tensor, *_: None) -> Tensor:
-        return dispatch_rows(x_dot, *ctx.saved_tensors, ctx.slots)
+        order, inverse = ctx.saved_tensors
+        return dispatch_rows(x_dot, order, inverse, ctx.slots)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, order: Tensor, inverse: Tensor, slots: int) -> Any:

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A mistake in a setting, a file or a command: one line that names it, what was wanted, what came, how to mend it."""
+    """A mistake in a setting, a file or a command: one line that names it, what was wanted, what came, how to mend."""

@@ -15,8 +15,8 @@ from tiny_onn_func.experts import apply_w2 as plain_apply_w2
 class SurpriseHookManager:
     """Wraps the w2 seam; fills `per_token_surprise` while gradients flow back.
 
-    surprise[l, t, e] = ||h_te|| * ||dLoss / dy_te||, the Frobenius norm of the gradient that token t alone puts on w2_e:
-    that gradient is the outer product of h_te and dLoss / dy_te (Goodfellow 2015, arXiv 1510.01799).
+    surprise[l, t, e] = ||h_te|| * ||dLoss / dy_te||, the Frobenius norm of the gradient that token t alone puts on
+    w2_e: that gradient is the outer product of h_te and dLoss / dy_te (Goodfellow 2015, arXiv 1510.01799).
 
     Under a torch.func transform make `per_token_surprise` inside the transformed function, from a value that the
     transform has wrapped (`leaf.new_full(...)`), and return it through `has_aux`; a tensor from outside is refused.
@@ -43,7 +43,7 @@ class SurpriseHookManager:
         return y
 
     def _record(self, layer: int, grad: Tensor) -> None:
-        # Detached: torch.func.grad differentiates with create_graph, and an attached norm would tie the graph into a cycle.
+        # Detached: torch.func.grad differentiates with create_graph; an attached norm would tie the graph into a cycle.
         saved = self._saved[layer]
         if saved is not None:
             hidden, rows = saved

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-Number = float | Tensor  # a Python number, or a 0-d tensor when mapped
+Number = int | float | Tensor  # a Python number, or a 0-d tensor when mapped
 
 
 class HyperParams(NamedTuple):

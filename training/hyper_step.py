@@ -224,7 +224,7 @@ def _learned(router: Tree) -> dict[str, Any]:
 
 
 def _mapped_zero(tree: Any, dtype: torch.dtype) -> Tensor:
-    """0, batched wherever vmap maps a leaf: an in-place write into a tensor needs the mapped axis of what is written."""
+    """0, batched wherever vmap maps a leaf: in-place writes need the mapped axes of what is written."""
     zeros = [leaf.detach().new_zeros((), dtype=dtype) for leaf in leaves(tree) if isinstance(leaf, Tensor)]
     return torch.stack(zeros).sum()
 

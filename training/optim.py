@@ -14,7 +14,7 @@ from training.hyper import HyperParams, Number
 class AdamWState(NamedTuple):
     """Number of updates made, and the running moments of the gradient; `mu` and `nu` have the parameters' structure."""
 
-    count: Tensor  # () int64
+    updates: Tensor  # () int64
     mu: Tree
     nu: Tree
 
@@ -43,9 +43,10 @@ def adamw_update(
 
     Decay acts on matrices; norms and biases, one number a channel, have none.
     """
-    count = state.count + 1
-    step_size = lr / (1 - hyper.beta1**count)
-    root_correction = (1 - hyper.beta2**count).sqrt()
+    updates = state.updates + 1
+    t = updates.to(torch.float64)  # as Python's own numbers: in float32 the corrections would lose half of their digits
+    step_size = lr / (1 - hyper.beta1**t)
+    root_correction = (1 - hyper.beta2**t).sqrt()
     p, g, mu, nu = (flatten(tree) for tree in (params, grads, state.mu, state.nu))
     new_p: dict[str, Tensor] = {}
     for name, value in p.items():
@@ -56,7 +57,7 @@ def adamw_update(
         update = mu[name] / (nu[name].sqrt() + hyper.eps * root_correction)
         decayed = value * (1 - lr * weight_decay) if has_decay(name) else value
         new_p[name] = decayed - step_size * root_correction * update
-    return unflatten(new_p), AdamWState(count, unflatten(mu), unflatten(nu))
+    return unflatten(new_p), AdamWState(updates, unflatten(mu), unflatten(nu))
 
 
 def has_decay(name: str) -> bool:

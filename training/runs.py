@@ -44,7 +44,7 @@ def open_run(folder: str | Path) -> FinishedRun:
 def evaluate_run(
     folder: str | Path, *, data: str | None = None, max_bytes: int | None = None
 ) -> tuple[Score, dict[str, float]]:
-    """The score of a run on the held-out part of its data, or of another source, and the baselines on the same bytes."""
+    """The score of a run on the held-out part of its data or of another source; the baselines on the same bytes."""
     if max_bytes is not None and max_bytes < 1:
         raise UserError(f"--bytes: expected 1 or more, got {max_bytes}")
     config, params = open_run(folder)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 from training.errors import UserError
 
 NO_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-NO_PARQUET = "Parquet is not supported yet; write its rows as .jsonl, {'text': ...} on each line"
+NO_PARQUET = 'Parquet is not supported yet; write its rows as .jsonl, one {"text": ...} a line'
 
 
 class Segment(NamedTuple):
@@ -217,7 +217,7 @@ def _parse(line: bytes, place: str, encoding: str) -> Document:
     if "messages" in record:
         return chat_document(_turns(record["messages"], place))
     if "text" not in record:
-        came = ", ".join(printable(key) for key in list(record)[:8]) or "no key at all"
+        came = ", ".join(printable(key) for key in [*record][:8]) or "no key at all"
         raise UserError(f"{place}: expected the key `text` or `messages`, got {came}; rename one of them")
     if not isinstance(record["text"], str):
         raise UserError(f"{place}: expected `text` to be a string, got {_kind(record['text'])}")
