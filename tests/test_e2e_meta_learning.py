@@ -15,7 +15,7 @@ from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import flatten, partition
 from training import Batch, HyperParams, Metrics, TrainState, hyper_step, init_state
 
-TEXT = inspect.getsource(argparse).encode()[:4096]
+TEXT = inspect.getsource(argparse).encode()[:1024]
 LANGUAGE = ModelConfig(
     vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
     moe_intermediate_size=32, num_experts=4,

@@ -92,14 +92,15 @@ def sample(
 def _check(
     input_ids: Tensor, config: ModelConfig, new: int, context: int, temperature: float, top_k: int | None, top_p: float
 ) -> None:
+    highest = int(input_ids.max()) if input_ids.numel() else 0
     checks = (
-        (input_ids.shape[1] >= 1, "prompt", "at least one token", input_ids.shape[1]),
+        (input_ids.shape[1] >= 1, "prompt", "at least one token", "none"),
+        (highest < config.vocab_size, "prompt", f"tokens below vocab_size ({config.vocab_size})", highest),
         (new >= 0, "max_new_tokens", "0 or more", new),
         (context >= 1, "context_length", "1 or more", context),
         (temperature >= 0, "temperature", "0 or more", temperature),
         (top_k is None or top_k >= 1, "top_k", "1 or more", top_k),
         (0 < top_p <= 1, "top_p", "a number in (0, 1]", top_p),
-        (bool((input_ids < config.vocab_size).all()), "prompt", f"tokens below {config.vocab_size}", input_ids.max()),
     )
     for fine, name, wanted, came in checks:
         if not fine:

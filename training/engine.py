@@ -4,8 +4,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ from tqdm import tqdm
 from tiny_onn_func.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
 from training.alarms import collapse_alarms
-from training.batch import Batch
 from training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from training.data import Splits, baselines, batch_at, decode, encode, held_out_batches, open_corpus, scored_span
 from training.errors import UserError
@@ -143,9 +142,7 @@ def held_out_score(run: Run, state: TrainState, max_bytes: int | None, *, show: 
     config, corpus = run.config, run.corpus.held_out
     batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes)
 
-    def bar(batches: Iterable[Batch]) -> Iterable[Batch]:
-        return tqdm(batches, desc="held-out score", unit="batch", leave=False, disable=not show)
-
+    bar = partial(tqdm, desc="held-out score", unit="batch", leave=False, disable=not show)
     num_bytes, budget = scored_span(corpus, max_bytes).num_bytes, config.hyper.pi_alpha
     return evaluate(state.params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
 

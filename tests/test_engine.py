@@ -1,0 +1,178 @@
+"""The loop and the command line on small real text: what a run leaves behind, resuming, writing, and mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import assert_same_bits
+from training.checkpoint import latest_checkpoint, load_checkpoint
+from training.cli import main
+from training.data import baselines, open_corpus
+from training.runs import decode_stream
+from training.tokens import decode, encode
+
+TEXT = "the router sends each token to the expert that it surprises least.\n" * 60
+SMALL = [
+    "--batch-size=2", "--sequence-length=16", "--eval-bytes=100", "--final-eval-bytes=200", "--sample-tokens=8",
+    "--model.hidden-size=16", "--model.num-hidden-layers=1", "--model.num-attention-heads=2", "--model.head-dim=8",
+    "--model.num-key-value-heads=1", "--model.moe-intermediate-size=8", "--model.num-experts=4",
+    "--model.num-experts-per-tok=2", "--hyper.warmup-steps=0",
+]  # fmt: skip
+SUMMARY = {
+    "bits_per_byte", "nats_per_token", "steps", "tokens", "train_seconds", "tokens_per_second", "avg_k", "parameters",
+    "active_parameters", "baselines",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_ONN_CACHE", str(tmp_path / "cache"))
+
+
+def train(text: Path, out: Path, *flags: str) -> int:
+    return main(["train", "--data", str(text), "--out", str(out), *SMALL, *flags])
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINY_ONN_CACHE", str(out.parent / "cache"))
+        assert train(text, out, "--steps=6", "--eval-every=3", "--checkpoint-every=2") == 0
+    return out
+
+
+def test_a_run_folder_holds_all_that_it_promises(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert summary.keys() >= SUMMARY
+    assert summary["steps"] == 6
+    assert summary["tokens"] == 6 * 2 * 16
+    assert summary["baselines"].keys() == {"uniform", "unigram", "bigram", "gzip -9"}
+    assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5, 6]
+    assert records(run)[-1].keys() >= {"tokens", "seconds", "main_loss", "gating_acc", "avg_k", "expert_load"}
+    assert "held_out_nats" in records(run)[2]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
+    assert any((run / "tensorboard").iterdir())
+    for picture in ("core_metrics_latest.png", "expert_dashboard_latest.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(run: Path, text: Path, tmp_path: Path) -> None:
+    """The cosine ends at `steps`, so the stopped run is the long one, stopped by Ctrl-C."""
+    out = tmp_path / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.engine.hyper_step", interrupted_after(3))
+        assert train(text, out, "--steps=6", "--eval-every=3", "--checkpoint-every=2") == 130
+    assert [record["step"] for record in records(out)] == [1, 2, 3]
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    whole, resumed = (load_checkpoint(latest_checkpoint(folder)) for folder in (run, out))
+    assert_same_bits(resumed, whole)
+    changing = {"seconds"}
+    for mine, theirs in zip(records(out), records(run), strict=True):
+        assert {k: v for k, v in mine.items() if k not in changing} == {
+            k: v for k, v in theirs.items() if k not in changing
+        }
+
+
+def interrupted_after(steps: int):
+    from training.hyper_step import hyper_step
+
+    def stepped(state, *rest):
+        if int(state.step) == steps:
+            raise KeyboardInterrupt
+        return hyper_step(state, *rest)
+
+    return stepped
+
+
+def test_evaluate_repeats_the_score_of_the_summary(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert main(["evaluate", str(run), "--bytes", "200"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{summary['bits_per_byte']:.3f}" in printed
+    assert all(name in printed for name in ("uniform", "unigram", "bigram", "gzip -9"))
+
+
+def test_the_same_seed_writes_the_same_text_and_another_one_another(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", str(run), "--prompt", "the ", "--tokens", "40", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("the ")
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_streamed_text_is_the_decoded_text() -> None:
+    tokens = [*encode("né 漢字 \U0001f600").tolist(), 256, 0xC3]
+    assert "".join(decode_stream(tokens)) == decode(tokens)
+
+
+def test_the_baselines_rank_as_they_must(text: Path) -> None:
+    splits = open_corpus(str(text), sequence_length=16)
+    bits = baselines(splits.train, splits.held_out)
+    assert bits["uniform"] > bits["unigram"] > bits["bigram"]
+
+
+MISTAKES = {
+    "unknown verb": (["trian"], "trian"),
+    "unknown flag": (["train", "--model.hiden-size", "3"], "--model.hiden-size"),
+    "wrong type": (["train", "--steps", "many"], "--steps"),
+    "size that does not divide": (["train", "--model.num-key-value-heads", "3"], "num-key-value-heads"),
+    "budget": (["train", "--hyper.pi-alpha", "1.5"], "--hyper.pi-alpha"),
+    "floor above the cap": (
+        ["train", "--model.min-experts-per-tok", "5", "--model.max-experts-per-tok", "3"], "min-experts-per-tok",
+    ),
+    "missing config": (["train", "--config", "none.yaml"], "none.yaml"),
+    "missing data": (["train", "--data", "none.txt"], "none.txt"),
+    "empty data": (["train", "--data", "empty.txt"], "empty.txt"),
+    "short data": (["train", "--data", "short.txt"], "sequence"),
+    "resume of nothing": (["train", "--data", "good.txt", "--resume"], "--resume"),
+    "no run": (["evaluate", "nowhere"], "nowhere"),
+    "no number": (["generate", "nowhere", "--tokens", "x"], "--tokens"),
+    "unknown option": (["generate", "nowhere", "--speed", "9"], "--speed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_that_names_it_and_leaves_nothing_behind(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("empty.txt", ""), ("short.txt", "tiny"), ("good.txt", TEXT)):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    arguments, named = MISTAKES[mistake]
+    assert main([*arguments, "--out", "new"] if arguments[0] == "train" else arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert named in printed.err
+    assert "Traceback" not in printed.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(
+    run: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    assert train(text, run, "--steps=2") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_generate_refuses_an_empty_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(run), "--prompt", ""]) == 2
+    assert "prompt" in capsys.readouterr().err

@@ -1,0 +1,71 @@
+"""What the README says is true: its commands exist, its tree is the tree, its example runs."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from training.cli import USAGE
+from training.settings import key_types
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split("&&")]
+    return [line.split("#")[0].split() for line in lines if line.strip().startswith("tiny-onn")]
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) >= 5
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_exists_with_its_flags(command: list[str]) -> None:
+    verb, flags = command[1], [word.split("=")[0] for word in command if word.startswith("--")]
+    assert re.search(rf"^  {verb} ", USAGE, re.MULTILINE)
+    if verb == "train":
+        known = {f"--{key.replace('_', '-')}" for key in key_types()} | {"--config", "--resume"}
+        assert set(flags) <= known
+        configs = [command[i + 1] for i, word in enumerate(command) if word == "--config"]
+        assert all((ROOT / config).is_file() for config in configs)
+    else:
+        known = subprocess.run([*command[:2], "--help"], capture_output=True, text=True, check=True).stdout
+        assert all(flag in known for flag in flags)
+
+
+def test_the_example_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert "one run:" in capsys.readouterr().out
+
+
+def test_the_file_tree_is_the_tree() -> None:
+    (tree,) = blocks("text")
+    told, folders = set(), []
+    for line in tree.splitlines():
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:depth], name]
+        if not name.endswith("/"):
+            told.add("".join(folders))
+        assert len(line.split(maxsplit=1)) == 2, f"{name} has no caption"
+    there = {
+        str(path.relative_to(ROOT))
+        for folder in ("tiny_onn_func", "training", "tests", "configs", "docs", "benchmarks")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml", ".md") and path.name != "__init__.py"
+    }
+    assert there - told == set(), "files that the README does not tell of"
+    assert {name for name in told if not (ROOT / name).exists()} == set(), "files that the README only tells of"
+
+
+def test_every_picture_is_there() -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)
