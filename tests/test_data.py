@@ -133,6 +133,7 @@ def test_a_folder_is_all_text_files_below_it_sorted_by_relative_path(tmp_path: P
         (folder / name).write_text("" if name == "empty.txt" else name)
     (folder / "picture.png").write_bytes(b"\x89PNG\0")
     (folder / "loop").symlink_to(folder)
+    (folder / "nowhere.txt").symlink_to(folder / "missing")
     write_jsonl(folder / "lines.jsonl", [{"text": "one"}, {"text": "two"}])
     found = [document[0].text for document in documents(find_source(str(folder)))]
     assert found == ["a.txt", "a/b/c", "a/z.md", "b.txt", "one", "two"]
@@ -236,6 +237,7 @@ def test_one_text_is_held_out_at_its_tail(tmp_path_factory: pytest.TempPathFacto
     assert splits.train.tokens.tolist() == list(text[:cut])
     assert splits.held_out.tokens.tolist() == [*text[cut:], BOUNDARY]
     assert (splits.train.num_bytes, splits.held_out.num_bytes) == (cut, size - cut)
+    assert (splits.train.num_targets, splits.held_out.num_targets) == (cut - 1, size - cut)
 
 
 def test_the_first_90_percent_of_a_text_train(tmp_path: Path):
@@ -334,10 +336,10 @@ DAMAGES = [
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_made_again(text: Path, tmp_path: Path, damage: Callable[[Path], None]):
     first = opened(text, tmp_path)
-    tokens = first.train.tokens.tolist(), first.held_out.tokens.tolist()
+    streams = [stream.tolist() for side in first[:2] for stream in (side.tokens, side.targets)]
     damage(first.folder)
     second = opened(text, tmp_path)
-    assert (second.train.tokens.tolist(), second.held_out.tokens.tolist()) == tokens
+    assert [stream.tolist() for side in second[:2] for stream in (side.tokens, side.targets)] == streams
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [second.folder.name]
 
 

@@ -228,9 +228,9 @@ def test_garbage_in_rows_behind_the_last_offset_reaches_nothing(
 
 
 @FORWARD_MODE
-@pytest.mark.parametrize("sizes", AWKWARD, ids=str)
+@pytest.mark.parametrize("sizes", AWKWARD[:4], ids=str)
 def test_gradcheck_and_gradgradcheck_of_matmul_and_outer(sizes: Sizes) -> None:
-    sizes = sizes._replace(width=min(sizes.width, 3), out=min(sizes.out, 2))
+    sizes = sizes._replace(width=min(sizes.width, 2), out=min(sizes.out, 2))
     rows = normal(sizes.rows, sizes.width).requires_grad_()
     weights = normal(len(sizes.counts), sizes.width, sizes.out, seed=1).requires_grad_()
     grads = normal(sizes.rows, sizes.out, seed=2).requires_grad_()
