@@ -93,7 +93,7 @@ DEFAULT_MODEL = ModelConfig(
     num_experts=16,
     num_experts_per_tok=4,
 )
-DEFAULT_HYPER = HyperSettings()
+DEFAULT_HYPER = HyperSettings(lr=5e-3, warmup_steps=50, balance_weight=1.0)  # guard chosen in docs/lab-log.md
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class RunConfig:
     """Steps between two checkpoints; 0 writes one at the end only."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
-    picture_every: int = 250
+    picture_every: int = 500
     """Steps between two updates of the pictures; 0 draws them at the end only."""
     sample_tokens: int = 200
     """Tokens of the sample text at the end; 0 for no sample."""
