@@ -55,7 +55,7 @@ def unigram_entropy() -> float:
 
 @cache
 def language_run() -> Run:
-    return train(LANGUAGE, HyperParams(lr=1e-2), windows(120))
+    return train(LANGUAGE, HyperParams(lr=1e-2), windows(100))
 
 
 def mean(values: list[float]) -> float:

@@ -250,7 +250,7 @@ def test_a_step_is_the_same_with_and_without_torch_func() -> None:
     followed = tree_map(lambda leaf: leaf.clone().requires_grad_(), case.params)
     functional, _ = main_gradients(followed, case.batch, case.hyper, case.config, torch.tensor(0))
     for name, leaf in flatten(plain[0]).items():
-        assert_close(flatten(functional[0])[name], leaf, 1e-12, name)
+        assert_close(flatten(functional[0])[name].detach(), leaf, 1e-12, name)
 
 
 # --- nothing is left behind -------------------------------------------------------------------------------------------
@@ -276,12 +276,12 @@ def live() -> int:
 
 
 def live_counts(step: Callable[[TrainState], TrainState], state: TrainState, steps: int) -> list[int]:
-    """What lives after three steps (caches are warm), after a tenth of the others, two tenths, ..."""
+    """What lives after three steps (caches are warm), after a fifth of the others, two fifths, ..."""
     counts = []
     with no_garbage_collector():
         for index in range(3 + steps):
             state = step(state)
-            if index == 2 or (index > 2 and (index - 2) % (steps // 10) == 0):
+            if index == 2 or (index > 2 and (index - 2) % (steps // 5) == 0):
                 counts.append(live())
     return counts
 
@@ -294,15 +294,15 @@ def small_problem() -> tuple[ModelConfig, Batch]:
 def check_nothing_left(steps: int) -> None:
     config, batch = small_problem()
     counts = live_counts(lambda s: hyper_step(s, batch, HyperParams(), config)[0], init_state(config, seeded(0)), steps)
-    assert len(counts) == 11
-    assert set(counts) == {counts[0]}, f"live tensors and graph nodes every {steps // 10} steps: {counts}"
+    assert len(counts) == 6
+    assert set(counts) == {counts[0]}, f"live tensors and graph nodes every {steps // 5} steps: {counts}"
 
 
 def check_nothing_left_under_vmap(steps: int) -> None:
     config, batch = small_problem()
     both = stack([init_state(config, seeded(seed)) for seed in (0, 1)])
     counts = live_counts(vmap(lambda s: hyper_step(s, batch, HyperParams(), config)[0]), both, steps)
-    assert set(counts) == {counts[0]}, f"live tensors and graph nodes every {steps // 10} steps: {counts}"
+    assert set(counts) == {counts[0]}, f"live tensors and graph nodes every {steps // 5} steps: {counts}"
 
 
 def test_fifty_steps_leave_no_tensor_and_no_graph_behind() -> None:

@@ -20,7 +20,7 @@ BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#8C4A86", 
 NO_ROW, NO_DATA = "#1f1f1f", "#e3e3e3"
 FEW = 40  # columns below which a curve shows its points and is not smoothed
 OCTAVES = 3  # maps of load tell 1/8 to 8 fair shares apart
-MOST_ROWS, MOST_NUMBERED, MOST_NAMED = 640, 128, 16  # rows of a map, cells with their number, layers with their name
+MOST_ROWS, MOST_NUMBERED, MOST_NAMED = 640, 64, 16  # rows of a map, cells with their number, layers with their name
 
 
 def panel(ax: Axes, at: Columns, title: str, unit: str) -> None:
@@ -123,15 +123,17 @@ def load_bar(ax: Axes, unit: str) -> None:
     bar.set_ticks(list(ticks), labels=names)
 
 
-def heat_map(ax: Axes, values: np.ndarray, norm: Normalize, colors: Colormap, numbered: np.ndarray) -> None:
-    """(L, E) cells, layers downwards and experts to the right; with the numbers of `numbered` where cells are few."""
+def heat_map(
+    ax: Axes, values: np.ndarray, norm: Normalize, colors: Colormap, numbered: np.ndarray | None = None
+) -> None:
+    """(L, E) cells, layers down, experts to the right; with the numbers of `numbered` where cells are few."""
     layers, experts = values.shape
     ax.imshow(np.ma.masked_invalid(values), norm=norm, cmap=colors, aspect="auto", interpolation="nearest")
     ax.set_xlabel("expert")
     ax.set_ylabel("layer")
-    ax.xaxis.set_major_locator(MaxNLocator(16, integer=True, min_n_ticks=1))
-    ax.yaxis.set_major_locator(MaxNLocator(16, integer=True, min_n_ticks=1))
-    if values.size > MOST_NUMBERED or experts > 16:
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    ax.yaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    if numbered is None or values.size > MOST_NUMBERED or experts > 16:
         return
     for layer in range(layers):
         for expert in range(experts):
@@ -152,7 +154,7 @@ def surprise_map(ax: Axes, surprise: np.ndarray) -> None:
     norm = (LogNorm if wide else Normalize)(low, high)
     colors = colormaps["cividis"].with_extremes(under=NO_ROW, bad=NO_DATA)
     shown = np.where(surprise == 0, low / 2, surprise)  # a logarithm knows no zero
-    heat_map(ax, shown, norm, colors, surprise)
+    heat_map(ax, shown, norm, colors)  # a text costs as much as ten curves: numbers stand in the map of load only
     _bar(ax, norm, colors, "gradient norm of w2, nats (black: no row)", format="{x:.3g}")
 
 
