@@ -162,7 +162,9 @@ def test_k_is_one_plus_the_number_of_cumulative_masses_below_the_budget_with_flo
         assert k == (min(max(wanted, config.min_experts_per_tok), ceiling) if real else 0)
 
 
-@pytest.mark.parametrize(("experts", "budget", "k"), [(4, 0.25, 1), (4, 0.5, 2), (4, 0.75, 3), (4, 1.0, 4), (2, 0.5, 1)])
+@pytest.mark.parametrize(
+    ("experts", "budget", "k"), [(4, 0.25, 1), (4, 0.5, 2), (4, 0.75, 3), (4, 1.0, 4), (2, 0.5, 1)]
+)
 def test_mass_equal_to_the_budget_is_not_below_it(experts: int, budget: float, k: int) -> None:
     assert question([[0.0] * experts], budget).k.tolist() == [k]
 

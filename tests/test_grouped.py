@@ -159,7 +159,11 @@ def test_dispatch_and_combine_and_their_gradients_equal_a_loop_over_rows(dtype: 
     weights = normal(tokens, slots, seed=2, dtype=dtype)
     pairs = (
         (lambda x: dispatch_rows(x, order, inverse, slots), lambda x: naive_dispatch(x, order, inverse, slots), (x,)),
-        (lambda y, w: combine_rows(y, w, order, inverse), lambda y, w: naive_combine(y, w, order, inverse), (y, weights)),
+        (
+            lambda y, w: combine_rows(y, w, order, inverse),
+            lambda y, w: naive_combine(y, w, order, inverse),
+            (y, weights),
+        ),
     )
     for ours, naive, inputs in pairs:
         out, back = vjp(ours, *inputs)
@@ -214,7 +218,9 @@ def test_garbage_in_rows_behind_the_last_offset_reaches_nothing(
         return y, *back(upstream), outer, *outer_back(weights)
 
     if transform == "vmap":
-        found = tuple(t[1] for t in vmap(everything)(torch.stack((clean_rows, rows)), torch.stack((clean_grad, upstream))))
+        found = tuple(
+            t[1] for t in vmap(everything)(torch.stack((clean_rows, rows)), torch.stack((clean_grad, upstream)))
+        )
     else:
         found = everything(rows, upstream)
     names = ("out", "gradient of rows", "gradient of weights", "outer", "outer: of rows", "outer: of grads")
@@ -358,7 +364,10 @@ def test_nested_vmap_equals_two_loops_with_either_axis_outside(name: str) -> Non
     assert_close(one, torch.stack([torch.stack(row) for row in crossed]), 1e-13)
     gradient = grad(lambda *args: function(*args).sin().sum(), argnums=tuple(range(smooth)))
     for place, found in enumerate(vmap(vmap(gradient))(*doubled)):
-        ought = [loop(lambda *a, p=place: gradient(*a)[p], tuple(t[i] for t in doubled), (True,) * len(inputs)) for i in (0, 1)]
+        ought = [
+            loop(lambda *a, p=place: gradient(*a)[p], tuple(t[i] for t in doubled), (True,) * len(inputs))
+            for i in (0, 1)
+        ]
         assert_close(found, torch.stack(ought), 1e-13)
 
 

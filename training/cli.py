@@ -1,6 +1,7 @@
 """The command line: verbs, no logic. One line and exit status 2 for every mistake of the user."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -50,6 +51,7 @@ def _train(argv: Sequence[str]) -> None:
     from training.settings import parse_train_args  # pydantic and tyro, wanted by this verb alone
 
     config, resume = parse_train_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill saves a checkpoint, as Ctrl-C does
     from training.engine import train
     from training.tables import summary_table
 
