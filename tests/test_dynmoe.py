@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -250,7 +251,7 @@ def test_bias_changes_the_ranking_but_not_the_formula_of_the_weights(asked: Ques
         p = python_softmax(row)
         score = [x + y for x, y in zip(p, asked.bias.tolist(), strict=True)]
         ranking = sorted(range(len(p)), key=lambda expert: -score[expert])[:ceiling]
-        assume(all(score[a] - score[b] > 1e-5 for a, b in zip(ranking, ranking[1:], strict=False)))
+        assume(all(score[a] - score[b] > 1e-5 for a, b in pairwise(ranking)))
         assert ids[token].tolist() == ranking
         kept = active[token].tolist()
         if config.num_experts_per_tok == DYNAMIC_K and asked.real[token]:

@@ -340,11 +340,11 @@ def test_grad_of_vmap_equals_grad_of_a_loop(name: str, mapped: tuple[bool, ...])
     for argnum in range(smooth):
 
         def through_vmap(*tensors: Tensor) -> Tensor:
-            return vmap(function, tuple(0 if m else None for m in mapped))(*tensors).sin().sum()  # noqa: B023
+            return vmap(function, tuple(0 if m else None for m in mapped))(*tensors).sin().sum()
 
         def through_loop(*tensors: Tensor) -> Tensor:
             picked = [[t[run] if m else t for t, m in zip(tensors, mapped, strict=True)] for run in range(RUNS)]
-            return torch.stack([function(*one) for one in picked]).sin().sum()  # noqa: B023
+            return torch.stack([function(*one) for one in picked]).sin().sum()
 
         _, tensors = mapped_inputs(inputs, mapped, 0)
         assert_close(grad(through_vmap, argnum)(*tensors), grad(through_loop, argnum)(*tensors), 1e-13)

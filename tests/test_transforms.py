@@ -14,7 +14,7 @@ from tests.helpers import Case, assert_close, cases, seeded, spread_params, tiny
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.routing import route
 from tiny_onn_func.tree import partition, stack, tree_map, unstack, walk
-from training import Batch, HyperParams, TrainState, hyper_step, init_state, per_token_surprise
+from training import Batch, HyperParams, TrainState, hyper_step, per_token_surprise
 from training.explore import draw_exploration
 from training.optim import adamw_init
 
@@ -67,6 +67,9 @@ def assert_same_runs(found: Any, alone: list[Any], tolerance: float) -> None:
         came = ours[name]
         assert (came.shape, came.dtype) == (leaf.shape, leaf.dtype), name
         assert torch.equal(came.isfinite(), leaf.isfinite()), name
+        if leaf.dtype == torch.bool:
+            assert torch.equal(came, leaf), name
+            continue
         kept = leaf.isfinite()
         scale = leaf[kept].abs().amax().clamp_min(1.0) if kept.any() else 1.0
         error = float(((came - leaf)[kept].abs() / scale).amax()) if kept.any() else 0.0
@@ -110,8 +113,10 @@ def test_python_numbers_and_tensors_are_the_same_hypers(kind: str) -> None:
     config, batch = CONFIGS[kind], tiny_batch(CONFIGS[kind])
     for state, hyper in zip(states(config, 3), hypers(3), strict=True):
         numbers = HyperParams(*(value.item() for value in hyper))
-        stepped = hyper_step(state, batch, hyper, config)
-        assert_same_runs(tree_map(lambda leaf: leaf[None], stepped), [hyper_step(state, batch, numbers, config)], 1e-6)
+        (after, metrics), (wanted, ought) = (hyper_step(state, batch, h, config) for h in (hyper, numbers))
+        metrics = metrics._replace(lr=metrics.lr.to(ought.lr.dtype))  # a number has no dtype to ask for
+        assert_same_runs(stack([after]), [wanted], 1e-8)  # the schedule is float32
+        assert_same_runs(stack([metrics]), [ought], 1e-6)
 
 
 @pytest.mark.parametrize("batch_mapped", [True, False], ids=["batch mapped", "batch shared"])
@@ -253,7 +258,7 @@ def smooth_state(config: ModelConfig = SMOOTH) -> TrainState:
     state = state_of(spread_params(config, 1, router_gain=20.0))
     for step in range(2):
         state, _ = hyper_step(state, tiny_batch(config, seed=30 + step), COUPLED, config)
-    return tree_map(lambda leaf: leaf.detach(), state)
+    return state._replace(step=state.step + 5)  # on the cosine, where every number of the schedule matters
 
 
 def next_loss(config: ModelConfig, hyper: HyperParams, name: str, steps: int = 1) -> Callable[[Tensor], Tensor]:
@@ -288,6 +293,14 @@ def slope(function: Callable[[Tensor], Tensor], at: Tensor, width: float = 1e-4)
     return (8 * ahead - far) / (12 * h)
 
 
+SCHEDULE = ("warmup_steps", "total_steps")  # float32 inside: wide differences, a lower bar
+
+
+def assert_is_slope(exact: Tensor, function: Callable[[Tensor], Tensor], at: Tensor, name: str) -> None:
+    width, tolerance = (3e-2, 1e-3) if name in SCHEDULE else (1e-4, 1e-5)
+    assert_close(exact, slope(function, at, width), tolerance, f"d / d {name}")
+
+
 def value_of(hyper: HyperParams, name: str) -> Tensor:
     return torch.tensor(getattr(hyper, name), dtype=torch.float64)
 
@@ -299,8 +312,22 @@ def by_autograd(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     return torch.autograd.grad(out, leaf)[0]
 
 
-REACH_THE_LOSS = ("lr", "router_lr", "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "surprise_weight",
-                  "balance_weight", "z_weight", "router_coupling", "min_lr_ratio", "warmup_steps", "total_steps")  # fmt: skip
+REACH_THE_LOSS = (
+    "lr",
+    "router_lr",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "eps",
+    "max_grad_norm",
+    "surprise_weight",
+    "balance_weight",
+    "z_weight",
+    "router_coupling",
+    "min_lr_ratio",
+    "warmup_steps",
+    "total_steps",
+)
 REACH_THE_ROUTER = tuple(name for name in REACH_THE_LOSS if name not in ("lr", "weight_decay"))
 
 
@@ -316,7 +343,7 @@ def test_the_next_loss_is_differentiated_through_a_coupled_hyper_step(name: str)
     at = value_of(COUPLED, name)
     exact = grad(loss)(at)
     assert exact != 0
-    assert_close(exact, slope(loss, at), 1e-5, f"d loss / d {name}")
+    assert_is_slope(exact, loss, at, name)
     assert_close(by_autograd(loss, at), exact, 1e-9, f"plain autograd: d loss / d {name}")
 
 
@@ -325,7 +352,7 @@ def test_the_next_router_is_differentiated_through_a_hyper_step(name: str) -> No
     number, at = next_router(SMOOTH, COUPLED, name), value_of(COUPLED, name)
     exact = grad(number)(at)
     assert exact != 0
-    assert_close(exact, slope(number, at), 1e-5, f"d router / d {name}")
+    assert_is_slope(exact, number, at, name)
     assert_close(by_autograd(number, at), exact, 1e-9, f"plain autograd: d router / d {name}")
 
 
@@ -360,12 +387,3 @@ def test_mapped_gradients_through_hyper_steps_equal_a_loop() -> None:
 def test_a_second_derivative_through_a_hyper_step_is_the_slope_of_the_first() -> None:
     loss, at = next_loss(SMOOTH, COUPLED._replace(router_coupling=1.0), "lr"), torch.tensor(0.01, dtype=torch.float64)
     assert_close(grad(grad(loss))(at), slope(grad(loss), at), 1e-4)
-
-
-def test_a_state_that_carries_a_graph_gives_the_bits_of_one_that_does_not() -> None:
-    config, batch = CONFIGS["dynamic K"], tiny_batch()
-    state = init_state(config, seeded(0))
-    tracked = state._replace(params=tree_map(lambda leaf: leaf.clone().requires_grad_(), state.params))
-    plain, followed = (hyper_step(s, batch, HyperParams(), config) for s in (state, tracked))
-    for (name, one), (_, other) in zip(walk(plain), walk(followed), strict=True):
-        assert torch.equal(one, other), name

@@ -32,7 +32,10 @@ def numbered(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
 
 
-def trees(leaf: st.SearchStrategy = SHAPES.map(numbered)) -> st.SearchStrategy[Tree]:
+NUMBERED = SHAPES.map(numbered)
+
+
+def trees(leaf: st.SearchStrategy = NUMBERED) -> st.SearchStrategy[Tree]:
     """Nested dicts, up to three deep, every dict with a key at least."""
     inner = st.recursive(leaf, lambda below: st.dictionaries(KEYS, below, min_size=1, max_size=3), max_leaves=8)
     return st.dictionaries(KEYS, inner, min_size=1, max_size=4)

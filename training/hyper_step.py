@@ -176,7 +176,8 @@ def _router_gradients(
 
     def objective(learned: Tree) -> tuple[Tensor, RouterLoss]:
         router = learned["router"]
-        logits = einsum(inputs.to(load.dtype), router.to(load.dtype), "l tokens dim, l dim experts -> l tokens experts")
+        dtype = wide_dtype(router.dtype)
+        logits = einsum(inputs.to(dtype), router.to(dtype), "l tokens dim, l dim experts -> l tokens experts")
         loss = router_loss(logits, targets, load, real, hyper)
         return loss.total, loss
 
