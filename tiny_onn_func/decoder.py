@@ -23,9 +23,9 @@ def forward(
     config: ModelConfig,
     *,
     attention_mask: Int[Tensor, "batch seq"] | None = None,
-    surprise_budget: float | Tensor = 0.5,
+    surprise_budget: int | float | Tensor = 0.5,
     apply_w2: ApplyW2 = apply_w2,
-    router_coupling: float | Tensor = 0.0,
+    router_coupling: int | float | Tensor = 0.0,
     explore: Int[Tensor, "layers tokens"] | None = None,
 ) -> tuple[Float[Tensor, "batch seq vocab"], RouterTrace]:
     """Logits and what the routers did.

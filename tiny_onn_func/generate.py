@@ -79,7 +79,8 @@ def sample(
     """One token a row: temperature first, then top-k, then top-p (nucleus sampling, arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    ranked, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    below_best = logits - logits.amax(dim=-1, keepdim=True)  # so that a temperature near zero overflows nothing
+    ranked, ids = (below_best / max(temperature, 1e-30)).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         ranked, ids = ranked[:, :top_k], ids[:, :top_k]
     p = ranked.softmax(dim=-1)
@@ -92,9 +93,10 @@ def sample(
 def _check(
     input_ids: Tensor, config: ModelConfig, new: int, context: int, temperature: float, top_k: int | None, top_p: float
 ) -> None:
-    highest = int(input_ids.max()) if input_ids.numel() else 0
+    lowest, highest = (int(input_ids.min()), int(input_ids.max())) if input_ids.numel() else (0, 0)
     checks = (
         (input_ids.shape[1] >= 1, "prompt", "at least one token", "none"),
+        (lowest >= 0, "prompt", "tokens of 0 or more", lowest),
         (highest < config.vocab_size, "prompt", f"tokens below vocab_size ({config.vocab_size})", highest),
         (new >= 0, "max_new_tokens", "0 or more", new),
         (context >= 1, "context_length", "1 or more", context),

@@ -79,7 +79,8 @@ class _GroupedMatmul(Function):
         rows, weights, offsets = _batch_first(info.batch_size, in_dims, rows, weights, offsets)
         nobody = F.pad(weights, (0, 0, 0, 0, 0, 1))  # one more group a run, of zeros, takes its inactive rows
         out = grouped_matmul(_fold(rows), _fold(nobody), _fold_offsets(offsets, rows.shape[1]))
-        return _unfold(out, info.batch_size), 0
+        behind = torch.arange(rows.shape[1], device=rows.device) >= offsets[:, -1:]
+        return _unfold(out, info.batch_size).masked_fill(behind.unsqueeze(-1), 0), 0  # 0 times garbage may be nan
 
 
 class _GroupedOuter(Function):

@@ -27,8 +27,8 @@ class RoutingInputs(NamedTuple):
     """What every layer's routing reads beside its parameters."""
 
     real: Bool[Tensor, " tokens"]
-    surprise_budget: float | Tensor
-    router_coupling: float | Tensor  # share of the main loss's gradient that reaches the router
+    surprise_budget: int | float | Tensor
+    router_coupling: int | float | Tensor  # share of the main loss's gradient that reaches the router
     explore: Int[Tensor, "layers tokens"] | None
 
 

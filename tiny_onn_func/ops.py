@@ -42,10 +42,11 @@ def swiglu(gate: Float[Tensor, "*batch dim"], up: Float[Tensor, "*batch dim"]) -
     return F.silu(gate) * up
 
 
-def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
+def scale_gradient(x: Tensor, scale: int | float | Tensor) -> Tensor:
     """The value of x, with its gradient multiplied by `scale`; a Python 0 or 1 costs nothing."""
     if isinstance(scale, float | int) and scale == 0:
         return x.detach()
     if isinstance(scale, float | int) and scale == 1:
         return x
+    scale = scale.to(x.dtype) if isinstance(scale, Tensor) else scale
     return x.detach() + scale * (x - x.detach())

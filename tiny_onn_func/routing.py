@@ -24,7 +24,7 @@ def route(
     router_logits: Float[Tensor, "tokens experts"],
     real: Bool[Tensor, " tokens"],
     config: ModelConfig,
-    surprise_budget: float | Tensor,
+    surprise_budget: int | float | Tensor,
     bias: Float[Tensor, " experts"] | None = None,
     explore: Int[Tensor, " tokens"] | None = None,
 ) -> Routing:
@@ -42,7 +42,8 @@ def route(
         explore: expert that the token also tries, -1 for none; it takes a free slot, or else the last one.
     """
     slots = config.routes_per_token
-    p = router_logits.to(wide_dtype(router_logits.dtype)).softmax(dim=-1)
+    logits = router_logits.to(wide_dtype(router_logits.dtype))
+    p = logits.softmax(dim=-1)
     expert_ids = (p if bias is None else p + bias).detach().topk(slots, dim=-1).indices
     rank = torch.arange(slots, device=p.device)
     if config.num_experts_per_tok == DYNAMIC_K:
@@ -54,9 +55,9 @@ def route(
     if explore is not None:
         expert_ids, kept = _try_expert(expert_ids, kept, explore, rank)
     active = kept & rearrange(real, "tokens -> tokens 1")
-    mass = p.gather(-1, expert_ids) * active
-    weights = mass / mass.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
-    return Routing(expert_ids, weights, active)
+    # p renormalised over the kept experts, from logits: what was kept may have a p that underflows (bias, exploration)
+    kept_logits = logits.gather(-1, expert_ids).masked_fill(~active, torch.finfo(logits.dtype).min)
+    return Routing(expert_ids, kept_logits.softmax(dim=-1) * active, active)
 
 
 def _try_expert(expert_ids: Tensor, kept: Tensor, explore: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,12 @@ from tiny_onn_func.tree import leaves, tree_map
 Objective = Callable[..., tuple[Tensor, Any]]
 
 
-def gradients(objective: Objective, *trees: Any) -> tuple[tuple[Any, ...], Any]:
-    """(gradients of each tree, aux) of an objective `(*trees) -> (0-d value, aux)`."""
-    if _is_transformed(trees):
+def gradients(objective: Objective, *trees: Any, reads: Any = ()) -> tuple[tuple[Any, ...], Any]:
+    """(gradients of each tree, aux) of an objective `(*trees) -> (0-d value, aux)`.
+
+    `reads` is what else the objective reads and somebody's autograd may follow.
+    """
+    if _is_transformed((trees, reads)):
         grads, (_, aux) = grad_and_value(objective, argnums=tuple(range(len(trees))), has_aux=True)(*trees)
         return grads, aux
     with torch.enable_grad():
@@ -32,4 +35,4 @@ def gradients(objective: Objective, *trees: Any) -> tuple[tuple[Any, ...], Any]:
 def _is_transformed(trees: Any) -> bool:
     """Whether a transform is at work, or the compiler traces, or somebody else's autograd follows the leaves."""
     at_work = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    return at_work or any(leaf.requires_grad for leaf in leaves(trees))
+    return at_work or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(trees))

@@ -114,7 +114,7 @@ def hyper_step(state: TrainState, batch: Batch, hyper: HyperParams, config: Mode
     bias = balanced_bias(router["layers"]["moe"]["router_bias"], load, hyper.bias_speed)
     params = merge(fast, {"layers": {"moe": {**learned, "router_bias": bias}}})
     measured = _metrics(seen, targets, loss, load, real, hyper)._replace(
-        grad_norm=grad_norm, router_grad_norm=router_grad_norm, lr=hyper.lr * rate
+        grad_norm=grad_norm, router_grad_norm=router_grad_norm, lr=(hyper.lr * rate).to(grad_norm.dtype)
     )
     return TrainState(params, expert_opt, router_opt, state.step + 1), measured
 
@@ -135,7 +135,7 @@ def main_gradients(
     def objective(fast: Tree, router: Tree) -> tuple[Tensor, Observed]:
         dtype = wide_dtype(fast["embed_tokens"].dtype)
         surprise = torch.full((layers, tokens, experts), torch.inf, dtype=dtype, device=batch.input_ids.device)
-        hooks = SurpriseHookManager(surprise + _mapped_zero((fast, router, batch, hyper), dtype))
+        hooks = SurpriseHookManager(surprise + _mapped_zero((fast, router, batch, hyper, step), dtype))
         logits, trace = forward(
             merge(fast, router), batch.input_ids, config, attention_mask=batch.attention_mask,
             surprise_budget=hyper.pi_alpha, apply_w2=hooks.apply_w2, router_coupling=hyper.router_coupling,
@@ -145,9 +145,9 @@ def main_gradients(
         return lm.loss_sum, Observed(lm, trace, hooks.per_token_surprise)
 
     if _off(hyper.router_coupling):
-        (grads,), seen = gradients(lambda fast: objective(fast, router), fast)
+        (grads,), seen = gradients(lambda fast: objective(fast, router), fast, reads=(router, hyper))
         return (grads, None), seen
-    (grads, router_grads), seen = gradients(objective, fast, router)
+    (grads, router_grads), seen = gradients(objective, fast, router, reads=hyper)
     return (grads, router_grads), seen
 
 
@@ -165,7 +165,7 @@ def balanced_bias(
     bias: Tensor, load: Float[Tensor, "layers experts"], speed: Number
 ) -> Float[Tensor, "layers experts"]:
     """bias + speed * sign(mean load - load): over-used experts sink (loss-free balancing, arXiv 2408.15664)."""
-    return bias + speed * (load.mean(dim=-1, keepdim=True) - load).sign().to(bias.dtype)
+    return bias + (speed * (load.mean(dim=-1, keepdim=True) - load).sign()).to(bias.dtype)
 
 
 def _router_gradients(
@@ -181,7 +181,7 @@ def _router_gradients(
         loss = router_loss(logits, targets, load, real, hyper)
         return loss.total, loss
 
-    (grads,), loss = gradients(objective, learned)
+    (grads,), loss = gradients(objective, learned, reads=hyper)
     return grads, loss
 
 

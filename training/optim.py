@@ -49,15 +49,25 @@ def adamw_update(
     root_correction = (1 - hyper.beta2**t).sqrt()
     p, g, mu, nu = (flatten(tree) for tree in (params, grads, state.mu, state.nu))
     new_p: dict[str, Tensor] = {}
+    # step / (sqrt(nu) / root + eps) = (step root) / (sqrt(nu) + eps root): one pass less over each leaf
+    numbers = (
+        grad_scale, 1 - hyper.beta1, 1 - hyper.beta2, hyper.eps * root_correction, 1 - lr * weight_decay,
+        step_size * root_correction,
+    )  # fmt: skip
     for name, value in p.items():
-        grad = g[name] * grad_scale
-        mu[name] = torch.lerp(mu[name], grad, 1 - hyper.beta1)
-        nu[name] = torch.lerp(nu[name], grad.square(), 1 - hyper.beta2)
-        # step / (sqrt(nu) / root + eps) = (step root) / (sqrt(nu) + eps root): one pass less over the leaf
-        update = mu[name] / (nu[name].sqrt() + hyper.eps * root_correction)
-        decayed = value * (1 - lr * weight_decay) if has_decay(name) else value
-        new_p[name] = decayed - step_size * root_correction * update
+        scale, new_in_mu, new_in_nu, eps, decay, step = (_in_dtype(number, value) for number in numbers)
+        grad = g[name] * scale
+        mu[name] = torch.lerp(mu[name], grad, new_in_mu)
+        nu[name] = torch.lerp(nu[name], grad.square(), new_in_nu)
+        update = mu[name] / (nu[name].sqrt() + eps)
+        decayed = value * decay if has_decay(name) else value
+        new_p[name] = decayed - step * update
     return unflatten(new_p), AdamWState(updates, unflatten(mu), unflatten(nu))
+
+
+def _in_dtype(number: Number, leaf: Tensor) -> Number:
+    """A mapped number has an axis, and would promote the leaf to its own dtype."""
+    return number.to(leaf.dtype) if isinstance(number, Tensor) else number
 
 
 def has_decay(name: str) -> bool:
@@ -80,7 +90,7 @@ def schedule(step: Tensor, hyper: HyperParams) -> Float[Tensor, ""]:
 
     warm = min(1, (step + 1) / warmup_steps); without `total_steps` (0) the rate stays at its peak.
     """
-    at = step.to(torch.float32)
+    at = step.to(torch.float64)  # as Python's own numbers
     warmup, total = (
         torch.as_tensor(n, device=at.device, dtype=at.dtype) for n in (hyper.warmup_steps, hyper.total_steps)
     )
