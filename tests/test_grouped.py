@@ -199,7 +199,6 @@ def test_the_layout_in_memory_changes_no_value(layout: str, dtype: torch.dtype) 
 # ---- rows that belong to nobody ------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="mended, but not seen to pass yet: see the lab log", strict=False)
 @pytest.mark.parametrize("transform", ["alone", "vmap"])
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e38], ids=str)
 @pytest.mark.parametrize(("width", "out"), [(8, 16), (3, 5)], ids=["library kernel", "loop"])

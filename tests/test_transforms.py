@@ -145,7 +145,6 @@ def test_each_coefficient_may_be_the_only_one_that_is_mapped(name: str) -> None:
     assert_same_runs(found, alone, TOLERANCE[torch.float64])
 
 
-@pytest.mark.xfail(reason="mended, but not seen to pass yet: see the lab log", strict=False)
 def test_the_step_may_be_the_only_thing_that_is_mapped() -> None:
     """Exploration depends on it, and so does what is written into the surprise tensor."""
     config, batch, state = CONFIGS["dynamic K"], tiny_batch(), states(CONFIGS["dynamic K"], 1)[0]
@@ -155,7 +154,6 @@ def test_the_step_may_be_the_only_thing_that_is_mapped() -> None:
     assert_same_runs(found, alone, TOLERANCE[torch.float64])
 
 
-@pytest.mark.xfail(reason="mended, but not seen to pass yet: see the lab log", strict=False)
 @pytest.mark.parametrize("numbers", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_mapped_numbers_of_another_precision_leave_the_dtype_of_the_state(
@@ -358,7 +356,6 @@ def test_the_next_router_is_differentiated_through_a_hyper_step(name: str) -> No
     assert_close(by_autograd(number, at), exact, 1e-9, f"plain autograd: d router / d {name}")
 
 
-@pytest.mark.xfail(reason="mended, but not seen to pass yet: see the lab log", strict=False)
 def test_the_learning_rate_is_differentiated_through_a_decoupled_step_with_one_expert_a_token() -> None:
     """With one expert the weight is 1 whatever the router says: the cut between the systems cuts no path."""
     loss = next_loss(tiny_config(num_experts_per_tok=1), HyperParams(eps=EPS), "lr", steps=3)

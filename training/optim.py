@@ -59,10 +59,15 @@ def adamw_update(
         grad = g[name] * scale
         mu[name] = torch.lerp(mu[name], grad, new_in_mu)
         nu[name] = torch.lerp(nu[name], grad.square(), new_in_nu)
-        update = mu[name] / (nu[name].sqrt() + eps)
+        update = mu[name] / (_root(nu[name]) + eps)
         decayed = value * decay if has_decay(name) else value
         new_p[name] = decayed - step * update
     return unflatten(new_p), AdamWState(updates, unflatten(mu), unflatten(nu))
+
+
+def _root(nu: Tensor) -> Tensor:
+    """sqrt, with a finite slope at 0, where an entry without gradient stays: whoever differentiates a step needs one."""
+    return nu.add(torch.finfo(nu.dtype).tiny).sqrt_()
 
 
 def _in_dtype(number: Number, leaf: Tensor) -> Number:
@@ -77,7 +82,7 @@ def has_decay(name: str) -> bool:
 
 def global_norm(grads: Any) -> Float[Tensor, ""]:
     """Euclidean norm over all leaves together."""
-    return torch.stack([torch.linalg.vector_norm(g) for g in leaves(grads)]).square().sum().sqrt()
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in leaves(grads)]))
 
 
 def clip_factor(norm: Tensor, max_norm: Number) -> Float[Tensor, ""]:
