@@ -4,7 +4,6 @@ import gzip
 import json
 import math
 import random
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -456,16 +455,6 @@ def test_a_lone_target_in_a_long_text_is_found(place: int):
     batch = batch_at(stream, 0, 0, 16, 5)
     assert (batch.labels == 8).sum(dim=1).tolist() == [1] * 16
     assert torch.equal(batch.labels, batch_at(stream, 0, 0, 16, 5).labels)
-
-
-def test_a_batch_of_12_x_64_takes_less_than_half_a_millisecond(text: Path, tmp_path: Path):
-    train = opened(text, tmp_path, sequence_length=64).train
-    times = []
-    for step in range(200):
-        begin = time.perf_counter()
-        batch_at(train, 0, step, 12, 64)
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 0.5e-3
 
 
 # Scoring --------------------------------------------------------------------------------------------------------------

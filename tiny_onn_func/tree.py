@@ -57,8 +57,9 @@ def unstack(tree: Any) -> list[Any]:
 def partition(tree: Mapping[str, Any]) -> tuple[Tree, Tree]:
     """Parameters -> (fast, router): the router's leaves and all others, each with the nesting of the whole."""
     flat = flatten(tree)
-    router = {name: leaf for name, leaf in flat.items() if _is_router(name)}
-    fast = {name: leaf for name, leaf in flat.items() if not _is_router(name)}
+    names = {name for name in flat if name.rsplit(".", 1)[-1] in ROUTER_LEAVES}
+    router = {name: leaf for name, leaf in flat.items() if name in names}
+    fast = {name: leaf for name, leaf in flat.items() if name not in names}
     return unflatten(fast), unflatten(router)
 
 
@@ -71,7 +72,3 @@ def walk(tree: Any) -> Iterator[tuple[str, Any]]:
     """(dotted name, leaf) of any tree of dicts, NamedTuples and sequences."""
     for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
         yield ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path), leaf
-
-
-def _is_router(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in ROUTER_LEAVES

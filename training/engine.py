@@ -20,6 +20,7 @@ from training.data import Splits, baselines, batch_at, decode, encode, held_out_
 from training.errors import UserError
 from training.evaluate import Score, evaluate
 from training.hyper_step import TrainState, hyper_step, init_state
+from training.memory import keep_freed_memory
 from training.recorder import Recorder, open_recorder, read_history
 from training.report import draw_core_metrics, draw_expert_dashboard
 from training.run_config import RunConfig, hyper_params
@@ -47,6 +48,7 @@ def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         UserError: the data cannot be used, or the folder holds a run and `resume` was not asked for (or the reverse).
     """
     assert config.out is not None, "the command line fills it in"
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = Path(config.out)

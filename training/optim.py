@@ -1,6 +1,7 @@
 """AdamW as a pair of pure functions, clipping, and the learning-rate schedule."""
 
 import math
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tiny_onn_func.tree import Tree, flatten, leaves, tree_map, unflatten
+from training.differentiate import is_transformed
 from training.hyper import HyperParams, Number
 
 
@@ -41,9 +43,12 @@ def adamw_update(
     mu = b1 mu + (1 - b1) g;  nu = b2 nu + (1 - b2) g^2
     p = p (1 - lr wd) - lr / (1 - b1^t) * mu / (sqrt(nu / (1 - b2^t)) + eps)
 
-    Decay acts on matrices; norms and biases, one number a channel, have none.
+    Decay acts on matrices; norms and biases, one number a channel, have none. PyTorch's fused kernel makes the step
+    where no transform, no autograd and no mapped number asks for the formula itself.
     """
     updates = state.updates + 1
+    if _may_fuse((params, grads, lr, weight_decay, hyper, grad_scale), weight_decay, hyper):
+        return _fused_update(params, grads, state._replace(updates=updates), lr, weight_decay, hyper, grad_scale)
     t = updates.to(torch.float64)  # as Python's own numbers: in float32 the corrections would lose half of their digits
     step_size = lr / (1 - hyper.beta1**t)
     root_correction = (1 - hyper.beta2**t).sqrt()
@@ -65,8 +70,32 @@ def adamw_update(
     return unflatten(new_p), AdamWState(updates, unflatten(mu), unflatten(nu))
 
 
+def _may_fuse(reads: Any, weight_decay: Number, hyper: HyperParams) -> bool:
+    """Whether nobody watches the step, and what the kernel takes as Python numbers is given so."""
+    numbers = (weight_decay, hyper.beta1, hyper.beta2, hyper.eps)
+    return not is_transformed(reads) and all(isinstance(number, float | int) for number in numbers)
+
+
+def _fused_update(
+    params: Tree, grads: Tree, state: AdamWState, lr: Number, weight_decay: Number, hyper: HyperParams, scale: Number
+) -> tuple[Tree, AdamWState]:
+    """The same step, each leaf read and written once; it works in place, on copies."""
+    p, mu, nu = ({k: v.clone() for k, v in flatten(tree).items()} for tree in (params, state.mu, state.nu))
+    g = {name: grad * scale for name, grad in flatten(grads).items()}
+    updates, rate = state.updates.to(torch.float32), float(lr)
+    beta1, beta2, eps, decays = float(hyper.beta1), float(hyper.beta2), float(hyper.eps), float(weight_decay)
+    for decay, group in groupby(sorted(p, key=has_decay), key=has_decay):
+        names = list(group)
+        torch._fused_adamw_(
+            [p[n] for n in names], [g[n] for n in names], [mu[n] for n in names], [nu[n] for n in names], [],
+            [updates] * len(names), lr=rate, beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=decays if decay else 0.0, amsgrad=False, maximize=False,
+        )  # fmt: skip
+    return unflatten(p), AdamWState(state.updates, unflatten(mu), unflatten(nu))
+
+
 def _root(nu: Tensor) -> Tensor:
-    """sqrt, with a finite slope at 0, where an entry without gradient stays: whoever differentiates a step needs one."""
+    """sqrt, with a finite slope at 0, where an entry without gradient stays, for who differentiates a step."""
     return nu.add(torch.finfo(nu.dtype).tiny).sqrt_()
 
 

@@ -1,0 +1,75 @@
+"""Side by side: interleaved repetitions in one process, medians and spread, a table and a JSON file."""
+
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    median: float  # milliseconds
+    low: float  # first quartile
+    high: float  # third quartile
+
+
+def interleaved(subjects: Mapping[str, Callable[[], object]], repetitions: int, warm_up: int = 2) -> dict[str, Timing]:
+    """Time every subject once a round, so that a noisy moment meets all of them."""
+    for _ in range(warm_up):
+        for subject in subjects.values():
+            subject()
+    samples: dict[str, list[float]] = {name: [] for name in subjects}
+    gc.disable()
+    for _ in range(repetitions):
+        for name, subject in subjects.items():
+            start = time.perf_counter()
+            subject()
+            samples[name].append((time.perf_counter() - start) * 1e3)
+        gc.collect()
+    gc.enable()
+    return {name: _summary(times) for name, times in samples.items()}
+
+
+def ratios(timings: Mapping[str, Timing], to: str) -> dict[str, float]:
+    """Median of every subject over the median of one."""
+    return {name: timing.median / timings[to].median for name, timing in timings.items()}
+
+
+def table(title: str, timings: Mapping[str, Timing], to: str) -> str:
+    """A Markdown table: milliseconds, quartiles, ratio."""
+    relative = ratios(timings, to)
+    lines = [f"**{title}**", "", f"| what | ms | quartiles | against {to} |", "|---|---|---|---|"]
+    for name, (median, low, high) in timings.items():
+        lines.append(f"| {name} | {median:.1f} | {low:.1f} to {high:.1f} | {relative[name]:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> dict[str, object]:
+    """What figures without their machine do not tell; a matmul of 1024 says how fast it was at the moment."""
+    x = torch.randn(1024, 1024)
+    product = interleaved({"matmul": lambda: x @ x}, 5)["matmul"]
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "float32_matmul_gflops": round(2 * 1024**3 / product.median / 1e6, 1),
+    }
+
+
+def write_json(path: str, results: Mapping[str, Mapping[str, Timing]]) -> None:
+    """All timings with the machine they were made on."""
+    told = {title: {name: timing._asdict() for name, timing in timings.items()} for title, timings in results.items()}
+    Path(path).write_text(json.dumps({"machine": machine(), "milliseconds": told}, indent=2) + "\n", encoding="utf-8")
+
+
+def _summary(times: list[float]) -> Timing:
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return Timing(median, low, high)

@@ -1,0 +1,158 @@
+"""Small faults on purpose: each is one change of one line, which some test must notice (`python -m tests.mutation`)."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """`old` stands exactly once in the file; with `new` in its place the suite must fail."""
+
+    file: str
+    old: str
+    new: str
+
+
+ROUTING = [
+    ("(mass_before < budget)", "(mass_before <= budget)"),
+    (" | (budget >= 1)", ""),
+    (" | (rank < config.min_experts_per_tok)", ""),
+    ("(rank < config.min", "(rank <= config.min"),
+    ("(p if bias is None else p + bias).detach()", "p.detach()"),
+    ("[..., :-1], (1, 0))", "[..., 1:], (0, 1))"),
+    ("active = kept & rearrange(real", "active = kept | rearrange(real"),
+    ("kept_logits.softmax(dim=-1) * active", "kept_logits.softmax(dim=-1)"),
+    ("= logits.gather(-1, expert_ids)", "= (logits if bias is None else logits + bias).gather(-1, expert_ids)"),
+    ("masked_fill(~active, torch.finfo(logits.dtype).min)", "clone()"),
+    ("(wanted >= 0)", "(wanted > 0)"),
+    ("clamp_max(rank.shape[0] - 1)", "clamp_max(max(rank.shape[0] - 2, 0))"),
+    ("torch.where(expert_ids == wanted, displaced, expert_ids)", "expert_ids"),
+    ("kept | (new & (rank == slot))", "kept"),
+    ("router_logits.to(wide_dtype(router_logits.dtype))", "router_logits"),
+    ("topk(slots, dim=-1)", "topk(slots, dim=-1, largest=False)"),
+]
+EXPERTS = [
+    ("torch.where(routing.active, routing.expert_ids, num_experts)", "routing.expert_ids"),
+    ("sort(stable=True)", "sort(stable=True, descending=True)"),
+    ("counts[:num_experts].cumsum", "counts[1:].cumsum"),
+    ("Rows(order // slots,", "Rows(order % slots,"),
+    ("gate, up = grouped", "up, gate = grouped"),
+    ("routing.weights.to(y.dtype)", "routing.active.to(y.dtype)"),
+    ("torch.zeros_like(order).scatter(0, order, positions)", "order"),
+]
+GROUPED = [
+    ("grouped_matmul(grad, weights.mT, offsets)", "grouped_matmul(grad, weights.mT.detach(), offsets)"),
+    ("grouped_outer(rows, grad, offsets)", "grouped_outer(rows, grad.detach(), offsets)"),
+    ("out[int(offsets[-1]) :] = 0", "pass"),
+    (".masked_fill(behind.unsqueeze(-1), 0)", ""),
+    ("% 16 == 0", "% 4 == 0"),
+    ("in (torch.float32, torch.bfloat16)", "in (torch.float32, torch.bfloat16, torch.float64)"),
+    ("[:, :-1], 0", "[:, 1:], 0"),
+    ("(torch.arange(runs, device=index.device) * rows,", "(torch.arange(runs, device=index.device) * 0,"),
+    ("dim=1) + starts * rows)", "dim=1) + starts)"),
+    ("grad.new_ones(", "grad.new_zeros("),
+    ("x.index_select(0, order // slots)", "x.index_select(0, order % x.shape[0])"),
+    ("reduce(y * rows", "reduce(rows * rows"),
+    ('1").index_select(0, order)', '1").index_select(0, inverse)'),
+    ("return first + second", "return first"),
+    ("grouped_matmul(grads, grad.mT, offsets)", "grouped_matmul(grads, -grad.mT, offsets)"),
+    ("grad_grads = grouped_matmul(rows, grad, offsets)", "grad_grads = grouped_matmul(rows, 2 * grad, offsets)"),
+]  # fmt: skip
+HOOKS = [
+    ("return _row_norm(hidden) * _row_norm(grad)", "return _row_norm(grad)"),
+    ("return _row_norm(hidden) * _row_norm(grad)", "return _row_norm(hidden) + _row_norm(grad)"),
+    ("grad.detach()", "grad"),
+    ("torch.inf).scatter", "0.0).scatter"),
+    ("rows.token * spare + rows.expert", "rows.token * experts + rows.expert"),
+    ("[:, :experts]", "[:, 1:]"),
+    ("handle.remove()", "pass"),
+    ("self._saved = [None] * len(self._saved)", "pass"),
+    ("self.per_token_surprise[layer]", "self.per_token_surprise[0]"),
+    ("dtype=torch.promote_types(x.dtype, torch.float32)", "dtype=x.dtype"),
+    ("if y.requires_grad:", "if True:"),
+]
+OBJECTIVES = [
+    ("labels != IGNORE_INDEX", "labels != -101"),
+    ("-torch.where(is_target, picked, 0.0).sum()", "-torch.where(is_target, picked, 0.0).mean()"),
+    ("torch.where(is_target, entropy, 0.0).sum()", "entropy.sum()"),
+    ("main_loss / tau.clamp", "main_loss * tau.clamp"),
+    ("+ pi_gamma * surprise))\n", "- pi_gamma * surprise))\n"),
+    ("per_token_surprise * sign", "per_token_surprise"),
+    ("candidates >= min_candidates", "candidates > min_candidates"),
+    ("(lowest == highest)", "(lowest > highest)"),
+    ("eligible = real & ", "eligible = "),
+    ("eligible & ~tied, tied", "eligible, tied"),
+    ("eligible & (candidates > 1) & ", "eligible & "),
+    ("signed.argmin(dim=-1)", "signed.argmax(dim=-1)"),
+    ("balance = experts * (load", "balance = (load"),
+    ("(load * mean_p).sum() / layers", "(load * mean_p).sum()"),
+    ("real.unsqueeze(-1), dim=1) / tokens", "torch.ones_like(real).unsqueeze(-1), dim=1) / tokens"),
+    ("logsumexp(dim=-1).square()", "logsumexp(dim=-1)"),
+    ("/ targets.informative.sum().clamp_min(1)", "/ targets.informative.numel()"),
+    ("hyper.z_weight * z", "hyper.z_weight * balance"),
+]
+HYPER_STEP = [
+    ("grad_norm = global_norm(grads[0]) / targets_count", "grad_norm = global_norm(grads[0])"),
+    ("hyper.max_grad_norm) / targets_count", "hyper.max_grad_norm)"),
+    ("weight_decay=0.0, hyper=hyper", "weight_decay=hyper.weight_decay, hyper=hyper"),
+    ("lr=hyper.router_lr * rate", "lr=hyper.router_lr"),
+    ("lr=hyper.lr * rate, weight", "lr=hyper.lr, weight"),
+    ("state.step + 1)", "state.step)"),
+    ("(load.mean(dim=-1, keepdim=True) - load)", "(load - load.mean(dim=-1, keepdim=True))"),
+    ("rearrange(batch.attention_mask != 0", "rearrange(batch.attention_mask == 0"),
+    ("surprise_budget=hyper.pi_alpha", "surprise_budget=0.5"),
+    ("router_coupling=hyper.router_coupling,", "router_coupling=0.0,"),
+    ("== targets.expert) & targets.informative", "== targets.expert)"),
+    ("hyper._replace(explore_prob=0.0)", "hyper"),
+    ("1 / trace.active.sum(dim=-1).clamp_min(1)", "1 / trace.active.shape[-1]"),
+    ("(real.sum() * targets.tied.shape[0]).clamp_min(1)", "real.sum().clamp_min(1)"),
+    ('["router"] / targets_count', '["router"]'),
+    ("targets, load, real, hyper)\n    if", "targets, load, torch.ones_like(real), hyper)\n    if"),
+]
+OPTIM = [
+    ("(1 - hyper.beta1**t)", "(1 - hyper.beta1)"),
+    ("1 - lr * weight_decay", "1 - weight_decay"),
+    ("grad.square()", "grad.abs()"),
+    ("value * decay if has_decay(name) else value", "value * decay"),
+    (".clamp_max(1.0)\n\n\ndef schedule", "\n\n\ndef schedule"),
+    ("((at + 1) / warmup", "(at / warmup"),
+    ("0.5 * (1 + torch.cos", "0.5 * (1 - torch.cos"),
+    ("torch.finfo(nu.dtype).tiny", "0.0"),
+    ('endswith(("norm", "bias"))', 'endswith("norm")'),
+    ("{name: grad * scale for", "{name: grad.clone() for"),
+    ("weight_decay=decays if decay else 0.0", "weight_decay=decays"),
+    ("{k: v.clone() for", "{k: v for"),
+    ("torch.where(total > 0, cosine, 1.0)", "cosine"),
+]
+METRICS = [
+    ("(highest - mean) / torch", "highest / torch"),
+    ("(load == 0).sum()", "(load <= 0.1).sum()"),
+    ("index = torch.where(counted, index, bins)", "index = index"),
+    ("return visits / (active.shape[0] * real.sum())", "return visits / (real.sum())"),
+    ("return _finite_or_zero(x).sum() / x.isfinite().sum().clamp_min(1)", "return _finite_or_zero(x).mean()"),
+]
+
+MUTANTS = [
+    Mutant(file, old, new)
+    for file, changes in {
+        "tiny_onn_func/routing.py": ROUTING,
+        "tiny_onn_func/experts.py": EXPERTS,
+        "tiny_onn_func/grouped.py": GROUPED,
+        "training/hooks.py": HOOKS,
+        "training/objectives.py": OBJECTIVES,
+        "training/hyper_step.py": HYPER_STEP,
+        "training/optim.py": OPTIM,
+        "training/metrics.py": METRICS,
+    }.items()
+    for old, new in changes
+]
+
+# Where a fault of a file is likely to show, the likeliest and cheapest first.
+TESTS = {
+    "tiny_onn_func/routing.py": ("dynmoe", "surprise_calculation", "transforms"),
+    "tiny_onn_func/experts.py": ("dynmoe", "surprise_calculation"),
+    "tiny_onn_func/grouped.py": ("grouped", "transforms"),
+    "training/hooks.py": ("surprise_calculation", "isolation"),
+    "training/objectives.py": ("optim", "metrics", "surprise_calculation", "isolation", "e2e_meta_learning"),
+    "training/hyper_step.py": ("isolation", "dynmoe", "optim", "metrics", "surprise_calculation", "transforms"),
+    "training/optim.py": ("optim", "isolation", "transforms"),
+    "training/metrics.py": ("metrics",),
+}
