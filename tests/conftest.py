@@ -4,12 +4,17 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile(
     "default", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("slow", settings.get_profile("default"), max_examples=1000)
+settings.register_profile(
+    "mutation",
+    settings.get_profile("default"),
+    phases=[Phase.explicit, Phase.generate],  # no time for shrinking
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

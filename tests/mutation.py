@@ -22,6 +22,9 @@ from tests.mutants import MUTANTS, TESTS, Mutant
 
 ROOT = Path(__file__).parent.parent
 LEAST_KILLED = 0.95
+BROKEN = 70  # exit status of a run that could not even start
+# a failing example is not shrunk, and asserts of modules that are imported already cannot be rewritten
+OPTIONS = ["-x", "-q", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist"]
 
 
 class Outcome(NamedTuple):
@@ -99,7 +102,11 @@ def start(mutant: Mutant, folder: Path) -> int:
     source.write_text(apply(mutant, source.read_text()))
     pid = os.fork()
     if pid == 0:
-        os._exit(run_tests(folder, [f"tests/test_{name}.py" for name in TESTS[mutant.file]]))
+        status = BROKEN
+        try:
+            status = run_tests(folder, [f"tests/test_{name}.py" for name in TESTS[mutant.file]])
+        finally:
+            os._exit(status)
     return pid
 
 
@@ -107,13 +114,14 @@ def run_tests(folder: Path, files: list[str]) -> int:
     """Pytest in this process, on the project in `folder`; its output goes to a file there."""
     import pytest
 
+    os.environ["HYPOTHESIS_PROFILE"] = "mutation"
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     for name in [n for n in sys.modules if n.split(".")[0] in ("tests", "training", "tiny_onn_func")]:
         del sys.modules[name]
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", *files])
+        status = pytest.main([*OPTIONS, *files])
     (folder / "output.txt").write_text(output.getvalue())
     return int(status)
 
@@ -124,6 +132,8 @@ def verdict(folder: Path, status: int) -> str | None:
         return f"signal {os.WTERMSIG(status)}: a crash, or the limit of time"
     if os.WEXITSTATUS(status) == 0:
         return None
+    if os.WEXITSTATUS(status) == BROKEN:
+        raise RuntimeError("pytest itself failed; what it printed stands above")
     lines = (folder / "output.txt").read_text().splitlines()
     return next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1] if lines else "no output")
 

@@ -4,6 +4,7 @@ from training.batch import Batch
 from training.hooks import SurpriseHookManager
 from training.hyper import HyperParams
 from training.hyper_step import Metrics, TrainState, hyper_step, init_state, per_token_surprise
+from training.study import run_study
 
 __all__ = [
     "Batch",
@@ -14,4 +15,5 @@ __all__ = [
     "hyper_step",
     "init_state",
     "per_token_surprise",
+    "run_study",
 ]

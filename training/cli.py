@@ -13,6 +13,9 @@ USAGE = """usage: tiny-onn VERB ...
   train      train a model                  tiny-onn train [--config FILE.yaml] [--data SPEC] [--out DIR] ...
   evaluate   score a run on held-out text   tiny-onn evaluate RUN
   generate   continue a text                tiny-onn generate RUN --prompt "def "
+  export     a run for Hugging Face         tiny-onn export RUN --out DIR
+  surgery    a dense Qwen3 into experts     tiny-onn surgery QWEN3_DIR --out DIR --num-experts 32
+  study      compare many runs              tiny-onn study FILE.yaml [--out DIR] [--quick] [--resume]
 
 `tiny-onn VERB --help` lists the flags of a verb."""
 
@@ -20,7 +23,14 @@ USAGE = """usage: tiny-onn VERB ...
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status: 0 well, 2 a mistake of the user, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    verbs: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "evaluate": _evaluate, "generate": _generate}
+    verbs: dict[str, Callable[[Sequence[str]], None]] = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "generate": _generate,
+        "export": _export,
+        "surgery": _surgery,
+        "study": _study,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -91,3 +101,51 @@ def _generate(argv: Sequence[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def _export(argv: Sequence[str]) -> None:
+    parser = _Parser("tiny-onn export", description="Write a run as a Qwen3-MoE folder for Hugging Face's tools.")
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--out", required=True, help="new or empty folder")
+    parser.add_argument("--num-experts-per-tok", type=int, metavar="K", help="experts a token visits; the run's own")
+    given = parser.parse_args(argv)
+    from training.export import export_run
+
+    print(export_run(given.run, given.out, num_experts_per_tok=given.num_experts_per_tok))
+
+
+def _surgery(argv: Sequence[str]) -> None:
+    parser = _Parser("tiny-onn surgery", description="Cut every MLP of a dense Qwen3 folder into experts.")
+    parser.add_argument("model", help="folder with config.json and safetensors")
+    parser.add_argument("--out", required=True, help="new or empty folder")
+    parser.add_argument("--num-experts", type=int, required=True, metavar="E", help="a divisor of intermediate_size")
+    parser.add_argument("--num-experts-per-tok", type=int, metavar="K", help="all of them by default; -1 is dynamic")
+    parser.add_argument("--split", choices=("contiguous", "clusters"), default="contiguous")
+    parser.add_argument("--calibration", metavar="FILE", help="text whose activations --split clusters looks at")
+    given = parser.parse_args(argv)
+    from training.surgery import cut_into_experts
+
+    out = cut_into_experts(
+        given.model, given.out, num_experts=given.num_experts, num_experts_per_tok=given.num_experts_per_tok,
+        split=given.split, calibration=given.calibration,
+    )  # fmt: skip
+    print(out)
+
+
+def _study(argv: Sequence[str]) -> None:
+    parser = _Parser("tiny-onn study", description="Make every run of a study, and compare its arms.")
+    parser.add_argument("file", nargs="?", metavar="FILE.yaml", help="the study; with --resume the folder's own")
+    parser.add_argument("--out", metavar="DIR", help="folder of the study; by default runs/<name of the file>")
+    parser.add_argument("--quick", action="store_true", help="the short version that the file's `quick` describes")
+    parser.add_argument("--resume", action="store_true", help="go on with the study in --out")
+    parser.add_argument("--runs-at-once", type=int, metavar="N", help="runs of one program; automatic by default")
+    given = parser.parse_args(argv)
+    from training.study_file import load_study, named_study
+
+    file, out = named_study(given.file, given.out, quick=given.quick, resume=given.resume)
+    study = load_study(file, quick=given.quick)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from training.study import run_study
+
+    results = run_study(study, out, resume=given.resume, runs_at_once=given.runs_at_once)
+    print(f"{results.table}\n\nstudy folder: {results.folder}")

@@ -1,7 +1,8 @@
-"""Gradients of an objective: torch.func under transforms, plain autograd where there is none.
+"""Gradients of an objective: torch.func where derivatives are followed, plain autograd where they are not.
 
-Both give the same bits (a test compares them). torch.func wraps every tensor, and unless told otherwise differentiates
-with `create_graph`, which keeps the graph of the gradients too: alone, a step then takes about twice as long.
+Both give the same numbers (a test compares them). torch.func wraps every tensor, and under vmap makes each backward
+once more out of mapped pieces. Where nothing but vmap is at work, autograd sees through it: the plain tensors inside
+have the mapped axes, and one plain backward serves all runs.
 """
 
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch.func import vjp
 
 from tiny_onn_func.tree import leaves, tree_map
+from training.mapped import only_vmaps, peel, with_all_axes, wrap
 
 Objective = Callable[..., tuple[Tensor, Any]]
 
@@ -22,14 +25,16 @@ def gradients(objective: Objective, *trees: Any, reads: Any = ()) -> tuple[tuple
 
     `reads` is what else the objective reads and somebody's derivative may follow.
     """
-    if is_transformed((trees, reads)):
+    followed = _is_followed((trees, reads))
+    if followed or torch.compiler.is_compiling():
         value, pull_back, aux = vjp(objective, *trees, has_aux=True)  # type: ignore[misc]
-        return pull_back(torch.ones_like(value), create_graph=_is_followed((trees, reads))), aux
+        return pull_back(torch.ones_like(value), create_graph=followed), aux
     with torch.enable_grad():
-        own = tree_map(lambda leaf: leaf.detach().requires_grad_(), trees)
+        own = tree_map(_leaf_of_its_own, trees)
         value, aux = objective(*own)
-        flat = torch.autograd.grad(value, leaves(own), materialize_grads=True)
-    grads = iter(flat)
+        inside = [peel(leaf) for leaf in leaves(own)]
+        flat = torch.autograd.grad(peel(value)[0].sum(), [plain for plain, _ in inside], materialize_grads=True)
+    grads = iter([wrap(grad, axes) for grad, (_, axes) in zip(flat, inside, strict=True)])
     return tree_map(lambda _: next(grads), trees), tree_map(lambda leaf: leaf.detach(), aux)
 
 
@@ -41,18 +46,15 @@ def is_transformed(trees: Any) -> bool:
 
 def _is_followed(trees: Any) -> bool:
     """Whether gradients of the gradients may be asked for: by a transform that is no vmap, or by autograd."""
-    if torch.compiler.is_compiling():
-        return False
-    levels = functorch.get_interpreter_stack() or ()
-    return any(level.key() != functorch.TransformType.Vmap for level in levels) or _require_grad(trees)
+    return not torch.compiler.is_compiling() and (not only_vmaps() or _require_grad(trees))
 
 
 def _require_grad(trees: Any) -> bool:
-    return any(_innermost(leaf).requires_grad for leaf in leaves(trees) if isinstance(leaf, Tensor))
+    return any(peel(leaf)[0].requires_grad for leaf in leaves(trees) if isinstance(leaf, Tensor))
 
 
-def _innermost(leaf: Tensor) -> Tensor:
-    """What a mapped tensor wraps: the wrapper itself never says that it requires a gradient."""
-    while functorch.is_batchedtensor(leaf):
-        leaf = functorch.get_unwrapped(leaf)
-    return leaf
+def _leaf_of_its_own(leaf: Tensor) -> Tensor:
+    """The same numbers as a leaf of a new graph, one run's apart from another's."""
+    plain, axes = peel(with_all_axes(leaf.detach()))
+    with enable_inplace_requires_grad(True):
+        return wrap(plain.detach().requires_grad_(), axes)

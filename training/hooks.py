@@ -1,7 +1,5 @@
 """The hook manager: looks at every application of w2 and records each routed row's surprise in the backward pass."""
 
-from functools import partial
-
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -10,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tiny_onn_func.experts import ApplyW2, Rows
 from tiny_onn_func.experts import apply_w2 as plain_apply_w2
+from training.mapped import peel, wrap
 
 
 class SurpriseHookManager:
@@ -37,9 +36,10 @@ class SurpriseHookManager:
     def apply_w2(self, layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
         """The wrapped application; saves w2's inputs and the rows' indices and hooks its output."""
         y = self._apply_w2(layer, hidden, w2, rows)
-        if y.requires_grad:
+        inside, axes = peel(y)  # a mapped tensor has no graph of its own
+        if inside.requires_grad:
             self._saved[layer] = (hidden.detach(), rows)
-            self._handles.append(y.register_hook(partial(self._record, layer)))
+            self._handles.append(inside.register_hook(lambda grad: self._record(layer, wrap(grad, axes))))
         return y
 
     def _record(self, layer: int, grad: Tensor) -> None:

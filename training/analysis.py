@@ -1,0 +1,241 @@
+"""Results of a study -> analysis.json: intervals, differences paired by seed, equivalence, verdicts, an answer.
+
+Arms are compared by held-out nats per token; less is better. An arm's difference to the baseline is the mean over seeds
+of (arm - baseline) at the same seed, hence the same data order.
+
+- better, worse: the paired t-test rejects no difference at 5 %, corrected for the number of arms (Holm), and the
+  difference is not shown to be within the margin. `beyond_margin`: the whole interval is beyond the margin.
+- equivalent: two one-sided t-tests (TOST) at 5 % put the difference within the margin, which was set before the runs.
+- undecided: neither; also with fewer than two pairs, or when a run of the arm diverged.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from training.student_t import t_cdf, t_quantile
+from training.study_config import StudyConfig, baselines_of, expand
+from training.study_results import DIVERGED, FINISHED, Row, read_results, write_text
+
+CONFIDENCE = 0.95
+LEVEL = 0.05  # of both tests
+MATCHED_K = 0.05  # avg_k within this share of the baseline's counts as equal active compute
+MEASURE = "nats_per_token"
+BESIDE = (
+    "bits_per_byte",
+    "avg_k",
+    "max_vio",
+    "dead_experts",
+    "gating_acc",
+    "gating_trivial",
+    "active_parameters",
+    "seconds",
+)
+
+
+class Interval(NamedTuple):
+    """A mean and its t-interval; no bounds with fewer than two values."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """mean +- t_{n - 1} * s / sqrt(n)."""
+    mean = fmean(values)
+    if len(values) < 2:
+        return Interval(mean, None, None)
+    half = t_quantile((1 + confidence) / 2, len(values) - 1) * _standard_error(values)
+    return Interval(mean, mean - half, mean + half)
+
+
+def t_test(differences: Sequence[float]) -> float | None:
+    """Two-sided p of paired differences with mean zero; None with fewer than two of them."""
+    if len(differences) < 2:
+        return None
+    return min(1.0, 2 * t_cdf(-abs(_ratio(fmean(differences), _standard_error(differences))), len(differences) - 1))
+
+
+def tost(differences: Sequence[float], margin: float) -> float | None:
+    """p of "the mean difference is outside (-margin, margin)", the larger of two one-sided ones (Schuirmann 1987)."""
+    if len(differences) < 2:
+        return None
+    mean, error, df = fmean(differences), _standard_error(differences), len(differences) - 1
+    return max(t_cdf(_ratio(mean - margin, error), df), t_cdf(-_ratio(mean + margin, error), df))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p values corrected for their number, step down (Holm 1979)."""
+    corrected, highest = {}, 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        highest = max(highest, min(1.0, p * (len(p_values) - rank)))
+        corrected[name] = highest
+    return corrected
+
+
+def analyse(folder: str | Path) -> dict[str, Any]:
+    """The analysis of a study's folder, which is also written there as analysis.json."""
+    from training.study_file import load_study
+
+    folder = Path(folder)
+    analysis = analyse_rows(load_study(folder / "study.yaml"), read_results(folder))
+    write_text(folder / "analysis.json", json.dumps(analysis, indent=2) + "\n")
+    return analysis
+
+
+def analyse_rows(study: StudyConfig, rows: Sequence[Row]) -> dict[str, Any]:
+    """The values of analysis.json, from the rows of results.csv (numbers, or their text)."""
+    by_label: dict[str, list[Row]] = {}
+    for run, row in zip(expand(study), rows, strict=True):
+        by_label.setdefault(run.arm, []).append(row)
+    chosen = {label: _best_point(found, study.tune) for label, found in by_label.items()}
+    arms = {label: _describe(found, study.tune) for label, found in chosen.items()}
+    baselines = baselines_of(study)
+    against = {
+        label: _compare(chosen[label], chosen[other], study.margin) | {"baseline": other}
+        for label, other in baselines.items()
+        if label != other
+    }
+    corrected = holm({label: found["p"] for label, found in against.items() if found["p"] is not None})
+    for label, found in against.items():
+        found["p_holm"] = corrected.get(label)
+        found["verdict"] = _verdict(found, arms[label]["diverged"] + arms[baselines[label]]["diverged"])
+        ours, theirs = arms[label]["avg_k"], arms[baselines[label]]["avg_k"]
+        found["k_matched"] = None if ours is None or not theirs else abs(ours / theirs - 1) <= MATCHED_K
+    facts = {key: getattr(study, key) for key in ("name", "question", "margin", "falsifier")}
+    baseline = study.baseline or next(iter(baselines.values()))
+    return {
+        **facts, "baseline": baseline, "measure": MEASURE, "confidence": CONFIDENCE, "tuned": list(study.tune),
+        "answer": _answer(against, baseline, study.margin), "arms": arms, "against_baseline": against,
+    }  # fmt: skip
+
+
+def study_table(analysis: Mapping[str, Any]) -> str:
+    """The analysis for the terminal: one line an arm, the best first."""
+    head = ["arm", "n", "nats per token", "95 % interval", "difference", "95 % interval", "avg K", "verdict"]
+    lines = [head]
+    order = sorted(analysis["arms"].items(), key=lambda item: math.inf if item[1]["mean"] is None else item[1]["mean"])
+    for label, arm in order:
+        pair = analysis["against_baseline"].get(label, {"verdict": "baseline"})
+        name = label + "".join(f" ({key.rpartition('.')[2]} {value})" for key, value in arm["tuned"].items())
+        verdict = pair["verdict"] + (f", {arm['diverged']} diverged" if arm["diverged"] else "")
+        lines.append([
+            name, str(arm["n"]), _number(arm["mean"]), _bounds(arm), _number(pair.get("difference"), "+.4f"),
+            _bounds(pair, "+.4f"), _number(arm["avg_k"], ".2f"), verdict,
+        ])  # fmt: skip
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, "", analysis["answer"]])
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------------
+
+
+def _best_point(rows: Sequence[Row], tune: Sequence[str]) -> list[Row]:
+    """The runs at the tuned axes' values of the lowest mean score; points where a run diverged come last."""
+    points: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        points.setdefault(tuple(str(row[key]) for key in tune), []).append(row)
+
+    def rank(found: list[Row]) -> tuple[int, int, float]:
+        scores = [*_scores(found).values()]
+        lost = sum(row["status"] == DIVERGED for row in found)
+        return lost, -len(scores), fmean(scores) if scores else math.inf
+
+    return min(points.values(), key=rank)
+
+
+def _describe(rows: Sequence[Row], tune: Sequence[str]) -> dict[str, Any]:
+    scores = [*_scores(rows).values()]
+    interval = t_interval(scores) if scores else Interval(math.nan, None, None)
+    beside = {key: [float(row[key]) for row in rows if row[key] not in (None, "")] for key in BESIDE}
+    return {
+        "mean": interval.mean if scores else None,
+        "low": interval.low,
+        "high": interval.high,
+        "n": len(scores),
+        **{key: fmean(values) if values else None for key, values in beside.items()},
+        "diverged": sum(row["status"] == DIVERGED for row in rows),
+        "tuned": {key: _plain(rows[0][key]) for key in tune},
+        "runs": [row["run"] for row in rows],
+    }
+
+
+def _compare(ours: Sequence[Row], theirs: Sequence[Row], margin: float) -> dict[str, Any]:
+    mine, other = _scores(ours), _scores(theirs)
+    differences = [score - other[seed] for seed, score in mine.items() if seed in other]
+    if not differences:
+        return dict.fromkeys(("difference", "low", "high", "p", "tost_p", "beyond_margin")) | {"n": 0}
+    mean, low, high = t_interval(differences)
+    beyond = None if low is None or high is None else high < -margin or low > margin
+    return {
+        "difference": mean, "low": low, "high": high, "n": len(differences), "p": t_test(differences),
+        "tost_p": tost(differences, margin), "beyond_margin": beyond,
+    }  # fmt: skip
+
+
+def _verdict(pair: Mapping[str, Any], diverged: int) -> str:
+    if diverged or pair["p_holm"] is None:
+        return "undecided"
+    if pair["tost_p"] < LEVEL:
+        return "equivalent"
+    if pair["p_holm"] < LEVEL:
+        return "better" if pair["difference"] < 0 else "worse"
+    return "undecided"
+
+
+def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: float) -> str:
+    """One sentence: which arms beat the baseline, and what became of the others."""
+    if not against:
+        return f"Only {baseline} was run, so nothing is compared."
+    parts = []
+    for verdict, verb in {
+        "better": "better than", "worse": "worse than", "equivalent": f"within {margin:g} nats of",
+        "undecided": "not told apart from",
+    }.items():  # fmt: skip
+        found = sorted(
+            (pair["difference"] or 0.0, name) for name, pair in against.items() if pair["verdict"] == verdict
+        )
+        if found:
+            names = ", ".join(f"{name} ({difference:+.3f})" for difference, name in found)
+            parts.append(f"{verb} {baseline}: {names}")
+        elif verdict == "better":
+            parts.append(f"no arm is better than {baseline}")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _scores(rows: Sequence[Row]) -> dict[str, float]:
+    """Seed -> score of the runs that are finished."""
+    return {str(row["seed"]): float(row[MEASURE]) for row in rows if row["status"] == FINISHED}
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / math.sqrt(len(values))
+
+
+def _ratio(value: float, error: float) -> float:
+    """value / error; values that do not vary are beyond doubt, unless they are zero."""
+    if error == 0:
+        return math.copysign(math.inf, value) if value else 0.0
+    return value / error
+
+
+def _plain(value: Any) -> Any:
+    """A value of results.csv as the number that it spells, if it is one."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _bounds(found: Mapping[str, Any], form: str = ".4f") -> str:
+    return "" if found.get("low") is None else f"{found['low']:{form}} to {found['high']:{form}}"

@@ -1,0 +1,150 @@
+"""Which neurons of a dense MLP belong together, and which tokens want them: what a calibration text tells."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tiny_onn_func.attention import attention, causal_mask
+from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.hf_folder import Stored, read_tensors
+from tiny_onn_func.hf_layout import EMBEDDING
+from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu
+from training.errors import UserError
+from training.sources import printable, refuse
+from training.tokens import VOCAB_SIZE, encode
+
+ROWS, LENGTH = 8, 128  # sequences of the calibration text, and tokens of one
+CHARACTERS = 1 << 16  # of the text that is read: more than enough for that many tokens
+ROUNDS = 20
+RIDGE = 0.1  # of the mean eigenvalue of the inputs' second moment
+
+
+class Seen(NamedTuple):
+    """What one dense MLP does on the calibration text, in float32."""
+
+    inputs: Float[Tensor, "tokens dim"]
+    activations: Float[Tensor, "tokens inner"]  # of its hidden neurons
+    down: Float[Tensor, "dim inner"]  # its down_proj, as the checkpoint has it
+
+
+def read_calibration(
+    folder: Path, text: Path, config: ModelConfig, stored: Mapping[str, Stored]
+) -> Float[Tensor, "batch seq dim"]:
+    """The embedded first tokens of a text file, by the model's tokenizer.json, or as bytes if it has none.
+
+    Raises:
+        UserError: the text cannot be read or is too short, its tokens are none of the model's, there is no tokenizer.
+    """
+    name = printable(text)
+    try:
+        with text.open(encoding="utf-8", errors="surrogateescape") as file:
+            content = file.read(CHARACTERS)
+    except OSError as error:
+        refuse(name, error)
+    ids = torch.tensor(_encode(folder, content, config))[: ROWS * LENGTH]
+    if len(ids) < LENGTH:
+        raise UserError(f"{name}: expected a text of at least {LENGTH} tokens, got {len(ids)}")
+    if int(ids.max()) >= config.vocab_size:
+        raise UserError(f"{name}: expected tokens below vocab_size ({config.vocab_size}), got {int(ids.max())}")
+    ids = rearrange(ids[: len(ids) // LENGTH * LENGTH], "(batch seq) -> batch seq", seq=LENGTH)
+    ((_, embedding),) = read_tensors(stored, (EMBEDDING,))
+    return F.embedding(ids, embedding).float()
+
+
+def calibrate(
+    states: Float[Tensor, "batch seq dim"], layer: Mapping[str, Tensor], config: ModelConfig
+) -> tuple[Float[Tensor, "batch seq dim"], Seen]:
+    """Run one dense layer, in float32: what the next layer sees, and what this one's MLP does.
+
+    Args:
+        states: the residual stream in front of the layer.
+        layer: `self_attn.q_proj`, `mlp.gate_proj`, ... -> weights as the checkpoint has them (out, in).
+    """
+    weights = {name: tensor.float() for name, tensor in layer.items()}
+    projections = {
+        name.split(".")[-1]: w.mT if w.ndim == 2 else w for name, w in weights.items() if "self_attn" in name
+    }
+    length = states.shape[1]
+    rotary = rotary_angles(torch.arange(length), config.head_dim, config.rope_theta)
+    normed = rms_norm(states, weights["input_layernorm"], config.rms_norm_eps)
+    x = states + attention(normed, projections, rotary, causal_mask(None, length, states.device), config)
+    normed = rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
+    hidden = swiglu(normed @ weights["mlp.gate_proj"].mT, normed @ weights["mlp.up_proj"].mT)
+    out = x + hidden @ weights["mlp.down_proj"].mT
+    inputs, activations = (rearrange(t, "batch seq size -> (batch seq) size") for t in (normed, hidden))
+    return out, Seen(inputs, activations, weights["mlp.down_proj"])
+
+
+def cluster_neurons(activations: Float[Tensor, "tokens inner"], clusters: int) -> Int[Tensor, " inner"]:
+    """An order of the neurons in which every run of `inner / clusters` fires together.
+
+    Spherical k-means of |activation| over tokens, every cluster of the same size: in each round every neuron goes to
+    the nearest centre that has room, the closest ones first. Starts at the contiguous slices; deterministic.
+    """
+    points = F.normalize(rearrange(activations.abs(), "tokens inner -> inner tokens"), dim=-1)
+    size = len(points) // clusters
+    order = torch.arange(len(points))
+    for _ in range(ROUNDS):
+        centres = rearrange(points[order], "(clusters size) tokens -> clusters size tokens", clusters=clusters)
+        similarity = points @ F.normalize(centres.mean(dim=1), dim=-1).mT
+        found = assign_evenly(similarity, size).sort(stable=True).indices
+        if torch.equal(found, order):
+            break
+        order = found
+    return order
+
+
+def fit_router(seen: Seen, order: Int[Tensor, " inner"], clusters: int) -> Float[Tensor, "clusters dim"]:
+    """Ridge regression from an MLP's input to the size of each cluster's output, ||h_e w2_e||, next to the others'.
+
+    Only the ranking of its logits matters; the scale is the caller's.
+    """
+    members = rearrange(order, "(clusters size) -> clusters size", clusters=clusters)
+    sizes = [(seen.activations[:, some] @ seen.down[:, some].mT).norm(dim=-1) for some in members]
+    wanted = torch.stack(sizes, dim=-1)
+    wanted = wanted - wanted.mean(dim=-1, keepdim=True)
+    moment = seen.inputs.mT @ seen.inputs
+    damping = RIDGE * moment.diagonal().mean() * torch.eye(len(moment))
+    return torch.linalg.solve(moment + damping, seen.inputs.mT @ wanted).mT
+
+
+def assign_evenly(similarity: Float[Tensor, "points clusters"], size: int) -> Int[Tensor, " points"]:
+    """The cluster of each point, `size` points in every one: all ask for the best cluster with room, which takes the
+    closest of them; those it refuses ask again."""
+    points, clusters = similarity.shape
+    assigned = torch.full((points,), -1)
+    for _ in range(clusters):  # each round fills a cluster, or is the last
+        waiting = (assigned < 0).nonzero().squeeze(-1)
+        if not len(waiting):
+            break
+        taken = torch.bincount(assigned[assigned >= 0], minlength=clusters)
+        best = similarity[waiting].masked_fill(taken >= size, -torch.inf).max(dim=-1)
+        for cluster in best.indices.unique().tolist():
+            asking = waiting[best.indices == cluster]
+            closest = best.values[best.indices == cluster].sort(descending=True, stable=True).indices
+            assigned[asking[closest[: size - int(taken[cluster])]]] = cluster
+    return assigned
+
+
+def _encode(folder: Path, text: str, config: ModelConfig) -> list[int]:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if config.vocab_size != VOCAB_SIZE:
+            raise UserError(f"{printable(path)}: expected the model's tokenizer for --calibration, found none")
+        return [int(token) for token in encode(text)]
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UserError("--calibration: expected the package tokenizers; pip install 'tiny-onn-func[hf]'") from None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{printable(path)}: expected a tokenizer, got: {error}") from None
+    usable = text.encode("utf-8", "replace").decode()  # it takes no lone surrogates
+    return [int(token) for token in tokenizer.encode(usable, add_special_tokens=False).ids]

@@ -1,0 +1,256 @@
+"""The study engine: hundreds of runs, vmapped where they share their static settings, looped where they do not."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tiny_onn_func.tree import stack, unstack
+from training.analysis import analyse, study_table
+from training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from training.data import Splits, open_corpus
+from training.errors import UserError
+from training.hyper_step import Metrics, TrainState, init_state
+from training.memory import keep_freed_memory
+from training.recorder import FILE, Recorder, read_history
+from training.run_config import RunConfig
+from training.study_config import StudyConfig, StudyRun, expand, study_values
+from training.study_plan import Chunk, load_plan, plan_chunks, save_plan
+from training.study_results import (
+    UNFINISHED,
+    Row,
+    empty_row,
+    finished_row,
+    read_results,
+    write_results,
+    write_summary,
+    write_text,
+)
+from training.study_step import batches_at, mapped_step, score_runs
+
+
+class StudyResults(NamedTuple):
+    """What a study found; all of it is in its folder, too."""
+
+    folder: Path
+    rows: list[Row]  # of results.csv
+    analysis: dict[str, Any]  # of analysis.json
+    table: str  # for the terminal
+
+
+class Mapped(NamedTuple):
+    """R runs under way in one program; leaves of `runs` have a leading axis R."""
+
+    step: Tensor  # () int64, steps made
+    seconds: Tensor  # () float64, of all runs together
+    diverged_at: Tensor  # (R,) int64, step at which the loss was no number any more; 0 while it is one
+    runs: TrainState
+
+
+def run_study(
+    study: StudyConfig, out: str | Path, *, resume: bool = False, runs_at_once: int | None = None
+) -> StudyResults:
+    """Make every run of a study, score it on the held-out text, and compare the arms.
+
+    Progress goes to the terminal's error stream. Ctrl-C saves a checkpoint and ends with KeyboardInterrupt.
+
+    Args:
+        out: the study's folder.
+        resume: go on with the study in that folder: finished runs stay, the others go on from their checkpoints.
+        runs_at_once: most runs of one vmapped program; None takes what memory allows.
+
+    Raises:
+        UserError: the data cannot be used, or the folder holds a study and `resume` was not asked for (or the reverse).
+    """
+    folder, runs = Path(out), expand(study)
+    keep_freed_memory()
+    if study.base.threads:
+        torch.set_num_threads(study.base.threads)
+    chunks = _begin(study, runs, folder, resume, runs_at_once)
+    rows = {run.id: empty_row(run) for run in runs} | {row["run"]: row for row in read_results(folder)}
+    write_results([*rows.values()], folder)
+    done = [run for run in runs if rows[run.id]["status"] != UNFINISHED]
+    total, made = (sum(run.config.steps for run in some) for some in (runs, done))
+    try:
+        with tqdm(total=total, initial=made, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05) as bar:
+            for number, chunk in enumerate(chunks, 1):
+                if all(rows[run.id]["status"] != UNFINISHED for run in chunk.runs):
+                    continue
+                bar.set_description(f"group {number}/{len(chunks)}, {len(chunk.runs)} runs")
+                rows |= {row["run"]: row for row in _run_chunk(study, chunk, folder, bar)}
+                write_results([*rows.values()], folder)
+                rmtree(folder / "checkpoints" / chunk.name, ignore_errors=True)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: tiny-onn study --resume --out {folder}", file=sys.stderr)
+        raise
+    analysis = analyse(folder)
+    return StudyResults(folder, [*rows.values()], analysis, study_table(analysis))
+
+
+def _begin(
+    study: StudyConfig, runs: Sequence[StudyRun], folder: Path, resume: bool, runs_at_once: int | None
+) -> list[Chunk]:
+    """The folder with the study's description in it, and the chunks; a resumed study must be the same one."""
+    from training.settings import save_settings
+    from training.study_file import load_study, save_study  # pydantic, which the package does without
+
+    described, home = folder / "study.yaml", folder / "checkpoints"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out: expected a folder or a new name, got the file {folder}; name another one")
+    if not resume and described.exists():
+        raise UserError(
+            f"--out: expected a new folder, got {folder}, which holds a study; add --resume, or name another"
+        )
+    if resume and not described.exists():
+        raise UserError(f"--resume: expected a study in {folder}, found none; leave --resume away")
+    if resume:
+        if _settled(load_study(described)) != _settled(study):
+            raise UserError(f"--resume: expected the study of {described}, got another one; name a new --out for it")
+        if runs_at_once is not None:
+            raise UserError("--runs-at-once: expected none with --resume, which keeps the groups; leave it away")
+        return load_plan([*runs], home)
+    chunks = plan_chunks([*runs], runs_at_once)
+    for config in {chunk.runs[0].config for chunk in chunks}:
+        _corpus(config)  # bad data is refused before anything is written
+    for run in runs:
+        (folder / "runs" / run.id).mkdir(parents=True, exist_ok=True)
+        save_settings(run.config, folder / "runs" / run.id / "config.yaml")
+    save_plan(chunks, home)
+    save_study(study, described)
+    return chunks
+
+
+def _settled(study: StudyConfig) -> dict[str, Any]:
+    """What may not change when a study is resumed: all but its short version."""
+    return {key: value for key, value in study_values(study).items() if key != "quick"}
+
+
+# One chunk ------------------------------------------------------------------------------------------------------------
+
+
+def _run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: tqdm) -> list[Row]:
+    """Train and score the runs of a chunk; their rows."""
+    config = chunk.runs[0].config
+    corpus = _corpus(config)
+    home = folder / "checkpoints" / chunk.name
+    mapped = _start([run.config for run in chunk.runs])
+    if latest_checkpoint(home) is not None:
+        mapped = load_checkpoint(home, like=mapped)
+        bar.update(int(mapped.step) * len(chunk.runs))
+    folders = [folder / "runs" / run.id for run in chunk.runs]
+    recorders = [_open_record(one, int(mapped.step)) for one in folders]
+    try:
+        mapped = _train(study, chunk, mapped, corpus, recorders, home, bar)
+    finally:
+        for recorder in recorders:
+            recorder.close()
+    scores = score_runs(mapped.runs.params, [run.config for run in chunk.runs], corpus, config.final_eval_bytes)
+    seconds, rows = float(mapped.seconds) / len(chunk.runs), []
+    for i, (run, one, params) in enumerate(zip(chunk.runs, folders, unstack(mapped.runs.params), strict=True)):
+        diverged = int(mapped.diverged_at[i])
+        score = None if diverged or not _is_finite(scores[i].nats_per_token) else scores[i]
+        rows.append(finished_row(run, score, seconds, one))
+        write_summary(run, rows[-1], score, diverged or int(mapped.step), one)
+        if score is not None:
+            save_checkpoint(one, {"params": params, "step": mapped.step}, asdict(config.model), keep=1)
+    return rows
+
+
+def _train(
+    study: StudyConfig,
+    chunk: Chunk,
+    mapped: Mapped,
+    corpus: Splits,
+    recorders: Sequence[Recorder],
+    home: Path,
+    bar: tqdm,
+) -> Mapped:
+    """The steps that are left. Time spent on scores and checkpoints is not training time."""
+    configs = [run.config for run in chunk.runs]
+    config = configs[0]
+    step = mapped_step(configs)
+    saved = int(mapped.step)
+    try:
+        for number in range(saved + 1, config.steps + 1):
+            if bool((mapped.diverged_at > 0).all()):
+                bar.update((config.steps - number + 1) * len(configs))
+                break
+            start = time.perf_counter()
+            states, metrics = step(mapped.runs, batches_at(corpus, configs, number - 1))
+            lost = ~metrics.main_loss.isfinite() & (mapped.diverged_at == 0)
+            diverged_at = torch.where(lost, number, mapped.diverged_at)
+            new = Mapped(mapped.step + 1, mapped.seconds + time.perf_counter() - start, diverged_at, states)
+            _record(study, configs, new, metrics, corpus, recorders)
+            mapped = new
+            bar.update(len(configs))
+            bar.set_postfix_str(_progress(metrics, mapped), refresh=False)
+            if number == config.steps or (config.checkpoint_every and number % config.checkpoint_every == 0):
+                save_checkpoint(home, mapped, asdict(config.model), keep=1)
+                saved = number
+    except KeyboardInterrupt:
+        if int(mapped.step) > saved:
+            save_checkpoint(home, mapped, asdict(config.model), keep=1)
+        raise
+    return mapped
+
+
+def _start(configs: Sequence[RunConfig]) -> Mapped:
+    states = [init_state(config.model, torch.Generator().manual_seed(config.seed)) for config in configs]
+    zero = torch.zeros((), dtype=torch.int64)
+    return Mapped(zero, zero.double(), torch.zeros(len(configs), dtype=torch.int64), stack(states))
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _record(
+    study: StudyConfig, configs: Sequence[RunConfig], mapped: Mapped, metrics: Metrics, corpus: Splits,
+    recorders: Sequence[Recorder],
+) -> None:  # fmt: skip
+    """Append the records of a step, those of runs that diverged earlier left out."""
+    config, step = configs[0], int(mapped.step)
+    scored = config.eval_every > 0 and step % config.eval_every == 0
+    due = scored or step in (1, config.steps) or step % study.record_every == 0
+    diverged = mapped.diverged_at.tolist()
+    scores = score_runs(mapped.runs.params, configs, corpus, config.eval_bytes) if scored else None
+    for i, run in enumerate(unstack(metrics)):
+        if diverged[i] == step or (due and not diverged[i]):
+            values = run._asdict()
+            if scores is not None:
+                values |= {"held_out_nats": scores[i].nats_per_token, "held_out_bits_per_byte": scores[i].bits_per_byte}
+            tokens = step * config.batch_size * config.sequence_length
+            recorders[i].write(step, tokens, float(mapped.seconds) / len(configs), values)
+
+
+def _open_record(folder: Path, step: int) -> Recorder:
+    """The run's metrics.jsonl for appending, without what came after `step`. No TensorBoard: there may be hundreds."""
+    import json
+
+    path = folder / FILE
+    history = [record for record in read_history(folder) if record["step"] <= step] if path.exists() else []
+    write_text(path, "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in history))
+    return Recorder(path.open("a", encoding="ascii"), None)
+
+
+def _corpus(config: RunConfig) -> Splits:
+    return open_corpus(
+        config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length, progress=True
+    )
+
+
+def _progress(metrics: Metrics, mapped: Mapped) -> str:
+    alive = metrics.main_loss[mapped.diverged_at == 0]
+    text = f"loss {float(alive.mean()):.3g}" if alive.numel() else "loss nan"
+    lost = int((mapped.diverged_at > 0).sum())
+    return f"{text}, {lost} diverged" if lost else text
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")

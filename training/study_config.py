@@ -1,0 +1,278 @@
+"""StudyConfig: what a study compares, checked when it is made, and the list of runs that follows from it.
+
+    study = StudyConfig(
+        "rates", margin=0.02, base=RunConfig(steps=200), seeds=(0, 1, 2),
+        arms=(Arm("surprise"), Arm("frozen", {"hyper.router_lr": 0.0})),
+    )
+    runs = expand(study)  # six of them
+
+An arm is a named set of changes to `base`; axes are keys with values that every arm goes through. Keys are dotted as in
+YAML and flags: hyper.lr, model.num_experts, data.
+"""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
+from typing import Any, NamedTuple
+
+from training.errors import UserError
+from training.run_config import RunConfig
+
+QUICK_PARTS = ("seeds", "arms", "axes")  # of a study that its short version may change, beside the base
+Values = Mapping[str, Any]  # dotted key -> value
+UNUSED = {  # settings that mean nothing in a study, and what to write instead
+    "seed": "give `seeds: [0, 1, 2]` beside base",
+    "out": "name the study's folder with --out",
+    "threads": "set it in base; all runs share the processor",
+    **dict.fromkeys(("picture_every", "sample_tokens", "prompt", "keep_checkpoints"), "a study has none"),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A named set of changes to the base."""
+
+    name: str
+    set: Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What is asked, what is compared, and what would settle it.
+
+    Args:
+        name: of the study.
+        margin: nats per token; differences smaller than this count as none. Set before the runs are made.
+        question, falsifier: one sentence each, for the report.
+        base: the run that arms and axes change.
+        arms: none means one arm that changes nothing.
+        axes: dotted key -> values that every arm takes.
+        combine: `grid`, all combinations of the axes, or `zip`, their first values together, then their second ones.
+        tune: axes of which each arm takes the value with the best mean score, instead of being reported at each.
+        seeds: of parameters and batches; arms are compared seed by seed.
+        baseline: the arm that others are compared with; "" is the first one.
+        record_every: steps between two records in a run's metrics.jsonl.
+        quick: changes for a short version of the study: `seeds`, `axes`, `arms` (names), and keys of base.
+
+    Raises:
+        UserError: something is unknown, empty, doubled or out of range; the message names the key and the mend.
+    """
+
+    name: str
+    margin: float | int
+    question: str = ""
+    falsifier: str = ""
+    base: RunConfig = field(default_factory=RunConfig)
+    arms: Sequence[Arm] = ()
+    axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    combine: str = "grid"
+    tune: Sequence[str] = ()
+    seeds: Sequence[int] = ()
+    baseline: str = ""
+    record_every: int = 1
+    quick: Values = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(self.margin > 0, "margin", "more than 0 nats per token", self.margin, "set it before the runs")
+        _require(self.record_every >= 1, "record_every", "1 or more", self.record_every, "1 records every step")
+        _require(self.combine in ("grid", "zip"), "combine", "grid or zip", self.combine, "leave it away for grid")
+        _require(len(self.seeds) > 0, "seeds", "at least one seed", self.seeds, "five make intervals: [0, 1, 2, 3, 4]")
+        _refuse_doubles(self.seeds, "seeds")
+        _refuse_doubles([arm.name for arm in self.arms], "arms")
+        _check_keys(self)
+        labels = [run.arm for run in expand(self)]
+        known = [*dict.fromkeys([*(arm.name for arm in self.arms), *labels])]
+        if self.baseline and self.baseline not in known:
+            raise UserError(f"baseline: expected an arm ({', '.join(known)}), got {self.baseline!r}; name one of them")
+
+
+class Cell(NamedTuple):
+    """One arm at one point of the axes: a run for each seed."""
+
+    arm: str  # its own name
+    label: str  # of arm and axes, without what is tuned: the name under which it is compared
+    point: dict[str, Any]  # the axes' values
+    config: RunConfig
+
+
+class StudyRun(NamedTuple):
+    """One run of a study."""
+
+    id: str  # name of its folder
+    arm: str  # label of its cell
+    overrides: dict[str, Any]  # every key that some arm or axis sets -> this run's value
+    seed: int
+    config: RunConfig
+
+
+def expand(study: StudyConfig) -> list[StudyRun]:
+    """All runs: every cell with the first seed, then every cell with the second one, and so on."""
+    keys, found, runs = overridden_keys(study), cells(study), []
+    for seed in study.seeds:
+        for cell in found:
+            tuned = {key: cell.point[key] for key in study.tune}
+            name = " ".join(part for part in (cell.label, _point_text(tuned, study)) if part)
+            values = dotted(asdict(cell.config))
+            config = replace(cell.config, seed=seed, out=None)
+            runs.append(StudyRun(f"{_slug(name)}-seed{seed}", cell.label, {k: values[k] for k in keys}, seed, config))
+    doubled = [name for name, count in Counter(run.id for run in runs).items() if count > 1]
+    if doubled:
+        raise UserError(f"arms: expected names that differ in letters or digits, got two runs {doubled[0]}; rename one")
+    return runs
+
+
+def cells(study: StudyConfig) -> list[Cell]:
+    """Arms times points of the axes.
+
+    Raises:
+        UserError: an arm's values are out of range, or two cells are the same run.
+    """
+    found: dict[RunConfig, Cell] = {}
+    for arm in study.arms or (Arm(""),):
+        for point in _points(study):
+            shown = {key: value for key, value in _untuned(point, study).items() if len(study.axes[key]) > 1}
+            label = " ".join(part for part in (arm.name, _point_text(shown, study)) if part) or study.name
+            place = f"arms.{arm.name}: " if arm.name else "axes: "
+            config = changed(study.base, {**arm.set, **point}, place)
+            if twin := found.get(config):
+                came = f"{twin.label!r} and {label!r}" if twin.label != label else f"{label!r} twice"
+                raise UserError(f"arms: expected arms that differ, got the same run for {came}; change or remove one")
+            found[config] = Cell(arm.name, label, point, config)
+    return [*found.values()]
+
+
+def overridden_keys(study: StudyConfig) -> list[str]:
+    """Every key that an arm or an axis sets, in order of appearance."""
+    return [*dict.fromkeys([*(key for arm in study.arms for key in arm.set), *study.axes])]
+
+
+def baselines_of(study: StudyConfig) -> dict[str, str]:
+    """Label -> label that it is compared with: of the baseline, at the same point of the axes."""
+    found = cells(study)
+    baseline = study.baseline or found[0].arm or found[0].label
+
+    at = [(_untuned(cell.point, study), cell.label) for cell in found if cell.arm == baseline]
+    return {
+        cell.label: next((label for point, label in at if point == _untuned(cell.point, study)), baseline)
+        for cell in found
+    }
+
+
+def study_values(study: StudyConfig) -> dict[str, Any]:
+    """The study as plain values for YAML, every default filled in."""
+    values = {f.name: getattr(study, f.name) for f in fields(study)}
+    base = {key: value for key, value in asdict(study.base).items() if key not in UNUSED or key == "threads"}
+    arms = [{"name": arm.name, "set": dict(arm.set)} for arm in study.arms]
+    lists = {key: list(values[key]) for key in ("tune", "seeds")}
+    axes = {key: list(points) for key, points in study.axes.items()}
+    return values | lists | {"base": base, "arms": arms, "axes": axes, "quick": dict(study.quick)}
+
+
+def quick_study(study: StudyConfig) -> StudyConfig:
+    """The short version that the study's `quick` describes."""
+    given = dict(study.quick)
+    if not given:
+        raise UserError("quick: expected what the short version changes, got nothing; add `quick: {steps: 50}`")
+    names = given.pop("arms", [arm.name for arm in study.arms])
+    parts = {key: given.pop(key) for key in ("seeds", "axes") if key in given}
+    for name in names:
+        if name not in [arm.name for arm in study.arms]:
+            raise UserError(
+                f"quick.arms: expected names of arms, got {name!r}{near(name, [a.name for a in study.arms])}"
+            )
+    if taken := [key for key in given if key in overridden_keys(study)]:
+        raise UserError(f"quick.{taken[0]}: expected a key that no arm or axis sets, got one; remove it here or there")
+    arms = [arm for arm in study.arms if arm.name in names]
+    return replace(study, base=changed(study.base, given, "quick: "), arms=arms, quick={}, **parts)
+
+
+def dotted(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """{"hyper": {"lr": 1e-3}} -> {"hyper.lr": 1e-3}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_keys(study: StudyConfig) -> None:
+    known = dotted(asdict(study.base))
+    given = [(f"axes.{key}", key) for key in study.axes]
+    given += [(f"arms.{arm.name}.set.{key}", key) for arm in study.arms for key in arm.set]
+    given += [(f"quick.{key}", key) for key in study.quick if key not in QUICK_PARTS]
+    for place, key in given:
+        if key not in known:
+            raise UserError(f"{place}: unknown key{near(key, known)}")
+        if key in UNUSED:
+            raise UserError(f"{place}: expected a setting of a run in a study, got {key}; {UNUSED[key]}")
+    for key, values in study.axes.items():
+        _require(len(values) > 0, f"axes.{key}", "at least one value", list(values), "give some, or remove the axis")
+        _refuse_doubles(values, f"axes.{key}")
+        for arm in study.arms:
+            if key in arm.set:
+                raise UserError(f"axes.{key}: expected a key that no arm sets, got one of arm {arm.name!r}; remove one")
+    lengths = {key: len(values) for key, values in study.axes.items()}
+    if study.combine == "zip" and len({*lengths.values()}) > 1:
+        counts = ", ".join(f"{key} {count}" for key, count in lengths.items())
+        raise UserError(f"axes: expected as many values on each for combine: zip, got {counts}; or combine: grid")
+    for key in study.tune:
+        if key not in study.axes:
+            raise UserError(f"tune: expected axes ({', '.join(study.axes) or 'there are none'}), got {key!r}")
+
+
+def _require(fine: bool, key: str, wanted: str, came: object, mend: str) -> None:
+    if not fine:
+        raise UserError(f"{key}: expected {wanted}, got {came!r}; {mend}")
+
+
+def _refuse_doubles(values: Sequence[Any], key: str) -> None:
+    for i, value in enumerate(values):
+        _require(value not in values[:i], key, "each only once", value, "remove or rename one")
+
+
+def near(name: str, known: Collection[str]) -> str:
+    """What an unknown name may have meant, as the end of a message."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {found[0]}?" if found else f"; known are {', '.join(known)}"
+
+
+# Points of the axes ---------------------------------------------------------------------------------------------------
+
+
+def _points(study: StudyConfig) -> Iterator[dict[str, Any]]:
+    combined = product(*study.axes.values()) if study.combine == "grid" else zip(*study.axes.values(), strict=True)
+    for values in combined if study.axes else [()]:
+        yield dict(zip(study.axes, values, strict=True))
+
+
+def _untuned(point: Values, study: StudyConfig) -> dict[str, Any]:
+    return {key: value for key, value in point.items() if key not in study.tune}
+
+
+def changed(base: RunConfig, changes: Values, place: str) -> RunConfig:
+    """The base with some dotted keys changed."""
+    parts: dict[str, dict[str, Any]] = {"": {}, "model": {}, "hyper": {}}
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        parts[section][name] = value
+    try:
+        model, hyper = replace(base.model, **parts["model"]), replace(base.hyper, **parts["hyper"])
+        return replace(base, model=model, hyper=hyper, **parts[""])
+    except ValueError as error:
+        raise UserError(f"{place}{error}") from None
+
+
+def _point_text(point: Values, study: StudyConfig) -> str:
+    """{"hyper.lr": 0.001} -> "lr=0.001", with the whole key where two axes end alike."""
+    ends = Counter(key.rpartition(".")[2] for key in study.axes)
+    short = {key: key.rpartition(".")[2] for key in point}
+    return " ".join(f"{short[key] if ends[short[key]] == 1 else key}={value}" for key, value in point.items())
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9=._+-]+", "-", text).strip("-.") or "run"

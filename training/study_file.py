@@ -1,0 +1,116 @@
+"""Text -> StudyConfig: the YAML file of a study, every error one line that names the file and the key."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+from training.plain_yaml import read_yaml, shown, write_yaml
+from training.run_config import RunConfig
+from training.settings import _checked
+from training.study_config import QUICK_PARTS, Arm, StudyConfig, changed, dotted, near, quick_study, study_values
+
+KEYS = [field.name for field in fields(StudyConfig)]
+KINDS = {str: "text", dict: "keys and values below it", list: "a list", int: "a whole number", float: "a number"}
+WANTED: dict[str, type] = (
+    dict.fromkeys(("name", "question", "falsifier", "baseline", "combine"), str)
+    | dict.fromkeys(("base", "axes", "quick"), dict)
+    | dict.fromkeys(("arms", "tune", "seeds"), list)
+    | {"margin": float, "record_every": int}
+)
+
+
+def load_study(path: str | Path, *, quick: bool = False) -> StudyConfig:
+    """The study that a YAML file describes; with `quick`, its short version.
+
+    Raises:
+        UserError: no YAML mapping, an unknown key, a wrong type, or what StudyConfig refuses.
+    """
+    values = read_yaml(str(path))
+    try:
+        study = parse_study(values, name=Path(path).stem)
+        return quick_study(study) if quick else study
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def named_study(file: str | None, out: str | None, *, quick: bool, resume: bool) -> tuple[Path, Path]:
+    """(the study's file, its folder) that a command line means.
+
+    Without a file, the one in the folder that is resumed; without a folder, runs/<name of the file>.
+    """
+    if file is None and not (resume and out):
+        raise UserError("FILE.yaml: expected the file of a study, got none; or give --resume and --out DIR")
+    if file is None and quick:
+        raise UserError("--quick: expected a FILE.yaml with it, got none; what is resumed is as short as it was begun")
+    folder = Path(out or f"runs/{Path(file or '').stem}{'-quick' if quick else ''}")
+    return (folder / "study.yaml" if file is None else Path(file)), folder
+
+
+def save_study(study: StudyConfig, path: str | Path) -> None:
+    """Write every key of a study as YAML; `load_study` reads the same study back."""
+    write_yaml(study_values(study), path)
+
+
+def parse_study(values: Mapping[Any, Any], *, name: str) -> StudyConfig:
+    """The study that plain values describe, called `name` unless they say otherwise."""
+    for key in values:
+        if key not in KEYS:
+            raise UserError(f"{key}: unknown key{near(str(key), KEYS)}")
+    given = {key: _kind(value, WANTED[key], key) for key, value in values.items() if value is not None}
+    if "margin" not in given:
+        raise UserError("margin: expected nats per token, got none; set it before the runs, such as `margin: 0.02`")
+    for seed in given.get("seeds", ()):
+        _kind(seed, int, "seeds")
+    for key in given.get("tune", ()):
+        _kind(key, str, "tune")
+    quick = dict(given.get("quick", {}))
+    parts = {key: _kind(quick.pop(key), WANTED[key], f"quick.{key}") for key in QUICK_PARTS if key in quick}
+    for seed in parts.get("seeds", ()):
+        _kind(seed, int, "quick.seeds")
+    if "axes" in parts:
+        parts["axes"] = _axes(parts["axes"], "quick.axes.")
+    base = _typed(given.get("base", {}), "base.")
+    parsed = {
+        "name": name,
+        "base": changed(RunConfig(), base, "base."),
+        "arms": [_arm(entry, number) for number, entry in enumerate(given.get("arms", ()), 1)],
+        "axes": _axes(given.get("axes", {}), "axes."),
+        "quick": parts | _typed(quick, "quick."),
+    }
+    return StudyConfig(**parsed | {key: value for key, value in given.items() if key == "name" or key not in parsed})
+
+
+def _arm(entry: Any, number: int) -> Arm:
+    place = f"arms[{number}]"
+    _kind(entry, dict, place)
+    for key in entry:
+        if key not in ("name", "set"):
+            raise UserError(f"{place}.{key}: unknown key, an arm has `name` and `set`")
+    if not entry.get("name"):
+        raise UserError(f"{place}.name: expected text, got none; name the arm")
+    name = _kind(entry["name"], str, f"{place}.name")
+    return Arm(name, _typed(_kind(entry.get("set") or {}, dict, f"arms.{name}.set"), f"arms.{name}.set."))
+
+
+def _axes(axes: Mapping[str, Any], prefix: str) -> dict[str, list[Any]]:
+    parsed = {}
+    for key, values in dotted(axes).items():
+        listed = _kind(values, list, f"{prefix}{key}")
+        parsed[key] = [_typed({key: value}, prefix)[key] for value in listed]
+    return parsed
+
+
+def _typed(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Dotted key -> value of the key's type."""
+    return _checked(dotted(values), lambda key: prefix + key)
+
+
+def _kind(value: Any, kind: type, key: str) -> Any:
+    fine = isinstance(value, kind) and not isinstance(value, bool)
+    if kind is float:
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    if not fine:
+        raise UserError(f"{key}: expected {KINDS[kind]}, got {shown(value)}")
+    return value

@@ -1,0 +1,115 @@
+"""Which runs of a study train together: grouped by what is static, in chunks that fit the memory."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from tiny_onn_func.params import count_params
+from training.errors import UserError
+from training.run_config import DEFAULT_HYPER, RunConfig
+from training.study_config import StudyRun
+
+MOST_AT_ONCE = 16  # beyond it a step of this project's sizes has no overhead left to share
+MEMORY_SHARE = 0.5  # of what is available
+UNKNOWN_MEMORY = 4 << 30  # bytes, where the system does not say
+PLAN = "plan.json"
+
+
+class Chunk(NamedTuple):
+    """Runs that train in one vmapped program; all have the same static settings."""
+
+    name: str
+    runs: list[StudyRun]
+
+
+def static_part(config: RunConfig) -> RunConfig:
+    """A run's settings without what vmap maps: the numbers of the hyper step, and the seed."""
+    return replace(config, hyper=DEFAULT_HYPER, seed=0, out=None)
+
+
+def plan_chunks(runs: list[StudyRun], runs_at_once: int | None = None) -> list[Chunk]:
+    """Group the runs by their static part, in order of appearance, and cut groups into chunks of about equal size.
+
+    Args:
+        runs_at_once: most runs of a chunk; None takes what memory allows, at most MOST_AT_ONCE.
+    """
+    if runs_at_once is not None and runs_at_once < 1:
+        raise UserError(
+            f"--runs-at-once: expected 1 or more, got {runs_at_once}; leave it away for an automatic choice"
+        )
+    groups: dict[RunConfig, list[StudyRun]] = {}
+    for run in runs:
+        groups.setdefault(static_part(run.config), []).append(run)
+    chunks: list[Chunk] = []
+    for config, members in groups.items():
+        most = runs_at_once or _fitting(config)
+        size = math.ceil(len(members) / math.ceil(len(members) / most))
+        for start in range(0, len(members), size):
+            chunks.append(Chunk(f"group_{len(chunks):03d}", members[start : start + size]))
+    return chunks
+
+
+def save_plan(chunks: list[Chunk], folder: Path) -> None:
+    """Write which run is in which chunk: a resumed study must map the same runs together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({chunk.name: [run.id for run in chunk.runs] for chunk in chunks}, indent=1)
+    draft = folder / f".{PLAN}.tmp"
+    draft.write_text(text + "\n", encoding="utf-8")
+    draft.replace(folder / PLAN)
+
+
+def load_plan(runs: list[StudyRun], folder: Path) -> list[Chunk]:
+    """The chunks of a study that was begun.
+
+    Raises:
+        UserError: the plan is missing, damaged, or not of these runs.
+    """
+    by_id = {run.id: run for run in runs}
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        chunks = [Chunk(name, [by_id.pop(run) for run in ids]) for name, ids in plan.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        chunks = []
+    if by_id or not chunks:
+        raise UserError(
+            f"{folder / PLAN}: expected the plan of this study's runs, got another or none; name a new --out"
+        )
+    return chunks
+
+
+def memory_of_a_run(config: RunConfig) -> int:
+    """Bytes that one run needs in a step, estimated: states before and after it, gradients, saved activations."""
+    model = config.model
+    tokens = config.batch_size * config.sequence_length
+    rows = tokens * model.routes_per_token
+    heads = model.num_attention_heads
+    a_layer = tokens * (12 * model.hidden_size + 6 * heads * model.head_dim + 3 * heads * config.sequence_length)
+    a_layer += rows * (7 * model.moe_intermediate_size + 3 * model.hidden_size) + 8 * tokens * model.num_experts
+    activations = model.num_hidden_layers * a_layer + 6 * tokens * model.vocab_size
+    return 4 * (8 * count_params(model) + 2 * activations)
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its control group."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+    except (OSError, StopIteration, ValueError, IndexError):
+        pass
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
+        found.append(int(limit) - int(used))
+    except (OSError, ValueError):  # no control group, or one without a limit
+        pass
+    if not found and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return max(0, min(found, default=UNKNOWN_MEMORY))
+
+
+def _fitting(config: RunConfig) -> int:
+    fitting = int(MEMORY_SHARE * available_memory() / memory_of_a_run(config))
+    return max(1, min(MOST_AT_ONCE, fitting))

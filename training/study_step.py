@@ -1,0 +1,84 @@
+"""Runs side by side: one vmapped hyper step, their batches stacked, their scores."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from tiny_onn_func.decoder import forward
+from tiny_onn_func.tree import Tree, stack
+from training.batch import IGNORE_INDEX, Batch
+from training.data import Splits, batch_at, held_out_batches, scored_span
+from training.evaluate import Score
+from training.hyper import HyperParams
+from training.hyper_step import Metrics, TrainState, hyper_step
+from training.metrics import average_k
+from training.objectives import language_modelling
+from training.run_config import RunConfig, hyper_params
+
+SCORED_ROWS = 32  # windows of a batch of held-out text, or as many as are trained on
+
+
+def mapped_step(configs: Sequence[RunConfig]) -> Any:
+    """(stacked states, stacked batches) -> (stacked states, stacked metrics): one hyper step of every run.
+
+    The runs may differ in seed and in the numbers of the hyper step. A number that is the same in all stays a Python
+    number, so that terms which no run has cost nothing; one that differs is mapped.
+    """
+    numbers, varied = split_numbers([hyper_params(config) for config in configs])
+    model = configs[0].model
+
+    def one(state: TrainState, batch: Batch, varied: dict[str, Tensor]) -> tuple[TrainState, Metrics]:
+        return hyper_step(state, batch, numbers._replace(**varied), model)
+
+    return lambda states, batches: vmap(one)(states, batches, varied)
+
+
+def split_numbers(hypers: Sequence[HyperParams]) -> tuple[HyperParams, dict[str, Tensor]]:
+    """(the first run's numbers, {name: (R,) values} of those in which the runs differ); float64, whole ones int64."""
+    columns = dict(zip(HyperParams._fields, zip(*hypers, strict=True), strict=True))
+    varied = {
+        name: torch.tensor(values, dtype=torch.int64 if all(isinstance(v, int) for v in values) else torch.float64)
+        for name, values in columns.items()
+        if any(value != values[0] for value in values)
+    }
+    return hypers[0], varied
+
+
+def batches_at(corpus: Splits, configs: Sequence[RunConfig], step: int) -> Batch:
+    """The runs' batches of a step, stacked; runs of one seed see the same batch."""
+    of_seed: dict[int, Batch] = {}
+    for config in configs:
+        if config.seed not in of_seed:
+            of_seed[config.seed] = batch_at(corpus.train, config.seed, step, config.batch_size, config.sequence_length)
+    return stack([of_seed[config.seed] for config in configs])
+
+
+def score_runs(params: Tree, configs: Sequence[RunConfig], corpus: Splits, max_bytes: int | None) -> list[Score]:
+    """What `evaluate` says of every run, on the first `max_bytes` of the held-out text; `params` are stacked."""
+    model, length, rows = configs[0].model, configs[0].sequence_length, max(SCORED_ROWS, configs[0].batch_size)
+    budgets = torch.tensor([config.hyper.pi_alpha for config in configs], dtype=torch.float64)
+
+    def one(params: Tree, budget: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        logits, trace = forward(
+            params, batch.input_ids, model, attention_mask=batch.attention_mask, surprise_budget=budget
+        )
+        lm = language_modelling(logits, batch.labels)
+        real = (batch.attention_mask != 0).flatten()
+        return lm.loss_sum, lm.correct, average_k(trace.active, real) * real.sum()
+
+    sums = torch.zeros(3, len(configs), dtype=torch.float64)
+    tokens = real_tokens = 0
+    with torch.no_grad():
+        for batch in held_out_batches(corpus.held_out, rows, length, max_bytes=max_bytes):
+            sums += torch.stack([part.double() for part in vmap(one, in_dims=(0, 0, None))(params, budgets, batch)])
+            tokens += int((batch.labels != IGNORE_INDEX).sum())
+            real_tokens += int(batch.attention_mask.sum())
+    num_bytes = scored_span(corpus.held_out, max_bytes).num_bytes
+    return [
+        Score(nats / tokens, nats / math.log(2) / num_bytes, correct / tokens, visits / real_tokens, tokens, num_bytes)
+        for nats, correct, visits in sums.T.tolist()
+    ]
