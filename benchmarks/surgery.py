@@ -26,26 +26,37 @@ SEQUENCE = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--dense", help="folder of a dense Qwen3 of bytes to cut, instead of training one")
     parser.add_argument("--num-experts", type=int, default=16)
-    parser.add_argument("--bytes", type=int, default=16384)
+    parser.add_argument("--bytes", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     corpus = open_corpus("stdlib", holdout=0.1, split="auto", sequence_length=SEQUENCE)
-    counts = [given.num_experts * part // 8 for part in (8, 7, 6, 5, 4, 3, 2, 1) if given.num_experts * part // 8]
+    counts = sorted({max(1, given.num_experts * eighths // 8) for eighths in (1, 2, 3, 4, 6, 7, 8)}, reverse=True)
     with tempfile.TemporaryDirectory() as folder:
-        dense = Path(folder, "dense")
-        train_dense(corpus, dense, given.steps)
+        dense = Path(given.dense or Path(folder, "dense"))
+        if given.dense is None:
+            train_dense(corpus, dense, given.steps)
         print("| split | " + " | ".join(f"K = {k}" for k in counts) + " |")
         print("|---" * (len(counts) + 1) + "|")
-        for split in ("contiguous", "clusters"):
-            out = cut_into_experts(
-                dense, Path(folder, split), num_experts=given.num_experts, split=split,
-                calibration=argparse.__file__ if split == "clusters" else None,
-            )  # fmt: skip
-            row = [f"{perplexity(out, k, corpus, given.bytes):.2f}" for k in dict.fromkeys(counts)]
-            print(f"| {split} | " + " | ".join(row) + " |", flush=True)
+        for split, name in (
+            ("contiguous", "contiguous"),
+            ("clusters", "clusters"),
+            ("clusters", "clusters, cut for K"),
+        ):
+            row = []
+            for k in counts:
+                cut_for = k if name.endswith("K") else given.num_experts
+                out = Path(folder, f"{split}-{cut_for}")
+                if not out.exists():
+                    cut_into_experts(
+                        dense, out, num_experts=given.num_experts, num_experts_per_tok=cut_for, split=split,
+                        calibration=argparse.__file__ if split == "clusters" else None,
+                    )  # fmt: skip
+                row.append(f"{perplexity(out, k, corpus, given.bytes):.2f}")
+            print(f"| {name} | " + " | ".join(row) + " |", flush=True)
 
 
 def train_dense(corpus: Splits, folder: Path, steps: int) -> None:

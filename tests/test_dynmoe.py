@@ -170,6 +170,18 @@ def test_mass_equal_to_the_budget_is_not_below_it(experts: int, budget: float, k
     assert question([[0.0] * experts], budget).k.tolist() == [k]
 
 
+def test_a_budget_of_one_keeps_every_expert_even_where_one_has_all_the_mass() -> None:
+    assert question([[100.0, 0.0, 0.0, 0.0]], 1.0).k.tolist() == [4]
+
+
+def test_logits_of_low_precision_are_decided_in_float32() -> None:
+    logits = torch.randn(6, 4, generator=seeded(0))
+    config, real = tiny_config(), torch.ones(6, dtype=torch.bool)
+    low, wide = route(logits.bfloat16(), real, config, 0.9), route(logits.bfloat16().float(), real, config, 0.9)
+    assert low.weights.dtype == torch.float32
+    assert_same_bits(low, wide)
+
+
 @given(questions(dynamic=True), st.floats(1e-6, 1.0))
 def test_k_lies_between_one_and_e_and_grows_with_the_budget(asked: Question, other: float) -> None:
     small, large = (asked._replace(budget=budget) for budget in sorted((asked.budget, other)))

@@ -146,6 +146,7 @@ def test_extremes_have_their_textbook_values() -> None:
         check(load_entropy(load), entropy)
         check(dead_experts(load), dead)
     check(mean_finite(torch.full((2, 3, 4), torch.inf)), 0.0)
+    check(dead_experts(torch.tensor([[0.99, 0.01, 0.0]])), 1.0)  # a small load is not none
 
 
 def test_float64_surprise_keeps_its_precision() -> None:

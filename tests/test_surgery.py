@@ -29,7 +29,7 @@ from tiny_onn_func.tree import tree_map
 from training import surgery
 from training.cli import main
 from training.export import byte_tokenizer_files
-from training.split import assign_evenly, calibrate, cluster_neurons, read_calibration
+from training.split import Seen, assign_evenly, calibrate, cluster_neurons, fit_router, read_calibration
 from training.surgery import cut_into_experts
 
 with warnings.catch_warnings():
@@ -57,17 +57,17 @@ def dense_model(tied: bool = True, **changes: Any) -> torch.nn.Module:
     return model
 
 
-def dense_logits(model: torch.nn.Module) -> Tensor:
+def dense_logits(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
     with torch.no_grad():
-        return model(IDS).logits
+        return model(ids).logits
 
 
-def our_logits(folder: Path, top_k: int | None = None) -> Tensor:
+def our_logits(folder: Path, top_k: int | None = None, ids: Tensor = IDS) -> Tensor:
     """In float32, whatever is on the disk."""
     params, config = load_pretrained(folder)
     config = config if top_k is None else replace(config, num_experts_per_tok=top_k)
     with torch.no_grad():
-        return forward(tree_map(lambda leaf: leaf.float(), params), IDS, config)[0]
+        return forward(tree_map(lambda leaf: leaf.float(), params), ids, config)[0]
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,42 @@ def test_calibration_sees_the_activations_of_the_dense_model(model: torch.nn.Mod
     for index, wanted in enumerate(seen):
         weights = {n.removesuffix(".weight"): w.detach() for n, w in model.model.layers[index].named_parameters()}
         states, found = calibrate(states, weights, config)
-        assert_close(found, wanted.flatten(0, 1), 1e-4, f"activations of layer {index}")
+        assert_close(found.activations, wanted.flatten(0, 1), 1e-4, f"activations of layer {index}")
+
+
+def test_clusters_cut_for_k_are_nearer_to_the_dense_model_than_slices(
+    model: torch.nn.Module, dense: Path, text: Path, tmp_path: Path
+) -> None:
+    """On the text that they were fitted to: what is checked is that fitting works, not that it generalises."""
+    ids = torch.tensor(list(TEXT.encode()[:128]))[None]
+    wanted = dense_logits(model, ids)
+    cut_into_experts(dense, tmp_path / "slices", num_experts=8, num_experts_per_tok=4)
+    cut_into_experts(
+        dense, tmp_path / "clusters", num_experts=8, num_experts_per_tok=4, split="clusters", calibration=text
+    )
+    errors = {out.name: float((our_logits(out, ids=ids) - wanted).norm()) for out in sorted(tmp_path.iterdir())}
+    assert errors["clusters"] < 0.6 * errors["slices"]
+
+
+def test_clusters_cut_for_k_add_up_the_experts_that_a_token_visits(dense: Path, text: Path, tmp_path: Path) -> None:
+    """So its w2 is K times the dense one's rows, where that of all experts is E times."""
+    how = dict(num_experts=8, split="clusters", calibration=text)
+    cut_into_experts(dense, tmp_path / "all", **how)
+    cut_into_experts(dense, tmp_path / "two", **how, num_experts_per_tok=2)
+    every, two = (load_pretrained(tmp_path / name)[0]["layers"]["moe"] for name in ("all", "two"))
+    assert_same_bits(two["w2"] * 4, every["w2"])
+    assert_same_bits({n: two[n] for n in ("w1", "w3", "router")}, {n: every[n] for n in ("w1", "w3", "router")})
+
+
+def test_the_fitted_router_ranks_experts_by_what_they_add() -> None:
+    """Inputs of four kinds, each of which drives the neurons of one expert."""
+    generator = seeded(0)
+    kind = torch.randint(4, (300,), generator=generator)
+    inputs = torch.randn(4, 16, generator=generator)[kind] + 0.1 * torch.randn(300, 16, generator=generator)
+    activations = (kind[:, None] == torch.arange(12) // 3).float() + 0.1 * torch.rand(300, 12, generator=generator)
+    seen = Seen(inputs, activations, torch.randn(16, 12, generator=generator))
+    found = (inputs @ fit_router(seen, torch.arange(12), 4).mT).argmax(-1)
+    assert (found == kind).float().mean() > 0.95
 
 
 def test_neurons_that_fire_together_end_up_together() -> None:
@@ -361,5 +396,5 @@ def test_the_commands_and_the_code_of_the_page_run(
     codes = [block for kind, block in blocks if kind == "python"]
     for code in codes:
         exec(compile(code, "huggingface.md", "exec"), {})
-    assert (len(commands), len(codes)) == (5, 2)
+    assert (len(commands), len(codes)) == (6, 2)
     assert "def " in capsys.readouterr().out

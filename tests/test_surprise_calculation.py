@@ -1,6 +1,7 @@
 """Surprise is what DESIGN says it is. Oracles use plain autograd and share no code with the closed form."""
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -557,6 +558,32 @@ def test_hooks_fire_in_a_plain_backward_and_remove_hooks_really_removes_them() -
             surprise.fill_(torch.inf)
             loss.backward()
             assert (surprise == torch.inf).all()
+
+
+def test_remove_hooks_drops_the_saved_rows() -> None:
+    case = situation("K=2")
+    params = tree_map(lambda leaf: leaf.clone().requires_grad_(), case.params)
+    hooks = SurpriseHookManager(torch.full(routed(case).shape, torch.inf, dtype=torch.float64))
+    saved: list[weakref.ref] = []
+
+    def seen(layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
+        saved.append(weakref.ref(rows.token))  # the graph needs the offsets, not this
+        return hooks.apply_w2(layer, hidden, w2, rows)
+
+    loss = summed_loss(case, seen, params)
+    assert all(token() is not None for token in saved)
+    hooks.remove_hooks()
+    assert all(token() is None for token in saved)
+    loss.backward()
+
+
+def test_without_autograd_there_is_nothing_to_hook() -> None:
+    case = situation("K=2")
+    surprise = torch.full(routed(case).shape, torch.inf, dtype=torch.float64)
+    with torch.no_grad():
+        found = summed_loss(case, SurpriseHookManager(surprise).apply_w2, case.params)
+    assert_close(found, summed_loss(case, plain, case.params), 0.0)
+    assert (surprise == torch.inf).all()
 
 
 def test_one_tensor_shared_by_all_layers_would_keep_the_first_layer_only() -> None:

@@ -31,7 +31,7 @@ class SurpriseHookManager:
         self.per_token_surprise = per_token_surprise
         self._apply_w2 = apply_w2
         self._handles: list[RemovableHandle] = []
-        self._saved: list[tuple[Tensor, Rows] | None] = [None] * per_token_surprise.shape[0]
+        self._saved: dict[int, tuple[Tensor, Rows]] = {}  # by layer
 
     def apply_w2(self, layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
         """The wrapped application; saves w2's inputs and the rows' indices and hooks its output."""
@@ -44,18 +44,16 @@ class SurpriseHookManager:
 
     def _record(self, layer: int, grad: Tensor) -> None:
         # Detached: torch.func.grad differentiates with create_graph; an attached norm would tie the graph into a cycle.
-        saved = self._saved[layer]
-        if saved is not None:
-            hidden, rows = saved
-            surface = self.per_token_surprise[layer]
-            surface.copy_(sparse_fill(row_surprise(hidden, grad.detach()).to(surface.dtype), rows, *surface.shape))
+        hidden, rows = self._saved[layer]
+        surface = self.per_token_surprise[layer]
+        surface.copy_(sparse_fill(row_surprise(hidden, grad.detach()).to(surface.dtype), rows, *surface.shape))
 
     def remove_hooks(self) -> None:
         """Take the hooks off and drop the saved rows, for callers who keep the graph."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._saved = [None] * len(self._saved)
+        self._saved.clear()
 
 
 def row_surprise(hidden: Float[Tensor, "rows inner"], grad: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:

@@ -43,7 +43,7 @@ def adamw_update(
     mu = b1 mu + (1 - b1) g;  nu = b2 nu + (1 - b2) g^2
     p = p (1 - lr wd) - lr / (1 - b1^t) * mu / (sqrt(nu / (1 - b2^t)) + eps)
 
-    Decay acts on matrices; norms and biases, one number a channel, have none. PyTorch's fused kernel makes the step
+    Decay acts on matrices; norms, one number a channel, have none. PyTorch's fused kernel makes the step
     where no transform, no autograd and no mapped number asks for the formula itself.
     """
     updates = state.updates + 1
@@ -106,7 +106,7 @@ def _in_dtype(number: Number, leaf: Tensor) -> Number:
 
 def has_decay(name: str) -> bool:
     """Whether weight decay acts on the leaf of this dotted name."""
-    return not name.endswith(("norm", "bias"))
+    return not name.endswith("norm")
 
 
 def global_norm(grads: Any) -> Float[Tensor, ""]:

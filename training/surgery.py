@@ -5,9 +5,13 @@ sum of theirs. A layer here gives the *weighted mean* of its experts, weights `p
 
     w2_e = E * (its rows of the dense w2),    router = 1e-5 * noise  =>  p_e = 1/E,    sum_e p_e y_e = y.
 
-With all experts active that is the dense model, to rounding (E = power of two: w2 exact in any dtype). With K of E,
-a token gets E/K times the sum of the K experts it visits: right on average over random experts, as in dropout.
-The noise only breaks the tie: without it every token would visit the same K experts.
+With all experts active that is the dense model, to rounding (E a power of two: w2 is exact in any dtype). With K of E
+experts a token gets E/K times the sum of those it visits: right on average over random experts, as in dropout. The
+noise only breaks the tie: without it every token would visit the same K experts.
+
+With a calibration text the neurons of an expert are those that are active together, and the router ranks the experts by
+how much they would add, as far as a linear map can tell. Then what is left out is small, and the plain sum of the K
+experts visited is best: if such a cut is asked for a fixed K, w2 is times K instead of E.
 """
 
 from collections.abc import Iterator, Mapping
@@ -55,6 +59,7 @@ def cut_into_experts(
         out: a new or empty folder.
         num_experts: E, a divisor of the dense model's `intermediate_size`.
         num_experts_per_tok: K of the result; all experts by default, which is the dense model; -1 for dynamic K.
+            With `clusters` w2 is made for this K.
         split: `contiguous` slices of the hidden axis, or `clusters` of neurons that are active together.
         calibration: a text file that `clusters` needs: its first tokens are run through the dense model.
 
@@ -112,6 +117,8 @@ def _cut(
 ) -> Iterator[dict[str, Tensor]]:
     """The result's tensors, in the groups of the layout."""
     generator = torch.Generator().manual_seed(ROUTER_SEED)
+    summed = states is not None and sizes.num_experts_per_tok != DYNAMIC_K
+    factor = sizes.num_experts_per_tok if summed else sizes.num_experts
     for index, group in enumerate(layout(dense, "dense")):
         tensors = dict(read_tensors(stored, [piece.name for piece in group]))
         prefix = f"model.layers.{index - 1}"
@@ -126,11 +133,11 @@ def _cut(
             order = cluster_neurons(seen.activations, sizes.num_experts)
             router = fit_router(seen, order, sizes.num_experts)
             router = router / (seen.inputs @ router.mT).std().clamp_min(1e-30)
-        yield _cut_layer(tensors, prefix, sizes, order, router * ROUTER_LOGIT_STD)
+        yield _cut_layer(tensors, prefix, sizes, order, router * ROUTER_LOGIT_STD, factor)
 
 
 def _cut_layer(
-    tensors: dict[str, Tensor], prefix: str, sizes: ModelConfig, order: Tensor | None, router: Tensor
+    tensors: dict[str, Tensor], prefix: str, sizes: ModelConfig, order: Tensor | None, router: Tensor, factor: int
 ) -> dict[str, Tensor]:
     """One layer's tensors: those of the MLP become experts' and a router's, the others stay."""
     parts = {}
@@ -147,7 +154,7 @@ def _cut_layer(
         result[f"{prefix}.mlp.gate.router_bias"] = torch.zeros(sizes.num_experts, dtype=dtype)
     for expert in range(sizes.num_experts):
         for name, slices in parts.items():
-            scale = sizes.num_experts if name == "down_proj" else 1
+            scale = factor if name == "down_proj" else 1
             result[f"{prefix}.mlp.experts.{expert}.{name}.weight"] = (slices[expert] * scale).contiguous()
     return result
 
