@@ -133,12 +133,12 @@ def test_what_we_save_opens_in_transformers_with_our_logits(tied: bool, tmp_path
     assert_close(their_logits(peer, config), logits_of(params, config), 1e-4, "logits")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("changes", [
-    dict(),
-    dict(tie_word_embeddings=False, rms_norm_eps=3e-5, rope_theta=1e6 + 0.1),
-    dict(num_experts_per_tok=-1, min_experts_per_tok=2, max_experts_per_tok=3),
-    dict(num_experts=1, num_experts_per_tok=1, num_hidden_layers=1),
+@pytest.mark.parametrize(("changes", "dtype"), [
+    (dict(), torch.float32),
+    (dict(), torch.float16),
+    (dict(tie_word_embeddings=False, rms_norm_eps=3e-5, rope_theta=1e6 + 0.1), torch.float64),
+    (dict(num_experts_per_tok=-1, min_experts_per_tok=2, max_experts_per_tok=3), torch.bfloat16),
+    (dict(num_experts=1, num_experts_per_tok=1, num_hidden_layers=1), torch.float32),
 ])  # fmt: skip
 def test_the_round_trip_is_bitwise(changes: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     config = config_of(**changes)

@@ -5,24 +5,31 @@ from collections.abc import Mapping
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.ops import rms_norm, rotate
 
 
-def causal_mask(attention_mask: Tensor | None, seq: int, device: torch.device) -> Bool[Tensor, "#batch seq seq"]:
-    """True where query i may see key j: j <= i and token j is real."""
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=device).tril()[None]
-    return causal if attention_mask is None else causal & rearrange(attention_mask != 0, "batch seq -> batch 1 seq")
+def causal_bias(
+    attention_mask: Tensor | None, seq: int, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "#batch seq seq"]:
+    """What is added to the score of query i and key j: 0 if j <= i and token j is real, else the dtype's minimum.
+
+    Added, not filled in: an addition has no backward of its own and takes the mask without a copy for every run.
+    """
+    visible = torch.ones(seq, seq, dtype=torch.bool, device=device).tril()[None]
+    if attention_mask is not None:
+        visible = visible & rearrange(attention_mask != 0, "batch seq -> batch 1 seq")
+    return visible.new_zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def attention(
     x: Float[Tensor, "batch seq dim"],
     params: Mapping[str, Tensor],
     rotary: tuple[Tensor, Tensor],
-    visible: Bool[Tensor, "#batch seq seq"],
+    bias: Float[Tensor, "#batch seq seq"],
     config: ModelConfig,
 ) -> Float[Tensor, "batch seq dim"]:
     """softmax(q k^T / sqrt(head_dim)) v, every group of query heads sharing one key and value head.
@@ -36,8 +43,7 @@ def attention(
     v = rearrange(x @ params["v_proj"], split, **heads)
     q, k = rotate(q, *rotary), rotate(k, *rotary)
     q = rearrange(q, "batch (groups share) seq dim -> batch groups share seq dim", groups=config.num_key_value_heads)
-    scores = einsum(q, k, "b groups share i dim, b groups j dim -> b groups share i j") / math.sqrt(config.head_dim)
-    hidden = ~rearrange(visible, "batch i j -> batch 1 1 i j")
-    weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    scores = einsum(q / math.sqrt(config.head_dim), k, "b groups share i dim, b groups j dim -> b groups share i j")
+    weights = (scores + rearrange(bias, "batch i j -> batch 1 1 i j")).softmax(dim=-1)
     out = einsum(weights, v, "b groups share i j, b groups j dim -> b i groups share dim")
     return rearrange(out, "batch seq groups share dim -> batch seq (groups share dim)") @ params["o_proj"]

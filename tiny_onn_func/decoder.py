@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiny_onn_func.attention import attention, causal_mask
+from tiny_onn_func.attention import attention, causal_bias
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, apply_w2
 from tiny_onn_func.moe import RouterTrace, RoutingInputs, moe
@@ -52,13 +52,13 @@ def forward(
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     routing = RoutingInputs(rearrange(real != 0, "b s -> (b s)"), surprise_budget, router_coupling, explore)
     rotary = rotary_angles(torch.arange(seq, device=device), config.head_dim, config.rope_theta)
-    visible = causal_mask(attention_mask, seq, device)
 
     x = F.embedding(input_ids, params["embed_tokens"])
+    bias = causal_bias(attention_mask, seq, device, x.dtype)
     traces = []
     for index, layer in enumerate(unstack_layers(params["layers"], config.num_hidden_layers)):
         normed = rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
-        x = x + attention(normed, layer["self_attn"], rotary, visible, config)
+        x = x + attention(normed, layer["self_attn"], rotary, bias, config)
         normed = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
         tokens = rearrange(normed, "b s dim -> (b s) dim")
         out, trace = moe(tokens, layer["moe"], index, routing, config, apply_w2)

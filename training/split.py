@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiny_onn_func.attention import attention, causal_mask
+from tiny_onn_func.attention import attention, causal_bias
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.hf_folder import Stored, read_tensors
 from tiny_onn_func.hf_layout import EMBEDDING
@@ -73,7 +73,7 @@ def calibrate(
     length = states.shape[1]
     rotary = rotary_angles(torch.arange(length), config.head_dim, config.rope_theta)
     normed = rms_norm(states, weights["input_layernorm"], config.rms_norm_eps)
-    x = states + attention(normed, projections, rotary, causal_mask(None, length, states.device), config)
+    x = states + attention(normed, projections, rotary, causal_bias(None, length, states.device, states.dtype), config)
     normed = rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
     hidden = swiglu(normed @ weights["mlp.gate_proj"].mT, normed @ weights["mlp.up_proj"].mT)
     out = x + hidden @ weights["mlp.down_proj"].mT
