@@ -1,0 +1,64 @@
+"""How many runs at once? One vmapped hyper step against the same runs one after another.
+
+python -m benchmarks.runs [--sizes w32 w64 A] [--repetitions N] [--threads N] [--json FILE]
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch.func import vmap
+
+from benchmarks.step import SIZES as STEP_SIZES
+from benchmarks.step import a_batch
+from benchmarks.timing import interleaved, machine, table, write_json
+from tiny_onn_func import ModelConfig
+from tiny_onn_func.tree import stack
+from training import HyperParams, hyper_step, init_state
+from training.memory import keep_freed_memory
+
+SIZES = {  # configuration, batch, sequence, numbers of runs
+    "w32": (ModelConfig(257, 32, 2, 2, 1, 16, 16, 8, num_experts_per_tok=2), 4, 32, (16, 32)),
+    "w64": (ModelConfig(257, 64, 2, 2, 1, 32, 32, 8, num_experts_per_tok=2), 8, 64, (16,)),
+    "A": (*STEP_SIZES["A"], (8,)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", help="where to write the figures")
+    given = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(given.threads)
+    print(machine())
+    results = {}
+    for name in given.sizes:
+        for runs in SIZES[name][3]:
+            title = f"{name}, {runs} runs"
+            results[title] = interleaved(subjects(*SIZES[name][:3], runs), given.repetitions)
+            print(table(title, results[title], "together"), flush=True)
+    if given.json:
+        write_json(given.json, results)
+
+
+def subjects(config: ModelConfig, batch_size: int, seq: int, runs: int) -> dict[str, Callable[[], object]]:
+    """The same states, batch and learning rates, mapped and in a loop."""
+    batch = a_batch(config, batch_size, seq)
+    states = [init_state(config, torch.Generator().manual_seed(seed)) for seed in range(runs)]
+    stacked, rates = stack(states), torch.linspace(1e-3, 5e-3, runs)
+    hyper = HyperParams(balance_weight=1.0)
+    mapped = vmap(lambda state, lr: hyper_step(state, batch, hyper._replace(lr=lr), config))
+    alone = [hyper._replace(lr=float(lr)) for lr in rates]
+
+    def one_after_another() -> None:
+        for state, numbers in zip(states, alone, strict=True):
+            hyper_step(state, batch, numbers, config)
+
+    return {"one after another": one_after_another, "together": lambda: mapped(stacked, rates)}
+
+
+if __name__ == "__main__":
+    main()
