@@ -34,7 +34,7 @@ EXPERTS = [
     ("sort(stable=True)", "sort(stable=True, descending=True)"),
     ("counts[:num_experts].cumsum", "counts[1:].cumsum"),
     ("Rows(order // slots,", "Rows(order % slots,"),
-    ("gate, up = grouped", "up, gate = grouped"),
+    ("gate, up = apply", "up, gate = apply"),
     ("routing.weights.to(y.dtype)", "routing.active.to(y.dtype)"),
     ("torch.zeros_like(order).scatter(0, order, positions)", "order"),
 ]
@@ -57,18 +57,15 @@ GROUPED = [
     ("grad_grads = grouped_matmul(rows, grad, offsets)", "grad_grads = grouped_matmul(rows, 2 * grad, offsets)"),
 ]  # fmt: skip
 HOOKS = [
-    ("return _row_norm(hidden) * _row_norm(grad)", "return _row_norm(grad)"),
-    ("return _row_norm(hidden) * _row_norm(grad)", "return _row_norm(hidden) + _row_norm(grad)"),
-    ("grad.detach()", "grad"),
-    ("torch.inf).scatter", "0.0).scatter"),
-    ("rows.token * spare + rows.expert", "rows.token * experts + rows.expert"),
-    ("[:, :experts]", "[:, 1:]"),
     ("handle.remove()", "pass"),
-    ("self._saved.clear()", "pass"),
+    ("saved.clear()", "pass"),
     ("self.per_token_surprise[layer]", "self.per_token_surprise[0]"),
-    ("dtype=torch.promote_types(x.dtype, torch.float32)", "dtype=x.dtype"),
     ("if inside.requires_grad:", "if True:"),
-    ("wrap(grad, axes)", "grad"),
+    ("wrap(grad.detach(), axes)", "grad"),
+    ("record(wrap(grad.detach(), axes))", "record(wrap(grad, axes))"),
+    ('(y if self._kind == "benefit" else hidden)', "hidden"),
+    (".hypot(row_surprise(x, grad))", " + row_surprise(x, grad)"),
+    ('{"experts": out, "input": x}', '{"experts": out, "input": out}'),
 ]
 OBJECTIVES = [
     ("labels != IGNORE_INDEX", "labels != -101"),
@@ -80,7 +77,7 @@ OBJECTIVES = [
     ("candidates >= min_candidates", "candidates > min_candidates"),
     ("(lowest == highest)", "(lowest > highest)"),
     ("eligible = real & ", "eligible = "),
-    ("eligible & ~tied, tied", "eligible, tied"),
+    ("eligible & ~tied\n", "eligible\n"),
     ("eligible & (candidates > 1) & ", "eligible & "),
     ("signed.argmin(dim=-1)", "signed.argmax(dim=-1)"),
     ("balance = experts * (load", "balance = (load"),
@@ -89,24 +86,57 @@ OBJECTIVES = [
     ("logsumexp(dim=-1).square()", "logsumexp(dim=-1)"),
     ("/ targets.informative.sum().clamp_min(1)", "/ targets.informative.numel()"),
     ("hyper.z_weight * z", "hyper.z_weight * balance"),
+    ("lowest.unsqueeze(-1) - signed", "signed - lowest.unsqueeze(-1)"),
+    ("below / width.unsqueeze(-1)", "below"),
+    ("scatter(-1, to_place, targets", "scatter(-1, from_place, targets"),
+    ("torch.where(targets.informative, words, places + behind)", "torch.where(targets.informative, words, places)"),
 ]
 HYPER_STEP = [
     ("grad_norm = global_norm(grads[0]) / targets_count", "grad_norm = global_norm(grads[0])"),
     ("hyper.max_grad_norm) / targets_count", "hyper.max_grad_norm)"),
     ("weight_decay=0.0, hyper=hyper", "weight_decay=hyper.weight_decay, hyper=hyper"),
-    ("lr=hyper.router_lr * rate", "lr=hyper.router_lr"),
+    ("lr=hyper.router_lr * rate * learning", "lr=hyper.router_lr * learning"),
     ("lr=hyper.lr * rate, weight", "lr=hyper.lr, weight"),
-    ("state.step + 1)", "state.step)"),
+    ("router_opt, state.step + 1)", "router_opt, state.step)"),
     ("(load.mean(dim=-1, keepdim=True) - load)", "(load - load.mean(dim=-1, keepdim=True))"),
     ("rearrange(batch.attention_mask != 0", "rearrange(batch.attention_mask == 0"),
     ("surprise_budget=hyper.pi_alpha", "surprise_budget=0.5"),
     ("router_coupling=hyper.router_coupling,", "router_coupling=0.0,"),
-    ("== targets.expert) & targets.informative", "== targets.expert)"),
     ("hyper._replace(explore_prob=0.0)", "hyper"),
+    ('["router"] / targets_count', '["router"]'),
+    ("targets, load, real, _annealed", "targets, load, torch.ones_like(real), _annealed"),
+    ("hyper.bias_speed * learning", "hyper.bias_speed"),
+    ("(1 - step / until.clamp_min(1))", "(1 - (step + 1) / until.clamp_min(1))"),
+    ("(step < last)", "(step <= last)"),
+    (
+        "surprise, real, hyper.min_candidates, hyper.surprise_sign, hyper.target_temperature",
+        "surprise, real, hyper.min_candidates, hyper.surprise_sign",
+    ),
+    ("if kind in PER_WEIGHT:", "if False:"),
+]
+SURPRISE = [
+    ("return row_norm(x) * row_norm(grad)", "return row_norm(grad)"),
+    ("return row_norm(x) * row_norm(grad)", "return row_norm(x) + row_norm(grad)"),
+    ("torch.inf).scatter", "0.0).scatter"),
+    ("rows.token * spare + rows.expert", "rows.token * experts + rows.expert"),
+    ("[:, :experts]", "[:, 1:]"),
+    ("dtype=torch.promote_types(x.dtype, torch.float32)", "dtype=x.dtype"),
+    ("return surprise / ones", "return surprise * ones"),
+    ("surprise.abs(), 0.0)", "surprise, 0.0)"),
+    ("1.0) ** exponent", "1.0) ** 1"),
+]
+STEP_METRICS = [
+    ("== targets.expert) & targets.informative", "== targets.expert)"),
     ("1 / trace.active.sum(dim=-1).clamp_min(1)", "1 / trace.active.shape[-1]"),
     ("(real.sum() * targets.tied.shape[0]).clamp_min(1)", "real.sum().clamp_min(1)"),
-    ('["router"] / targets_count', '["router"]'),
-    ("targets, load, real, hyper)\n    if", "targets, load, torch.ones_like(real), hyper)\n    if"),
+]
+REGENERATE = [
+    ("squares < floor", "squares <= floor * 1e6"),
+    ("* (1 - hyper.beta2) > 1", "* (1 - hyper.beta2) > 0"),
+    ("load.argmax", "load.argmin"),
+    ("mu=replaced(expert_opt.mu, 0.0)", "mu=replaced(expert_opt.mu, 1.0)"),
+    ("nu=replaced(expert_opt.nu, 1.0)", "nu=replaced(expert_opt.nu, 0.0)"),
+    ("+ noise * router", "+ 0 * noise * router"),
 ]
 OPTIM = [
     ("(1 - hyper.beta1**t)", "(1 - hyper.beta1)"),
@@ -142,6 +172,9 @@ MUTANTS = [
         "training/hyper_step.py": HYPER_STEP,
         "training/optim.py": OPTIM,
         "training/metrics.py": METRICS,
+        "training/surprise.py": SURPRISE,
+        "training/step_metrics.py": STEP_METRICS,
+        "training/regenerate.py": REGENERATE,
     }.items()
     for old, new in changes
 ]
@@ -151,9 +184,10 @@ TESTS = {
     "tiny_onn_func/routing.py": ("dynmoe", "surprise_calculation", "transforms"),
     "tiny_onn_func/experts.py": ("dynmoe", "surprise_calculation"),
     "tiny_onn_func/grouped.py": ("grouped", "transforms"),
-    "training/hooks.py": ("surprise_calculation", "isolation"),
+    "training/hooks.py": ("rules", "surprise_calculation", "isolation"),
     "training/objectives.py": (
         "optim",
+        "rules",
         "hyper_step",
         "metrics",
         "surprise_calculation",
@@ -162,6 +196,7 @@ TESTS = {
     ),
     "training/hyper_step.py": (
         "hyper_step",
+        "rules",
         "isolation",
         "dynmoe",
         "optim",
@@ -171,4 +206,7 @@ TESTS = {
     ),
     "training/optim.py": ("optim", "hyper_step", "transforms", "isolation"),
     "training/metrics.py": ("metrics",),
+    "training/surprise.py": ("rules", "surprise_calculation", "dynmoe"),
+    "training/step_metrics.py": ("hyper_step", "metrics", "surprise_calculation"),
+    "training/regenerate.py": ("rules",),
 }

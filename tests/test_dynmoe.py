@@ -31,7 +31,7 @@ from tiny_onn_func.moe import RoutingInputs, moe
 from tiny_onn_func.routing import Routing, route
 from tiny_onn_func.tree import flatten, unflatten
 from training import HyperParams
-from training.explore import draw_exploration
+from training.draws import draw_exploration
 
 
 class Question(NamedTuple):

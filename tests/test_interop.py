@@ -158,15 +158,16 @@ def test_a_router_in_float32_and_a_bias_come_back_bitwise(tmp_path: Path) -> Non
     assert_same_bits(load_pretrained(tmp_path / "out")[0], unflatten(flat))
 
 
-@pytest.mark.parametrize("case", ["dynamic", "bias"])
+@pytest.mark.parametrize("case", ["dynamic", "bias", "hash"])
 def test_what_qwen3_moe_cannot_express_is_refused_there_and_never_computed_differently(
     case: str, tmp_path: Path
 ) -> None:
-    config = config_of(num_experts_per_tok=-1 if case == "dynamic" else 2)
+    config = config_of(num_experts_per_tok=-1 if case == "dynamic" else 2, hash_routing=case == "hash")
     params = spread_params(config, dtype=torch.float32)
     if case == "bias":
         params["layers"]["moe"]["router_bias"] += 0.5
     save_pretrained(params, config, tmp_path / "out")
+    assert load_pretrained(tmp_path / "out")[1] == config
     with pytest.raises(ValueError, match="tiny_onn"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 

@@ -33,7 +33,6 @@ from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.tree import flatten, leaves, partition, stack, tree_map
 from training import Batch, HyperParams, SurpriseHookManager, TrainState, hyper_step, init_state, per_token_surprise
-from training.hooks import row_surprise, sparse_fill
 from training.hyper_step import main_gradients
 from training.metrics import expert_load
 from training.objectives import Targets, router_loss, router_targets
@@ -322,10 +321,9 @@ def test_a_thousand_mapped_steps_leave_no_tensor_and_no_graph_behind() -> None:
 class Undetached(SurpriseHookManager):
     """What the hook manager must not do: keep the gradient attached to its graph."""
 
-    def _record(self, layer: int, grad: Tensor) -> None:
-        hidden, rows = self._saved[layer]
-        surface = self.per_token_surprise[layer]
-        surface.copy_(sparse_fill(row_surprise(hidden, grad), rows, *surface.shape))
+    def _hook(self, seen: Tensor, record: Callable[[Tensor], None]) -> bool:
+        self._handles.append(seen.register_hook(record))
+        return True
 
 
 @pytest.mark.parametrize(("manager", "leaks"), [(SurpriseHookManager, False), (Undetached, True)])

@@ -24,6 +24,7 @@ from training.settings import (
     parse_train_args,
     save_settings,
 )
+from training.surprise import KINDS
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -220,13 +221,19 @@ def test_values_may_be_negative_exponential_empty_or_look_like_numbers():
     assert config.model.rope_theta == 5.0
 
 
+WHOLE_HYPER = {field.name: 8 for field in fields(HyperSettings) if field.type is int}
+CHANGED_HYPER = (
+    {field.name: 0.5 for field in fields(HyperSettings)} | WHOLE_HYPER | {"pi_alpha": 0.25, "surprise_sign": -1.0}
+)
+
+
 def test_every_setting_is_a_flag_of_its_dotted_name():
     changed = RunConfig(
         data="text.txt", out="somewhere", steps=9, seed=1, batch_size=3, sequence_length=8, schedule="constant",
         holdout=0.2, split="tail", eval_every=1, eval_bytes=7, final_eval_bytes=None, checkpoint_every=2,
         keep_checkpoints=5, picture_every=6, sample_tokens=4, prompt="x", threads=2,
-        model=ModelConfig(300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False),
-        hyper=HyperSettings(*[0.5] * 7, 4, 0.5, 0.25, 0.5, 3, 0.5, -1.0, *[0.5] * 5, 8),
+        model=ModelConfig(300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False, True),
+        hyper=HyperSettings(**CHANGED_HYPER), surprise_kind="input",
     )  # fmt: skip
     argv = []
     for key in key_types():
@@ -360,6 +367,7 @@ def model_values(draw) -> dict:
         "rms_norm_eps": draw(positive),
         "rope_theta": draw(positive),
         "tie_word_embeddings": draw(st.booleans()),
+        "hash_routing": draw(st.booleans()),
     }
 
 
@@ -367,7 +375,8 @@ def model_values(draw) -> dict:
 def hyper_values(draw) -> dict:
     limits = {"pi_alpha": st.floats(0, 1, exclude_min=True), "surprise_sign": st.sampled_from([1.0, -1.0])}
     limits |= {key: st.floats(0, 1, exclude_max=True) for key in ("beta1", "beta2")}
-    limits |= {key: st.floats(0, 1) for key in ("min_lr_ratio", "router_coupling", "explore_prob")}
+    limits |= {key: st.floats(0, 1) for key in ("min_lr_ratio", "router_coupling", "explore_prob", "shuffle_targets")}
+    limits |= {"regenerate_below": st.floats(0, 1, exclude_max=True)}
     kinds = {int: counts, float: positive}
     return {field.name: draw(limits.get(field.name, kinds[field.type])) for field in fields(HyperSettings)}
 
@@ -381,6 +390,7 @@ def run_values(draw) -> dict:
         "sequence_length": draw(st.integers(2, 10**9)),
         "schedule": draw(st.sampled_from(["cosine", "constant"])),
         "holdout": draw(st.floats(0, 1, exclude_min=True, exclude_max=True)),
+        "surprise_kind": draw(st.sampled_from(KINDS)),
         "split": draw(st.sampled_from(["auto", "document", "tail"])),
         "final_eval_bytes": draw(st.none() | counts),
         "prompt": draw(text | st.sampled_from(["null", "none", "~", "1e-3", "on", "017", "true", ".nan", "<<", "- a"])),

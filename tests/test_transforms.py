@@ -15,7 +15,7 @@ from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.routing import route
 from tiny_onn_func.tree import partition, stack, tree_map, unstack, walk
 from training import Batch, HyperParams, TrainState, hyper_step, per_token_surprise
-from training.explore import draw_exploration
+from training.draws import draw_exploration
 from training.optim import adamw_init
 
 # Mapped runs multiply matrices in another order. AdamW divides by sqrt(nu) + eps, so eps is kept well above that noise.

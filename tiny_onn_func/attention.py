@@ -17,11 +17,13 @@ def causal_bias(
 ) -> Float[Tensor, "#batch seq seq"]:
     """What is added to the score of query i and key j: 0 if j <= i and token j is real, else the dtype's minimum.
 
+    A mask of numbers beyond 1 (packed rows) keeps documents apart: a token sees keys of its own number only.
     Added, not filled in: an addition has no backward of its own and takes the mask without a copy for every run.
     """
     visible = torch.ones(seq, seq, dtype=torch.bool, device=device).tril()[None]
     if attention_mask is not None:
-        visible = visible & rearrange(attention_mask != 0, "batch seq -> batch 1 seq")
+        key, query = (rearrange(attention_mask, f"batch seq -> batch {axes}") for axes in ("1 seq", "seq 1"))
+        visible = visible & (key != 0) & ((key == query) | (query == 0))
     return visible.new_zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 

@@ -23,6 +23,7 @@ class ModelConfig:
         max_experts_per_tok: static cap (M) over the budget's choice; None means all experts.
         rms_norm_eps: epsilon of every RMSNorm.
         rope_theta: base of the rotary frequencies.
+        hash_routing: experts are a fixed hash of the token id and layer; the router is not asked.
         tie_word_embeddings: whether the head is the transposed embedding.
 
     Raises:
@@ -43,6 +44,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
+    hash_routing: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self)[:8]:

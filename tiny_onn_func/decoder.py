@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiny_onn_func.attention import attention, causal_bias
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.experts import ApplyW2, apply_w2
+from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_w2, apply_w13
 from tiny_onn_func.moe import RouterTrace, RoutingInputs, moe
 from tiny_onn_func.ops import rms_norm, rotary_angles, wide_dtype
 from tiny_onn_func.tree import flatten, unflatten
@@ -25,6 +25,7 @@ def forward(
     attention_mask: Int[Tensor, "batch seq"] | None = None,
     surprise_budget: int | float | Tensor = 0.5,
     apply_w2: ApplyW2 = apply_w2,
+    apply_w13: ApplyW13 = apply_w13,
     router_coupling: int | float | Tensor = 0.0,
     explore: Int[Tensor, "layers tokens"] | None = None,
 ) -> tuple[Float[Tensor, "batch seq vocab"], RouterTrace]:
@@ -34,8 +35,10 @@ def forward(
         params: as made by `init_params`.
         input_ids: int64 in [0, vocab_size).
         attention_mask: 1 = real token, 0 = padding; None = all real. Padding visits no expert and is never attended.
+            Numbers 1, 2, ... keep several documents in a row apart: a token attends to its own number only.
         surprise_budget: in (0, 1]; read when `config.num_experts_per_tok` is -1.
         apply_w2: what applies w2 to the rows; wrap it to look at, or to change, every expert's output.
+        apply_w13: the same for gate and up.
         router_coupling: share of the gradient through the routing weights that is let through; 0 isolates the router.
         explore: expert that each (layer, token) also tries, -1 for none.
 
@@ -50,7 +53,10 @@ def forward(
     batch, seq = input_ids.shape
     device = input_ids.device
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    routing = RoutingInputs(rearrange(real != 0, "b s -> (b s)"), surprise_budget, router_coupling, explore)
+    routing = RoutingInputs(
+        rearrange(real != 0, "b s -> (b s)"), surprise_budget, router_coupling, explore,
+        rearrange(input_ids, "b s -> (b s)"),
+    )  # fmt: skip
     rotary = rotary_angles(torch.arange(seq, device=device), config.head_dim, config.rope_theta)
 
     x = F.embedding(input_ids, params["embed_tokens"])
@@ -61,7 +67,7 @@ def forward(
         x = x + attention(normed, layer["self_attn"], rotary, bias, config)
         normed = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
         tokens = rearrange(normed, "b s dim -> (b s) dim")
-        out, trace = moe(tokens, layer["moe"], index, routing, config, apply_w2)
+        out, trace = moe(tokens, layer["moe"], index, routing, config, apply_w2, apply_w13)
         x = x + rearrange(out, "(b s) dim -> b s dim", b=batch)
         traces.append(trace)
     head = params["embed_tokens"].mT if config.tie_word_embeddings else params["lm_head"]

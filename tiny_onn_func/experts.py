@@ -22,6 +22,7 @@ class Rows(NamedTuple):
 
 
 ApplyW2 = Callable[[int, Tensor, Tensor, Rows], Tensor]
+ApplyW13 = Callable[[int, Tensor, Tensor, Rows], Tensor]
 
 
 def apply_w2(
@@ -29,6 +30,13 @@ def apply_w2(
 ) -> Float[Tensor, "rows dim"]:
     """y = h w2 of each row's expert; zero on inactive rows. Anyone may pass a function of this form instead."""
     return grouped_matmul(hidden, w2, rows.offsets)
+
+
+def apply_w13(
+    layer: int, x: Float[Tensor, "rows dim"], w13: Float[Tensor, "experts dim both"], rows: Rows
+) -> Float[Tensor, "rows both"]:
+    """Gate and up of each row's expert, side by side; the second seam, before the activation."""
+    return grouped_matmul(x, w13, rows.offsets)
 
 
 class Sorted(NamedTuple):
@@ -57,12 +65,13 @@ def apply_experts(
     params: Mapping[str, Tensor],
     layer: int,
     apply_w2: ApplyW2,
+    apply_w13: ApplyW13 = apply_w13,
 ) -> Float[Tensor, "tokens dim"]:
     """out_t = sum_e weight_te * (silu(x_t w1_e) * (x_t w3_e)) w2_e over the experts that token t visits."""
     slots = routing.expert_ids.shape[-1]
     rows, order, inverse = sort_by_expert(routing, params["w1"].shape[0])
     gate_and_up = torch.cat((params["w1"], params["w3"]), dim=-1)  # one grouped matmul instead of two
     inputs = dispatch_rows(x, order, inverse, slots)
-    gate, up = grouped_matmul(inputs, gate_and_up, rows.offsets).chunk(2, dim=-1)
+    gate, up = apply_w13(layer, inputs, gate_and_up, rows).chunk(2, dim=-1)
     y = apply_w2(layer, swiglu(gate, up), params["w2"], rows)
     return combine_rows(y, routing.weights.to(y.dtype), order, inverse)

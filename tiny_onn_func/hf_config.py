@@ -96,6 +96,7 @@ def config_values(config: ModelConfig, kind: str, dtype: str, extra: Values | No
             "format": FORMAT,
             "min_experts_per_tok": config.min_experts_per_tok,
             "max_experts_per_tok": config.max_experts_per_tok,
+            "hash_routing": config.hash_routing,
         },
     }
 
@@ -147,7 +148,7 @@ def _parse(values: Values, kinds: Collection[str]) -> ModelConfig:
     layers = values.get("layer_types") or []
     if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
         raise ValueError(f"layer_types: expected full_attention only, got {shown(layers)}")
-    sizes = {key: _whole(values, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    sizes: dict[str, Any] = {key: _whole(values, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
     heads = _whole(values, "num_attention_heads")
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": _whole(values, "num_key_value_heads", heads)}
     head_dim = 128 if kind == DENSE else sizes["hidden_size"] // heads  # the defaults of the two architectures
@@ -198,7 +199,10 @@ def _moe_sizes(values: Values, kind: str) -> dict[str, Any]:
         raise ValueError(f"{SECTION}: expected an object with format {FORMAT}, got {shown(section)}")
     cap = section.get("max_experts_per_tok")
     sizes["max_experts_per_tok"] = None if cap is None else _whole(section, "max_experts_per_tok")
-    return sizes | {"min_experts_per_tok": _whole(section, "min_experts_per_tok", 1)}
+    hashed = section.get("hash_routing", False)
+    if not isinstance(hashed, bool) or (hashed and kind != OWN):
+        raise ValueError(f"hash_routing: expected {'true or false' if kind == OWN else 'false'}, got {shown(hashed)}")
+    return sizes | {"min_experts_per_tok": _whole(section, "min_experts_per_tok", 1), "hash_routing": hashed}
 
 
 def _rope_theta(values: Values) -> float:

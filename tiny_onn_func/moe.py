@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.experts import ApplyW2, apply_experts
+from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_experts, apply_w13
+from tiny_onn_func.hashing import hash_logits
 from tiny_onn_func.ops import scale_gradient, wide_dtype
 from tiny_onn_func.routing import route
 
@@ -30,6 +31,7 @@ class RoutingInputs(NamedTuple):
     surprise_budget: int | float | Tensor
     router_coupling: int | float | Tensor  # share of the main loss's gradient that reaches the router
     explore: Int[Tensor, "layers tokens"] | None
+    token_ids: Int[Tensor, " tokens"] | None = None  # read by hash routing only
 
 
 def moe(
@@ -39,14 +41,19 @@ def moe(
     inputs: RoutingInputs,
     config: ModelConfig,
     apply_w2: ApplyW2,
+    apply_w13: ApplyW13 = apply_w13,
 ) -> tuple[Float[Tensor, "tokens dim"], RouterTrace]:
     """Output of the layer and its trace. Without coupling the main loss has exactly no gradient in the router."""
     dtype = wide_dtype(x.dtype)
     decoupled = isinstance(inputs.router_coupling, float | int) and inputs.router_coupling == 0
     seen = x.detach() if decoupled else x
-    logits = einsum(seen.to(dtype), params["router"].to(dtype), "tokens dim, dim experts -> tokens experts")
+    if config.hash_routing:
+        assert inputs.token_ids is not None, "forward gives them"
+        logits = hash_logits(inputs.token_ids, layer, config.num_experts).to(dtype)
+    else:
+        logits = einsum(seen.to(dtype), params["router"].to(dtype), "tokens dim, dim experts -> tokens experts")
     explore = None if inputs.explore is None else inputs.explore[layer]
     routing = route(logits, inputs.real, config, inputs.surprise_budget, params["router_bias"], explore)
     routing = routing._replace(weights=scale_gradient(routing.weights, inputs.router_coupling))
-    out = apply_experts(x, routing, params, layer, apply_w2)
+    out = apply_experts(x, routing, params, layer, apply_w2, apply_w13)
     return out, RouterTrace(x.detach(), logits, *routing)

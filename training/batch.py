@@ -11,7 +11,8 @@ class Batch(NamedTuple):
     """Tokens, the token that each position must predict, and which tokens are real; all (B, S) int64.
 
     `labels[b, s]` is already shifted: the target of position s, or -100 where there is none.
-    `attention_mask` is 1 on real tokens and 0 on padding.
+    `attention_mask` is 0 on padding and 1 on real tokens; in packed rows the number of the document, 1 or more, that a
+    token belongs to. A token attends to earlier tokens of its own number.
     """
 
     input_ids: Tensor

@@ -31,7 +31,9 @@ DRAFT = ".draft-"  # begins the names of folders that are being written or remov
 MEND = "remove this step's folder to go on from the one before"
 
 
-def save_checkpoint(folder: str | Path, state: Any, config_dict: Mapping[str, Any], *, keep: int) -> Path:
+def save_checkpoint(
+    folder: str | Path, state: Any, config_dict: Mapping[str, Any], *, keep: int, tokenizer: str = "bytes"
+) -> Path:
     """Write `state` as the checkpoint of its step, then remove older ones beyond the newest `keep`.
 
     Args:
@@ -39,6 +41,7 @@ def save_checkpoint(folder: str | Path, state: Any, config_dict: Mapping[str, An
         state: nested dicts, NamedTuples or sequences of tensors, with a leaf `step` at the top.
         config_dict: the model's sizes, `dataclasses.asdict(model_config)`.
         keep: checkpoints to leave, this one included; later steps and folders of other names are never touched.
+        tokenizer: fingerprint of the tokenizer that the parameters go with.
 
     Returns:
         The new folder. When anything fails, everything that was there before is still there and nothing else is.
@@ -56,7 +59,7 @@ def save_checkpoint(folder: str | Path, state: Any, config_dict: Mapping[str, An
     try:
         home.mkdir(parents=True, exist_ok=True)
         _clean(home)
-        _write(draft, tensors, step, config_dict)
+        _write(draft, tensors, step, {"model": dict(config_dict), "tokenizer": tokenizer})
         _publish(draft, target)
         for old in [path for at, path in _steps(home) if at < step][: -(keep - 1) or None]:
             _remove(old)
@@ -106,6 +109,15 @@ def load_params(path: str | Path) -> tuple[Tree, ModelConfig]:
     return unflatten(_read_tensors(folder, "params."))["params"], config
 
 
+def checkpoint_tokenizer(path: str | Path) -> str:
+    """The fingerprint of the tokenizer that a checkpoint, or a run folder's latest one, goes with.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+    return str(_read_meta(_locate(path)).get("tokenizer", "bytes"))
+
+
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
@@ -119,13 +131,13 @@ def _named_tensors(state: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def _write(draft: Path, tensors: dict[str, Tensor], step: int, config_dict: Mapping[str, Any]) -> None:
+def _write(draft: Path, tensors: dict[str, Tensor], step: int, about: Mapping[str, Any]) -> None:
     draft.mkdir()
     save_file(tensors, draft / STATE, metadata={ORDER: json.dumps([*tensors])})  # the file itself sorts its names
     meta = {
         "format": FORMAT,
         "step": step,
-        "model": dict(config_dict),
+        **about,
         "sha256": _sha256(draft / STATE),
         "version": _version(),
     }

@@ -14,6 +14,7 @@ USAGE = """usage: tiny-onn VERB ...
   evaluate   score a run on held-out text   tiny-onn evaluate RUN
   generate   continue a text                tiny-onn generate RUN --prompt "def "
   export     a run for Hugging Face         tiny-onn export RUN --out DIR
+  tokenizer  learn one from a text          tiny-onn tokenizer train --data SPEC --vocab-size 4096 --out DIR
   surgery    a dense Qwen3 into experts     tiny-onn surgery QWEN3_DIR --out DIR --num-experts 32
   study      compare many runs              tiny-onn study FILE.yaml [--out DIR] [--quick] [--resume]
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "generate": _generate,
         "export": _export,
+        "tokenizer": _tokenizer,
         "surgery": _surgery,
         "study": _study,
     }
@@ -112,6 +114,20 @@ def _export(argv: Sequence[str]) -> None:
     from training.export import export_run
 
     print(export_run(given.run, given.out, num_experts_per_tok=given.num_experts_per_tok))
+
+
+def _tokenizer(argv: Sequence[str]) -> None:
+    parser = _Parser("tiny-onn tokenizer", description="Learn byte pairs (BPE) from the part that a run trains on.")
+    parser.add_argument("action", choices=("train",), help="learn a tokenizer")
+    parser.add_argument("--data", default="stdlib", help="what a run would take: stdlib, a file, a folder, a glob")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, 256 bytes among them")
+    parser.add_argument("--out", required=True, help="new or empty folder")
+    parser.add_argument("--holdout", type=float, default=0.1, help="share of the text that is left out, as in a run")
+    parser.add_argument("--split", choices=("auto", "document", "tail"), default="auto", help="as in a run")
+    given = parser.parse_args(argv)
+    from training.bpe import train_tokenizer
+
+    print(train_tokenizer(given.data, given.out, given.vocab_size, holdout=given.holdout, split=given.split))
 
 
 def _surgery(argv: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ The split is fixed by document, so that no held-out text is ever trained on:
 - `auto`: `tail` for a single document, else `document`.
 
 A cache entry is a folder that appears whole or not at all. Its name hashes all that the tokens depend on: the files'
-paths, sizes and times, the Python version (stdlib), the split. Entries are never deleted, only left unused: clear the
+paths, sizes and times, the Python version (stdlib), the split, the tokenizer. Entries are never deleted, only left unused: clear the
 cache by deleting its folder.
 """
 
@@ -28,20 +28,23 @@ from tqdm import tqdm
 
 from training.errors import UserError
 from training.sources import Source, documents, find_source, printable, refuse
-from training.tokens import BOUNDARY, CHUNK, SIDES, Tokens, count_bytes, resolve_split, write_streams
+from training.tokenizer import BYTES, Tokenizer, Tokens
+from training.tokens import CHUNK, SIDES, resolve_split, write_streams
 
 FORMAT = 1  # of the cache; a new number forgets the entries of the old one
 RECORD = "entry.json"
+NEW_KINDS = (".gz", ".parquet")  # files that folders passed over as binary when FORMAT was chosen
 
 
 class Corpus(NamedTuple):
     """One side of a split; the arrays are memory-mapped and read-only.
 
-    tokens: (n,) uint16.
+    tokens: (n,) uint16, or uint32 where the tokenizer has more than 65,536 ids.
     targets: (n,) uint8, 1 where the token is learned, 0 where it is only context.
     num_bytes: bytes of its text; boundaries are none.
     num_targets: targets that have a token before them, so can be predicted.
     num_documents: documents that end here.
+    tokenizer: what the tokens mean.
     """
 
     tokens: Tokens
@@ -49,6 +52,7 @@ class Corpus(NamedTuple):
     num_bytes: int
     num_targets: int
     num_documents: int
+    tokenizer: Tokenizer = BYTES
 
 
 class Splits(NamedTuple):
@@ -69,16 +73,18 @@ def open_corpus(
     split: str = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    tokenizer: Tokenizer = BYTES,
 ) -> Splits:
     """The tokens of a source, from the cache or made now.
 
     Args:
-        source: what `training.sources` knows: stdlib, a text file, a folder, a glob, .jsonl.
+        source: what `training.sources` knows: stdlib, a text file, a folder, a glob, .jsonl, .parquet, .gz.
         sequence_length: tokens of a training sequence; each side must have room for one and its last target.
         holdout: share that is held out, in (0, 1): of the documents, or of the text with `tail`.
         split: `auto`, `document` or `tail`.
         cache_dir: default $TINY_ONN_CACHE, else ~/.cache/tiny-onn.
         progress: show a bar on the error stream if tokenizing takes more than a second.
+        tokenizer: text -> tokens; the bytes themselves by default.
 
     Raises:
         UserError: an argument out of range, a source that cannot be read, a side that is too short, no room to write.
@@ -91,11 +97,11 @@ def open_corpus(
         raise UserError(f"sequence_length: expected 1 or more, got {sequence_length!r}")
     found = find_source(source)
     cache = Path(os.path.expanduser(cache_dir or os.environ.get("TINY_ONN_CACHE") or "~/.cache/tiny-onn"))
-    entry = cache / _key(found, holdout, split)
-    splits = _load(entry, found.name)
+    entry = cache / _key(found, holdout, split, tokenizer)
+    splits = _load(entry, found.name, tokenizer)
     if splits is None:
-        _build(found, entry, holdout, split, progress)
-        splits = _load(entry, found.name)
+        _build(found, entry, holdout, split, progress, tokenizer)
+        splits = _load(entry, found.name, tokenizer)
     if splits is None:
         raise UserError(f"{printable(entry)}: expected the tokens just written, got something else; is the disk full?")
     _check_sides(splits, sequence_length)
@@ -121,12 +127,17 @@ def _check_sides(splits: Splits, sequence_length: int) -> None:
 # Cache ----------------------------------------------------------------------------------------------------------------
 
 
-def _key(source: Source, holdout: float, split: str) -> str:
+def _key(source: Source, holdout: float, split: str, tokenizer: Tokenizer) -> str:
     folders = {folder: str(folder.resolve()) for folder in {file.parent for file in source.files}}
     found = ((file, _stat(file)) for file in source.files)
     files = [(folders[file.parent], file.name, stat.st_size, stat.st_mtime_ns) for file, stat in found]
     version = sys.version if source.name == "stdlib" else None
-    identity = json.dumps([FORMAT, version, source.read.__name__, split, holdout, files])
+    parts: list[Any] = [FORMAT, version, source.read.__name__, split, holdout, files]
+    if any(file.suffix.lower() in NEW_KINDS for file in source.files):
+        parts.append("unpacked")
+    if tokenizer is not BYTES:  # the entries of the bytes keep their names
+        parts.append(tokenizer.fingerprint)
+    identity = json.dumps(parts)
     return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
 
 
@@ -137,22 +148,22 @@ def _stat(file: Path) -> os.stat_result:
         refuse(printable(file), error)
 
 
-def _load(entry: Path, source: str) -> Splits | None:
+def _load(entry: Path, source: str, tokenizer: Tokenizer = BYTES) -> Splits | None:
     """An entry of the cache; None if it is not there, or its files are not of the lengths that its record names."""
     try:
         record = json.loads((entry / RECORD).read_text(encoding="utf-8"))
-        train, held_out = (_open_side(entry, side, record[side]) for side in SIDES)
+        train, held_out = (_open_side(entry, side, record[side], tokenizer) for side in SIDES)
         return Splits(train, held_out, source, str(record["split"]), entry)
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _open_side(entry: Path, side: str, record: Mapping[str, Any]) -> Corpus:
-    tokens = _map(entry / f"{side}.tokens", np.uint16)
+def _open_side(entry: Path, side: str, record: Mapping[str, Any], tokenizer: Tokenizer) -> Corpus:
+    tokens = _map(entry / f"{side}.tokens", np.dtype(record.get("dtype", "uint16")).type)
     targets = _map(entry / f"{side}.targets", np.uint8)
     if not tokens.size == targets.size == record["tokens"]:
         raise ValueError(f"expected {record['tokens']} tokens, got {tokens.size} and {targets.size} flags")
-    return Corpus(tokens, targets, int(record["bytes"]), int(record["targets"]), int(record["documents"]))
+    return Corpus(tokens, targets, int(record["bytes"]), int(record["targets"]), int(record["documents"]), tokenizer)
 
 
 def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -161,7 +172,7 @@ def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
     return np.memmap(path, dtype, mode="r")
 
 
-def _build(source: Source, entry: Path, holdout: float, split: str, progress: bool) -> None:
+def _build(source: Source, entry: Path, holdout: float, split: str, progress: bool, tokenizer: Tokenizer) -> None:
     """Tokenize into a draft beside the entry, then move it there."""
     draft = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}")
     try:
@@ -169,9 +180,9 @@ def _build(source: Source, entry: Path, holdout: float, split: str, progress: bo
         split, found = resolve_split(split, documents(source))
         size, desc = sum(_stat(file).st_size for file in source.files), f"tokenizing {source.name}"
         with tqdm(total=size, desc=desc, unit="B", unit_scale=True, delay=1.0, disable=not progress) as bar:
-            write_streams(draft, found, holdout, split, bar)
+            write_streams(draft, found, holdout, split, bar, tokenizer)
             bar.update(max(0, size - bar.n))  # JSON lines have more bytes than their text
-        record = {"split": split} | {side: _measure(draft, side) for side in SIDES}
+        record = {"split": split} | {side: _measure(draft, side, tokenizer) for side in SIDES}
         (draft / RECORD).write_text(json.dumps(record), encoding="utf-8")
         _publish(draft, entry)
     except OSError as error:
@@ -183,14 +194,15 @@ def _build(source: Source, entry: Path, holdout: float, split: str, progress: bo
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _measure(folder: Path, side: str) -> dict[str, int]:
-    tokens, targets = _map(folder / f"{side}.tokens", np.uint16), _map(folder / f"{side}.targets", np.uint8)
+def _measure(folder: Path, side: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    tokens, targets = _map(folder / f"{side}.tokens", tokenizer.dtype), _map(folder / f"{side}.targets", np.uint8)
     chunks = [tokens[start : start + CHUNK] for start in range(0, tokens.size, CHUNK)]
-    return {
+    wide = {} if tokens.dtype == np.uint16 else {"dtype": tokens.dtype.name}
+    return wide | {
         "tokens": tokens.size,
-        "bytes": sum(count_bytes(chunk) for chunk in chunks),
+        "bytes": sum(int(tokenizer.lengths[chunk].sum(dtype=np.int64)) for chunk in chunks),
         "targets": int(np.count_nonzero(targets[1:])),
-        "documents": sum(int(np.count_nonzero(chunk == BOUNDARY)) for chunk in chunks),
+        "documents": sum(int(np.count_nonzero(chunk == tokenizer.boundary)) for chunk in chunks),
     }
 
 

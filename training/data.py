@@ -4,7 +4,11 @@
     batch = batch_at(splits.train, seed=0, step=7, batch_size=12, sequence_length=64)
     bits_per_byte = nats / ln 2 / scored_span(splits.held_out, max_bytes).num_bytes
 
-where nats is the summed loss over the labels of `held_out_batches(splits.held_out, ..., max_bytes)`.
+where nats is the summed loss over the labels of `held_out_batches(splits.held_out, ..., max_bytes)`. The bytes are those
+of the text that the labels stand for, so the number means the same for every tokenizer.
+
+With `pack`, what is in a row keeps to itself: `attention_mask` numbers the documents (1, 2, ...; 0 is padding), and a
+token attends to its own only. A boundary closes a document as a label and opens the next one as an input.
 """
 
 import gzip
@@ -18,7 +22,8 @@ import torch
 from training.batch import IGNORE_INDEX, Batch
 from training.corpus import Corpus, Splits, open_corpus
 from training.errors import UserError
-from training.tokens import BOUNDARY, CHUNK, VOCAB_SIZE, Tokens, decode, encode
+from training.tokenizer import BOUNDARY, BYTES, VOCAB_SIZE, Tokenizer, Tokens
+from training.tokens import CHUNK, decode, encode
 
 __all__ = [
     "BOUNDARY",
@@ -36,14 +41,15 @@ __all__ = [
 ]
 
 REDRAWS = 1000  # of windows without a target, before the targets are listed, which takes a pass over the text
+FEWER = 1 << 18  # tokens that are spelled out at a time
 Array = npt.NDArray[np.int64]
 
 
-def batch_at(corpus: Corpus, seed: int, step: int, batch_size: int, sequence_length: int) -> Batch:
+def batch_at(corpus: Corpus, seed: int, step: int, batch_size: int, sequence_length: int, pack: bool = False) -> Batch:
     """The batch of a step: a pure function of (seed, step), whatever was asked for before.
 
-    Rows are windows of sequence_length + 1 tokens from anywhere in the stream, so they may cross boundaries. Each has
-    at least one target; a window that has none is drawn again.
+    Rows are windows of sequence_length + 1 tokens from anywhere in the stream, so they may cross boundaries; with
+    `pack`, attention does not. Each has at least one target; a window that has none is drawn again.
 
     Args:
         seed: 0 to 2**128 - 1.
@@ -62,7 +68,7 @@ def batch_at(corpus: Corpus, seed: int, step: int, batch_size: int, sequence_len
     index = starts[:, None] + np.arange(sequence_length + 1)
     window = corpus.tokens[index].astype(np.int64)
     labels = np.where(corpus.targets[index[:, 1:]] != 0, window[:, 1:], IGNORE_INDEX)
-    return _batch(window[:, :-1], labels, np.ones_like(labels))
+    return _batch(window[:, :-1], labels, _mask(window[:, :-1], np.ones_like(labels), corpus, pack))
 
 
 def _draw_starts(corpus: Corpus, seed: int, step: int, rows: int, length: int) -> Array:
@@ -87,6 +93,11 @@ def _draw_starts(corpus: Corpus, seed: int, step: int, rows: int, length: int) -
     return starts
 
 
+def _mask(ids: Array, real: Array, corpus: Corpus, pack: bool) -> Array:
+    """1 on real tokens and 0 on padding; with `pack` the number of the token's document in its row."""
+    return real * (1 + np.cumsum(ids == corpus.tokenizer.boundary, axis=1)) if pack else real
+
+
 def _batch(input_ids: Array, labels: Array, attention_mask: Array) -> Batch:
     return Batch(*(torch.from_numpy(np.ascontiguousarray(part)) for part in (input_ids, labels, attention_mask)))
 
@@ -103,10 +114,10 @@ class ScoredSpan(NamedTuple):
 
 
 def scored_span(corpus: Corpus, max_bytes: int | None = None) -> ScoredSpan:
-    """The shortest beginning of a stream with `max_bytes` bytes to score, or all of it.
+    """The shortest beginning of a stream with at least `max_bytes` bytes to score, or all of it.
 
     The first token has nothing before it and is not scored. Boundaries are scored like any target, so their cost is
-    charged to the text, but they are no bytes.
+    charged to the text, but they are no bytes; nor are other special tokens.
 
     Raises:
         UserError: `max_bytes` is less than 1, or there is nothing to score.
@@ -115,12 +126,13 @@ def scored_span(corpus: Corpus, max_bytes: int | None = None) -> ScoredSpan:
         raise UserError(f"max_bytes: expected 1 or more, or none for all, got {max_bytes!r}")
     num_targets = num_bytes = 0
     for start, tokens, is_target in _chunks(corpus, corpus.tokens.size):
-        scored = np.flatnonzero(is_target & (tokens != BOUNDARY))
-        if max_bytes is not None and num_bytes + scored.size >= max_bytes:
-            stop = int(scored[max_bytes - num_bytes - 1]) + 1
-            return ScoredSpan(start + stop, num_targets + int(np.count_nonzero(is_target[:stop])), max_bytes)
+        so_far = num_bytes + np.where(is_target, corpus.tokenizer.lengths[tokens], 0).cumsum(dtype=np.int64)
+        if max_bytes is not None and so_far[-1] >= max_bytes:
+            stop = int(np.searchsorted(so_far, max_bytes)) + 1
+            num_targets += int(np.count_nonzero(is_target[:stop]))
+            return ScoredSpan(start + stop, num_targets, int(so_far[stop - 1]))
         num_targets += int(np.count_nonzero(is_target))
-        num_bytes += scored.size
+        num_bytes = int(so_far[-1])
     if not num_bytes:
         raise UserError(f"held-out text: expected a byte to score, got none in {corpus.tokens.size} tokens; give more")
     return ScoredSpan(corpus.tokens.size, num_targets, num_bytes)
@@ -134,14 +146,19 @@ def _chunks(corpus: Corpus, end: int) -> Iterator[tuple[int, Tokens, npt.NDArray
 
 
 def held_out_batches(
-    corpus: Corpus, batch_size: int, sequence_length: int, max_bytes: int | None = None, stride: int | None = None
+    corpus: Corpus,
+    batch_size: int,
+    sequence_length: int,
+    max_bytes: int | None = None,
+    stride: int | None = None,
+    pack: bool = False,
 ) -> Iterator[Batch]:
     """Batches whose labels are the targets of `scored_span(corpus, max_bytes)`, each exactly once.
 
     Windows begin every `stride` tokens (default: half a window); what an earlier window scored has label -100, so that
     all labels but those of the first window have at least sequence_length - stride tokens of context. Windows with
     nothing to score are left out. All batches have the same shape: behind the end of the stream, and in rows of the
-    last batch that are not needed, there is padding (token 0, mask 0).
+    last batch that are not needed, there is padding (token 0, mask 0). With `pack`, context ends at a boundary.
     """
     stride = max(1, sequence_length // 2) if stride is None else stride
     if not 1 <= stride <= sequence_length:
@@ -160,7 +177,7 @@ def held_out_batches(
         following = np.where(real, index + 1, 0)
         scored = real & (corpus.targets[following] != 0) & (following >= np.pad(fresh[windows], spare)[:, None])
         labels = np.where(scored, corpus.tokens[following].astype(np.int64), IGNORE_INDEX)
-        yield _batch(ids, labels, real.astype(np.int64))
+        yield _batch(ids, labels, _mask(ids, real.astype(np.int64), corpus, pack))
 
 
 # Baselines ------------------------------------------------------------------------------------------------------------
@@ -170,12 +187,13 @@ def baselines(train: Corpus, held_out: Corpus, max_bytes: int | None = None) -> 
     """Bits per byte of models that need no training, on the bytes that `held_out_batches` with `max_bytes` scores.
 
     `uniform`: log2(257) a target. `unigram` and `bigram`: counts of the targets of the training side, one added to
-    each. `gzip -9`: those bytes in one file; it is told no boundaries, the others pay for them.
+    each. `gzip -9`: those bytes in one file; it is told no boundaries, the others pay for them. Whatever the tokenizer,
+    their targets are bytes, and special tokens, which they cannot tell apart.
     """
-    end, num_targets, num_bytes = scored_span(held_out, max_bytes)
+    end, _, num_bytes = scored_span(held_out, max_bytes)
     known, scored = _pairs(train, train.tokens.size), _pairs(held_out, end)
     bits = {
-        "uniform": num_targets * np.log2(VOCAB_SIZE),
+        "uniform": scored.sum() * np.log2(VOCAB_SIZE),
         "unigram": _cost(known.sum(axis=0), scored.sum(axis=0)),
         "bigram": _cost(known, scored),
         "gzip -9": 8 * len(gzip.compress(_scored_text(held_out, end), 9, mtime=0)),
@@ -184,11 +202,10 @@ def baselines(train: Corpus, held_out: Corpus, max_bytes: int | None = None) -> 
 
 
 def _pairs(corpus: Corpus, end: int) -> Array:
-    """counts[a, b] of targets b behind a token a, among tokens[:end]."""
+    """counts[a, b] of targets b behind a byte a, among tokens[:end]."""
     counts = np.zeros(VOCAB_SIZE**2, np.int64)
-    for start, tokens, is_target in _chunks(corpus, end):
-        before = corpus.tokens[start - 1 : start - 1 + tokens.size].astype(np.int64)
-        counts += np.bincount((before * VOCAB_SIZE + tokens)[is_target], minlength=VOCAB_SIZE**2)
+    for before, symbols, is_target in _symbols(corpus, end):
+        counts += np.bincount((before.astype(np.int64) * VOCAB_SIZE + symbols)[is_target], minlength=VOCAB_SIZE**2)
     return counts.reshape(VOCAB_SIZE, VOCAB_SIZE)
 
 
@@ -199,5 +216,33 @@ def _cost(known: Array, scored: Array) -> float:
 
 
 def _scored_text(corpus: Corpus, end: int) -> bytes:
-    kept = (tokens[is_target & (tokens != BOUNDARY)] for _, tokens, is_target in _chunks(corpus, end))
+    kept = (symbols[is_target & (symbols != BOUNDARY)] for _, symbols, is_target in _symbols(corpus, end))
     return b"".join(part.astype(np.uint8).tobytes() for part in kept)
+
+
+def _symbols(corpus: Corpus, end: int) -> Iterator[tuple[Tokens, Tokens, npt.NDArray[np.bool_]]]:
+    """(the byte before, bytes, whether they are scored) over the bytes of tokens[1:end]; 256 is any special token."""
+    if corpus.tokenizer is BYTES:
+        for start, tokens, is_target in _chunks(corpus, end):
+            yield corpus.tokens[start - 1 : start - 1 + tokens.size], tokens, is_target
+        return
+    table, begins, counts = _spelling(corpus.tokenizer)
+    for start, _, flags in _chunks(corpus, end):
+        for first in range(0, flags.size, FEWER):  # a token may be many bytes
+            is_target = flags[first : first + FEWER]
+            tokens = corpus.tokens[start + first - 1 : start + first + is_target.size]
+            sizes = counts[tokens]
+            shift = np.repeat(begins[tokens] - (np.cumsum(sizes) - sizes), sizes)
+            spelled = table[shift + np.arange(shift.size)]
+            yield spelled[sizes[0] - 1 : -1], spelled[sizes[0] :], np.repeat(is_target, sizes[1:])
+
+
+def _spelling(tokenizer: Tokenizer) -> tuple[npt.NDArray[np.uint16], Array, Array]:
+    """(the bytes of all tokens one after the other, where each begins, how many it has); 256 for special ones."""
+    counts = np.maximum(tokenizer.lengths, 1).astype(np.int64)
+    special = tokenizer.lengths == 0
+    written = b"".join(b"\0" if bare else piece for bare, piece in zip(special, tokenizer.pieces, strict=True))
+    table = np.frombuffer(written, np.uint8).astype(np.uint16)
+    begins = np.cumsum(counts) - counts
+    table[begins[special]] = BOUNDARY
+    return table, begins, counts

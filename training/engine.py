@@ -16,7 +16,7 @@ from tiny_onn_func.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
 from training.alarms import collapse_alarms
 from training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from training.data import Splits, baselines, batch_at, decode, encode, held_out_batches, open_corpus, scored_span
+from training.data import Splits, baselines, batch_at, held_out_batches, open_corpus, scored_span
 from training.errors import UserError
 from training.evaluate import Score, evaluate
 from training.hyper_step import TrainState, hyper_step, init_state
@@ -24,7 +24,9 @@ from training.memory import keep_freed_memory
 from training.recorder import Recorder, open_recorder, read_history
 from training.report import draw_core_metrics, draw_expert_dashboard
 from training.run_config import RunConfig, hyper_params
+from training.runs import run_tokenizer
 from training.settings import save_settings
+from training.tokenizer import BYTES, Tokenizer, check_vocab, open_tokenizer, save_tokenizer
 
 ALARM_EVERY = 50  # steps between two looks at the router's health
 
@@ -37,6 +39,7 @@ class Run(NamedTuple):
     corpus: Splits
     history: list[dict[str, Any]]  # every record so far, oldest first
     baselines: dict[str, float]  # bits per byte on the held-out bytes of the final score
+    bytes_per_token: float = 1.0  # of held-out text
 
 
 def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -53,10 +56,9 @@ def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     folder = Path(config.out)
     checkpoint = _check_folder(folder, resume)
-    corpus = open_corpus(
-        config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length, progress=True
-    )
-    run = Run(config, folder, corpus, [], baselines(corpus.train, corpus.held_out, config.final_eval_bytes))
+    tokenizer = open_tokenizer(config.tokenizer) if checkpoint is None else run_tokenizer(config, folder, resume=True)
+    check_vocab(tokenizer, config.model.vocab_size)
+    run = _open(config, folder, tokenizer)
     state = init_state(config.model, torch.Generator().manual_seed(config.seed))
     seconds = 0.0
     if checkpoint is not None:
@@ -64,10 +66,23 @@ def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         run.history.extend(r for r in read_history(folder) if r["step"] <= int(state.step))
         seconds = run.history[-1]["seconds"] if run.history else 0.0
     folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        save_tokenizer(tokenizer, folder)
     save_settings(config, folder / "config.yaml")
     with open_recorder(folder, resume_step=int(state.step) if resume else None) as recorder:
         state, seconds = _loop(run, state, seconds, recorder)
     return _finish(run, state, seconds)
+
+
+def _open(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Run:
+    """The run with its data, before its first step."""
+    corpus = open_corpus(
+        config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length, progress=True,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    span = scored_span(corpus.held_out, config.final_eval_bytes)
+    lines = baselines(corpus.train, corpus.held_out, config.final_eval_bytes)
+    return Run(config, folder, corpus, [], lines, 1.0 if tokenizer is BYTES else span.num_bytes / span.num_targets)
 
 
 def _loop(run: Run, state: TrainState, seconds: float, recorder: Recorder) -> tuple[TrainState, float]:
@@ -80,8 +95,10 @@ def _loop(run: Run, state: TrainState, seconds: float, recorder: Recorder) -> tu
         with tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
             for step in range(first + 1, config.steps + 1):
                 start = time.perf_counter()
-                batch = batch_at(run.corpus.train, config.seed, step - 1, config.batch_size, config.sequence_length)
-                new_state, metrics = hyper_step(state, batch, hyper, config.model)
+                batch = batch_at(
+                    run.corpus.train, config.seed, step - 1, config.batch_size, config.sequence_length, config.pack
+                )
+                new_state, metrics = hyper_step(state, batch, hyper, config.model, kind=config.surprise_kind)
                 values = metrics._asdict()
                 seconds += time.perf_counter() - start
                 if _due(step, config.eval_every) and step < config.steps:
@@ -90,7 +107,8 @@ def _loop(run: Run, state: TrainState, seconds: float, recorder: Recorder) -> tu
                 run.history.append(recorder.write(step, step * tokens_a_step, seconds, values))
                 state = new_state
                 bar.update()
-                bar.set_postfix_str(_progress(run.history[-1], step * tokens_a_step / seconds), refresh=False)
+                speed = step * tokens_a_step / seconds
+                bar.set_postfix_str(_progress(run.history[-1], speed, run.bytes_per_token), refresh=False)
                 if _due(step, ALARM_EVERY):
                     known_alarms = _ring(run, known_alarms)
                 if _due(step, config.checkpoint_every) or step == config.steps:
@@ -130,7 +148,7 @@ def _finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "held_out_tokens": score.tokens,
         "baselines": run.baselines,
         "alarms": alarms(run),
-        "sample": sample_text(config, state, config.prompt, config.sample_tokens) if config.sample_tokens else "",
+        "sample": sample_text(run, state, config.prompt, config.sample_tokens) if config.sample_tokens else "",
     }
     text = json.dumps(summary, indent=2) + "\n"
     draft = run.folder / ".summary.json.tmp"
@@ -142,33 +160,37 @@ def _finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
 def held_out_score(run: Run, state: TrainState, max_bytes: int | None, *, show: bool = False) -> Score:
     """The score on the first `max_bytes` of the held-out text."""
     config, corpus = run.config, run.corpus.held_out
-    batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes)
+    batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack)
 
     bar = partial(tqdm, desc="held-out score", unit="batch", leave=False, disable=not show)
     num_bytes, budget = scored_span(corpus, max_bytes).num_bytes, config.hyper.pi_alpha
     return evaluate(state.params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
 
 
-def sample_text(config: RunConfig, state: TrainState, prompt: str, tokens: int) -> str:
+def sample_text(run: Run, state: TrainState, prompt: str, tokens: int) -> str:
     """The prompt and its continuation; the run's seed decides it."""
-    ids = torch.from_numpy(encode(prompt).astype("int64"))[None]
+    config, tokenizer = run.config, run.corpus.train.tokenizer
+    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))[None]
     generator = torch.Generator().manual_seed(config.seed)
     out = generate(
         state.params, ids, config.model, generator, max_new_tokens=tokens, context_length=config.sequence_length,
         temperature=0.8, surprise_budget=config.hyper.pi_alpha,
     )  # fmt: skip
-    return decode(out[0].tolist())
+    return tokenizer.decode(out[0].tolist())
 
 
 def save(run: Run, state: TrainState) -> None:
     """A checkpoint of this step, unless it is there already."""
     if latest_checkpoint(run.folder) != run.folder / "checkpoints" / f"step_{int(state.step):06d}":
-        save_checkpoint(run.folder, state, asdict(run.config.model), keep=run.config.keep_checkpoints)
+        save_checkpoint(
+            run.folder, state, asdict(run.config.model), keep=run.config.keep_checkpoints,
+            tokenizer=run.corpus.train.tokenizer.fingerprint,
+        )  # fmt: skip
 
 
 def draw(run: Run) -> None:
     """Both pictures, from all records so far."""
-    lines = {name: bits * math.log(2) for name, bits in run.baselines.items()}
+    lines = {name: bits * math.log(2) * run.bytes_per_token for name, bits in run.baselines.items()}
     title = f"{run.folder.name}: {run.config.data}"
     draw_core_metrics(run.history, run.folder / "core_metrics_latest.png", title=title, baselines=lines)
     draw_expert_dashboard(run.history, run.folder / "expert_dashboard_latest.png", alarms=alarms(run), title=title)
@@ -192,10 +214,10 @@ def _ring(run: Run, known: int) -> int:
     return len(now)
 
 
-def _progress(record: dict[str, Any], tokens_per_second: float) -> str:
+def _progress(record: dict[str, Any], tokens_per_second: float, bytes_per_token: float) -> str:
     shown = {
         "loss": record["main_loss"],
-        "bits/byte": record["main_loss"] / math.log(2) if record["main_loss"] is not None else None,
+        "bits/byte": record["main_loss"] / math.log(2) / bytes_per_token if record["main_loss"] is not None else None,
         "avg_k": record["avg_k"],
         "gating": record["gating_acc"],
         "surprise": record["surprise"],

@@ -8,11 +8,20 @@ from pathlib import Path
 from tiny_onn_func.config import DYNAMIC_K
 from tiny_onn_func.hf_folder import check_target
 from tiny_onn_func.interop import inexpressible, save_model
+from training.bpe import tokenizer_settings
 from training.errors import UserError
 from training.runs import open_run
-from training.tokens import BOUNDARY, BOUNDARY_TEXT
-
-SPECIAL_IDS = {"bos_token_id": None, "eos_token_id": BOUNDARY, "pad_token_id": BOUNDARY}
+from training.tokenizer import (
+    BOUNDARY,
+    BOUNDARY_TEXT,
+    BYTES,
+    FILE,
+    SETTINGS,
+    TURN_END,
+    Tokenizer,
+    byte_alphabet,
+    library,
+)
 
 
 def export_run(run: str | Path, out: str | Path, *, num_experts_per_tok: int | None = None) -> Path:
@@ -27,7 +36,7 @@ def export_run(run: str | Path, out: str | Path, *, num_experts_per_tok: int | N
         ValueError: `out` holds something else, or the disk refuses.
     """
     check_target(out)
-    config, params = open_run(run)
+    config, params, tokenizer = open_run(run)
     model = config.model
     if num_experts_per_tok is not None:
         if not 1 <= num_experts_per_tok <= model.num_experts:
@@ -37,12 +46,30 @@ def export_run(run: str | Path, out: str | Path, *, num_experts_per_tok: int | N
     reason = inexpressible(params, model)
     if reason is not None:
         raise UserError(f"{run}: Qwen3-MoE has no name for {reason}; {_advice(run, model.num_experts_per_tok)}")
-    extra = {"max_position_embeddings": config.sequence_length, **SPECIAL_IDS}
-    return save_model(params, model, out, extra=extra, files=byte_tokenizer_files(config.sequence_length))
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.boundary, "pad_token_id": tokenizer.boundary}
+    extra = {"max_position_embeddings": config.sequence_length, **ids}
+    return save_model(params, model, out, extra=extra, files=tokenizer_files(tokenizer, config.sequence_length))
+
+
+def tokenizer_files(tokenizer: Tokenizer, model_max_length: int) -> dict[str, bytes]:
+    """A run's tokenizer for `AutoTokenizer`, and what `generate` should stop at: the end of a document, or of a turn.
+
+    Its tokenizer.json bit for bit; tokenizer_config.json, where it came without one, as short as it can be.
+    """
+    if tokenizer is BYTES:
+        return byte_tokenizer_files(model_max_length)
+    settings = {SETTINGS: _json(tokenizer_settings(tokenizer.special, tokenizer.boundary, model_max_length))}
+    turn = tokenizer.special.get(TURN_END)
+    return {**settings, **tokenizer.files, **_generation(tokenizer.boundary, turn)}
+
+
+def _generation(boundary: int, turn: int | None = None) -> dict[str, bytes]:
+    ends = boundary if turn is None else [boundary, turn]
+    return {"generation_config.json": _json({"do_sample": False, "eos_token_id": ends, "pad_token_id": boundary})}
 
 
 def byte_tokenizer_files(model_max_length: int) -> dict[str, bytes]:
-    """The tokenizer of `training.tokens` for `AutoTokenizer`, and what `generate` should stop at.
+    """The bytes of `training.tokenizer` for `AutoTokenizer`, and what `generate` should stop at.
 
     Ids 0 to 255 are the bytes of UTF-8, 256 is the document boundary; no merges, no normalisation. A text that spells
     the boundary is its bytes, as it is here: only the id 256 is the boundary.
@@ -56,35 +83,22 @@ def byte_tokenizer_files(model_max_length: int) -> dict[str, bytes]:
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
     }
-    generation = {"do_sample": False, **{key: value for key, value in SPECIAL_IDS.items() if value is not None}}
-    return {
-        "tokenizer.json": _byte_tokenizer().encode(),
-        "tokenizer_config.json": _json(settings),
-        "generation_config.json": _json(generation),
-    }
+    return {FILE: _byte_tokenizer().encode(), SETTINGS: _json(settings), **_generation(BOUNDARY)}
 
 
 def _byte_tokenizer() -> str:
     """tokenizer.json: the byte-level alphabet, every character with the id of the byte that it stands for."""
-    try:
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    except ImportError:
-        raise UserError("export: expected the package tokenizers; pip install 'tiny-onn-func[hf]'") from None
-    # the alphabet shows a byte as its Latin-1 character where that is visible; the others follow from U+0100 on
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    visible = {ord(character) for character in alphabet if ord(character) < 256}
-    rest = iter(character for character in alphabet if ord(character) >= 256)
-    vocabulary = {chr(byte) if byte in visible else next(rest): byte for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(BOUNDARY_TEXT, special=True, normalized=False)])
+    hf = library("export")
+    tokenizer = hf.Tokenizer(hf.models.BPE(vocab=byte_alphabet(), merges=[]))
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = hf.decoders.ByteLevel()
+    tokenizer.add_special_tokens([hf.AddedToken(BOUNDARY_TEXT, special=True, normalized=False)])
     return tokenizer.to_str(pretty=True)
 
 
 def _advice(run: str | Path, num_experts_per_tok: int) -> str:
     if num_experts_per_tok != DYNAMIC_K:
-        return "train with hyper.bias_speed 0, or keep it for ourselves with tiny_onn_func.save_pretrained"
+        return "train with hyper.bias_speed 0 and a router that learns, or keep it for ourselves with tiny_onn_func.save_pretrained"
     return f"choose with --num-experts-per-tok K how many experts a token visits{_average(run)}"
 
 

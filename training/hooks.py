@@ -1,21 +1,24 @@
-"""The hook manager: looks at every application of w2 and records each routed row's surprise in the backward pass."""
+"""The hook manager: looks at every application of an expert's matrices and records each routed row's surprise."""
 
-import torch
-from einops import rearrange
+from collections.abc import Callable
+
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from tiny_onn_func.experts import ApplyW2, Rows
+from tiny_onn_func.experts import ApplyW2, ApplyW13, Rows
 from tiny_onn_func.experts import apply_w2 as plain_apply_w2
+from tiny_onn_func.experts import apply_w13 as plain_apply_w13
 from training.mapped import peel, wrap
+from training.surprise import SurpriseKind, row_dot, row_norm, row_surprise, sparse_fill
 
 
 class SurpriseHookManager:
-    """Wraps the w2 seam; fills `per_token_surprise` while gradients flow back.
+    """Wraps the seams of the experts; fills `per_token_surprise` while gradients flow back.
 
     surprise[l, t, e] = ||h_te|| * ||dLoss / dy_te||, the Frobenius norm of the gradient that token t alone puts on
-    w2_e: that gradient is the outer product of h_te and dLoss / dy_te (Goodfellow 2015, arXiv 1510.01799).
+    w2_e: that gradient is the outer product of h_te and dLoss / dy_te (Goodfellow 2015, arXiv 1510.01799). Other kinds
+    stand in `training.surprise`; `experts` and `input` want `apply_w13` passed on, too.
 
     Under a torch.func transform make `per_token_surprise` inside the transformed function, from a value that the
     transform has wrapped (`leaf.new_full(...)`), and return it through `has_aux`; a tensor from outside is refused.
@@ -23,52 +26,70 @@ class SurpriseHookManager:
     Args:
         per_token_surprise: (L, T, E), +inf everywhere; entries of routed rows become finite, sparse fill.
         apply_w2: the application to wrap.
+        kind: what is recorded; those of `PER_WEIGHT` are to be divided by the routing weight afterwards.
+        apply_w13: the application of gate and up to wrap.
     """
 
     def __init__(
-        self, per_token_surprise: Float[Tensor, "layers tokens experts"], apply_w2: ApplyW2 = plain_apply_w2
+        self,
+        per_token_surprise: Float[Tensor, "layers tokens experts"],
+        apply_w2: ApplyW2 = plain_apply_w2,
+        kind: SurpriseKind = "w2",
+        apply_w13: ApplyW13 = plain_apply_w13,
     ) -> None:
         self.per_token_surprise = per_token_surprise
-        self._apply_w2 = apply_w2
+        self._apply_w2, self._apply_w13, self._kind = apply_w2, apply_w13, kind
         self._handles: list[RemovableHandle] = []
-        self._saved: dict[int, tuple[Tensor, Rows]] = {}  # by layer
+        self._saved: dict[int, tuple[Tensor, Rows]] = {}  # by layer: what w2's gradient is measured with
+        self._inputs: dict[int, tuple[Tensor, Rows]] = {}  # by layer: what comes into w1 and w3
+        self._of_w2: dict[int, Tensor] = {}  # by layer: w2's part, until that of w1 and w3 is known
 
     def apply_w2(self, layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
         """The wrapped application; saves w2's inputs and the rows' indices and hooks its output."""
         y = self._apply_w2(layer, hidden, w2, rows)
-        inside, axes = peel(y)  # a mapped tensor has no graph of its own
-        if inside.requires_grad:
-            self._saved[layer] = (hidden.detach(), rows)
-            self._handles.append(inside.register_hook(lambda grad: self._record(layer, wrap(grad, axes))))
+        if self._kind != "input" and self._hook(y, lambda grad: self._record_w2(layer, grad)):
+            self._saved[layer] = ((y if self._kind == "benefit" else hidden).detach(), rows)
         return y
 
-    def _record(self, layer: int, grad: Tensor) -> None:
-        # Detached: torch.func.grad differentiates with create_graph; an attached norm would tie the graph into a cycle.
-        hidden, rows = self._saved[layer]
-        surface = self.per_token_surprise[layer]
-        surface.copy_(sparse_fill(row_surprise(hidden, grad.detach()).to(surface.dtype), rows, *surface.shape))
+    def apply_w13(self, layer: int, x: Tensor, w13: Tensor, rows: Rows) -> Tensor:
+        """The wrapped application of gate and up together."""
+        out = self._apply_w13(layer, x, w13, rows)
+        hooked = {"experts": out, "input": x}.get(self._kind)
+        if hooked is not None and self._hook(hooked, lambda grad: self._record_w13(layer, grad)):
+            self._inputs[layer] = (x.detach(), rows)
+        return out
 
     def remove_hooks(self) -> None:
         """Take the hooks off and drop the saved rows, for callers who keep the graph."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._saved.clear()
+        for saved in (self._saved, self._inputs, self._of_w2):
+            saved.clear()
 
+    def _hook(self, seen: Tensor, record: Callable[[Tensor], None]) -> bool:
+        inside, axes = peel(seen)  # a mapped tensor has no graph of its own
+        if inside.requires_grad:
+            # Detached: torch.func.grad differentiates with create_graph; an attached norm would tie the graph into a
+            # cycle.
+            self._handles.append(inside.register_hook(lambda grad: record(wrap(grad.detach(), axes))))
+        return inside.requires_grad
 
-def row_surprise(hidden: Float[Tensor, "rows inner"], grad: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
-    """||h|| * ||g|| of every row, float32 or wider: the outer product is never made."""
-    return _row_norm(hidden) * _row_norm(grad)
+    def _record_w2(self, layer: int, grad: Tensor) -> None:
+        saved, rows = self._saved[layer]
+        measured = row_dot(saved, grad) if self._kind == "benefit" else row_surprise(saved, grad)
+        if self._kind == "experts":
+            self._of_w2[layer] = measured
+        else:
+            self._fill(layer, measured, rows)
 
+    def _record_w13(self, layer: int, grad: Tensor) -> None:
+        x, rows = self._inputs[layer]
+        if self._kind == "input":
+            self._fill(layer, row_norm(grad), rows)
+        else:  # the squares of all three matrices add up
+            self._fill(layer, self._of_w2.pop(layer).hypot(row_surprise(x, grad)), rows)
 
-def sparse_fill(
-    surprise: Float[Tensor, " rows"], rows: Rows, tokens: int, experts: int
-) -> Float[Tensor, "tokens experts"]:
-    """Rows' values at [token, expert], +inf elsewhere; inactive rows (expert = `experts`) fall into a spare column."""
-    spare = experts + 1
-    flat = surprise.new_full((tokens * spare,), torch.inf).scatter(0, rows.token * spare + rows.expert, surprise)
-    return rearrange(flat, "(tokens spare) -> tokens spare", spare=spare)[:, :experts]
-
-
-def _row_norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    def _fill(self, layer: int, values: Tensor, rows: Rows) -> None:
+        surface = self.per_token_surprise[layer]
+        surface.copy_(sparse_fill(values.to(surface.dtype), rows, *surface.shape))

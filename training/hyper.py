@@ -44,6 +44,14 @@ class HyperParams(NamedTuple):
     """Weight of the surprise loss."""
     surprise_sign: Number = 1.0
     """+1 sends tokens to the least surprised expert, -1 to the most surprised one."""
+    surprise_until: Number = 0
+    """Step at which `surprise_weight`, falling linearly from the first step on, is zero; 0 keeps it as it is."""
+    target_temperature: Number = 0.0
+    """Softness of the target: softmax(-surprise / (temperature * the token's mean)); 0 is the least one alone."""
+    expert_norm: Number = 0.0
+    """Exponent of the expert's mean surprise, by which values are divided before they are compared; 1 is the mean."""
+    shuffle_targets: Number = 0
+    """1 deals the targets of a layer out anew among its tokens: the control with the same marginals, no content."""
     balance_weight: Number = 0.0
     """Weight of the load-balance loss (Switch Transformer, per layer, padding excluded)."""
     z_weight: Number = 0.0
@@ -55,4 +63,14 @@ class HyperParams(NamedTuple):
     explore_prob: Number = 0.0
     """Probability that a token also tries a random expert in a layer."""
     explore_seed: Number = 0
-    """Seed of that exploration."""
+    """Seed of exploration, shuffling and regeneration."""
+    freeze_step: Number = 0
+    """Step from which the router and its bias stay as they are; 0 is never."""
+    regenerate_below: Number = 0.0
+    """An expert whose mean squared gradient (AdamW's nu) is below this share of its layer's mean becomes a copy of the
+    busiest expert, with fresh optimizer state; 0 is never."""
+
+
+def is_off(coefficient: Number) -> bool:
+    """Whether a coefficient is the Python number 0, which switches its term off for good."""
+    return isinstance(coefficient, float | int) and coefficient == 0

@@ -16,19 +16,14 @@ from tiny_onn_func.tree import Tree, leaves, merge, partition
 from training import metrics as measure
 from training.batch import Batch
 from training.differentiate import gradients
-from training.explore import draw_exploration
+from training.draws import Stream, draw_exploration, draw_words
 from training.hooks import SurpriseHookManager
-from training.hyper import HyperParams, Number
-from training.objectives import (
-    LanguageModelling,
-    RouterLoss,
-    Targets,
-    language_modelling,
-    predictive_integrity,
-    router_loss,
-    router_targets,
-)
+from training.hyper import HyperParams, Number, is_off
+from training.objectives import RouterLoss, Targets, language_modelling, router_loss, router_targets, shuffled
 from training.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
+from training.regenerate import regenerate
+from training.step_metrics import Metrics, Observed, step_metrics
+from training.surprise import PER_WEIGHT, SurpriseKind, beside_own_mean, per_weight
 
 
 class TrainState(NamedTuple):
@@ -48,47 +43,19 @@ def init_state(config: ModelConfig, generator: Generator) -> TrainState:
     return TrainState(params, adamw_init(fast), adamw_init(_learned(router)), step)
 
 
-class Metrics(NamedTuple):
-    """What a step measured before its update; 0-d unless a shape is given."""
-
-    main_loss: Tensor  # mean nats per target
-    router_loss: Tensor  # mean nats per informative (layer, token)
-    main_acc: Tensor  # share of targets that the most probable token hits
-    gating_acc: Tensor  # share of informative tokens whose preferred expert is the target
-    gating_trivial: Tensor  # what picking a routed expert at random would score
-    surprise: Tensor  # mean over routed (layer, token, expert)
-    tau: Tensor  # mean entropy of the output distribution, nats
-    pi_score: Tensor
-    avg_k: Tensor  # experts per real token
-    max_vio: Tensor  # (max load - mean load) / mean load, mean over layers
-    dead_experts: Tensor  # (layer, expert) pairs without a row in this batch
-    tie_rate: Tensor  # share of real (layer, token) whose candidates are all equally surprised
-    balance_loss: Tensor
-    z_loss: Tensor
-    grad_norm: Tensor  # of the mean main loss in the fast parameters, before clipping
-    router_grad_norm: Tensor
-    lr: Tensor
-    expert_load: Tensor  # (L, E) share of routed rows
-    target_load: Tensor  # (L, E) share of informative tokens whose target it is
-    expert_surprise: Tensor  # (L, E) mean surprise of the expert's rows, 0 where it got none
-
-
-class Observed(NamedTuple):
-    """What one pass through the model yields beside the gradient."""
-
-    lm: LanguageModelling
-    trace: RouterTrace
-    per_token_surprise: Float[Tensor, "layers tokens experts"]
-
-
-def hyper_step(state: TrainState, batch: Batch, hyper: HyperParams, config: ModelConfig) -> tuple[TrainState, Metrics]:
+def hyper_step(
+    state: TrainState, batch: Batch, hyper: HyperParams, config: ModelConfig, *, kind: SurpriseKind = "w2"
+) -> tuple[TrainState, Metrics]:
     """One step of both systems; pure: the inputs stay untouched and nothing is left behind.
 
     The experts and all else learn the mean main loss; the router learns which of the experts that a token visited was
     least surprised. Runs under `vmap(lambda s, h: hyper_step(s, batch, h, config))` over stacked states and hypers.
+
+    Args:
+        kind: what surprise is, see `training.surprise`; static, as it decides which hooks there are.
     """
     fast, router = partition(state.params)
-    grads, seen = main_gradients(state.params, batch, hyper, config, state.step)
+    grads, seen = main_gradients(state.params, batch, hyper, config, state.step, kind)
     targets_count = seen.lm.targets.clamp_min(1)
     rate = schedule(state.step, hyper)
 
@@ -100,27 +67,30 @@ def hyper_step(state: TrainState, batch: Batch, hyper: HyperParams, config: Mode
     )  # fmt: skip
     real = rearrange(batch.attention_mask != 0, "b s -> (b s)")
     load = measure.expert_load(seen.trace.expert_ids, seen.trace.active, config.num_experts)
-    targets = router_targets(seen.per_token_surprise, real, hyper.min_candidates, hyper.surprise_sign)
-    learned = _learned(router)
-    router_grads, loss = _router_gradients(learned, seen.trace, targets, load, real, hyper)
+    targets = _targets(seen.per_token_surprise, real, hyper, state.step)
+    learned, learning = _learned(router), _while_learning(state.step, hyper)
+    router_grads, loss = _router_gradients(learned, seen.trace, targets, load, real, _annealed(hyper, state.step))
     if grads[1] is not None:
         main = _learned(grads[1])["router"] / targets_count
         router_grads = {"router": router_grads["router"] + main}
     router_grad_norm = global_norm(router_grads)
     learned, router_opt = adamw_update(
-        learned, router_grads, state.router_opt, lr=hyper.router_lr * rate, weight_decay=0.0, hyper=hyper,
+        learned, router_grads, state.router_opt, lr=hyper.router_lr * rate * learning, weight_decay=0.0, hyper=hyper,
         grad_scale=clip_factor(router_grad_norm, hyper.max_grad_norm),
     )  # fmt: skip
-    bias = balanced_bias(router["layers"]["moe"]["router_bias"], load, hyper.bias_speed)
+    bias = balanced_bias(router["layers"]["moe"]["router_bias"], load, hyper.bias_speed * learning)
     params = merge(fast, {"layers": {"moe": {**learned, "router_bias": bias}}})
-    measured = _metrics(seen, targets, loss, load, real, hyper)._replace(
+    new = TrainState(params, expert_opt, router_opt, state.step + 1)
+    if not is_off(hyper.regenerate_below):
+        new = new._replace(**regenerate(*new, load=load, hyper=hyper))
+    measured = step_metrics(seen, targets, loss, load, real, hyper)._replace(
         grad_norm=grad_norm, router_grad_norm=router_grad_norm, lr=(hyper.lr * rate).to(grad_norm.dtype)
     )
-    return TrainState(params, expert_opt, router_opt, state.step + 1), measured
+    return new, measured
 
 
 def main_gradients(
-    params: Tree, batch: Batch, hyper: HyperParams, config: ModelConfig, step: Tensor
+    params: Tree, batch: Batch, hyper: HyperParams, config: ModelConfig, step: Tensor, kind: SurpriseKind = "w2"
 ) -> tuple[tuple[Tree, Tree | None], Observed]:
     """Gradients of the summed main loss in (fast, router), and what the pass observed.
 
@@ -129,35 +99,36 @@ def main_gradients(
     fast, router = partition(params)
     layers, tokens, experts = config.num_hidden_layers, batch.input_ids.numel(), config.num_experts
     explore = None
-    if not _off(hyper.explore_prob):
+    if not is_off(hyper.explore_prob):
         explore = draw_exploration(hyper.explore_seed, step, hyper.explore_prob, layers, tokens, experts)
 
     def objective(fast: Tree, router: Tree) -> tuple[Tensor, Observed]:
         dtype = wide_dtype(fast["embed_tokens"].dtype)
         surprise = torch.full((layers, tokens, experts), torch.inf, dtype=dtype, device=batch.input_ids.device)
-        hooks = SurpriseHookManager(surprise + _mapped_zero((fast, router, batch, hyper, step), dtype))
+        hooks = SurpriseHookManager(surprise + _mapped_zero((fast, router, batch, hyper, step), dtype), kind=kind)
         logits, trace = forward(
             merge(fast, router), batch.input_ids, config, attention_mask=batch.attention_mask,
-            surprise_budget=hyper.pi_alpha, apply_w2=hooks.apply_w2, router_coupling=hyper.router_coupling,
-            explore=explore,
+            surprise_budget=hyper.pi_alpha, apply_w2=hooks.apply_w2, apply_w13=hooks.apply_w13,
+            router_coupling=hyper.router_coupling, explore=explore,
         )  # fmt: skip
         lm = language_modelling(logits, batch.labels)
         return lm.loss_sum, Observed(lm, trace, hooks.per_token_surprise)
 
-    if _off(hyper.router_coupling):
-        (grads,), seen = gradients(lambda fast: objective(fast, router), fast, reads=(router, hyper))
-        return (grads, None), seen
-    (grads, router_grads), seen = gradients(objective, fast, router, reads=hyper)
-    return (grads, router_grads), seen
+    trees = (fast,) if is_off(hyper.router_coupling) else (fast, router)
+    grads, seen = gradients(lambda *own: objective(*own, *(fast, router)[len(own) :]), *trees, reads=(router, hyper))
+    if kind in PER_WEIGHT:
+        trace = seen.trace
+        surprise = per_weight(seen.per_token_surprise, trace.expert_ids, trace.weights, trace.active)
+        seen = seen._replace(per_token_surprise=surprise)
+    return (grads[0], grads[1] if len(grads) > 1 else None), seen
 
 
 def per_token_surprise(
-    params: Tree, batch: Batch, config: ModelConfig, hyper: HyperParams
+    params: Tree, batch: Batch, config: ModelConfig, hyper: HyperParams, *, kind: SurpriseKind = "w2"
 ) -> Float[Tensor, "layers tokens experts"]:
     """(L, B*S, E) surprise of every routed (layer, token, expert), +inf where a token did not go."""
-    _, seen = main_gradients(
-        params, batch, hyper._replace(explore_prob=0.0), config, torch.zeros((), dtype=torch.int64)
-    )
+    start = torch.zeros((), dtype=torch.int64)
+    _, seen = main_gradients(params, batch, hyper._replace(explore_prob=0.0), config, start, kind)
     return seen.per_token_surprise
 
 
@@ -166,6 +137,36 @@ def balanced_bias(
 ) -> Float[Tensor, "layers experts"]:
     """bias + speed * sign(mean load - load): over-used experts sink (loss-free balancing, arXiv 2408.15664)."""
     return bias + (speed * (load.mean(dim=-1, keepdim=True) - load).sign()).to(bias.dtype)
+
+
+def _targets(surprise: Tensor, real: Tensor, hyper: HyperParams, step: Tensor) -> Targets:
+    """What surprise asks of the router in this step."""
+    if not is_off(hyper.expert_norm):
+        surprise = beside_own_mean(surprise, hyper.expert_norm)
+    targets = router_targets(
+        surprise, real, hyper.min_candidates, hyper.surprise_sign, hyper.target_temperature
+    )  # fmt: skip
+    if is_off(hyper.shuffle_targets):
+        return targets
+    words = draw_words(hyper.explore_seed, step, Stream.SHUFFLE, *targets.expert.shape)
+    return shuffled(targets, words, hyper.shuffle_targets)
+
+
+def _while_learning(step: Tensor, hyper: HyperParams) -> Number:
+    """1 while the router learns, 0 from its `freeze_step` on."""
+    if is_off(hyper.freeze_step):
+        return 1.0
+    last = torch.as_tensor(hyper.freeze_step, device=step.device)
+    return ((step < last) | (last <= 0)).to(torch.float64)
+
+
+def _annealed(hyper: HyperParams, step: Tensor) -> HyperParams:
+    """With the weight of surprise that this step has."""
+    if is_off(hyper.surprise_until):
+        return hyper
+    until = torch.as_tensor(hyper.surprise_until, device=step.device)
+    share = torch.where(until > 0, (1 - step / until.clamp_min(1)).clamp_min(0), 1.0)
+    return hyper._replace(surprise_weight=hyper.surprise_weight * share)
 
 
 def _router_gradients(
@@ -185,40 +186,6 @@ def _router_gradients(
     return grads, loss
 
 
-def _metrics(
-    seen: Observed, targets: Targets, loss: RouterLoss, load: Tensor, real: Tensor, hyper: HyperParams
-) -> Metrics:
-    lm, trace, surprise = seen
-    count = lm.targets.clamp_min(1)
-    informative = targets.informative.sum().clamp_min(1)
-    hits = (trace.router_logits.argmax(dim=-1) == targets.expert) & targets.informative
-    chance = torch.where(targets.informative, 1 / trace.active.sum(dim=-1).clamp_min(1), 0.0)
-    main_loss, tau, mean_surprise = lm.loss_sum / count, lm.entropy_sum / count, measure.mean_finite(surprise)
-    unset = main_loss.new_zeros(())
-    return Metrics(
-        main_loss=main_loss,
-        router_loss=loss.surprise,
-        main_acc=lm.correct / count,
-        gating_acc=hits.sum() / informative,
-        gating_trivial=chance.sum() / informative,
-        surprise=mean_surprise,
-        tau=tau,
-        pi_score=predictive_integrity(main_loss, tau, mean_surprise, hyper.pi_alpha, hyper.pi_gamma),
-        avg_k=measure.average_k(trace.active, real),
-        max_vio=measure.max_vio(load),
-        dead_experts=measure.dead_experts(load),
-        tie_rate=targets.tied.sum() / (real.sum() * targets.tied.shape[0]).clamp_min(1),
-        balance_loss=loss.balance,
-        z_loss=loss.z,
-        grad_norm=unset,
-        router_grad_norm=unset,
-        lr=unset,
-        expert_load=load,
-        target_load=measure.target_load(targets.expert, targets.informative, load.shape[-1]),
-        expert_surprise=measure.expert_surprise(surprise),
-    )
-
-
 def _learned(router: Tree) -> dict[str, Any]:
     """The router's leaves that follow a gradient; the selection bias follows the load."""
     return {"router": router["layers"]["moe"]["router"]}
@@ -228,8 +195,3 @@ def _mapped_zero(tree: Any, dtype: torch.dtype) -> Tensor:
     """0, batched wherever vmap maps a leaf: in-place writes need the mapped axes of what is written."""
     zeros = [leaf.detach().new_zeros((), dtype=dtype) for leaf in leaves(tree) if isinstance(leaf, Tensor)]
     return torch.stack(zeros).sum()
-
-
-def _off(coefficient: Number) -> bool:
-    """Whether a coefficient is the Python number 0, which switches its term off for good."""
-    return isinstance(coefficient, float | int) and coefficient == 0

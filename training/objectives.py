@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from training.batch import IGNORE_INDEX
-from training.hyper import HyperParams, Number
+from training.hyper import HyperParams, Number, is_off
 
 
 class LanguageModelling(NamedTuple):
@@ -52,6 +52,7 @@ class Targets(NamedTuple):
     expert: Int[Tensor, "layers tokens"]
     informative: Bool[Tensor, "layers tokens"]  # whether the token teaches the router
     tied: Bool[Tensor, "layers tokens"]  # real, with candidates enough, but all of them equal
+    shares: Float[Tensor, "layers tokens experts"] | None = None  # soft targets; None puts all on `expert`
 
 
 def router_targets(
@@ -59,8 +60,11 @@ def router_targets(
     real: Bool[Tensor, " tokens"],
     min_candidates: Number,
     sign: Number = 1.0,
+    temperature: Number = 0.0,
 ) -> Targets:
-    """target = argmin of sign * surprise over the routed experts.
+    """target = argmin of sign * surprise over the routed experts; with a temperature, shares of all of them.
+
+    shares = softmax(-sign * surprise / (temperature * the token's mean |surprise|)): no unit, so no layer is special.
 
     A token teaches iff it is real, has at least `min_candidates` routed experts, and they are not all tied: the argmin
     of a token without gradient (surprise 0 everywhere) would quietly favour the first expert. A lone candidate, allowed
@@ -73,7 +77,34 @@ def router_targets(
     candidates = finite.sum(dim=-1)
     eligible = real & (candidates >= min_candidates) & (candidates >= 1)
     tied = eligible & (candidates > 1) & (lowest == highest)
-    return Targets(signed.argmin(dim=-1), eligible & ~tied, tied)
+    expert, informative = signed.argmin(dim=-1), eligible & ~tied
+    if is_off(temperature):
+        return Targets(expert, informative, tied, None)
+    size = torch.where(finite, per_token_surprise.abs(), 0.0).sum(dim=-1) / candidates.clamp_min(1)
+    width = (temperature * torch.where(informative, size, 1.0)).clamp_min(torch.finfo(size.dtype).tiny)
+    below = torch.where(finite & informative.unsqueeze(-1), lowest.unsqueeze(-1) - signed, -torch.inf)
+    hard = torch.zeros_like(signed).scatter(-1, expert.unsqueeze(-1), 1.0)
+    soft = torch.where(informative.unsqueeze(-1), below / width.unsqueeze(-1), 0.0).softmax(dim=-1)
+    return Targets(expert, informative, tied, torch.where(torch.as_tensor(temperature) > 0, soft, hard))
+
+
+def shuffled(targets: Targets, words: Int[Tensor, "layers tokens"], switch: Number) -> Targets:
+    """With a switch of 1, the targets of each layer's informative tokens dealt out anew among those tokens.
+
+    Args:
+        words: random numbers, less than 2**32; their order is the order of dealing.
+    """
+    behind = 1 << 33  # tokens that do not teach keep their places at the end
+    places = torch.arange(words.shape[-1], device=words.device).expand_as(words)
+    from_place = torch.where(targets.informative, places, places + behind).argsort(dim=-1)
+    to_place = torch.where(targets.informative, words, places + behind).argsort(dim=-1)
+    dealt = torch.zeros_like(targets.expert).scatter(-1, to_place, targets.expert.gather(-1, from_place))
+    on = torch.as_tensor(switch, device=words.device) > 0
+    shares = targets.shares
+    if shares is not None:
+        wide = from_place.unsqueeze(-1).expand_as(shares), to_place.unsqueeze(-1).expand_as(shares)
+        shares = torch.where(on, torch.zeros_like(shares).scatter(1, wide[1], shares.gather(1, wide[0])), shares)
+    return targets._replace(expert=torch.where(on, dealt, targets.expert), shares=shares)
 
 
 class RouterLoss(NamedTuple):
@@ -99,7 +130,10 @@ def router_loss(
     """
     layers, _, experts = router_logits.shape
     log_p = router_logits.log_softmax(dim=-1)
-    picked = -log_p.gather(-1, targets.expert.unsqueeze(-1)).squeeze(-1)
+    if targets.shares is None:
+        picked = -log_p.gather(-1, targets.expert.unsqueeze(-1)).squeeze(-1)
+    else:
+        picked = -(targets.shares * log_p).sum(dim=-1)
     surprise = _masked_sum(picked, targets.informative) / targets.informative.sum().clamp_min(1)
     tokens = real.sum().clamp_min(1)
     mean_p = _masked_sum(log_p.exp(), real.unsqueeze(-1), dim=1) / tokens

@@ -7,27 +7,37 @@ from typing import Any, Literal
 from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
 from training.hyper import HyperParams
+from training.surprise import KINDS, SurpriseKind
 
 BYTE_TOKENS = 257  # bytes 0 to 255 and the document boundary
 Rule = tuple[str, Callable[[Any], bool], str]  # (what is wanted, the test, the keys it holds for)
 RUN_RULES: tuple[Rule, ...] = (
-    ("some text", lambda value: value != "", "data out"),
+    ("some text", lambda value: value != "", "data out tokenizer"),
     ("1 or more", lambda value: value >= 1, "steps batch_size eval_bytes final_eval_bytes keep_checkpoints"),
     ("2 or more", lambda value: value >= 2, "sequence_length"),
     ("0 or more", lambda value: value >= 0, "eval_every checkpoint_every picture_every sample_tokens threads"),
     ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),  # what a torch.Generator takes
     ("more than 0 and less than 1", lambda value: 0 < value < 1, "holdout"),
     ("cosine or constant", lambda value: value in ("cosine", "constant"), "schedule"),
+    (", ".join(KINDS), lambda value: value in KINDS, "surprise_kind"),
     ("auto, document or tail", lambda value: value in ("auto", "document", "tail"), "split"),
 )
 
 HYPER_RULES: tuple[Rule, ...] = (
-    ("0 or more", lambda value: value >= 0, "lr router_lr weight_decay warmup_steps pi_gamma surprise_weight"),
-    ("0 or more", lambda value: value >= 0, "balance_weight z_weight bias_speed"),
+    (
+        "0 or more",
+        lambda value: value >= 0,
+        "lr router_lr weight_decay warmup_steps pi_gamma surprise_weight surprise_until",
+    ),
+    (
+        "0 or more",
+        lambda value: value >= 0,
+        "balance_weight z_weight bias_speed target_temperature expert_norm freeze_step",
+    ),
     ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "explore_seed"),
     ("more than 0", lambda value: value > 0, "eps max_grad_norm"),
-    ("0 or more and less than 1", lambda value: 0 <= value < 1, "beta1 beta2"),
-    ("0 to 1", lambda value: 0 <= value <= 1, "min_lr_ratio router_coupling explore_prob"),
+    ("0 or more and less than 1", lambda value: 0 <= value < 1, "beta1 beta2 regenerate_below"),
+    ("0 to 1", lambda value: 0 <= value <= 1, "min_lr_ratio router_coupling explore_prob shuffle_targets"),
     ("more than 0 and at most 1", lambda value: 0 < value <= 1, "pi_alpha"),
     ("1 or more", lambda value: value >= 1, "min_candidates"),
     ("1 or -1", lambda value: value in (1, -1), "surprise_sign"),
@@ -70,12 +80,18 @@ class HyperSettings:
     min_candidates: int = 2
     surprise_weight: float = 1.0
     surprise_sign: float = 1.0
+    surprise_until: int = 0
+    target_temperature: float = 0.0
+    expert_norm: float = 0.0
+    shuffle_targets: float = 0.0
     balance_weight: float = 0.0
     z_weight: float = 0.0
     router_coupling: float = 0.0
     bias_speed: float = 0.0
     explore_prob: float = 0.0
     explore_seed: int = 0
+    freeze_step: int = 0
+    regenerate_below: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self, HYPER_RULES, "hyper.")
@@ -105,7 +121,12 @@ class RunConfig:
     """
 
     data: str = "stdlib"
-    """What to train on: stdlib (the source of Python's standard library), a text file, a folder, a glob, .jsonl."""
+    """What to train on: stdlib (the source of Python's standard library), a text file, a folder, a glob, .jsonl,
+    .parquet; .txt.gz and .jsonl.gz, too."""
+    tokenizer: str = "bytes"
+    """Text -> tokens: bytes, a Hugging Face tokenizer.json, or a folder that holds one; byte-level ones only."""
+    pack: bool = False
+    """Whether attention keeps inside a document where several share a sequence, in training and in scores."""
     out: str | None = None
     """Folder of the run; by default runs/<name of the config file, or train>-seed<seed>."""
     steps: int = 2000
@@ -140,6 +161,8 @@ class RunConfig:
     """What the sample text continues."""
     threads: int = 0
     """Processor threads; 0 leaves the choice to torch."""
+    surprise_kind: SurpriseKind = "w2"
+    """What surprise is: w2, unweighted, experts, input or benefit, as training/surprise.py explains."""
     model: ModelConfig = DEFAULT_MODEL
     """Sizes of the model."""
     hyper: HyperSettings = DEFAULT_HYPER
@@ -147,8 +170,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check(self, RUN_RULES, "")
-        wanted = f"{BYTE_TOKENS} (256 bytes and the document boundary) or more"
-        _require(self.model.vocab_size >= BYTE_TOKENS, "model.vocab_size", wanted, self.model.vocab_size)
+        if self.tokenizer == "bytes":  # another one is a file, and asked when the run begins
+            wanted = f"{BYTE_TOKENS} (256 bytes and the document boundary) or more"
+            _require(self.model.vocab_size >= BYTE_TOKENS, "model.vocab_size", wanted, self.model.vocab_size)
 
 
 def hyper_params(config: RunConfig) -> HyperParams:

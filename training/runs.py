@@ -9,13 +9,13 @@ import torch
 
 from tiny_onn_func.generate import stream
 from tiny_onn_func.tree import Tree
-from training.checkpoint import load_params
-from training.data import baselines, encode, held_out_batches, open_corpus, scored_span
+from training.checkpoint import checkpoint_tokenizer, load_params
+from training.data import baselines, held_out_batches, open_corpus, scored_span
 from training.errors import UserError
 from training.evaluate import Score, evaluate
 from training.run_config import RunConfig
 from training.settings import load_settings
-from training.tokens import BOUNDARY, BOUNDARY_TEXT
+from training.tokenizer import BYTES, FILE, Tokenizer, check_vocab, open_tokenizer
 
 
 class FinishedRun(NamedTuple):
@@ -23,13 +23,14 @@ class FinishedRun(NamedTuple):
 
     config: RunConfig
     params: Tree
+    tokenizer: Tokenizer
 
 
 def open_run(folder: str | Path) -> FinishedRun:
     """The settings and the newest parameters of a run folder.
 
     Raises:
-        UserError: there is no run in the folder, or no checkpoint in it.
+        UserError: there is no run in the folder, or no checkpoint in it, or another tokenizer than it trained with.
     """
     settings = Path(folder, "config.yaml")
     if not settings.is_file():
@@ -38,7 +39,30 @@ def open_run(folder: str | Path) -> FinishedRun:
     params, model = load_params(folder)
     if model != config.model:
         raise UserError(f"{settings}: expected the sizes of the checkpoint, got others; restore the file as it was")
-    return FinishedRun(config, params)
+    return FinishedRun(config, params, run_tokenizer(config, folder))
+
+
+def run_tokenizer(
+    config: RunConfig, folder: str | Path, *, checkpoint: str | Path | None = None, resume: bool = False
+) -> Tokenizer:
+    """The tokenizer of a run that has a checkpoint: the copy in its folder.
+
+    Args:
+        checkpoint: of the run, or the folder of its checkpoints; by default the latest one in `folder`.
+        resume: whether what `config.tokenizer` names must be the same, where it is still there.
+
+    Raises:
+        UserError: a tokenizer that the parameters do not go with, or none.
+    """
+    wanted, given = checkpoint_tokenizer(checkpoint or folder), Path(config.tokenizer).expanduser()
+    tokenizer = BYTES if config.tokenizer == "bytes" else open_tokenizer(folder)
+    if tokenizer.fingerprint != wanted:
+        place = "tokenizer" if tokenizer is BYTES else str(Path(folder, FILE))
+        raise UserError(f"{place}: expected the tokenizer that the run was trained with, got another; restore it")
+    if resume and tokenizer is not BYTES and given.exists() and open_tokenizer(given).fingerprint != wanted:
+        raise UserError(f"tokenizer: expected the one of the run in {folder}, got another, {given}; leave it away")
+    check_vocab(tokenizer, config.model.vocab_size)
+    return tokenizer
 
 
 def evaluate_run(
@@ -47,11 +71,14 @@ def evaluate_run(
     """The score of a run on the held-out part of its data or of another source; the baselines on the same bytes."""
     if max_bytes is not None and max_bytes < 1:
         raise UserError(f"--bytes: expected 1 or more, got {max_bytes}")
-    config, params = open_run(folder)
+    config, params, tokenizer = open_run(folder)
     corpus = open_corpus(
-        data or config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length
+        data or config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    batches = held_out_batches(
+        corpus.held_out, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack
     )
-    batches = held_out_batches(corpus.held_out, config.batch_size, config.sequence_length, max_bytes=max_bytes)
     num_bytes = scored_span(corpus.held_out, max_bytes).num_bytes
     score = evaluate(params, config.model, batches, num_bytes, surprise_budget=config.hyper.pi_alpha)
     return score, baselines(corpus.train, corpus.held_out, max_bytes)
@@ -68,20 +95,20 @@ def stream_run(
     seed: int = 0,
 ) -> Iterator[str]:
     """The prompt and then what the model adds to it, piece by piece; the same seed gives the same text."""
-    config, params = open_run(folder)
-    ids = torch.from_numpy(encode(prompt).astype("int64"))[None]
+    config, params, tokenizer = open_run(folder)
+    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))[None]
     generator = torch.Generator().manual_seed(seed)
     sampled = stream(
         params, ids, config.model, generator, max_new_tokens=tokens, context_length=config.sequence_length,
         temperature=temperature, top_k=top_k, top_p=top_p, surprise_budget=config.hyper.pi_alpha,
     )  # fmt: skip
     yield prompt
-    yield from decode_stream(int(token) for token in sampled)
+    yield from decode_stream((int(token) for token in sampled), tokenizer)
 
 
-def decode_stream(tokens: Iterable[int]) -> Iterator[str]:
+def decode_stream(tokens: Iterable[int], tokenizer: Tokenizer = BYTES) -> Iterator[str]:
     """Tokens as they come -> text as soon as its characters are whole; together what `decode` makes of them all."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        yield decoder.decode(BOUNDARY_TEXT.encode() if token == BOUNDARY else bytes((token,)))
+        yield decoder.decode(tokenizer.spelled(token))
     yield decoder.decode(b"", final=True)

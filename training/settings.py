@@ -22,6 +22,7 @@ from training.errors import UserError
 from training.hyper import HyperParams
 from training.plain_yaml import read_yaml, scalar, shown, write_yaml
 from training.run_config import HyperSettings, RunConfig, default_out, hyper_params
+from training.tokenizer import vocab_follows
 
 __all__ = [
     "HyperSettings",
@@ -97,7 +98,8 @@ def _types(kind: type, prefix: str) -> dict[str, Any]:
 def _resolve(path: str | None, overrides: Mapping[str, Any], spell: Callable[[str], str]) -> RunConfig:
     """Defaults, then the file, then the overrides, whose keys `spell` names as the user wrote them."""
     given = _checked(_read_file(path), lambda key: f"{path}: {key}") if path is not None else {}
-    given |= _checked(overrides, spell)
+    wanted = vocab_follows(_checked(overrides, spell))
+    given = (given if "model.vocab_size" in wanted else vocab_follows(given)) | wanted
     values: dict[str, Any] = asdict(RunConfig())
     for key, value in given.items():
         section, _, name = key.rpartition(".")

@@ -5,32 +5,41 @@
 | `stdlib` | modules of the Python standard library that runs this, without tests   | a module         |
 | a file   | that file                                                              | the file, or     |
 | a folder | all below it but hidden names, links to folders and binary files       | a line where the |
-| a glob   | the files that match; `**` stands for all folders below                | file is `.jsonl` |
+| a glob   | the files that match; `**` stands for all folders below                | file is `.jsonl`,|
+|          |                                                                        | a row: `.parquet`|
+
+A row of a Parquet file is its column `text` or `messages`. What ends in `.gz` (`.txt.gz`, `.jsonl.gz`) is unpacked as
+it is read. Lines and rows are read one by one, row group by row group, whatever the size of the file.
 
 Text is UTF-8. A byte that is no UTF-8 is kept as it is: it travels as a lone surrogate (Python's `surrogateescape`) and
 is that byte again when encoded. So files in Latin-1 work, and no byte is lost. A file with NUL bytes is no text.
 """
 
 import glob
+import gzip
 import json
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Collection, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from training.errors import UserError
 
 NO_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-NO_PARQUET = 'Parquet is not supported yet; write its rows as .jsonl, one {"text": ...} a line'
+COLUMNS = ("messages", "text")  # of a Parquet file, the first that it has is read
+ROWS = 64  # of a Parquet file that are unpacked at a time
+PIECE = 1 << 20  # bytes that are unpacked before a look whether they are text
 
 
 class Segment(NamedTuple):
-    """A stretch of text that is learned (`is_target`) or is only context."""
+    """A stretch of text that is learned (`is_target`) or is only context; with a role, what was said in a turn."""
 
     text: str
     is_target: bool
+    role: str | None = None
 
 
 Document = tuple[Segment, ...]
@@ -54,8 +63,6 @@ def find_source(spec: str) -> Source:
         return Source(spec, _stdlib_files(), _read_module)
     path, name = Path(os.path.expanduser(spec)), printable(spec)
     try:
-        if path.suffix.lower() == ".parquet":
-            raise UserError(f"{name}: {NO_PARQUET}")
         if spec and path.is_dir():
             if path.suffix.lower() == ".jsonl":
                 raise UserError(f"{name}: expected a .jsonl file, got a folder; name a file in it, or {name}/*")
@@ -84,10 +91,10 @@ def documents(source: Source) -> Iterator[Document]:
     for file in source.files:
         try:
             for document in source.read(file):
-                if any(part.text for part in document):
+                if any(part.text or part.role is not None for part in document):
                     found = True
                     yield document
-        except OSError as error:
+        except (OSError, EOFError, zlib.error) as error:  # the last two: packed data that is cut short or damaged
             refuse(printable(file), error)
     if not found:
         sizes = [file.stat().st_size for file in source.files]
@@ -96,15 +103,21 @@ def documents(source: Source) -> Iterator[Document]:
 
 
 def chat_document(messages: Iterable[tuple[str, str]]) -> Document:
-    """(role, content) turns as plain text, each one `<|role|>` newline `content` `<|end|>` newline.
+    """(role, content) turns; learned are those of the assistant, all else is context."""
+    return tuple(Segment(content, role == "assistant", role) for role, content in messages)
 
-    Learned are the content and the end of the assistant's turns; all else is context. The marks are ordinary text, so
-    every tokenizer can write them (and a content that spells them cannot be told from them).
+
+def plain(document: Document) -> Iterator[Segment]:
+    """The parts of a document, a turn as `<|role|>` newline `content` `<|end|>` newline.
+
+    The end of a turn is learned if the turn is. The marks are ordinary text, so every tokenizer can write them (and a
+    content that spells them cannot be told from them).
     """
-    parts: list[Segment] = []
-    for role, content in messages:
-        parts += [Segment(f"<|{role}|>\n", False), Segment(f"{content}<|end|>\n", role == "assistant")]
-    return tuple(parts)
+    for part in document:
+        if part.role is None:
+            yield part
+        else:
+            yield from (Segment(f"<|{part.role}|>\n", False), Segment(f"{part.text}<|end|>\n", part.is_target))
 
 
 def printable(name: str | Path) -> str:
@@ -160,31 +173,62 @@ def _read_module(path: Path) -> Iterator[Document]:
 
 def _read_member(path: Path) -> Iterator[Document]:
     """A file of a folder: like a file that is named, but binary ones are passed over."""
-    if path.suffix.lower() == ".jsonl":
-        yield from _read_jsonl(path)
-    elif "\0" not in (text := _text(path)):
+    if (rows := _rows(path)) is not None:
+        yield from rows
+    elif (text := _text(path)) is not None:
         yield (Segment(text, True),)
 
 
 def _read_file(path: Path) -> Iterator[Document]:
-    name, suffix = printable(path), path.suffix.lower()
+    name = printable(path)
     if not path.is_file():
         raise UserError(f"{name}: expected a regular file, got a pipe or a device; save it to a file first")
-    if suffix == ".parquet":
-        raise UserError(f"{name}: {NO_PARQUET}")
-    if suffix == ".jsonl":
-        yield from _read_jsonl(path)
-    elif "\0" in (text := _text(path)):
+    if (rows := _rows(path)) is not None:
+        yield from rows
+    elif (text := _text(path)) is None:
         raise UserError(f"{name}: expected a text file, got a binary one (it has NUL bytes); save its text as UTF-8")
     else:
         yield (Segment(text, True),)
 
 
-def _text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8", "surrogateescape")
+def _rows(path: Path) -> Iterator[Document] | None:
+    """The documents of a file that has one a line or a row, None for a text; its name tells which it is."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".parquet"]:
+        return _learnable(path, _read_parquet(path))
+    jsonl = suffixes[-2:] == [".jsonl", ".gz"] or suffixes[-1:] == [".jsonl"]
+    return _learnable(path, _read_jsonl(path)) if jsonl else None
 
 
-# JSON lines -----------------------------------------------------------------------------------------------------------
+def _text(path: Path) -> str | None:
+    """The text of a file, None if it is binary."""
+    if path.suffix.lower() != ".gz":
+        data = path.read_bytes()
+    else:
+        pieces = []
+        with gzip.open(path) as file:
+            while piece := file.read(PIECE):
+                if b"\0" in piece:
+                    return None  # what a packed archive unpacks to may be huge
+                pieces.append(piece)
+        data = b"".join(pieces)
+    return None if b"\0" in data else data.decode("utf-8", "surrogateescape")
+
+
+# Lines and rows -------------------------------------------------------------------------------------------------------
+
+
+def _learnable(path: Path, documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents; in the end, a complaint if nothing in any of them is to be learned."""
+    found, learned, name = False, False, printable(path)
+    for document in documents:
+        found, learned = True, learned or any(part.is_target for part in document)
+        yield document
+    if found and not learned:
+        raise UserError(
+            f"{name}: expected chats with assistant turns (only those are learned), got none; "
+            'name that role "assistant"'
+        )
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
@@ -192,18 +236,37 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
 
     A line with both is a chat. Other keys are of no interest.
     """
-    found, learned, name = False, False, printable(path)
-    with path.open("rb") as lines:
+    name = printable(path)
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                document = _parse(line, f"{name}, line {number}", "utf-8" if number > 1 else "utf-8-sig")
-                found, learned = True, learned or any(part.is_target for part in document)
-                yield document
-    if found and not learned:
+                yield _parse(line, f"{name}, line {number}", "utf-8" if number > 1 else "utf-8-sig")
+
+
+def _read_parquet(path: Path) -> Iterator[Document]:
+    """One document a row; of a row group, a page and a few rows are in memory."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
         raise UserError(
-            f"{name}: expected chats with assistant turns (only those are learned), got none; "
-            'name that role "assistant"'
-        )
+            f"{printable(path)}: Parquet wants the package pyarrow; pip install tiny-onn-func[data]"
+        ) from None
+    name, number = printable(path), 0
+    try:
+        with ParquetFile(path, buffer_size=PIECE) as file:
+            names = [str(column) for column in file.schema_arrow.names]
+            column = next((column for column in COLUMNS if column in names), None)
+            if column is None:
+                came = ", ".join(printable(key) for key in names[:8]) or "no column at all"
+                raise UserError(f"{name}: expected the column `text` or `messages`, got {came}; rename one of them")
+            for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
+                for value in batch.column(column).to_pylist():
+                    number += 1
+                    yield _document({column: value}, f"{name}, row {number}")
+    except (ArrowException, OSError) as error:
+        came = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: expected a Parquet file, got: {came}; fetch it again") from None
 
 
 def _parse(line: bytes, place: str, encoding: str) -> Document:
@@ -214,6 +277,11 @@ def _parse(line: bytes, place: str, encoding: str) -> Document:
         raise UserError(f"{place}: expected a JSON object, got no JSON ({came})") from None
     if not isinstance(record, dict):
         raise UserError(f"{place}: expected a JSON object with `text` or `messages`, got {_kind(record)}")
+    return _document(record, place)
+
+
+def _document(record: Mapping[str, Any], place: str) -> Document:
+    """The document that a line or a row describes."""
     if "messages" in record:
         return chat_document(_turns(record["messages"], place))
     if "text" not in record:
@@ -239,5 +307,6 @@ def _turns(messages: Any, place: str) -> Iterator[tuple[str, str]]:
 
 def _kind(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    kinds |= {bytes: "bytes"}
     empty = "an empty list" if value == [] else None
     return empty or kinds.get(type(value), "a number")

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, NamedTuple
@@ -17,10 +18,12 @@ from training.analysis import analyse, study_table
 from training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from training.data import Splits, open_corpus
 from training.errors import UserError
-from training.hyper_step import Metrics, TrainState, init_state
+from training.hyper_step import TrainState, init_state
 from training.memory import keep_freed_memory
 from training.recorder import FILE, Recorder, read_history
 from training.run_config import RunConfig
+from training.runs import run_tokenizer
+from training.step_metrics import Metrics
 from training.study_config import StudyConfig, StudyRun, expand, study_values
 from training.study_plan import Chunk, load_plan, plan_chunks, save_plan
 from training.study_results import (
@@ -34,6 +37,7 @@ from training.study_results import (
     write_text,
 )
 from training.study_step import batches_at, mapped_step, score_runs
+from training.tokenizer import Tokenizer, check_vocab, open_tokenizer, save_tokenizer
 
 
 class StudyResults(NamedTuple):
@@ -117,10 +121,13 @@ def _begin(
             raise UserError("--runs-at-once: expected none with --resume, which keeps the groups; leave it away")
         return load_plan([*runs], home)
     chunks = plan_chunks([*runs], runs_at_once)
+    tokenizers = {run.config.tokenizer: open_tokenizer(run.config.tokenizer) for run in runs}
     for config in {chunk.runs[0].config for chunk in chunks}:
-        _corpus(config)  # bad data is refused before anything is written
+        check_vocab(tokenizers[config.tokenizer], config.model.vocab_size)
+        _corpus(config, tokenizers[config.tokenizer])  # bad data is refused before anything is written
     for run in runs:
         (folder / "runs" / run.id).mkdir(parents=True, exist_ok=True)
+        save_tokenizer(tokenizers[run.config.tokenizer], folder / "runs" / run.id)
         save_settings(run.config, folder / "runs" / run.id / "config.yaml")
     save_plan(chunks, home)
     save_study(study, described)
@@ -138,13 +145,16 @@ def _settled(study: StudyConfig) -> dict[str, Any]:
 def _run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: tqdm) -> list[Row]:
     """Train and score the runs of a chunk; their rows."""
     config = chunk.runs[0].config
-    corpus = _corpus(config)
     home = folder / "checkpoints" / chunk.name
+    folders = [folder / "runs" / run.id for run in chunk.runs]
     mapped = _start([run.config for run in chunk.runs])
-    if latest_checkpoint(home) is not None:
+    if latest_checkpoint(home) is None:
+        tokenizer = open_tokenizer("bytes" if config.tokenizer == "bytes" else folders[0])
+    else:
+        tokenizer = run_tokenizer(config, folders[0], checkpoint=home)
         mapped = load_checkpoint(home, like=mapped)
         bar.update(int(mapped.step) * len(chunk.runs))
-    folders = [folder / "runs" / run.id for run in chunk.runs]
+    corpus = _corpus(config, tokenizer)
     recorders = [_open_record(one, int(mapped.step)) for one in folders]
     try:
         mapped = _train(study, chunk, mapped, corpus, recorders, home, bar)
@@ -159,7 +169,8 @@ def _run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: tqdm) -> lis
         rows.append(finished_row(run, score, seconds, one))
         write_summary(run, rows[-1], score, diverged or int(mapped.step), one)
         if score is not None:
-            save_checkpoint(one, {"params": params, "step": mapped.step}, asdict(config.model), keep=1)
+            state, sizes = {"params": params, "step": mapped.step}, asdict(config.model)
+            save_checkpoint(one, state, sizes, keep=1, tokenizer=tokenizer.fingerprint)
     return rows
 
 
@@ -176,6 +187,8 @@ def _train(
     configs = [run.config for run in chunk.runs]
     config = configs[0]
     step = mapped_step(configs)
+    about = {"config_dict": asdict(config.model), "tokenizer": corpus.train.tokenizer.fingerprint}
+    save = partial(save_checkpoint, **about, keep=1)
     saved = int(mapped.step)
     try:
         for number in range(saved + 1, config.steps + 1):
@@ -192,11 +205,11 @@ def _train(
             bar.update(len(configs))
             bar.set_postfix_str(_progress(metrics, mapped), refresh=False)
             if number == config.steps or (config.checkpoint_every and number % config.checkpoint_every == 0):
-                save_checkpoint(home, mapped, asdict(config.model), keep=1)
+                save(home, mapped)
                 saved = number
     except KeyboardInterrupt:
         if int(mapped.step) > saved:
-            save_checkpoint(home, mapped, asdict(config.model), keep=1)
+            save(home, mapped)
         raise
     return mapped
 
@@ -239,10 +252,11 @@ def _open_record(folder: Path, step: int) -> Recorder:
     return Recorder(path.open("a", encoding="ascii"), None)
 
 
-def _corpus(config: RunConfig) -> Splits:
+def _corpus(config: RunConfig, tokenizer: Tokenizer) -> Splits:
     return open_corpus(
-        config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length, progress=True
-    )
+        config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length, progress=True,
+        tokenizer=tokenizer,
+    )  # fmt: skip
 
 
 def _progress(metrics: Metrics, mapped: Mapped) -> str:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from training.errors import UserError
 from training.run_config import RunConfig
+from training.tokenizer import vocab_follows
 
 QUICK_PARTS = ("seeds", "arms", "axes")  # of a study that its short version may change, beside the base
 Values = Mapping[str, Any]  # dotted key -> value
@@ -257,7 +258,7 @@ def _untuned(point: Values, study: StudyConfig) -> dict[str, Any]:
 def changed(base: RunConfig, changes: Values, place: str) -> RunConfig:
     """The base with some dotted keys changed."""
     parts: dict[str, dict[str, Any]] = {"": {}, "model": {}, "hyper": {}}
-    for key, value in changes.items():
+    for key, value in vocab_follows(changes).items():
         section, _, name = key.rpartition(".")
         parts[section][name] = value
     try:

@@ -14,10 +14,11 @@ from training.batch import IGNORE_INDEX, Batch
 from training.data import Splits, batch_at, held_out_batches, scored_span
 from training.evaluate import Score
 from training.hyper import HyperParams
-from training.hyper_step import Metrics, TrainState, hyper_step
+from training.hyper_step import TrainState, hyper_step
 from training.metrics import average_k
 from training.objectives import language_modelling
 from training.run_config import RunConfig, hyper_params
+from training.step_metrics import Metrics
 
 SCORED_ROWS = 32  # windows of a batch of held-out text, or as many as are trained on
 
@@ -29,10 +30,10 @@ def mapped_step(configs: Sequence[RunConfig]) -> Any:
     number, so that terms which no run has cost nothing; one that differs is mapped.
     """
     numbers, varied = split_numbers([hyper_params(config) for config in configs])
-    model = configs[0].model
+    model, kind = configs[0].model, configs[0].surprise_kind
 
     def one(state: TrainState, batch: Batch, varied: dict[str, Tensor]) -> tuple[TrainState, Metrics]:
-        return hyper_step(state, batch, numbers._replace(**varied), model)
+        return hyper_step(state, batch, numbers._replace(**varied), model, kind=kind)
 
     return lambda states, batches: vmap(one)(states, batches, varied)
 
@@ -53,7 +54,9 @@ def batches_at(corpus: Splits, configs: Sequence[RunConfig], step: int) -> Batch
     of_seed: dict[int, Batch] = {}
     for config in configs:
         if config.seed not in of_seed:
-            of_seed[config.seed] = batch_at(corpus.train, config.seed, step, config.batch_size, config.sequence_length)
+            of_seed[config.seed] = batch_at(
+                corpus.train, config.seed, step, config.batch_size, config.sequence_length, config.pack
+            )
     return stack([of_seed[config.seed] for config in configs])
 
 
@@ -73,10 +76,10 @@ def score_runs(params: Tree, configs: Sequence[RunConfig], corpus: Splits, max_b
     sums = torch.zeros(3, len(configs), dtype=torch.float64)
     tokens = real_tokens = 0
     with torch.no_grad():
-        for batch in held_out_batches(corpus.held_out, rows, length, max_bytes=max_bytes):
+        for batch in held_out_batches(corpus.held_out, rows, length, max_bytes=max_bytes, pack=configs[0].pack):
             sums += torch.stack([part.double() for part in vmap(one, in_dims=(0, 0, None))(params, budgets, batch)])
             tokens += int((batch.labels != IGNORE_INDEX).sum())
-            real_tokens += int(batch.attention_mask.sum())
+            real_tokens += int((batch.attention_mask != 0).sum())
     num_bytes = scored_span(corpus.held_out, max_bytes).num_bytes
     return [
         Score(nats / tokens, nats / math.log(2) / num_bytes, correct / tokens, visits / real_tokens, tokens, num_bytes)

@@ -4,7 +4,8 @@ A stream is the documents' tokens, each closed by a boundary, and beside it a fl
 learned, 0 where it is only context (the turns of a chat that are not the assistant's). Nothing but the document at
 hand is in memory.
 
-Tokens are bytes, 0 to 255, and the boundary 256. Another tokenizer replaces `encode`, `decode` and `count_bytes`.
+Which document is held out, and where a text is cut into two, is decided by text and bytes, so it is the same for every
+tokenizer, up to the token that the cut meets.
 """
 
 import hashlib
@@ -19,35 +20,45 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from training.sources import Document
+from training.sources import Document, Segment, plain
+from training.tokenizer import (
+    BOUNDARY,
+    BOUNDARY_TEXT,
+    BYTES,
+    TURN_END,
+    TURN_START,
+    VOCAB_SIZE,
+    Tokenizer,
+    Tokens,
+    encode_bytes,
+    utf8,
+)
 
-BOUNDARY = 256
-BOUNDARY_TEXT = "<|endoftext|>"
-VOCAB_SIZE = 257
+__all__ = [
+    "BOUNDARY",
+    "BOUNDARY_TEXT",
+    "CHUNK",
+    "SIDES",
+    "VOCAB_SIZE",
+    "Tokens",
+    "decode",
+    "encode",
+    "is_held_out",
+    "resolve_split",
+    "write_streams",
+]
+
 SIDES = ("train", "held_out")
-WIDTHS = {"tokens": 2, "targets": 1}  # bytes of a token in the files of a side: uint16 and uint8
 CHUNK = 1 << 22  # tokens handled at a time
-HALF_PAIRS = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that do not stand for a byte
+PIECE = 1 << 16  # characters that a tokenizer other than the bytes is given at a time
+SEAM = re.compile(r"(?<=\S\n)(?=\w)")  # where no byte-level tokenizer joins what is left and right
 
-Tokens = npt.NDArray[np.uint16]
-
-
-def encode(text: str) -> Tokens:
-    """Text -> (n,) tokens, the bytes of its UTF-8; a byte that was none (`surrogateescape`) comes back as it was."""
-    return np.frombuffer(_utf8(text), np.uint8).astype(np.uint16)
+encode = encode_bytes
 
 
 def decode(tokens: npt.ArrayLike) -> str:
-    """Tokens -> text; a boundary is spelled out, what is no UTF-8 or no token becomes U+FFFD."""
-    spelled = {BOUNDARY: BOUNDARY_TEXT.encode()}
-    values = np.asarray(tokens, np.int64).reshape(-1).tolist()
-    parts = (bytes((value,)) if 0 <= value < BOUNDARY else spelled.get(value, b"\xff") for value in values)
-    return b"".join(parts).decode("utf-8", "replace")
-
-
-def count_bytes(tokens: Tokens) -> int:
-    """Bytes of text that tokens stand for: a boundary stands for none."""
-    return int(np.count_nonzero(tokens != BOUNDARY))
+    """Bytes as tokens -> text; a boundary is spelled out, what is no UTF-8 or no token becomes U+FFFD."""
+    return BYTES.decode(tokens)
 
 
 def is_held_out(document: Document, holdout: float) -> bool:
@@ -56,9 +67,9 @@ def is_held_out(document: Document, holdout: float) -> bool:
     Equal documents are on the same side; a larger `holdout` holds out the same documents and more.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for part in document:
+    for part in plain(document):
         for piece in _pieces(part.text):
-            digest.update(_utf8(piece))
+            digest.update(utf8(piece))
     return int.from_bytes(digest.digest(), "big") < holdout * 2**64
 
 
@@ -71,44 +82,92 @@ def resolve_split(split: str, documents: Iterable[Document]) -> tuple[str, Itera
     return split, chain(first, rest)
 
 
-def write_streams(folder: Path, documents: Iterable[Document], holdout: float, split: str, bar: tqdm) -> None:
+def write_streams(
+    folder: Path, documents: Iterable[Document], holdout: float, split: str, bar: tqdm, tokenizer: Tokenizer = BYTES
+) -> None:
     """Write `train.tokens`, `train.targets`, `held_out.tokens` and `held_out.targets` into a folder.
 
     Args:
-        split: `document`, or `tail`: the last share `holdout` of the tokens, not counting the last boundary.
+        split: `document`, or `tail`: the last share `holdout` of the bytes and boundaries but the last.
         bar: told of every byte.
     """
+    widths = {"tokens": np.dtype(tokenizer.dtype).itemsize, "targets": 1}  # bytes of a token in the files of a side
     with ExitStack() as stack:
-        sides = [[stack.enter_context(open(_stream(folder, side, part), "wb")) for part in WIDTHS] for side in SIDES]
+        sides = [[stack.enter_context(open(_stream(folder, side, part), "wb")) for part in widths] for side in SIDES]
         for document in documents:
             tokens_file, targets_file = sides[split == "document" and is_held_out(document, holdout)]
-            for tokens, is_target in _tokenized(document):
+            for tokens, is_target in tokenized(document, tokenizer):
                 tokens_file.write(tokens.tobytes())
                 targets_file.write(bytes([is_target]) * len(tokens))
-                bar.update(len(tokens))
+                bar.update(int(_weights(tokens, tokenizer).sum()))
     if split == "tail":
         train, held_out = SIDES
-        cut = int((_stream(folder, train, "targets").stat().st_size - 1) * (1 - holdout))
-        for part, width in WIDTHS.items():
+        cut = _tail_start(_stream(folder, train, "tokens"), holdout, tokenizer)
+        for part, width in widths.items():
             _move_tail(_stream(folder, train, part), _stream(folder, held_out, part), cut * width)
 
 
-def _tokenized(document: Document) -> Iterator[tuple[Tokens, bool]]:
-    """The tokens of a document in parts, and whether they are learned; the boundary is if what it closes is."""
-    for part in document:
-        yield from ((encode(piece), part.is_target) for piece in _pieces(part.text))
-    yield np.array([BOUNDARY], np.uint16), document[-1].is_target
+def tokenized(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[Tokens, bool]]:
+    """The tokens of a document in parts, and whether they are learned; the boundary is if what it closes is.
+
+    Turns are `<|im_start|>` role newline content `<|im_end|>` newline (ChatML) where the tokenizer has those special
+    tokens; the last newline is not learned: whoever writes stops before it. Else they are as `plain` writes them.
+    """
+    if {TURN_START, TURN_END} <= tokenizer.special.keys():
+        for part in document:
+            yield from _text(part, tokenizer) if part.role is None else _turn(part, tokenizer)
+    else:
+        for part in plain(document):
+            yield from _text(part, tokenizer)
+    yield np.array([tokenizer.boundary], tokenizer.dtype), document[-1].is_target
+
+
+def _turn(part: Segment, tokenizer: Tokenizer) -> Iterator[tuple[Tokens, bool]]:
+    start, end = (np.array([tokenizer.special[mark]], tokenizer.dtype) for mark in (TURN_START, TURN_END))
+    yield start, False
+    yield tokenizer.encode(f"{part.role}\n"), False
+    yield from _text(part, tokenizer)
+    yield end, part.is_target
+    yield tokenizer.encode("\n"), False
+
+
+def _text(part: Segment, tokenizer: Tokenizer) -> Iterator[tuple[Tokens, bool]]:
+    pieces = _pieces(part.text) if tokenizer is BYTES else seamless(part.text)
+    return ((tokenizer.encode(piece), part.is_target) for piece in pieces)
 
 
 def _pieces(text: str) -> Iterator[str]:
     return (text[start : start + CHUNK] for start in range(0, len(text), CHUNK))
 
 
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # JSON may hold half of a surrogate pair, which stands for nothing
-        return HALF_PAIRS.sub("\ufffd", text).encode("utf-8", "surrogateescape")
+def seamless(text: str) -> Iterator[str]:
+    """A text in pieces whose tokens are those of the whole, as long as a line begins with a letter now and then."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        if end < len(text):
+            end = max((seam.start() for seam in SEAM.finditer(text, start + 1, end)), default=end)
+        yield text[start:end]
+        start = end
+
+
+def _weights(tokens: Tokens, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
+    """The bytes of every token, one for a special token."""
+    return np.maximum(tokenizer.lengths[tokens], 1)
+
+
+def _tail_start(path: Path, holdout: float, tokenizer: Tokenizer) -> int:
+    """The first token of the tail."""
+    tokens = np.memmap(path, tokenizer.dtype, mode="r")
+    parts = [tokens[start : start + CHUNK] for start in range(0, tokens.size, CHUNK)]
+    sizes = [int(_weights(part, tokenizer).sum()) for part in parts]
+    wanted, start = int((sum(sizes) - 1) * (1 - holdout)), 0
+    for part, size in zip(parts, sizes, strict=True):
+        if size > wanted:  # the first token that has `wanted` bytes or more before it is here, or begins the next part
+            before = np.cumsum(_weights(part, tokenizer)) - _weights(part, tokenizer)
+            return start + int(np.searchsorted(before, wanted))
+        wanted, start = wanted - size, start + part.size
+    return start
 
 
 def _stream(folder: Path, side: str, part: str) -> Path:

@@ -1,0 +1,128 @@
+"""Byte pairs (BPE) learned from a text: a tokenizer.json that gives every text back, and its tokenizer_config.json."""
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+from training.sources import Document, documents, find_source, printable
+from training.tokenizer import (
+    BOUNDARY_TEXT,
+    FILE,
+    SETTINGS,
+    TURN_END,
+    TURN_START,
+    library,
+    open_tokenizer,
+)
+from training.tokens import is_held_out, resolve_split, seamless
+
+MARKS = (BOUNDARY_TEXT, TURN_START, TURN_END)
+LEAST = 256 + len(MARKS)
+CHAT = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(data: str, out: str | Path, vocab_size: int, *, holdout: float = 0.1, split: str = "auto") -> Path:
+    """Learn byte pairs from the part of a source that a run would train on; the absolute path of their folder.
+
+    The same source and numbers give the same files. Words are parted as GPT-2 parts them; ids 0 to 2 are
+    `<|endoftext|>`, `<|im_start|>` and `<|im_end|>`, then come the 256 bytes, then the pairs, most frequent first.
+
+    Args:
+        data: what `--data` takes.
+        out: a new or empty folder; it appears whole or not at all.
+        vocab_size: tokens in all, 259 or more. A short text may not have so many pairs.
+        holdout, split: as in a run; what is held out there is not looked at here.
+
+    Raises:
+        UserError: a number out of range, a source that cannot be read, a text with too few pairs, no `tokenizers`,
+            `out` holds something.
+    """
+    if not LEAST <= vocab_size < 1 << 24:
+        raise UserError(f"--vocab-size: expected {LEAST} (256 bytes and {len(MARKS)} marks) or more, got {vocab_size}")
+    if not 0 < holdout < 1:
+        raise UserError(f"--holdout: expected more than 0 and less than 1, got {holdout!r}")
+    target = Path(out).resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"--out: expected a new or empty folder, got {printable(target)}; name another")
+    hf = library("tokenizer train")
+    inner = hf.Tokenizer(hf.models.BPE())
+    inner.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[*MARKS], initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    inner.train_from_iterator(_texts(data, holdout, split), trainer)
+    if inner.get_vocab_size() < vocab_size:
+        came = inner.get_vocab_size()
+        raise UserError(f"--vocab-size: expected at most {came}, all that {data} has pairs for, got {vocab_size}")
+    special = {mark: inner.token_to_id(mark) for mark in MARKS}
+    settings = tokenizer_settings(special, special[BOUNDARY_TEXT])
+    files = {FILE: inner.to_str(pretty=True), SETTINGS: json.dumps(settings, indent=2) + "\n"}
+    return _write(target, files)
+
+
+def tokenizer_settings(
+    special: Mapping[str, int], boundary: int, model_max_length: int | None = None
+) -> dict[str, Any]:
+    """tokenizer_config.json for `AutoTokenizer`; with the template of a chat where there are marks for its turns."""
+    end = next(text for text, token in special.items() if token == boundary)
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "pad_token": end,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+    }
+    if model_max_length is not None:
+        settings["model_max_length"] = model_max_length
+    if {TURN_START, TURN_END} <= special.keys():
+        settings["chat_template"] = CHAT
+    return settings
+
+
+def _texts(data: str, holdout: float, split: str) -> Iterator[str]:
+    """The text that a run would train on, in pieces; of chats what was said, not the marks around it."""
+    source = find_source(data)
+    split, found = resolve_split(split, documents(source))
+    if split == "tail":
+        size = sum(len(part.text) for document in found for part in document)
+        found = _beginning(documents(source), int(size * (1 - holdout)))
+    for document in found:
+        if split == "tail" or not is_held_out(document, holdout):
+            for part in document:
+                yield from (piece.encode("utf-8", "replace").decode() for piece in seamless(part.text))
+
+
+def _beginning(found: Iterable[Document], size: int) -> Iterator[Document]:
+    """The documents with the first `size` characters, the last of them cut."""
+    for document in found:
+        parts = []
+        for part in document:
+            parts.append(part._replace(text=part.text[:size]))
+            size -= len(parts[-1].text)
+        yield tuple(parts)
+        if size <= 0:
+            return
+
+
+def _write(target: Path, files: Mapping[str, str]) -> Path:
+    """The folder with its files, whole or not there at all."""
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        draft.mkdir(parents=True)
+        for name, content in files.items():
+            (draft / name).write_text(content, encoding="utf-8")
+        open_tokenizer(draft)  # what cannot be read back is not handed out
+        draft.replace(target)  # an empty folder gives way
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target

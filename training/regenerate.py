@@ -1,0 +1,74 @@
+"""Experts that get no tokens begin anew as copies of the busiest ones."""
+
+from typing import Any
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tiny_onn_func.tree import Tree
+from training.draws import Stream, draw_normal
+from training.hyper import HyperParams
+from training.optim import AdamWState
+
+MATRICES = ("w1", "w2", "w3")
+
+
+def regenerate(
+    params: Tree,
+    expert_opt: AdamWState,
+    router_opt: AdamWState,
+    step: Tensor,
+    *,
+    load: Float[Tensor, "layers experts"],
+    hyper: HyperParams,
+) -> dict[str, Any]:
+    """The fields of a TrainState in which starved experts are replaced.
+
+    An expert starves when its w2's mean squared gradient, as AdamW remembers it, is below `regenerate_below` times the
+    mean of its layer: one without tokens falls to 1 % of it in ln 100 / (1 - beta2) steps. It becomes a copy of the
+    layer's busiest expert; its router column is the busiest one's turned aside by noise of the matrix's own size, so
+    that the two share tokens. Its first moments start at zero and its second moments are those of its source: with
+    zeros it would starve again by definition. Nothing happens in the first 1 / (1 - beta2) steps.
+    """
+    moe = params["layers"]["moe"]
+    squares = reduce(expert_opt.nu["layers"]["moe"]["w2"], "layers experts inner dim -> layers experts", "mean")
+    floor = hyper.regenerate_below * squares.mean(dim=-1, keepdim=True)
+    starved = (squares < floor) & (step * (1 - hyper.beta2) > 1)
+    source = load.argmax(dim=-1)
+
+    def replaced(tree: Tree, factor: float, **more: Tensor) -> Tree:
+        own = tree["layers"]["moe"]
+        new = {name: _take(own[name], source, starved, factor) for name in MATRICES}
+        return {**tree, "layers": {**tree["layers"], "moe": {**own, **new, **more}}}
+
+    router = moe["router"]
+    noise = draw_normal(hyper.explore_seed, step, Stream.REGENERATE, *router.shape).to(router.dtype)
+    aside = _by_expert(router, source) + noise * router.square().mean().sqrt()
+    column = rearrange(starved, "layers experts -> layers 1 experts")
+    moments = router_opt.mu["router"], router_opt.nu["router"]
+    return {
+        "params": replaced(params, 1.0, router=torch.where(column, aside, router)),
+        "expert_opt": expert_opt._replace(mu=replaced(expert_opt.mu, 0.0), nu=replaced(expert_opt.nu, 1.0)),
+        "router_opt": router_opt._replace(
+            mu={"router": torch.where(column, 0.0, moments[0])},
+            nu={"router": torch.where(column, _by_expert(moments[1], source), moments[1])},
+        ),
+    }
+
+
+def _take(
+    leaf: Float[Tensor, "layers experts a b"], source: Int[Tensor, " layers"], starved: Tensor, factor: float
+) -> Tensor:
+    """Starved experts' matrices replaced by `factor` times their layer's source."""
+    index = rearrange(source, "layers -> layers 1 1 1").expand(-1, 1, *leaf.shape[2:])
+    return torch.where(rearrange(starved, "layers experts -> layers experts 1 1"), leaf.gather(1, index) * factor, leaf)
+
+
+def _by_expert(
+    router: Float[Tensor, "layers dim experts"], source: Int[Tensor, " layers"]
+) -> Float[Tensor, "layers dim 1"]:
+    """The source's column of each layer."""
+    index = rearrange(source, "layers -> layers 1 1").expand(-1, router.shape[1], 1)
+    return router.gather(-1, index)
