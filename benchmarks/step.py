@@ -1,6 +1,6 @@
 """What does surprise cost? The hyper step against itself without hooks, and against a plain step of Qwen3-MoE.
 
-    python benchmarks/step.py [--sizes A B] [--repetitions N] [--threads N] [--json FILE]
+    python -m benchmarks.step [--sizes A B] [--repetitions N] [--threads N] [--json FILE]
 
 The peer is `transformers`' Qwen3MoeForCausalLM with grouped-matmul experts, PyTorch's AdamW, the same sizes and batch:
 forward, backward, clipping, update. Ours does the same and measures surprise and trains the router beside it.
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.timing import interleaved, machine, table, write_json
+from benchmarks.timing import interleaved, machine, ratio, table, write_json
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.tree import merge, partition
 from training import Batch, HyperParams, hyper_step, init_state
@@ -44,8 +44,11 @@ def main() -> None:
         subjects = ours(*SIZES[name]) | peer(*SIZES[name])
         results[name] = interleaved(subjects, given.repetitions)
         print(table(f"Size {name}", results[name], "plain step of transformers"), flush=True)
-        cost = results[name]["gradients and surprise"].median / results[name]["gradients without hooks"].median
-        print(f"surprise costs {cost:.3f} of the gradients without it\n", flush=True)
+        cost = ratio(results[name], "gradients and surprise", "gradients without hooks")
+        print(
+            "gradients and surprise against gradients without hooks: {:.3f} ({:.3f} to {:.3f})\n".format(*cost),
+            flush=True,
+        )
     if given.json:
         write_json(given.json, results)
 

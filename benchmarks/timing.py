@@ -17,6 +17,7 @@ class Timing(NamedTuple):
     median: float  # milliseconds
     low: float  # first quartile
     high: float  # third quartile
+    rounds: tuple[float, ...]  # every repetition
 
 
 def interleaved(subjects: Mapping[str, Callable[[], object]], repetitions: int, warm_up: int = 2) -> dict[str, Timing]:
@@ -36,17 +37,20 @@ def interleaved(subjects: Mapping[str, Callable[[], object]], repetitions: int, 
     return {name: _summary(times) for name, times in samples.items()}
 
 
-def ratios(timings: Mapping[str, Timing], to: str) -> dict[str, float]:
-    """Median of every subject over the median of one."""
-    return {name: timing.median / timings[to].median for name, timing in timings.items()}
+def ratio(timings: Mapping[str, Timing], name: str, to: str) -> tuple[float, float, float]:
+    """Median and quartiles of one subject's time over another's in the same round: both met the same noise."""
+    pairs = zip(timings[name].rounds, timings[to].rounds, strict=True)
+    low, median, high = _quartiles([ours / theirs for ours, theirs in pairs])
+    return median, low, high
 
 
 def table(title: str, timings: Mapping[str, Timing], to: str) -> str:
-    """A Markdown table: milliseconds, quartiles, ratio."""
-    relative = ratios(timings, to)
-    lines = [f"**{title}**", "", f"| what | ms | quartiles | against {to} |", "|---|---|---|---|"]
-    for name, (median, low, high) in timings.items():
-        lines.append(f"| {name} | {median:.1f} | {low:.1f} to {high:.1f} | {relative[name]:.2f} |")
+    """A Markdown table: milliseconds, ratio round by round, quartiles of both."""
+    lines = [f"**{title}**", "", f"| what | ms | quartiles | against {to} | quartiles |", "|---|---|---|---|---|"]
+    for name, timing in timings.items():
+        median, low, high = ratio(timings, name, to)
+        took = f"{timing.median:.1f} | {timing.low:.1f} to {timing.high:.1f}"
+        lines.append(f"| {name} | {took} | {median:.2f} | {low:.2f} to {high:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -71,5 +75,10 @@ def write_json(path: str, results: Mapping[str, Mapping[str, Timing]]) -> None:
 
 
 def _summary(times: list[float]) -> Timing:
-    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
-    return Timing(median, low, high)
+    low, median, high = _quartiles(times)
+    return Timing(median, low, high, tuple(times))
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return low, median, high

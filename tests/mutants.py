@@ -44,7 +44,7 @@ GROUPED = [
     ("out[int(offsets[-1]) :] = 0", "pass"),
     (".masked_fill(behind.unsqueeze(-1), 0)", ""),
     ("% 16 == 0", "% 4 == 0"),
-    ("in (torch.float32, torch.bfloat16)", "in (torch.float32, torch.bfloat16, torch.float64)"),
+    ("= (torch.float32, torch.bfloat16) if", "= (torch.float32, torch.bfloat16, torch.float64) if"),
     ("[:, :-1], 0", "[:, 1:], 0"),
     ("(torch.arange(runs, device=index.device) * rows,", "(torch.arange(runs, device=index.device) * 0,"),
     ("dim=1) + starts * rows)", "dim=1) + starts)"),

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training.batch import IGNORE_INDEX
+from tests.helpers import assert_close, spread_params, tiny_config
+from tiny_onn_func.decoder import forward
+from tiny_onn_func.tree import stack
+from training.batch import IGNORE_INDEX, Batch
 from training.data import (
     BOUNDARY,
     VOCAB_SIZE,
@@ -174,6 +178,129 @@ def test_a_chat_that_ends_with_the_user_does_not_learn_to_end_there(tmp_path: Pa
     chat = {"messages": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "bye"}]}
     side = opened(write_jsonl(tmp_path / "chat.jsonl", [chat] * 9), tmp_path, split="tail").train
     assert not side.targets[side.tokens == BOUNDARY].any()
+
+
+# Packed files and rows ------------------------------------------------------------------------------------------------
+
+
+def write_parquet(path: Path, columns: dict[str, list[object]], rows: int = 2) -> Path:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table(columns), path, row_group_size=rows)
+    return path
+
+
+def texts(source: Path) -> list[str]:
+    return [document[0].text for document in documents(find_source(str(source)))]
+
+
+def test_packed_text_and_lines_are_read_as_if_they_were_not_packed(tmp_path: Path):
+    path = write_jsonl(tmp_path / "lines.jsonl", [{"text": "one"}, {"text": "two"}])
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / "some.txt.gz").write_bytes(gzip.compress("Übergröße".encode("latin-1")))
+    assert texts(tmp_path / "lines.jsonl.gz") == texts(path) == ["one", "two"]
+    assert texts(tmp_path / "some.txt.gz") == ["\udcdcbergr\udcf6\udcdfe"]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_rows_of_parquet_are_documents_in_their_order(rows: int, tmp_path: Path):
+    path = write_parquet(
+        tmp_path / "rows.parquet", {"id": [*range(150)], "text": [f"row {i}" for i in range(150)]}, rows
+    )
+    assert texts(path) == [f"row {i}" for i in range(150)]
+
+
+def test_a_chat_is_the_same_in_parquet_and_in_lines(tmp_path: Path):
+    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] for i in range(9)]
+    one = opened(write_parquet(tmp_path / "chat.parquet", {"messages": chats}), tmp_path, split="tail")
+    two = opened(write_jsonl(tmp_path / "chat.jsonl", [{"messages": chat} for chat in chats]), tmp_path, split="tail")
+    assert one.train.tokens.tolist() == two.train.tokens.tolist()
+    assert one.train.targets.tolist() == two.train.targets.tolist()
+
+
+def test_a_folder_mixes_all_kinds_and_passes_over_binary_ones_packed_or_not(tmp_path: Path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write_parquet(folder / "a.parquet", {"text": ["row one", "row two"]})
+    (folder / "b.py.gz").write_bytes(gzip.compress(b"code"))
+    (folder / "c.tar.gz").write_bytes(gzip.compress(b"x" * 3_000_000 + b"\0"))
+    (folder / "d.md").write_text("page")
+    write_jsonl(folder / "e.jsonl", [{"text": "line"}])
+    (folder / "f.bin").write_bytes(b"\0")
+    assert texts(folder) == ["row one", "row two", "code", "page", "line"]
+
+
+def test_a_folder_with_packed_files_has_an_entry_of_its_own(tmp_path: Path):
+    """Before, folders passed over them as binary."""
+    (tmp_path / "a.txt").write_text("x" * 99)
+    plain = opened(tmp_path / "a.txt", tmp_path).folder
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * 99))
+    import training.corpus
+
+    keys = [
+        training.corpus._key(find_source(f"{tmp_path}/a.txt*"), 0.1, "auto", training.corpus.BYTES) for _ in range(2)
+    ]
+    assert keys[0] == keys[1] != plain.name
+
+
+def test_an_entry_of_the_bytes_is_called_what_it_always_was(text: Path, tmp_path: Path):
+    """Or every user would tokenize anew."""
+    import hashlib
+
+    stat = text.stat()
+    file = [str(text.parent.resolve()), text.name, stat.st_size, stat.st_mtime_ns]
+    known = hashlib.blake2b(json.dumps([1, None, "_read_file", "auto", 0.1, [file]]).encode(), digest_size=16)
+    assert opened(text, tmp_path).folder.name == known.hexdigest()
+
+
+def test_of_parquet_a_few_rows_are_in_memory(tmp_path: Path):
+    arrow = pytest.importorskip("pyarrow")
+    noise = random.Random(0)
+    path = write_parquet(tmp_path / "big.parquet", {"text": [noise.randbytes(50_000).hex() for _ in range(160)]}, 4)
+    before = arrow.total_allocated_bytes()
+    held = [arrow.total_allocated_bytes() - before for _ in documents(find_source(str(path)))]
+    assert path.stat().st_size > 6e6
+    assert len(held) == 160
+    assert max(held) < 3e6
+
+
+def test_a_damaged_packed_file_is_named_and_nothing_is_written(tmp_path: Path):
+    whole = gzip.compress(b"x" * 10_000)
+    for name, content, match in (
+        ("short.txt.gz", whole[:-10], "ended before the end-of-stream marker"),
+        ("short.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-10], "ended before the end-of-stream marker"),
+        ("plain.txt.gz", b"no gzip", "Not a gzipped file"),
+        ("bad.txt.gz", whole[:10] + b"\xff" * 10, "invalid"),
+        ("sum.txt.gz", whole[:-8] + b"\0" * 8, "CRC check failed"),
+        ("late.jsonl.gz", gzip.compress(b'{"text": "a"}\noops'), "line 2: expected a JSON object"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        refused(match, tmp_path / name, tmp_path)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_damaged_or_foreign_parquet_file_is_named_with_the_column(tmp_path: Path):
+    good = write_parquet(tmp_path / "good.parquet", {"text": ["x" * 500] * 20}).read_bytes()
+    (tmp_path / "no.parquet").write_bytes(b"PAR1 no PAR1")
+    (tmp_path / "cut.parquet").write_bytes(good[: len(good) // 2])
+    (tmp_path / "torn.parquet").write_bytes(good[:8] + b"\xff" * 200 + good[208:])
+    (tmp_path / "empty.parquet").write_bytes(b"")
+    for name in ("no", "cut", "torn", "empty"):
+        refused("expected a Parquet file, got", tmp_path / f"{name}.parquet", tmp_path)
+    write_parquet(tmp_path / "named.parquet", {"content": ["a"], "id": [1]})
+    refused("expected the column `text` or `messages`, got content, id", tmp_path / "named.parquet", tmp_path)
+    write_parquet(tmp_path / "null.parquet", {"text": ["a", None]})
+    refused("row 2: expected `text` to be a string, got null", tmp_path / "null.parquet", tmp_path)
+    write_parquet(tmp_path / "bytes.parquet", {"text": [b"a"]})
+    refused("row 1: expected `text` to be a string, got bytes", tmp_path / "bytes.parquet", tmp_path)
+    write_parquet(tmp_path / "turns.parquet", {"messages": [[{"role": "user"}]]})
+    refused(r"row 1: expected messages\[0\].content to be a string", tmp_path / "turns.parquet", tmp_path)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_without_pyarrow_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_parquet(tmp_path / "rows.parquet", {"text": ["a"]})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(r"pip install tiny-onn-func\[data\]", path, tmp_path)
 
 
 # Split ----------------------------------------------------------------------------------------------------------------
@@ -457,6 +584,88 @@ def test_a_lone_target_in_a_long_text_is_found(place: int):
     assert torch.equal(batch.labels, batch_at(stream, 0, 0, 16, 5).labels)
 
 
+# Packing --------------------------------------------------------------------------------------------------------------
+
+
+def documents_of(row: torch.Tensor) -> list[list[int]]:
+    """Places of each document in a row: a boundary opens one."""
+    found: list[list[int]] = [[]]
+    for place, token in enumerate(row.tolist()):
+        found += [[]] if token == BOUNDARY and found[-1] else []
+        found[-1].append(place)
+    return found
+
+
+SHORT = corpus([*b"one two", BOUNDARY, *b"three", BOUNDARY, BOUNDARY, *b"four five six", BOUNDARY, *b"seven"] * 9)
+SMALL = tiny_config(vocab_size=257, hidden_size=16, num_hidden_layers=2)
+
+
+def logits_of(params: dict, batch: Batch, **changes: object) -> torch.Tensor:
+    return forward(params, batch.input_ids, SMALL, attention_mask=batch.attention_mask, **changes)[0]
+
+
+def test_a_packed_row_is_each_of_its_documents_alone():
+    params = spread_params(SMALL, dtype=torch.float32)
+    batch = batch_at(SHORT, 0, 0, 6, 24, pack=True)
+    packed = logits_of(params, batch)
+    rows = [(row, places) for row in range(6) for places in documents_of(batch.input_ids[row])]
+    assert len(rows) > 12
+    for row, places in rows:
+        alone = forward(params, batch.input_ids[row : row + 1, places], SMALL)[0]
+        assert_close(packed[row : row + 1, places], alone, 1e-5, "logits")
+    unpacked = logits_of(params, batch._replace(attention_mask=torch.ones_like(batch.attention_mask)))
+    assert (unpacked - packed).abs().max() > 0.1
+
+
+def test_packing_changes_neither_tokens_nor_labels():
+    plain, packed = (batch_at(SHORT, 3, 4, 5, 20, pack) for pack in (False, True))
+    assert torch.equal(plain.input_ids, packed.input_ids)
+    assert torch.equal(plain.labels, packed.labels)
+    assert plain.attention_mask.unique().tolist() == [1]
+
+
+def test_a_change_in_one_document_leaves_the_loss_and_gradient_of_the_others():
+    params = spread_params(SMALL, dtype=torch.float64)
+    batch = batch_at(SHORT, 1, 0, 1, 40, pack=True)
+    first, second = documents_of(batch.input_ids[0])[:2]
+    labels = torch.full_like(batch.labels, IGNORE_INDEX)
+    labels[0, second] = batch.labels[0, second]
+    changed = batch.input_ids.clone()
+    changed[0, first[-1]] = (changed[0, first[-1]] + 1) % 256
+    one, two = (batch._replace(input_ids=ids, labels=labels) for ids in (batch.input_ids, changed))
+    losses = [torch.nn.functional.cross_entropy(logits_of(params, b)[0], b.labels[0]) for b in (one, two)]
+    assert_close(losses[0], losses[1], 1e-12, "loss")
+    free = [b._replace(attention_mask=torch.ones_like(labels)) for b in (one, two)]
+    losses = [torch.nn.functional.cross_entropy(logits_of(params, b)[0], b.labels[0]) for b in free]
+    assert (losses[0] - losses[1]).abs() > 1e-6
+
+
+def test_packed_batches_stack_and_map_like_a_loop():
+    params = spread_params(SMALL, dtype=torch.float32)
+    batches = [batch_at(SHORT, 0, step, 2, 16, pack=True) for step in range(3)]
+    mapped = torch.func.vmap(lambda batch: logits_of(params, batch))(stack(batches))
+    for one, batch in zip(mapped, batches, strict=True):
+        assert_close(one, logits_of(params, batch), 1e-5, "logits")
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 3), st.integers(2, 20), st.none() | st.integers(1, 99), st.integers(1, 4))
+def test_held_out_rows_number_their_documents_and_score_the_same_targets(
+    rows: int, length: int, max_bytes: int | None, stride: int
+):
+    stride = min(stride, length)
+    plain = [*held_out_batches(SHORT, rows, length, max_bytes, stride)]
+    packed = [*held_out_batches(SHORT, rows, length, max_bytes, stride, pack=True)]
+    for one, two in zip(plain, packed, strict=True):
+        assert torch.equal(one.labels, two.labels)
+        assert torch.equal(one.attention_mask != 0, two.attention_mask != 0)
+        for ids, mask in zip(two.input_ids, two.attention_mask, strict=True):
+            count = 1
+            for token, number in zip(ids.tolist(), mask.tolist(), strict=True):
+                count += token == BOUNDARY
+                assert number in (0, count)
+
+
 # Scoring --------------------------------------------------------------------------------------------------------------
 
 STREAMS = st.lists(st.tuples(st.integers(0, BOUNDARY), st.integers(0, 1)), min_size=3, max_size=120).map(
@@ -628,7 +837,6 @@ def test_sources_that_are_no_text_are_refused(tmp_path: Path):
     refused("got no match", f"{folder}/*.txt", tmp_path)
     refused("got folders only", f"{folder}/s*", tmp_path)
     refused("can be read, got: File name too long", "x" * 300, tmp_path)
-    refused("Parquet is not supported yet", folder / "rows.parquet", tmp_path)
     os.mkfifo(folder / "pipe")
     refused("expected a regular file", folder / "pipe", tmp_path)
     for spec in ("", "a\0b"):

@@ -1,16 +1,20 @@
 """One hyper step is what its parts say: two PyTorch optimizers on plain gradients, and metrics counted by loops."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.helpers import assert_close, real_tokens, spread_params, tiny_batch, tiny_config
 from tiny_onn_func import ModelConfig, forward
-from tiny_onn_func.tree import flatten, unflatten
+from tiny_onn_func.tree import flatten, stack, unflatten, unstack
 from training import Batch, HyperParams, TrainState, hyper_step, init_state, per_token_surprise
 
 CONFIG = tiny_config(num_experts_per_tok=3)
@@ -153,3 +157,45 @@ def test_the_budget_of_the_numbers_decides_dynamic_k() -> None:
     state, batch = a_state(config), a_batch(0)
     low, high = (hyper_step(state, batch, HYPER._replace(pi_alpha=budget), config)[1] for budget in (0.01, 1.0))
     assert (float(low.avg_k), float(high.avg_k)) == (1.0, config.num_experts)
+
+
+def test_bfloat16_computes_and_float32_remembers() -> None:
+    config = tiny_config(num_experts_per_tok=2)
+    batch = tiny_batch(config, 8, 16)
+    state = wide = init_state(config, torch.Generator().manual_seed(0))
+    for _ in range(20):
+        state, low = hyper_step(state, batch, HyperParams(), config, compute_dtype=torch.bfloat16)
+        wide, high = hyper_step(wide, batch, HyperParams(), config)
+        assert float(low.main_loss) == pytest.approx(float(high.main_loss), rel=0.02)
+    for leaf in flatten(state.params).values():
+        assert leaf.dtype == torch.float32
+    assert low.expert_surprise.dtype == low.router_loss.dtype == torch.float32
+    assert float(low.tie_rate) < 0.05, "norms are taken in float32"
+
+
+def test_bfloat16_runs_side_by_side_equal_the_runs_alone() -> None:
+    config = tiny_config(num_experts_per_tok=2)
+    batch = tiny_batch(config, 4, 8)
+    states = [init_state(config, torch.Generator().manual_seed(seed)) for seed in range(2)]
+    step = partial(hyper_step, hyper=HyperParams(), config=config, compute_dtype=torch.bfloat16)
+    _, mapped = vmap(lambda state: step(state, batch))(stack(states))
+    for together, state in zip(unstack(mapped), states, strict=True):
+        alone = step(state, batch)[1]
+        assert_close(together.main_loss, alone.main_loss, 1e-2)
+        assert_close(together.grad_norm, alone.grad_norm, 5e-2)
+
+
+def test_no_tensor_of_a_step_has_an_entry_for_every_token_and_weight() -> None:
+    config = tiny_config(hidden_size=32, moe_intermediate_size=32, num_experts_per_tok=2)
+    batch = tiny_batch(config, 8, 16)
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            largest.extend(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
+            return out
+
+    with Watch():
+        hyper_step(init_state(config, torch.Generator().manual_seed(0)), batch, HyperParams(), config)
+    assert max(largest) < batch.input_ids.numel() * 32 * 32 / 4

@@ -233,7 +233,7 @@ def test_every_setting_is_a_flag_of_its_dotted_name():
         holdout=0.2, split="tail", eval_every=1, eval_bytes=7, final_eval_bytes=None, checkpoint_every=2,
         keep_checkpoints=5, picture_every=6, sample_tokens=4, prompt="x", threads=2,
         model=ModelConfig(300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False, True),
-        hyper=HyperSettings(**CHANGED_HYPER), surprise_kind="input",
+        hyper=HyperSettings(**CHANGED_HYPER), surprise_kind="input", precision="bfloat16", tokenizer="bpe", pack=True,
     )  # fmt: skip
     argv = []
     for key in key_types():
@@ -386,11 +386,14 @@ def run_values(draw) -> dict:
     whole = [field.name for field in fields(RunConfig) if field.type is int]
     return {key: draw(counts) for key in whole} | {
         "data": draw(text.filter(bool)),
+        "tokenizer": draw(st.just("bytes") | text.filter(bool)),
+        "pack": draw(st.booleans()),
         "out": draw(st.none() | text.filter(bool)),
         "sequence_length": draw(st.integers(2, 10**9)),
         "schedule": draw(st.sampled_from(["cosine", "constant"])),
         "holdout": draw(st.floats(0, 1, exclude_min=True, exclude_max=True)),
         "surprise_kind": draw(st.sampled_from(KINDS)),
+        "precision": draw(st.sampled_from(["float32", "bfloat16"])),
         "split": draw(st.sampled_from(["auto", "document", "tail"])),
         "final_eval_bytes": draw(st.none() | counts),
         "prompt": draw(text | st.sampled_from(["null", "none", "~", "1e-3", "on", "017", "true", ".nan", "<<", "- a"])),

@@ -215,7 +215,8 @@ def _outer_kernel(rows: Tensor, grads: Tensor, offsets: Tensor) -> Tensor:
 
 def _has_fast_path(left: Tensor, right: Tensor) -> bool:
     """Whether the library's grouped matmul takes these: float32 or bfloat16, strides in multiples of 16 bytes."""
-    return left.dtype in (torch.float32, torch.bfloat16) and all(_is_aligned(t) for t in (left, right))
+    fast = (torch.float32, torch.bfloat16) if left.device.type == "cpu" else (torch.bfloat16,)
+    return left.dtype in fast and all(_is_aligned(t) for t in (left, right))
 
 
 def _is_aligned(t: Tensor) -> bool:

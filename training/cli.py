@@ -17,6 +17,7 @@ USAGE = """usage: tiny-onn VERB ...
   tokenizer  learn one from a text          tiny-onn tokenizer train --data SPEC --vocab-size 4096 --out DIR
   surgery    a dense Qwen3 into experts     tiny-onn surgery QWEN3_DIR --out DIR --num-experts 32
   study      compare many runs              tiny-onn study FILE.yaml [--out DIR] [--quick] [--resume]
+  report     a web page of what was found   tiny-onn report DIR
 
 `tiny-onn VERB --help` lists the flags of a verb."""
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokenizer": _tokenizer,
         "surgery": _surgery,
         "study": _study,
+        "report": _report,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -164,4 +166,14 @@ def _study(argv: Sequence[str]) -> None:
     from training.study import run_study
 
     results = run_study(study, out, resume=given.resume, runs_at_once=given.runs_at_once)
-    print(f"{results.table}\n\nstudy folder: {results.folder}")
+    print(f"{results.table}\n\nstudy folder: {results.folder}\nreport: {results.folder / 'report.html'}")
+
+
+def _report(argv: Sequence[str]) -> None:
+    parser = _Parser("tiny-onn report", description="Write report.html into the folder of a study or of a run.")
+    parser.add_argument("folder", metavar="DIR", help="what `tiny-onn study` or `tiny-onn train` made")
+    given = parser.parse_args(argv)
+    from training.html_report import write_report
+
+    report = write_report(given.folder)
+    print(f"{report.text}\n\nreport: {report.path}")

@@ -8,8 +8,8 @@ The split is fixed by document, so that no held-out text is ever trained on:
 - `auto`: `tail` for a single document, else `document`.
 
 A cache entry is a folder that appears whole or not at all. Its name hashes all that the tokens depend on: the files'
-paths, sizes and times, the Python version (stdlib), the split, the tokenizer. Entries are never deleted, only left unused: clear the
-cache by deleting its folder.
+paths, sizes and times, the Python version (stdlib), the split, the tokenizer. Entries are never deleted, only left
+unused: clear the cache by deleting its folder.
 """
 
 import hashlib

@@ -4,8 +4,8 @@
     batch = batch_at(splits.train, seed=0, step=7, batch_size=12, sequence_length=64)
     bits_per_byte = nats / ln 2 / scored_span(splits.held_out, max_bytes).num_bytes
 
-where nats is the summed loss over the labels of `held_out_batches(splits.held_out, ..., max_bytes)`. The bytes are those
-of the text that the labels stand for, so the number means the same for every tokenizer.
+where nats is the summed loss over the labels of `held_out_batches(splits.held_out, ..., max_bytes)`. The bytes are
+those of the text that the labels stand for, so the number means the same for every tokenizer.
 
 With `pack`, what is in a row keeps to itself: `attention_mask` numbers the documents (1, 2, ...; 0 is padding), and a
 token attends to its own only. A boundary closes a document as a label and opens the next one as an input.

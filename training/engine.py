@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tiny_onn_func.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
 from training.alarms import collapse_alarms
-from training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from training.checkpoint import checkpoint_tokenizer, latest_checkpoint, load_checkpoint, save_checkpoint
 from training.data import Splits, baselines, batch_at, held_out_batches, open_corpus, scored_span
 from training.errors import UserError
 from training.evaluate import Score, evaluate
@@ -23,10 +23,9 @@ from training.hyper_step import TrainState, hyper_step, init_state
 from training.memory import keep_freed_memory
 from training.recorder import Recorder, open_recorder, read_history
 from training.report import draw_core_metrics, draw_expert_dashboard
-from training.run_config import RunConfig, hyper_params
-from training.runs import run_tokenizer
+from training.run_config import RunConfig, hyper_params, statics
 from training.settings import save_settings
-from training.tokenizer import BYTES, Tokenizer, check_vocab, open_tokenizer, save_tokenizer
+from training.tokenizer import BYTES, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer, save_tokenizer
 
 ALARM_EVERY = 50  # steps between two looks at the router's health
 
@@ -56,8 +55,7 @@ def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     folder = Path(config.out)
     checkpoint = _check_folder(folder, resume)
-    tokenizer = open_tokenizer(config.tokenizer) if checkpoint is None else run_tokenizer(config, folder, resume=True)
-    check_vocab(tokenizer, config.model.vocab_size)
+    tokenizer = _tokenizer(config, folder, checkpoint)
     run = _open(config, folder, tokenizer)
     state = init_state(config.model, torch.Generator().manual_seed(config.seed))
     seconds = 0.0
@@ -72,6 +70,19 @@ def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     with open_recorder(folder, resume_step=int(state.step) if resume else None) as recorder:
         state, seconds = _loop(run, state, seconds, recorder)
     return _finish(run, state, seconds)
+
+
+def _tokenizer(config: RunConfig, folder: Path, checkpoint: Path | None) -> Tokenizer:
+    """What the settings name; of a run that goes on, the copy in its folder, which the settings may not contradict."""
+    if checkpoint is None:
+        tokenizer = open_tokenizer(config.tokenizer)
+    else:
+        tokenizer = kept_tokenizer(folder, config.tokenizer, checkpoint_tokenizer(checkpoint))
+        there = tokenizer is not BYTES and Path(config.tokenizer).expanduser().exists()
+        if there and open_tokenizer(config.tokenizer).fingerprint != tokenizer.fingerprint:
+            raise UserError(f"tokenizer: expected the one in {folder}, got another, {config.tokenizer}; leave it away")
+    check_vocab(tokenizer, config.model.vocab_size)
+    return tokenizer
 
 
 def _open(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Run:
@@ -98,7 +109,7 @@ def _loop(run: Run, state: TrainState, seconds: float, recorder: Recorder) -> tu
                 batch = batch_at(
                     run.corpus.train, config.seed, step - 1, config.batch_size, config.sequence_length, config.pack
                 )
-                new_state, metrics = hyper_step(state, batch, hyper, config.model, kind=config.surprise_kind)
+                new_state, metrics = hyper_step(state, batch, hyper, config.model, **statics(config))
                 values = metrics._asdict()
                 seconds += time.perf_counter() - start
                 if _due(step, config.eval_every) and step < config.steps:

@@ -9,7 +9,9 @@ from importlib import metadata
 
 from training.html_style import STYLE
 
-NOTHING = "–"  # noqa: RUF001 - the dash of a table's empty cell
+NOTHING = "\u2013"  # an empty cell of a table
+MINUS = "\u2212"  # as wide as a plus sign
+LONG = 40  # characters of a fact that stands alone
 VOID = ("meta", "br", "link")
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # nothing is fetched, nothing is executed
@@ -45,7 +47,8 @@ def number(value: object, form: str = ".4f") -> str:
     """A number as the page shows it; a dash for what is unknown or not finite."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return NOTHING
-    return format(value, form).replace("-", "−")  # noqa: RUF001 - a minus sign is as wide as a plus sign
+    text = format(value, form)
+    return text.replace("-", MINUS) if any(digit in text for digit in "123456789") else text.lstrip("-+")
 
 
 def bounds(low: object, high: object, form: str = ".4f") -> str:
@@ -63,8 +66,14 @@ def badge(verdict: str) -> Html:
     return element("span", verdict, class_=f"badge {verdict if verdict in VERDICTS else 'plain'}")
 
 
-def table(label: str, head: Sequence[object], rows: Iterable[Sequence[object]], *, tall: bool = False) -> Html:
-    """A table in a box that scrolls by itself; the first cell of a row names it. A row of one cell heads a group."""
+def table(
+    label: str, head: Sequence[object], rows: Iterable[Sequence[object]], *, kind: str | None = None, tall: bool = False
+) -> Html:
+    """A table in a box that scrolls by itself; the first cell of a row names it. A row of one cell heads a group.
+
+    Kinds of the style sheet: `words` are left-aligned, `verdicts` have words in the second column, `every` is small on
+    paper.
+    """
     top = element("tr", *(element("th", cell, scope="col") for cell in head))
     body = []
     for name, *cells in rows:
@@ -73,15 +82,13 @@ def table(label: str, head: Sequence[object], rows: Iterable[Sequence[object]], 
         else:
             named = element("th", name, scope="row")
             body.append(element("tr", named, *(element("td", cell) for cell in cells)))
-    whole = element("table", element("thead", top), element("tbody", *body))
+    whole = element("table", element("thead", top), element("tbody", *body), class_=kind)
     return box(whole, label, tall=tall)
 
 
 def box(inside: object, label: str, *, tall: bool = False) -> Html:
     """A part that may be wider than the page; `tall` ones scroll downwards, too. Keys move it as fingers do."""
-    return element(
-        "div", inside, class_="box tall" if tall else "box", role="region", aria_label=label, tabindex="0"
-    )
+    return element("div", inside, class_="box tall" if tall else "box", role="region", aria_label=label, tabindex="0")
 
 
 def listing(label: str, text: str) -> Html:
@@ -101,7 +108,7 @@ def paragraph(*parts: object, class_: str | None = None) -> Html:
 
 def warning(*parts: object) -> Html:
     """What a reader must not miss."""
-    return element("p", *parts, class_="warning", role="note")
+    return element("div", *parts, class_="warning", role="note")
 
 
 def bullets(items: Iterable[object]) -> Html:
@@ -110,8 +117,14 @@ def bullets(items: Iterable[object]) -> Html:
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> Html:
-    """Names with their values, side by side where there is room."""
-    return element("dl", *(element("div", element("dt", name), element("dd", value)) for name, value in pairs))
+    """Names with their values, side by side where there is room; a long value has a line of its own."""
+    return element(
+        "dl",
+        *(
+            element("div", element("dt", name), element("dd", value), class_="wide" if len(str(value)) > LONG else None)
+            for name, value in pairs
+        ),
+    )
 
 
 def page(title: str, *parts: object) -> str:

@@ -12,7 +12,7 @@ from tiny_onn_func.decoder import forward
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.params import init_params
-from tiny_onn_func.tree import Tree, leaves, merge, partition
+from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training import metrics as measure
 from training.batch import Batch
 from training.differentiate import gradients
@@ -44,7 +44,13 @@ def init_state(config: ModelConfig, generator: Generator) -> TrainState:
 
 
 def hyper_step(
-    state: TrainState, batch: Batch, hyper: HyperParams, config: ModelConfig, *, kind: SurpriseKind = "w2"
+    state: TrainState,
+    batch: Batch,
+    hyper: HyperParams,
+    config: ModelConfig,
+    *,
+    kind: SurpriseKind = "w2",
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of both systems; pure: the inputs stay untouched and nothing is left behind.
 
@@ -53,9 +59,11 @@ def hyper_step(
 
     Args:
         kind: what surprise is, see `training.surprise`; static, as it decides which hooks there are.
+        compute_dtype: what everything but the router computes in, such as bfloat16; None is the parameters' own dtype.
+            Parameters, moments, router, surprise and losses stay as wide as they are.
     """
     fast, router = partition(state.params)
-    grads, seen = main_gradients(state.params, batch, hyper, config, state.step, kind)
+    grads, seen = main_gradients(state.params, batch, hyper, config, state.step, kind, compute_dtype)
     targets_count = seen.lm.targets.clamp_min(1)
     rate = schedule(state.step, hyper)
 
@@ -90,7 +98,13 @@ def hyper_step(
 
 
 def main_gradients(
-    params: Tree, batch: Batch, hyper: HyperParams, config: ModelConfig, step: Tensor, kind: SurpriseKind = "w2"
+    params: Tree,
+    batch: Batch,
+    hyper: HyperParams,
+    config: ModelConfig,
+    step: Tensor,
+    kind: SurpriseKind = "w2",
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[tuple[Tree, Tree | None], Observed]:
     """Gradients of the summed main loss in (fast, router), and what the pass observed.
 
@@ -106,8 +120,9 @@ def main_gradients(
         dtype = wide_dtype(fast["embed_tokens"].dtype)
         surprise = torch.full((layers, tokens, experts), torch.inf, dtype=dtype, device=batch.input_ids.device)
         hooks = SurpriseHookManager(surprise + _mapped_zero((fast, router, batch, hyper, step), dtype), kind=kind)
+        computed = fast if compute_dtype is None else tree_map(lambda leaf: leaf.to(compute_dtype), fast)
         logits, trace = forward(
-            merge(fast, router), batch.input_ids, config, attention_mask=batch.attention_mask,
+            merge(computed, router), batch.input_ids, config, attention_mask=batch.attention_mask,
             surprise_budget=hyper.pi_alpha, apply_w2=hooks.apply_w2, apply_w13=hooks.apply_w13,
             router_coupling=hyper.router_coupling, explore=explore,
         )  # fmt: skip

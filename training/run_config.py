@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
+
 from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
 from training.hyper import HyperParams
@@ -19,6 +21,7 @@ RUN_RULES: tuple[Rule, ...] = (
     ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),  # what a torch.Generator takes
     ("more than 0 and less than 1", lambda value: 0 < value < 1, "holdout"),
     ("cosine or constant", lambda value: value in ("cosine", "constant"), "schedule"),
+    ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16"), "precision"),
     (", ".join(KINDS), lambda value: value in KINDS, "surprise_kind"),
     ("auto, document or tail", lambda value: value in ("auto", "document", "tail"), "split"),
 )
@@ -161,6 +164,8 @@ class RunConfig:
     """What the sample text continues."""
     threads: int = 0
     """Processor threads; 0 leaves the choice to torch."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in; parameters, moments, router and surprise are float32 either way."""
     surprise_kind: SurpriseKind = "w2"
     """What surprise is: w2, unweighted, experts, input or benefit, as training/surprise.py explains."""
     model: ModelConfig = DEFAULT_MODEL
@@ -184,6 +189,12 @@ def hyper_params(config: RunConfig) -> HyperParams:
     total_steps = config.steps if config.schedule == "cosine" else 0
     warmup_steps = min(config.hyper.warmup_steps, config.steps)
     return HyperParams(**asdict(config.hyper) | {"total_steps": total_steps, "warmup_steps": warmup_steps})
+
+
+def statics(config: RunConfig) -> dict[str, Any]:
+    """What `hyper_step` takes beside numbers: choices that decide which program runs."""
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else None
+    return {"kind": config.surprise_kind, "compute_dtype": dtype}
 
 
 def default_out(config: RunConfig, preset: str = "train") -> str:

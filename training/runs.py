@@ -15,7 +15,7 @@ from training.errors import UserError
 from training.evaluate import Score, evaluate
 from training.run_config import RunConfig
 from training.settings import load_settings
-from training.tokenizer import BYTES, FILE, Tokenizer, check_vocab, open_tokenizer
+from training.tokenizer import BYTES, Tokenizer, kept_tokenizer
 
 
 class FinishedRun(NamedTuple):
@@ -39,30 +39,8 @@ def open_run(folder: str | Path) -> FinishedRun:
     params, model = load_params(folder)
     if model != config.model:
         raise UserError(f"{settings}: expected the sizes of the checkpoint, got others; restore the file as it was")
-    return FinishedRun(config, params, run_tokenizer(config, folder))
-
-
-def run_tokenizer(
-    config: RunConfig, folder: str | Path, *, checkpoint: str | Path | None = None, resume: bool = False
-) -> Tokenizer:
-    """The tokenizer of a run that has a checkpoint: the copy in its folder.
-
-    Args:
-        checkpoint: of the run, or the folder of its checkpoints; by default the latest one in `folder`.
-        resume: whether what `config.tokenizer` names must be the same, where it is still there.
-
-    Raises:
-        UserError: a tokenizer that the parameters do not go with, or none.
-    """
-    wanted, given = checkpoint_tokenizer(checkpoint or folder), Path(config.tokenizer).expanduser()
-    tokenizer = BYTES if config.tokenizer == "bytes" else open_tokenizer(folder)
-    if tokenizer.fingerprint != wanted:
-        place = "tokenizer" if tokenizer is BYTES else str(Path(folder, FILE))
-        raise UserError(f"{place}: expected the tokenizer that the run was trained with, got another; restore it")
-    if resume and tokenizer is not BYTES and given.exists() and open_tokenizer(given).fingerprint != wanted:
-        raise UserError(f"tokenizer: expected the one of the run in {folder}, got another, {given}; leave it away")
-    check_vocab(tokenizer, config.model.vocab_size)
-    return tokenizer
+    tokenizer = kept_tokenizer(folder, config.tokenizer, checkpoint_tokenizer(folder))
+    return FinishedRun(config, params, tokenizer)
 
 
 def evaluate_run(

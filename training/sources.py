@@ -30,7 +30,7 @@ from training.errors import UserError
 
 NO_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 COLUMNS = ("messages", "text")  # of a Parquet file, the first that it has is read
-ROWS = 64  # of a Parquet file that are unpacked at a time
+ROWS = 16  # of a Parquet file that are unpacked at a time
 PIECE = 1 << 20  # bytes that are unpacked before a look whether they are text
 
 
@@ -260,10 +260,11 @@ def _read_parquet(path: Path) -> Iterator[Document]:
             if column is None:
                 came = ", ".join(printable(key) for key in names[:8]) or "no column at all"
                 raise UserError(f"{name}: expected the column `text` or `messages`, got {came}; rename one of them")
-            for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
-                for value in batch.column(column).to_pylist():
-                    number += 1
-                    yield _document({column: value}, f"{name}, row {number}")
+            for group in range(file.num_row_groups):  # one after the other: iter_batches over all reads ahead
+                for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], columns=[column]):
+                    for value in batch.column(column):
+                        number += 1
+                        yield _document({column: value.as_py()}, f"{name}, row {number}")
     except (ArrowException, OSError) as error:
         came = " ".join(str(error).split())[:200]
         raise UserError(f"{name}: expected a Parquet file, got: {came}; fetch it again") from None

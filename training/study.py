@@ -15,14 +15,14 @@ from tqdm import tqdm
 
 from tiny_onn_func.tree import stack, unstack
 from training.analysis import analyse, study_table
-from training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from training.checkpoint import checkpoint_tokenizer, latest_checkpoint, load_checkpoint, save_checkpoint
 from training.data import Splits, open_corpus
 from training.errors import UserError
+from training.html_report import write_report
 from training.hyper_step import TrainState, init_state
 from training.memory import keep_freed_memory
 from training.recorder import FILE, Recorder, read_history
 from training.run_config import RunConfig
-from training.runs import run_tokenizer
 from training.step_metrics import Metrics
 from training.study_config import StudyConfig, StudyRun, expand, study_values
 from training.study_plan import Chunk, load_plan, plan_chunks, save_plan
@@ -37,7 +37,7 @@ from training.study_results import (
     write_text,
 )
 from training.study_step import batches_at, mapped_step, score_runs
-from training.tokenizer import Tokenizer, check_vocab, open_tokenizer, save_tokenizer
+from training.tokenizer import Tokenizer, check_vocab, kept_tokenizer, open_tokenizer, save_tokenizer
 
 
 class StudyResults(NamedTuple):
@@ -95,6 +95,7 @@ def run_study(
         print(f"stopped; go on with: tiny-onn study --resume --out {folder}", file=sys.stderr)
         raise
     analysis = analyse(folder)
+    write_report(folder)
     return StudyResults(folder, [*rows.values()], analysis, study_table(analysis))
 
 
@@ -151,7 +152,7 @@ def _run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: tqdm) -> lis
     if latest_checkpoint(home) is None:
         tokenizer = open_tokenizer("bytes" if config.tokenizer == "bytes" else folders[0])
     else:
-        tokenizer = run_tokenizer(config, folders[0], checkpoint=home)
+        tokenizer = kept_tokenizer(folders[0], config.tokenizer, checkpoint_tokenizer(home))
         mapped = load_checkpoint(home, like=mapped)
         bar.update(int(mapped.step) * len(chunk.runs))
     corpus = _corpus(config, tokenizer)
@@ -187,8 +188,8 @@ def _train(
     configs = [run.config for run in chunk.runs]
     config = configs[0]
     step = mapped_step(configs)
-    about = {"config_dict": asdict(config.model), "tokenizer": corpus.train.tokenizer.fingerprint}
-    save = partial(save_checkpoint, **about, keep=1)
+    fingerprint = corpus.train.tokenizer.fingerprint
+    save = partial(save_checkpoint, home, config_dict=asdict(config.model), keep=1, tokenizer=fingerprint)
     saved = int(mapped.step)
     try:
         for number in range(saved + 1, config.steps + 1):
@@ -205,11 +206,11 @@ def _train(
             bar.update(len(configs))
             bar.set_postfix_str(_progress(metrics, mapped), refresh=False)
             if number == config.steps or (config.checkpoint_every and number % config.checkpoint_every == 0):
-                save(home, mapped)
+                save(mapped)
                 saved = number
     except KeyboardInterrupt:
         if int(mapped.step) > saved:
-            save(home, mapped)
+            save(mapped)
         raise
     return mapped
 

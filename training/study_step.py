@@ -17,7 +17,7 @@ from training.hyper import HyperParams
 from training.hyper_step import TrainState, hyper_step
 from training.metrics import average_k
 from training.objectives import language_modelling
-from training.run_config import RunConfig, hyper_params
+from training.run_config import RunConfig, hyper_params, statics
 from training.step_metrics import Metrics
 
 SCORED_ROWS = 32  # windows of a batch of held-out text, or as many as are trained on
@@ -30,10 +30,10 @@ def mapped_step(configs: Sequence[RunConfig]) -> Any:
     number, so that terms which no run has cost nothing; one that differs is mapped.
     """
     numbers, varied = split_numbers([hyper_params(config) for config in configs])
-    model, kind = configs[0].model, configs[0].surprise_kind
+    model, fixed = configs[0].model, statics(configs[0])
 
     def one(state: TrainState, batch: Batch, varied: dict[str, Tensor]) -> tuple[TrainState, Metrics]:
-        return hyper_step(state, batch, numbers._replace(**varied), model, kind=kind)
+        return hyper_step(state, batch, numbers._replace(**varied), model, **fixed)
 
     return lambda states, batches: vmap(one)(states, batches, varied)
 

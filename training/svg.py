@@ -1,4 +1,4 @@
-"""Charts as inline SVG: curves, differences with intervals, maps of experts. As wide as the page, text never scaled.
+"""Charts as inline SVG: curves, and differences with intervals. As wide as the page, text never scaled.
 
 Horizontal places are percentages and curves lie in a nested drawing that stretches, so that a chart fits a phone and
 its text keeps its size. Colours are classes of the style sheet: slot 0 is grey, slots 1 to 7 are colours, later ones
@@ -6,11 +6,11 @@ are the same colours dashed.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from training.html_pieces import Html, element, join, number
 
@@ -20,9 +20,9 @@ INNER = 1000  # both sides of the nested drawing
 COLOURS, DASHES = 7, 4
 FEW = 25  # points of a curve that are marked one by one
 OUTLIER = 10.0  # values this many times the range of 95 % of the others are cut off
-OCTAVES = 3  # maps of load tell 1/8 to 8 fair shares apart
-MOST_EXPERTS = 128  # columns of a map; beyond it neighbours share one
-NONE, UNKNOWN = -1, -2  # levels of a map: the expert got no row; nothing was recorded
+
+
+Place = Callable[[float], float]  # a value's place in the frame
 
 
 class Curve(NamedTuple):
@@ -81,9 +81,7 @@ def line_chart(
     def down(value: float) -> float:
         return HEIGHT * (high - value) / (high - low)
 
-    scale = [
-        element("text", _tick(v, places), x=SCALE - 8, y=f"{down(v) + 4:.1f}", text_anchor="end") for v in places
-    ]
+    scale = [element("text", _tick(v, places), x=SCALE - 8, y=f"{down(v) + 4:.1f}", text_anchor="end") for v in places]
     lines = [element("line", x1=0, x2="100%", y1=f"{down(v):.1f}", y2=f"{down(v):.1f}", class_="grid") for v in places]
     steps = [_under(value, (value - left) / (right - left)) for value in ticks(left, right, 4) if value == int(value)]
     field = join((
@@ -151,13 +149,15 @@ def _stretched(curves: Sequence[Curve], across: tuple[float, float], up: tuple[f
                 continue
             path.append(f"{pen}{a:.1f} {b:.1f}")
             pen = "L"
-        paths.append(element("path", element("title", curve.name), d="".join(path), class_=f"line {slot_class(curve.slot)}"))
+        paths.append(
+            element("path", element("title", curve.name), d="".join(path), class_=f"line {slot_class(curve.slot)}")
+        )
     return element(
         "svg", *paths, x=0, y=0, width="100%", height=HEIGHT, viewBox=f"0 0 {INNER} {INNER}", preserveAspectRatio="none"
     )  # fmt: skip
 
 
-def _dots(curves: Sequence[Curve], across: tuple[float, float], down: object) -> list[Html]:
+def _dots(curves: Sequence[Curve], across: tuple[float, float], down: Place) -> list[Html]:
     """Marks on curves of few points: a curve of one point would not be seen."""
     dots = []
     for curve in curves:
@@ -165,9 +165,17 @@ def _dots(curves: Sequence[Curve], across: tuple[float, float], down: object) ->
         if seen.sum() > FEW:
             continue
         for x, y in zip(curve.x[seen].tolist(), curve.y[seen].tolist(), strict=True):
-            share, place = (x - across[0]) / (across[1] - across[0]), down(y)  # type: ignore[operator]
+            share, place = (x - across[0]) / (across[1] - across[0]), down(y)
             if 0 <= place <= HEIGHT:
-                dots.append(element("circle", cx=f"{100 * share:.2f}%", cy=f"{place:.1f}", r=2.6, class_=f"dot {slot_class(curve.slot)}"))
+                dots.append(
+                    element(
+                        "circle",
+                        cx=f"{100 * share:.2f}%",
+                        cy=f"{place:.1f}",
+                        r=2.6,
+                        class_=f"dot {slot_class(curve.slot)}",
+                    )
+                )
     return dots
 
 
@@ -189,16 +197,23 @@ def forest(rows: Sequence[Difference], margin: float) -> Html:
     def place(value: float) -> float:
         return 50 + 48 * max(-1.0, min(1.0, value / limit))
 
-    band = element(
-        "rect", x=f"{place(-margin):.2f}%", width=f"{place(margin) - place(-margin):.2f}%", y=0, height="100%", class_="band"
-    )  # fmt: skip
+    left, width = place(-margin), place(margin) - place(-margin)
+    band = element("rect", x=f"{left:.2f}%", width=f"{width:.2f}%", y=0, height="100%", class_="band")
     zero = element("line", x1="50%", x2="50%", y1=0, y2="100%", class_="zero")
     drawn = []
     for row in rows:
         marks = join((band, zero, *_whisker(row, limit, place)))
         said = f"difference {number(row.mean, '+.4f')}, verdict {row.verdict}"
-        field = element("svg", marks, class_=f"field {row.verdict}", height=34, role="img", aria_label=said)
-        drawn.append(element("div", element("div", row.name), field, element("div", row.value, class_="value"), class_="row"))
+        field = element("svg", marks, class_=f"field {row.verdict}", height=36, role="img", aria_label=said)
+        drawn.append(
+            element(
+                "div",
+                element("div", row.name, class_="name"),
+                field,
+                element("div", row.value, class_="value"),
+                class_="row",
+            )
+        )
     return element("div", *drawn, _forest_scale(limit, place), class_="forest")
 
 
@@ -210,29 +225,28 @@ def reach(rows: Sequence[Difference], margin: float) -> float:
     return max(2.0 * margin, min(max(ends), 4 * float(np.median(ends))))
 
 
-def _whisker(row: Difference, limit: float, place: object) -> list[Html]:
+def _whisker(row: Difference, limit: float, place: Place) -> list[Html]:
     if row.mean is None:
         return [element("text", "no pair of runs", x="50%", y=21, text_anchor="middle")]
     marks = []
     if row.low is not None and row.high is not None:
-        x1, x2 = (f"{place(v):.2f}%" for v in (row.low, row.high))  # type: ignore[operator]
-        marks.append(element("line", x1=x1, x2=x2, y1=15, y2=15, class_="whisker"))
+        x1, x2 = (f"{place(v):.2f}%" for v in (row.low, row.high))
+        marks.append(element("line", x1=x1, x2=x2, y1=16, y2=16, class_="whisker"))
         for value, x in ((row.low, x1), (row.high, x2)):
             if abs(value) <= limit:
-                marks.append(element("line", x1=x, x2=x, y1=11, y2=19, class_="whisker"))
+                marks.append(element("line", x1=x, x2=x, y1=12, y2=20, class_="whisker"))
             else:  # the interval goes on beyond the frame
                 mark, anchor = ("◂", "start") if value < 0 else ("▸", "end")
-                marks.append(element("text", mark, x="0%" if value < 0 else "100%", y=19, text_anchor=anchor))
-    dots = [element("circle", cx=f"{place(v):.2f}%", cy=27, r=2, class_="seed") for v in row.each]  # type: ignore[operator]
-    mean = element("circle", cx=f"{place(row.mean):.2f}%", cy=15, r=5, class_="mean")  # type: ignore[operator]
+                marks.append(element("text", mark, x="0%" if value < 0 else "100%", y=20, text_anchor=anchor))
+    dots = [element("circle", cx=f"{place(v):.2f}%", cy=29, r=2.5, class_="seed") for v in row.each]
+    mean = element("circle", cx=f"{place(row.mean):.2f}%", cy=16, r=5, class_="mean")
     return [*marks, *dots, mean]
 
 
-def _forest_scale(limit: float, place: object) -> Html:
+def _forest_scale(limit: float, place: Place) -> Html:
     places = [v for v in ticks(-limit, limit, 4) if abs(v) <= limit]
     texts = [
-        element("text", number(v, "+g") if v else "0", x=f"{place(v):.2f}%", y=14, text_anchor="middle")  # type: ignore[operator]
-        for v in places
+        element("text", number(v, "+g") if v else "0", x=f"{place(v):.2f}%", y=14, text_anchor="middle") for v in places
     ]
     sides = (
         element("text", "◂ better", x="0%", y=31, text_anchor="start"),
@@ -241,48 +255,3 @@ def _forest_scale(limit: float, place: object) -> Html:
     )
     field = element("svg", *texts, *sides, class_="field", height=36, aria_hidden="true")
     return element("div", element("div"), field, element("div"), class_="row")
-
-
-# Maps of experts ------------------------------------------------------------------------------------------------------
-
-
-def load_levels(load: Float[np.ndarray, "layers experts"]) -> Int[np.ndarray, "layers experts"]:
-    """Shares of routed rows -> levels 0 to 6: an eighth, a quarter, ... eight fair shares, rounded; NONE, UNKNOWN."""
-    fair = load * load.shape[1]
-    level = np.rint(np.log2(np.where(fair > 0, fair, 1.0))).clip(-OCTAVES, OCTAVES).astype(np.int64) + OCTAVES
-    return np.where(np.isnan(load), UNKNOWN, np.where(fair > 0, level, NONE))
-
-
-def heat_map(levels: Int[np.ndarray, "layers experts"], kind: str, said: str) -> Html:
-    """(L, E) cells, layers downwards and experts to the right. `kind` h: levels of load; s: from low to high."""
-    layers, experts = levels.shape
-    per = -(-experts // MOST_EXPERTS)  # the highest level of neighbours
-    levels = np.maximum.reduceat(levels, np.arange(0, experts, per), axis=1)
-    cells: dict[int, list[str]] = {}
-    for layer, row in enumerate(levels.tolist()):
-        start = 0
-        for expert in range(1, len(row) + 1):
-            if expert == len(row) or row[expert] != row[start]:
-                cells.setdefault(row[start], []).append(f"M{start} {layer}h{expert - start}v1h{start - expert}z")
-                start = expert
-    paths = [element("path", d="".join(some), class_=level_class(level, kind)) for level, some in sorted(cells.items())]
-    height = layers * max(4, min(18, 216 // layers))
-    return element(
-        "svg", *paths, width="100%", height=height, viewBox=f"0 0 {levels.shape[1]} {layers}",
-        preserveAspectRatio="none", shape_rendering="crispEdges", role="img", aria_label=said,
-    )  # fmt: skip
-
-
-def level_class(level: int, kind: str) -> str:
-    """The style sheet's class of a level."""
-    return {NONE: "none", UNKNOWN: "unknown"}.get(level, f"{kind}{level}")
-
-
-def map_legend(names: Sequence[tuple[str, int]], kind: str) -> Html:
-    """Which colour is which level."""
-
-    def sample(level: int) -> Html:
-        cell = element("rect", width=16, height=12, class_=level_class(level, kind))
-        return element("svg", cell, width=16, height=12, aria_hidden="true")
-
-    return element("ul", *(element("li", sample(level), name) for name, level in names), class_="legend")

@@ -65,8 +65,8 @@ class Tokenizer:
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
-        """Of its tokens on disk."""
-        return token_dtype(self.vocab_size)
+        """Of its tokens: the smallest unsigned type that holds every id."""
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def spelled(self, token: int) -> bytes:
         """The bytes a token is written as; an id that it does not have is a byte that is no UTF-8."""
@@ -77,21 +77,24 @@ class Tokenizer:
         values = np.asarray(tokens, np.int64).reshape(-1).tolist()
         return b"".join(self.spelled(value) for value in values).decode("utf-8", "replace")
 
+    def one(self, token: int) -> Tokens:
+        """(1,) token."""
+        return as_tokens([token], self.vocab_size)
+
     def encode_prompt(self, text: str) -> Tokens:
         """Like `encode`, but what spells a special token is that token: a prompt is its author's, not a stranger's."""
         if not self.special:
             return self.encode(text)
         marks = re.compile("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")")
-        parts = [
-            np.array([self.special[part]], self.dtype) if part in self.special else self.encode(part)
-            for part in marks.split(text)
+        parts: list[Tokens] = [
+            self.one(self.special[part]) if part in self.special else self.encode(part) for part in marks.split(text)
         ]
-        return np.concatenate(parts)
+        return as_tokens(np.concatenate(parts), self.vocab_size)
 
 
-def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
-    """The smallest unsigned type that holds every id."""
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+def as_tokens(ids: npt.ArrayLike, vocab_size: int) -> Tokens:
+    """Ids -> (n,) tokens of the smallest type that holds every id."""
+    return np.array(ids, np.uint16) if vocab_size <= 1 << 16 else np.array(ids, np.uint32)
 
 
 def utf8(text: str) -> bytes:
@@ -143,6 +146,23 @@ def open_tokenizer(spec: str | Path) -> Tokenizer:
         _refuse(path, "a file that can be read", error.strerror or str(error))
     parsed = None if settings is None else _settings(beside, settings)
     return _parse(str(spec), path, data, parsed)
+
+
+def kept_tokenizer(folder: str | Path, spec: str, fingerprint: str) -> Tokenizer:
+    """The copy of a tokenizer in the folder of a run.
+
+    Args:
+        spec: the run's setting: `bytes`, or where it came from.
+        fingerprint: of the tokenizer that the run's parameters go with.
+
+    Raises:
+        UserError: there is none, or another one.
+    """
+    tokenizer = BYTES if spec == "bytes" else open_tokenizer(folder)
+    if tokenizer.fingerprint != fingerprint:
+        place = "tokenizer" if tokenizer is BYTES else printable(Path(folder, FILE))
+        raise UserError(f"{place}: expected the tokenizer that the run was trained with, got another; restore it")
+    return tokenizer
 
 
 def vocab_follows(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +237,6 @@ def _parse(name: str, path: Path, data: bytes, settings: dict[str, Any] | None) 
     special = {entry.content: token for token, entry in added.items() if entry.special}
     lengths = np.array([len(piece) for piece in pieces], np.int32)
     lengths[[*special.values()]] = 0
-    dtype = token_dtype(len(pieces))
     byte_ids = {byte: vocabulary[character] for character, byte in alphabet.items()}
 
     def encode(text: str) -> Tokens:
@@ -225,7 +244,7 @@ def _parse(name: str, path: Path, data: bytes, settings: dict[str, Any] | None) 
         for i, part in enumerate(LONE_BYTES.split(HALF_PAIRS.sub("\ufffd", text))):
             lone = i % 2 == 1  # the library takes no lone surrogates
             ids += [byte_ids[ord(c) - 0xDC00] for c in part] if lone else inner.encode(part, None, False, False).ids
-        return np.array(ids, dtype)
+        return as_tokens(ids, len(pieces))
 
     _probe(path, encode, pieces, lengths, [entry.content for entry in added.values()])
     boundary = _boundary(path, special, settings)

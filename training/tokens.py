@@ -119,11 +119,11 @@ def tokenized(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[Tokens
     else:
         for part in plain(document):
             yield from _text(part, tokenizer)
-    yield np.array([tokenizer.boundary], tokenizer.dtype), document[-1].is_target
+    yield tokenizer.one(tokenizer.boundary), document[-1].is_target
 
 
 def _turn(part: Segment, tokenizer: Tokenizer) -> Iterator[tuple[Tokens, bool]]:
-    start, end = (np.array([tokenizer.special[mark]], tokenizer.dtype) for mark in (TURN_START, TURN_END))
+    start, end = (tokenizer.one(tokenizer.special[mark]) for mark in (TURN_START, TURN_END))
     yield start, False
     yield tokenizer.encode(f"{part.role}\n"), False
     yield from _text(part, tokenizer)

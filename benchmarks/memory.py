@@ -1,0 +1,70 @@
+"""Peak memory of a hyper step, next to a plain step of Qwen3-MoE: what a process grows by, each in one of its own.
+
+    python -m benchmarks.memory [--sizes A B] [--steps N] [--json FILE]
+
+Peak resident memory after the steps, less what the process held before its model was made, as the kernel counts it.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+SUBJECTS = ("gradients without hooks", "gradients and surprise", "hyper step", "plain step of transformers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["A", "B"])
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--json", help="where to write the figures")
+    parser.add_argument("--only", choices=SUBJECTS, help="print the growth of this process in MiB (used by itself)")
+    given = parser.parse_args()
+    if given.only:
+        print(grown(given.only, given.sizes[0], given.steps))
+        return
+    results = {
+        size: {subject: in_a_process(subject, size, given.steps) for subject in SUBJECTS} for size in given.sizes
+    }
+    for size, found in results.items():
+        plain = found[SUBJECTS[-1]]
+        print(f"**Size {size}**\n\n| what | MiB | against {SUBJECTS[-1]} |\n|---|---|---|")
+        for subject, mebibytes in found.items():
+            print(f"| {subject} | {mebibytes:.0f} | {mebibytes / plain:.2f} |")
+        print()
+    if given.json:
+        Path(given.json).write_text(json.dumps({"mebibytes": results}, indent=2) + "\n", encoding="utf-8")
+
+
+def in_a_process(subject: str, size: str, steps: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.memory", "--only", subject, "--sizes", size, "--steps", str(steps)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def grown(subject: str, size: str, steps: int) -> float:
+    """MiB by which the peak of this process rises above what it holds when all is imported and warm."""
+    from benchmarks.step import SIZES, ours, peer
+
+    torch.set_num_threads(1)
+    torch.randn(64, 64, requires_grad=True).square().sum().backward()  # the library's own buffers
+    make = peer if subject == SUBJECTS[-1] else ours
+    make(*SIZES[size])  # imports, and freed again
+    before = held()
+    step = make(*SIZES[size])[subject]
+    for _ in range(steps):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def held() -> float:
+    """MiB resident now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+if __name__ == "__main__":
+    main()

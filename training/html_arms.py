@@ -1,0 +1,106 @@
+"""A study as its page shows it: what is read from the folder, and every arm with its curves, its load, its alarms."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from numpy import ndarray
+
+from training.html_maps import last_tables
+from training.html_pieces import Html, with_small
+from training.series import Records, columns, gather, numbers
+from training.study_results import DIVERGED, FINISHED, Row
+from training.svg import Curve
+
+POINTS = 250  # most points of a curve
+CURVES = ("main_loss", "held_out_nats", "max_vio", "avg_k")
+
+
+class Study(NamedTuple):
+    """What is read from a study's folder."""
+
+    folder: str  # as the reader names it
+    values: Mapping[str, Any]  # of study.yaml
+    text: str  # of study.yaml
+    analysis: Mapping[str, Any]
+    rows: Sequence[Row]  # of results.csv
+
+
+class ShownArm(NamedTuple):
+    """One arm of the page."""
+
+    label: str
+    found: Mapping[str, Any]  # of analysis["arms"]
+    pair: Mapping[str, Any] | None  # of analysis["against_baseline"]; None is a baseline
+    slot: int  # of colour and dashes: 0 for the baseline, then in the study's order
+    curves: dict[str, Curve]  # means over its runs
+    load: Float[ndarray, "layers experts"] | None  # at the end of the run below
+    load_run: str  # the first of its runs that did not diverge
+    alarms: list[Sequence[str]]  # of each run
+    ends: dict[str, int]  # diverged run -> its last step
+
+
+class Group(NamedTuple):
+    """A baseline and the arms that are compared with it, in the study's order."""
+
+    baseline: str
+    arms: list[ShownArm]
+
+    def best_first(self) -> list[ShownArm]:
+        """The arms by their mean score."""
+        return sorted(self.arms, key=lambda arm: float("inf") if arm.found["mean"] is None else arm.found["mean"])
+
+
+def read_groups(
+    study: Study, history_of: Callable[[str], Records], summary_of: Callable[[str], Mapping[str, Any]]
+) -> list[Group]:
+    """All arms. `history_of` and `summary_of` give a run's records and summary; each is asked once for each run."""
+    labels: dict[str, list[str]] = {}
+    for label in study.analysis["arms"]:
+        pair = study.analysis["against_baseline"].get(label, {})
+        labels.setdefault(pair.get("baseline", label), []).append(label)
+    groups = []
+    for baseline, some in labels.items():
+        others = [label for label in some if label != baseline]
+        slots = {baseline: 0} | {label: slot for slot, label in enumerate(others, 1)}
+        groups.append(Group(baseline, [_shown(study, label, slots[label], history_of, summary_of) for label in some]))
+    return groups
+
+
+def arm_name(arm: ShownArm) -> Html:
+    """The arm's label, and the values that were chosen for it."""
+    tuned = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in arm.found.get("tuned", {}).items())
+    return with_small(arm.label, f"chosen: {tuned}" if tuned else "")
+
+
+def scores_by_seed(study: Study, arm: ShownArm) -> dict[str, float]:
+    """Seed -> held-out nats per token of the arm's finished runs."""
+    runs = [row for row in study.rows if row["run"] in arm.found["runs"] and row["status"] == FINISHED]
+    return {str(row["seed"]): float(row["nats_per_token"]) for row in runs}
+
+
+def _shown(
+    study: Study, label: str, slot: int, history_of: Callable[[str], Records],
+    summary_of: Callable[[str], Mapping[str, Any]],
+) -> ShownArm:  # fmt: skip
+    found = study.analysis["arms"][label]
+    records = {run: history_of(run) for run in found["runs"]}
+    lost = {row["run"] for row in study.rows if row["status"] == DIVERGED}
+    ends = {run: int(some[-1]["step"]) for run, some in records.items() if run in lost and some}
+    loads = ((run, last_tables(some, "expert_load")) for run, some in records.items() if run not in lost)
+    run, load = next(((run, load) for run, load in loads if load is not None), ("", None))
+    curves = {key: _mean_curve(label, slot, [*records.values()], key) for key in CURVES}
+    alarms = [summary_of(run).get("alarms") or [] for run in records]
+    return ShownArm(label, found, study.analysis["against_baseline"].get(label), slot, curves, load, run, alarms, ends)
+
+
+def _mean_curve(label: str, slot: int, runs: Sequence[Records], key: str) -> Curve:
+    """Mean over the runs that have a record of the step."""
+    by_step: dict[float, list[float]] = {}
+    for history in runs:
+        for step, value in zip(numbers(history, "step").tolist(), numbers(history, key).tolist(), strict=True):
+            if value == value and step == step:  # both are known
+                by_step.setdefault(step, []).append(value)
+    merged = [{"step": step, "value": sum(some) / len(some)} for step, some in sorted(by_step.items())]
+    at = columns(merged, POINTS)
+    return Curve(label, at.x, gather(numbers(merged, "value"), at.starts), slot)

@@ -1,0 +1,112 @@
+"""`tiny-onn report`: the folder of a study or of a run -> report.html in it, and a few lines for the terminal."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from training.errors import UserError
+from training.html_arms import Study
+from training.html_run import RunFiles, run_page
+from training.html_study import study_page
+from training.plain_yaml import read_yaml
+from training.recorder import FILE, read_history
+from training.series import Records
+from training.study_results import UNFINISHED, Row, read_results, write_text
+
+REPORT = "report.html"
+NEEDED = ("arms", "against_baseline", "baseline", "margin", "question", "falsifier", "answer")  # of analysis.json
+
+
+class Report(NamedTuple):
+    """What a report is."""
+
+    path: Path
+    text: str  # for the terminal
+
+
+def write_report(folder: str | Path) -> Report:
+    """Write report.html into the folder of a study, or of a single run.
+
+    Raises:
+        UserError: the folder holds neither, or a file in it is damaged.
+    """
+    home = Path(folder)
+    if (home / "study.yaml").is_file():
+        page, text = _study(str(folder), home)
+    elif (home / "config.yaml").is_file():
+        page, text = _run(str(folder), home)
+    else:
+        raise UserError(
+            f"{folder}: expected the folder of a study (study.yaml) or of a run (config.yaml), found neither; "
+            "`tiny-onn study` and `tiny-onn train` make them"
+        )
+    write_text(home / REPORT, page)
+    return Report(home / REPORT, text)
+
+
+def _study(name: str, home: Path) -> tuple[str, str]:
+    from training.analysis import study_table
+
+    rows = read_results(home)
+    if not rows:
+        raise UserError(f"{home / 'results.csv'}: expected one row a run, found none; `tiny-onn study` writes it")
+    described = home / "study.yaml"
+    analysis = _analysis(home, rows)
+    study = Study(name, read_yaml(str(described)), _text(described), analysis, rows)
+    runs = home / "runs"
+    page = study_page(study, lambda run: _history(runs / run), lambda run: _summary(runs / run))
+    return page, study_table(analysis)
+
+
+def _analysis(home: Path, rows: list[Row]) -> Mapping[str, Any]:
+    """analysis.json, which is made if there is none; that of a study under way is made afresh and not written."""
+    path = home / "analysis.json"
+    if any(row["status"] == UNFINISHED for row in rows):
+        from training.analysis import analyse_rows
+        from training.study_file import load_study
+
+        return analyse_rows(load_study(home / "study.yaml"), rows)
+    if not path.exists():
+        from training.analysis import analyse
+
+        return analyse(home)
+    analysis = _json(path)
+    if missing := [key for key in NEEDED if key not in analysis]:
+        raise UserError(f"{path}: expected {missing[0]}, found none; remove the file, it is made anew")
+    return analysis
+
+
+def _run(name: str, home: Path) -> tuple[str, str]:
+    from training.tables import summary_table
+
+    described = home / "config.yaml"
+    run = RunFiles(name, _text(described), read_yaml(str(described)), _summary(home), _history(home))
+    if run.summary.get("nats_per_token") is None:
+        return run_page(run), f"{name}: no score{'' if run.summary else ' yet'}, {len(run.history)} records"
+    return run_page(run), summary_table({"baselines": {}, "sample": "", "alarms": []} | dict(run.summary), name)
+
+
+def _history(folder: Path) -> Records:
+    """The records of a run; none where it has not begun."""
+    return read_history(folder) if (folder / FILE).exists() else []
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """The summary of a run; {} where it is not done."""
+    path = folder / "summary.json"
+    return _json(path) if path.exists() else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object, got something else; restore the file or remove it")
+    return found
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,190 @@
+"""The page of a study: the answer, what was fixed before, every arm beside its baseline, every run, the commands."""
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training import html_pieces as h
+from training.analysis import MATCHED_K
+from training.html_arms import Group, ShownArm, Study, arm_name, read_groups
+from training.html_pieces import Html, bounds, element, join, number, with_small
+from training.html_study_charts import curves, differences, loads
+from training.series import Records
+from training.study_config import dotted
+from training.study_results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
+
+HEAD = (
+    "arm", "verdict", "nats per token", "difference to baseline", "avg K", "MaxVio", "dead experts",
+    "gating accuracy", "active parameters", "bits per byte", "p of no difference", "p of no equivalence",
+)  # fmt: skip
+
+
+def study_page(
+    study: Study, history_of: Callable[[str], Records], summary_of: Callable[[str], Mapping[str, Any]]
+) -> str:
+    """The page. `history_of` and `summary_of` give a run's records and summary, empty ones where there are none."""
+    groups = read_groups(study, history_of, summary_of)
+    name = str(study.analysis.get("name") or "study")
+    return h.page(
+        f"{name}: study",
+        _opening(study, name),
+        _plan(study),
+        _results(study, groups),
+        differences(study, groups),
+        curves(study, groups),
+        loads(groups),
+        _settings(study),
+        h.section("Every run", _every_run(study.rows)),
+        _reproduction(study),
+    )
+
+
+def _opening(study: Study, name: str) -> Html:
+    """The question, the answer, and how much stands behind it."""
+    states, rows, analysis = Counter(row["status"] for row in study.rows), study.rows, study.analysis
+    seeds = len({row["seed"] for row in rows})
+    base_steps = (study.values.get("base") or {}).get("steps", h.NOTHING)
+    steps = {str(row.get("steps", base_steps)) for row in rows}
+    counts = ", ".join(f"{states[state]} {state}" for state in (FINISHED, DIVERGED, UNFINISHED) if states[state])
+    known = [
+        ("runs", f"{len(rows)} ({counts})"), ("arms", len(analysis["arms"])), ("seeds", seeds),
+        ("steps of a run", ", ".join(sorted(steps))), ("compared with", analysis["baseline"]),
+        ("compared by", "held-out nats per token"),
+    ]  # fmt: skip
+    notes = []
+    if states[UNFINISHED]:
+        notes.append(f"Not done: {states[UNFINISHED]} of {len(rows)} runs are unfinished. This is a look in between.")
+    if states[DIVERGED]:
+        notes.append(
+            f"{states[DIVERGED]} of {len(rows)} runs diverged. An arm with such a run is never called better, worse or "
+            "equivalent, and its mean is of the runs that are left."
+        )
+    if seeds == 1:
+        notes.append("One seed: no intervals, no verdicts. Five seeds or more can decide something.")
+    elif seeds == 2:
+        notes.append("Two seeds: intervals are very wide. Five seeds or more can decide something.")
+    return join((
+        h.paragraph("Tiny-ONN study", class_="kind"), element("h1", name),
+        h.paragraph(analysis["question"], class_="question") if analysis["question"] else "",
+        h.paragraph(analysis["answer"], class_="answer"), h.facts(known), *map(h.warning, notes),
+    ))  # fmt: skip
+
+
+def _plan(study: Study) -> Html:
+    """What was fixed before the runs, and whether the results were judged by it."""
+    analysis, values = study.analysis, study.values
+    known = [
+        ("margin of equivalence", f"± {analysis['margin']:g} nats per token"),
+        ("baseline", analysis["baseline"]),
+        ("falsifier", analysis["falsifier"] or "none was given"),
+    ]
+    note = (
+        "These stand in study.yaml, which is written before the first step of the first run. A study is not resumed "
+        "with other ones."
+    )
+    changed = [key for key in ("margin", "falsifier", "question") if key in values and values[key] != analysis[key]]
+    doubt = f"Since the results were judged, study.yaml was changed: {', '.join(changed)}. Shown is what judged them."
+    return element(
+        "div", element("h2", "Set before the runs"), h.facts(known), h.paragraph(note, class_="note"),
+        h.warning(doubt) if changed else "", class_="plan",
+    )  # fmt: skip
+
+
+# Arms -----------------------------------------------------------------------------------------------------------------
+
+
+def _results(study: Study, groups: Sequence[Group]) -> Html:
+    """The table of the arms, the best first, with what its words mean."""
+    rows: list[list[object]] = []
+    for group in groups:
+        if len(groups) > 1:
+            rows.append([f"compared with {group.baseline}"])
+        rows += [_result(arm) for arm in group.best_first()]
+    margin, tuned = study.analysis["margin"], study.analysis.get("tuned")
+    notes = [
+        "Means over seeds of the held-out score, less is better; below them 95 % t-intervals. A difference is arm − "  # noqa: RUF001
+        "baseline at the same seed, which means the same batches.",
+        "better, worse: a paired t-test at 5 % finds a difference (p of no difference, corrected for the number of "
+        f"arms by Holm's method). equivalent: two one-sided tests at 5 % put it within ± {margin:g} nats (p of no "
+        "equivalence). undecided: neither; that is no proof of equality.",
+        f"avg K is matched within {MATCHED_K:.0%} of the baseline's: only then was active compute equal.",
+        "Gating accuracy says nothing without its trivial value, what a random choice among a token's experts scores.",
+        "MaxVio is (max − mean) / mean load. Dead are (layer, expert) pairs without a row in the last records.",  # noqa: RUF001
+    ]
+    if tuned:
+        notes.append(
+            f"Every arm is shown at its best value of {', '.join(tuned)}, chosen by the same held-out scores, which "
+            "flatters all of them."
+        )
+    table = h.table("Results of every arm", HEAD, rows, kind="verdicts")
+    return h.section("Results", table, element("div", h.bullets(notes), class_="note"))
+
+
+def _result(arm: ShownArm) -> list[object]:
+    """The cells of one arm."""
+    found, pair = arm.found, arm.pair or {}
+    seeds = f"{found['n']} {'seed' if found['n'] == 1 else 'seeds'}"
+    seeds += f", {found['diverged']} diverged" if found["diverged"] else ""
+    verdict = str(pair.get("verdict", "baseline"))
+    beyond = "beyond the margin" if pair.get("beyond_margin") and verdict in ("better", "worse") else ""
+    matched = {True: "matched", False: "not matched"}.get(pair.get("k_matched", None), "")
+    return [
+        with_small(arm_name(arm), seeds),
+        with_small(h.badge(verdict), beyond),
+        with_small(number(found["mean"]), bounds(found["low"], found["high"])),
+        with_small(number(pair.get("difference"), "+.4f"), bounds(pair.get("low"), pair.get("high"), "+.4f")),
+        with_small(number(found["avg_k"], ".2f"), matched),
+        number(found["max_vio"], ".2f"),
+        number(found["dead_experts"], ".1f"),
+        with_small(number(found["gating_acc"], ".3f"), f"trivial {number(found['gating_trivial'], '.3f')}"),
+        number(found["active_parameters"], ",.0f"),
+        number(found["bits_per_byte"]),
+        number(pair.get("p_holm"), ".3g"),
+        number(pair.get("tost_p"), ".3g"),
+    ]
+
+
+def _settings(study: Study) -> Html:
+    """What each arm sets, and the axes that all go through."""
+    rows: list[list[object]] = []
+    for arm in study.values.get("arms") or ():
+        changes = ", ".join(f"{key} = {value}" for key, value in dotted(arm.get("set") or {}).items())
+        rows.append([arm.get("name"), changes or "nothing: the base as it is"])
+    for key, points in (study.values.get("axes") or {}).items():
+        rows.append([f"every arm at {key}", ", ".join(map(str, points))])
+    if not rows:
+        return Html("")
+    return h.section("What the arms change", h.table("What the arms change", ["arm", "sets"], rows, kind="words"))
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def _every_run(rows: Sequence[Row]) -> Html:
+    """results.csv: the arm, the seed and the scores first, the settings behind them."""
+    keys = [key for key in rows[0] if key not in ("run", "status", "arm", "seed")]
+    keys.sort(key=lambda key: key not in MEASURES)
+    head = ["run", "status", "arm", "seed", *keys]
+    body = [[row["run"], h.badge(row["status"]), *(row[key] or h.NOTHING for key in head[2:])] for row in rows]
+    return h.table("Every run", head, body, kind="every", tall=len(rows) > 12)
+
+
+def _reproduction(study: Study) -> Html:
+    """The commands, the versions, the file."""
+    again = shlex.quote(f"{study.folder.rstrip('/')}-again")
+    described = shlex.quote(str(Path(study.folder) / "study.yaml"))
+    note = (
+        "Parameters and batches follow from the seeds, so the same data and versions give the same numbers, up to "
+        "rounding. The data `stdlib` is the source text of the Python that runs the program."
+    )
+    return join((
+        h.section(
+            "How to reproduce",
+            h.listing("Commands", f"tiny-onn study {described} --out {again}\ntiny-onn report {again}"),
+            h.paragraph(note, class_="note"),
+            h.facts([("versions of what wrote this page", h.versions())]),
+        ),
+        h.section("Configuration", h.paragraph("study.yaml", class_="note"), h.listing("study.yaml", study.text)),
+    ))  # fmt: skip

@@ -1,0 +1,101 @@
+"""The pictures of a study's page: differences to the baseline, learning curves, loads of the experts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from training import html_pieces as h
+from training.html_arms import Group, ShownArm, Study, scores_by_seed
+from training.html_maps import alarm_counts, load_legend, load_map
+from training.html_pieces import Html, bounds, element, join, number, with_small
+from training.svg import Difference, forest, legend, line_chart
+
+CHARTS = (
+    ("Training loss", "nats per token", "main_loss"),
+    ("Held-out loss", "nats per token", "held_out_nats"),
+    ("Load imbalance, MaxVio", "(max − mean) / mean load", "max_vio"),  # noqa: RUF001
+    ("Experts per token", "avg K", "avg_k"),
+)
+
+
+def differences(study: Study, groups: Sequence[Group]) -> Html:
+    """A forest plot for every baseline."""
+    parts: list[Html] = []
+    for group in groups:
+        theirs = next((scores_by_seed(study, arm) for arm in group.arms if arm.label == group.baseline), {})
+        rows = []
+        for arm in (arm for arm in group.best_first() if arm.pair is not None):
+            ours = scores_by_seed(study, arm)
+            rows.append(_difference(arm, [score - theirs[seed] for seed, score in ours.items() if seed in theirs]))
+        if rows:
+            parts += [element("h3", f"compared with {group.baseline}"), forest(rows, study.analysis["margin"])]
+    if not parts:
+        return Html("")
+    note = (
+        "Large dots are mean differences, lines their 95 % intervals (not corrected for the number of arms), small "
+        f"dots single seeds. The band is the margin, ± {study.analysis['margin']:g} nats. ◂ or ▸ at the edge: the "
+        "interval goes on beyond the frame."
+    )
+    return h.section("Differences to the baseline", h.paragraph(note, class_="note"), *parts)
+
+
+def _difference(arm: ShownArm, each: Sequence[float]) -> Difference:
+    pair = arm.pair or {}
+    interval = bounds(pair["low"], pair["high"], "+.4f") or "no interval"
+    name = join((element("span", arm.label, " "), h.badge(pair["verdict"])))
+    value = with_small(number(pair["difference"], "+.4f"), interval)
+    return Difference(name, pair["difference"], pair["low"], pair["high"], each, pair["verdict"], value)
+
+
+def curves(study: Study, groups: Sequence[Group]) -> Html:
+    """Four charts for every baseline, one colour an arm."""
+    base = study.values.get("base") or {}
+    parts: list[Html] = []
+    for group in groups:
+        if len(groups) > 1:
+            parts.append(element("h3", f"compared with {group.baseline}"))
+        drawn = sorted(group.arms, key=lambda arm: arm.slot)
+        charts = [
+            line_chart(title, unit, [arm.curves[key] for arm in drawn], empty=_why_empty(key, base))
+            for title, unit, key in CHARTS
+        ]
+        names = [(join((arm.label, _lost(arm))), arm.slot) for arm in drawn]
+        parts += [legend(names), element("div", *charts, class_="charts")]
+    note = "Means over seeds. The training loss is that of the step's own batch, before the update."
+    if base.get("eval_every"):
+        note += (
+            f" Held-out losses are of the first {base.get('eval_bytes')} held-out bytes during the runs, and of "
+            f"{base.get('final_eval_bytes') or 'all'} in the table."
+        )
+    return h.section("Learning curves", h.paragraph(note, class_="note"), *parts)
+
+
+def _lost(arm: ShownArm) -> Html:
+    if not arm.ends:
+        return Html("")
+    steps = ", ".join(str(step) for step in sorted(arm.ends.values()))
+    return element("small", f" ({len(arm.ends)} diverged, at step {steps}; then the mean of those left)")
+
+
+def _why_empty(key: str, base: Mapping[str, Any]) -> str:
+    if key == "held_out_nats" and not base.get("eval_every"):
+        return "No score was made during the runs (eval_every: 0). The final ones are in the table."
+    return "No record yet."
+
+
+def loads(groups: Sequence[Group]) -> Html:
+    """A map for every arm, and the alarms of its runs."""
+    arms = [arm for group in groups for arm in group.arms]
+    maps = [load_map(with_small(arm.label, arm.load_run), arm.load) for arm in arms]
+    note = (
+        "Share of a layer's routed rows that each expert got, mean of the last records: layers downwards, experts to "
+        "the right. Of one run an arm: experts of different seeds are strangers, and their mean would look even."
+    )
+    ringing = []
+    for arm in arms:
+        kinds = [f"{kind.lower()} in {count} of {len(arm.alarms)} runs" for kind, count in alarm_counts(arm.alarms)]
+        ringing += [f"{arm.label}: {', '.join(kinds)}"] if kinds else []
+    alarms = h.warning(element("strong", "Collapse alarms at the end"), h.bullets(ringing)) if ringing else ""
+    return h.section(
+        "Load of the experts at the end", h.paragraph(note, class_="note"), load_legend(),
+        element("div", *maps, class_="maps"), alarms,
+    )  # fmt: skip
