@@ -71,6 +71,7 @@ def ours(config: ModelConfig, batch_size: int, seq: int) -> dict[str, Callable[[
         "gradients without hooks": lambda: gradients(plain, fast),
         "gradients and surprise": lambda: main_gradients(state.params, batch, HYPER, config, state.step),
         "hyper step": lambda: hyper_step(state, batch, HYPER, config),
+        "hyper step in bfloat16": lambda: hyper_step(state, batch, HYPER, config, compute_dtype=torch.bfloat16),
     }
 
 

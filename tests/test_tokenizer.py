@@ -221,8 +221,8 @@ def test_baselines_are_byte_models_over_the_bytes_that_are_scored(
     lengths = bpe.lengths[splits.held_out.tokens[1 : span.end]]
     assert span.num_bytes == lengths.sum()
     assert max_bytes is None or span.num_bytes - lengths[-1] < max_bytes <= span.num_bytes
-    monkeypatch.setattr("training.data.CHUNK", 50)
-    monkeypatch.setattr("training.data.FEWER", 7)
+    monkeypatch.setattr("training.data.CHUNK", 500)
+    monkeypatch.setattr("training.data.FEWER", 70)
     found = baselines(splits.train, splits.held_out, max_bytes)
     wanted = baselines(*map(spelled_out, splits[:2]), None if max_bytes is None else span.num_bytes)
     assert found == pytest.approx(wanted)
@@ -435,17 +435,28 @@ def test_a_lone_tokenizer_json_is_exported_with_settings_of_our_own(
     assert main(["evaluate", str(tmp_path / "run"), "--bytes=50"]) == 0
 
 
-def test_a_study_compares_tokenizers_by_the_same_measure(place: Path, tmp_path: Path) -> None:
+def test_a_study_has_one_tokenizer_and_every_run_keeps_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = {word.removeprefix("--").partition("=")[0].replace("-", "_"): word.partition("=")[2] for word in SMALL}
     lines = [f"  {key}: {value}" for key, value in base.items() if key not in ("sample_tokens", "picture_every")]
-    arms = f"arms:\n- {{name: bytes, set: {{}}}}\n- {{name: bpe, set: {{tokenizer: {place / 'bpe'}}}}}\n"
-    study = f"margin: 0.1\nseeds: [0, 1]\nbase:\n  data: {place / 'text.txt'}\n  steps: 2\n" + "\n".join(lines) + "\n"
-    (tmp_path / "study.yaml").write_text(study + arms)
-    assert main(["study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]) == 0
-    runs = {folder.name: folder for folder in (tmp_path / "out" / "runs").iterdir()}
-    assert [(folder / "tokenizer.json").exists() for _, folder in sorted(runs.items())] == [True, True, False, False]
-    for folder in runs.values():
-        assert main(["evaluate", str(folder), "--bytes=50"]) == 0
+    shutil.copytree(place / "bpe", tmp_path / "bpe")
+    study = f"margin: 0.1\nseeds: [0]\nbase:\n  data: {place / 'text.txt'}\n  tokenizer: {tmp_path / 'bpe'}\n"
+    study += "  steps: 2\n" + "\n".join(lines) + "\naxes: {hyper.lr: [0.001, 0.01], model.hidden_size: [8, 16]}\n"
+    file = tmp_path / "study.yaml"
+    file.write_text(study)
+    assert main(["study", str(file), "--out", str(tmp_path / "out")]) == 0
+    shutil.rmtree(tmp_path / "bpe")
+    runs = [*(tmp_path / "out" / "runs").iterdir()]
+    assert len(runs) == 4
+    for folder in runs:
+        assert load_settings(str(folder / "config.yaml")).model.vocab_size == 330
+        assert (folder / "tokenizer.json").read_bytes() == (place / "bpe" / "tokenizer.json").read_bytes()
+    capsys.readouterr()
+    assert main(["evaluate", str(runs[0]), "--bytes=50"]) == 0
+    file.write_text(study.replace(str(tmp_path), str(place)) + "arms: [{name: other, set: {tokenizer: bytes}}]\n")
+    told = refusal(["study", str(file), "--out", str(tmp_path / "no")], capsys)
+    assert "arms.other.set.tokenizer: expected a setting of a run in a study, got tokenizer; set it in base" in told
 
 
 # Hostile files --------------------------------------------------------------------------------------------------------

@@ -28,8 +28,10 @@ UNUSED = {  # settings that mean nothing in a study, and what to write instead
     "seed": "give `seeds: [0, 1, 2]` beside base",
     "out": "name the study's folder with --out",
     "threads": "set it in base; all runs share the processor",
+    "tokenizer": "set it in base; arms are compared by nats per token, which are of different tokens otherwise",
     **dict.fromkeys(("picture_every", "sample_tokens", "prompt", "keep_checkpoints"), "a study has none"),
 }
+IN_BASE = ("threads", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def baselines_of(study: StudyConfig) -> dict[str, str]:
 def study_values(study: StudyConfig) -> dict[str, Any]:
     """The study as plain values for YAML, every default filled in."""
     values = {f.name: getattr(study, f.name) for f in fields(study)}
-    base = {key: value for key, value in asdict(study.base).items() if key not in UNUSED or key == "threads"}
+    base = {key: value for key, value in asdict(study.base).items() if key not in UNUSED or key in IN_BASE}
     arms = [{"name": arm.name, "set": dict(arm.set)} for arm in study.arms]
     lists = {key: list(values[key]) for key in ("tune", "seeds")}
     axes = {key: list(points) for key, points in study.axes.items()}
