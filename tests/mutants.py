@@ -14,9 +14,12 @@ class Mutant(NamedTuple):
 ROUTING = [
     ("(mass_before < budget)", "(mass_before <= budget)"),
     (" | (budget >= 1)", ""),
-    (" | (rank < config.min_experts_per_tok)", ""),
-    ("(rank < config.min", "(rank <= config.min"),
-    ("(p if bias is None else p + bias).detach()", "p.detach()"),
+    ("(budget >= 1) | (rank < config.min_experts_per_tok)", "(budget >= 1)"),
+    ("> 0) | (rank < config.min_experts_per_tok)", "> 0)"),
+    ("1 + soft - soft.detach()", "soft"),
+    ('logits if config.routing == "thresholds" else p', "p"),
+    ("(budget >= 1) | (rank < config.min", "(budget >= 1) | (rank <= config.min"),
+    ("ranked if bias is None else ranked + bias", "ranked"),
     ("[..., :-1], (1, 0))", "[..., 1:], (0, 1))"),
     ("active = kept & rearrange(real", "active = kept | rearrange(real"),
     ("kept_logits.softmax(dim=-1) * active", "kept_logits.softmax(dim=-1)"),
@@ -103,7 +106,8 @@ HYPER_STEP = [
     ("surprise_budget=hyper.pi_alpha", "surprise_budget=0.5"),
     ("router_coupling=hyper.router_coupling,", "router_coupling=0.0,"),
     ("hyper._replace(explore_prob=0.0)", "hyper"),
-    ('["router"] / targets_count', '["router"]'),
+    ("main[name] / targets_count", "main[name]"),
+    ('("router", "router_bias") if config.routing == "thresholds"', '("router",) if config.routing == "thresholds"'),
     ("targets, load, real, _annealed", "targets, load, torch.ones_like(real), _annealed"),
     ("hyper.bias_speed * learning", "hyper.bias_speed"),
     ("(1 - step / until.clamp_min(1))", "(1 - (step + 1) / until.clamp_min(1))"),
@@ -181,7 +185,7 @@ MUTANTS = [
 
 # Where a fault of a file is likely to show, the likeliest and cheapest first.
 TESTS = {
-    "tiny_onn_func/routing.py": ("dynmoe", "surprise_calculation", "transforms"),
+    "tiny_onn_func/routing.py": ("dynmoe", "rules", "surprise_calculation", "transforms"),
     "tiny_onn_func/experts.py": ("dynmoe", "surprise_calculation"),
     "tiny_onn_func/grouped.py": ("grouped", "transforms"),
     "training/hooks.py": ("rules", "surprise_calculation", "isolation"),

@@ -1,4 +1,4 @@
-"""The statistics of a study: Student's t against tables, intervals, TOST, Holm, and verdicts on made-up results."""
+"""The statistics of a study: intervals and tests against tables, TOST, Holm, and verdicts on made-up results."""
 
 import math
 from typing import Any
@@ -9,64 +9,52 @@ from hypothesis import strategies as st
 
 from training.analysis import analyse_rows, holm, study_table, t_interval, t_test, tost
 from training.run_config import RunConfig
-from training.student_t import incomplete_beta, t_cdf, t_quantile
 from training.study_config import Arm, StudyConfig, expand
 from training.study_results import empty_row
 
 DIFFERENCES = [-0.03, -0.01, -0.025, -0.02, -0.015]
 
 
-# Student's t ----------------------------------------------------------------------------------------------------------
+# Student's t, by way of the intervals and tests that stand on it ----------------------------------------------------
 
 
-@pytest.mark.parametrize("p", [1e-6, 0.025, 0.3, 0.5, 0.95, 0.975, 0.9995])
-def test_quantiles_are_the_closed_forms_of_few_degrees_of_freedom(p: float) -> None:
-    assert t_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-9, abs=1e-12)
-    assert t_quantile(p, 2) == pytest.approx((2 * p - 1) / math.sqrt(2 * p * (1 - p)), rel=1e-12, abs=1e-12)
+def spread_of(count: int, mean: float = 0.0) -> list[float]:
+    """Numbers of that mean whose standard error is 1: as far from the mean as that takes, half above and half below."""
+    steps = [(-1.0) ** i for i in range(count - count % 2)] + [0.0] * (count % 2)
+    scale = math.sqrt(count * (count - 1) / sum(step * step for step in steps))
+    return [mean + scale * step for step in steps]
+
+
+@pytest.mark.parametrize("confidence", [0.05, 0.4, 0.9, 0.95, 0.999])
+def test_intervals_are_as_wide_as_the_closed_forms_of_few_degrees_of_freedom_say(confidence: float) -> None:
+    p = (1 + confidence) / 2
     root = math.sqrt(4 * p * (1 - p))
-    four = 2 * math.sqrt(max(0.0, math.cos(math.acos(root) / 3) / root - 1))
-    assert t_quantile(p, 4) == pytest.approx(math.copysign(four, p - 0.5), rel=1e-6, abs=1e-6)
+    wanted = {
+        1: math.tan(math.pi * (p - 0.5)),
+        2: (2 * p - 1) / math.sqrt(2 * p * (1 - p)),
+        4: 2 * math.sqrt(math.cos(math.acos(root) / 3) / root - 1),
+    }
+    for df, t in wanted.items():
+        assert t_interval(spread_of(df + 1), confidence).high == pytest.approx(t, rel=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("p", "df", "t"),
-    [(0.975, 4, 2.776445105), (0.95, 9, 1.833112933), (0.975, 30, 2.042272456), (0.9, 120, 1.288646234)],
+    ("confidence", "df", "t"),
+    [(0.95, 4, 2.776445105), (0.90, 9, 1.833112933), (0.95, 30, 2.042272456), (0.80, 120, 1.288646234)],
 )
-def test_quantiles_are_those_of_the_tables(p: float, df: int, t: float) -> None:
-    assert t_quantile(p, df) == pytest.approx(t, abs=1e-9)
-    assert t_quantile(1 - p, df) == pytest.approx(-t, abs=1e-9)
+def test_intervals_are_as_wide_as_the_tables_say(confidence: float, df: int, t: float) -> None:
+    assert t_interval(spread_of(df + 1, 7.0), confidence) == pytest.approx((7.0, 7.0 - t, 7.0 + t), abs=1e-8)
 
 
-def test_the_distribution_function_has_its_known_values() -> None:
-    assert t_cdf(0.0, 3) == 0.5
-    assert t_cdf(1.0, 1) == pytest.approx(0.75, rel=1e-14)  # 1 / 2 + atan(1) / pi
-    assert t_cdf(2.0, 4) == pytest.approx(0.9419417382415922, rel=1e-14)
-    assert t_cdf(-3.5, 9) == pytest.approx(0.0033617578815294796, rel=1e-12)
-    assert t_cdf(1.959963984540054, 1e8) == pytest.approx(0.975, abs=1e-7)  # the normal limit
-    assert t_cdf(-1e8, 1) == pytest.approx(1e-8 / 3.141592653589793, rel=1e-9)
-    assert (t_cdf(float("inf"), 2), t_cdf(float("-inf"), 2)) == (1.0, 0.0)
-
-
-@settings(max_examples=25)
-@given(st.floats(-30, 30), st.floats(0.5, 300))
-def test_the_distribution_function_is_symmetric_and_its_quantile_undoes_it(t: float, df: float) -> None:
-    assert t_cdf(t, df) + t_cdf(-t, df) == pytest.approx(1, abs=1e-14)
-    p = t_cdf(-abs(t), df)
-    if p > 0:
-        assert t_cdf(t_quantile(p, df), df) == pytest.approx(p, rel=1e-8)
-
-
-def test_the_beta_integral_of_whole_numbers_is_a_binomial_sum() -> None:
-    """I_x(2, 3) = P(at least 2 of 4) with chance x."""
-    for x in (0.1, 0.5, 0.93):
-        wanted = 6 * x**2 * (1 - x) ** 2 + 4 * x**3 * (1 - x) + x**4
-        assert incomplete_beta(2, 3, x, 1 - x) == pytest.approx(wanted, rel=1e-13)
-
-
-@pytest.mark.parametrize("bad", [lambda: t_cdf(1.0, 0), lambda: t_quantile(0.0, 3), lambda: t_quantile(1.0, 3)])
-def test_numbers_outside_the_domain_are_refused(bad) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        bad()
+@pytest.mark.parametrize(
+    ("t", "df", "p"),
+    [(1.0, 1, 0.25), (2.0, 4, 0.0580582617584078), (3.5, 9, 0.0033617578815294796), (1e8, 1, 1e-8 / math.pi)],
+)
+def test_p_values_are_twice_the_known_tails(t: float, df: int, p: float) -> None:
+    """P(T > 1) = 1 / 4 with one degree of freedom; 1 / (pi t) far out."""
+    for sign in (-1, 1):
+        assert t_test(spread_of(df + 1, sign * t)) == pytest.approx(2 * p, rel=1e-6)
+        assert tost(spread_of(df + 1, sign * t), 2 * t) == pytest.approx(p, rel=1e-6)
 
 
 # Tests and intervals --------------------------------------------------------------------------------------------------
@@ -210,3 +198,33 @@ def test_the_table_puts_the_best_arm_first() -> None:
     assert "better" in lines[1]
     assert lines[2].startswith("base")
     assert lines[-1].startswith("Better than base")
+
+
+# Routing facts --------------------------------------------------------------------------------------------------------
+
+
+def test_an_arm_has_the_mean_of_its_runs_routing_facts_and_no_mean_of_strangers() -> None:
+    study, rows = study_of({"base": 0.0, "good": -0.1}, seeds=(0, 1))
+    runs = [row["run"] for row in rows if row["arm"] == "good"]
+    facts = {
+        run: {
+            "regret": {"router": 0.1 + at, "w2": None if at else 0.3}, "agreement": {"kinds": ["w2"], "tau": [[at]]},
+            "co_activation_cosine": [[[1.0]]],
+        }
+        for at, run in enumerate(runs)
+    }  # fmt: skip
+    arms = analyse_rows(study, rows, facts)["arms"]
+    assert arms["good"]["routing"] == {
+        "regret": {"router": pytest.approx(0.6), "w2": 0.3}, "agreement": {"kinds": ["w2"], "tau": [[0.5]]},
+    }  # fmt: skip
+    assert arms["base"]["routing"] is None
+
+
+def test_the_table_has_a_column_of_regret_where_it_is_known() -> None:
+    study, rows = study_of({"base": 0.0, "good": -0.1})
+    assert "regret" not in study_table(analyse_rows(study, rows))
+    for row in rows:
+        row["regret"] = 0.25
+    head, line = study_table(analyse_rows(study, rows)).splitlines()[:2]
+    assert "regret" in head
+    assert "0.250" in line

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from tests.helpers import Case, assert_close, assert_same_bits, spread_params, tiny_batch, tiny_config
-from tiny_onn_func import forward
+from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.experts import Rows
+from tiny_onn_func.routing import route
 from tiny_onn_func.tree import flatten, stack, unflatten, unstack
 from training import HyperParams, TrainState, hyper_step, init_state, per_token_surprise
 from training.draws import Stream, draw_normal, draw_words
@@ -21,6 +22,7 @@ from training.objectives import Targets, router_targets, shuffled
 from training.surprise import KINDS, beside_own_mean
 
 ROUTINGS = {"K=2": {"num_experts_per_tok": 2}, "dynamic": {}, "K=E": {"num_experts_per_tok": 4}}
+BIAS = "layers.moe.router_bias"
 BATCH_SHAPE = dict(batch=3, seq=6, left=(0, 2, 0), right=(0, 1, 3), unlabelled=0.3)
 
 
@@ -286,7 +288,7 @@ def test_a_starved_expert_becomes_a_copy_of_the_busiest_and_its_optimizer_begins
 
 
 def test_hash_routing_sends_a_token_to_the_same_experts_wherever_it_stands() -> None:
-    config = tiny_config(num_experts_per_tok=2, hash_routing=True)
+    config = tiny_config(num_experts_per_tok=2, routing="hash")
     batch = tiny_batch(config, 4, 9)
     ids = batch.input_ids.flatten()
     routes = [forward(spread_params(config, seed), batch.input_ids, config)[1].expert_ids for seed in (0, 1)]
@@ -298,7 +300,7 @@ def test_hash_routing_sends_a_token_to_the_same_experts_wherever_it_stands() -> 
 
 
 def test_hash_routing_trains_and_maps() -> None:
-    config = tiny_config(num_experts_per_tok=2, hash_routing=True)
+    config = tiny_config(num_experts_per_tok=2, routing="hash")
     batch = tiny_batch(config, 4, 9)
     states = [init_state(config, torch.Generator().manual_seed(seed)) for seed in range(2)]
     mapped, _ = vmap(lambda state: hyper_step(state, batch, HyperParams(), config))(stack(states))
@@ -308,3 +310,79 @@ def test_hash_routing_trains_and_maps() -> None:
         for name, leaf in flatten(alone.params).items():
             if name != ROUTER:  # it learns from targets that no choice of it made; nobody asks it
                 assert_close(flatten(run.params)[name], leaf, 2e-4, name)
+
+
+# Learned thresholds ---------------------------------------------------------------------------------------------------
+
+COUPLED = HyperParams(surprise_weight=0.0, router_coupling=1.0, min_candidates=2)
+
+
+def threshold_state(seed: int = 0, **sizes: Any) -> tuple[TrainState, ModelConfig]:
+    config = tiny_config(num_experts_per_tok=-1, routing="thresholds", **sizes)
+    params = flatten(spread_params(config, seed, dtype=torch.float32))
+    bias = torch.randn(params[BIAS].shape, generator=torch.Generator().manual_seed(seed)).to(params[BIAS])
+    start = init_state(config, torch.Generator().manual_seed(seed))
+    return start._replace(params=unflatten({**params, BIAS: bias})), config
+
+
+@pytest.mark.parametrize(("floor", "cap"), [(1, None), (2, None), (1, 3)])
+def test_a_token_visits_exactly_the_experts_above_their_thresholds_with_equal_weights(
+    floor: int, cap: int | None
+) -> None:
+    state, config = threshold_state(min_experts_per_tok=floor, max_experts_per_tok=cap)
+    batch = tiny_batch(config, 4, 9)
+    _, trace = forward(state.params, batch.input_ids, config)
+    bias = flatten(state.params)[BIAS]
+    counts = set()
+    for layer in range(config.num_hidden_layers):
+        for token in range(36):
+            above = trace.router_logits[layer, token] + bias[layer]
+            ranked = above.argsort(descending=True).tolist()
+            wanted = [e for rank, e in enumerate(ranked) if rank < floor or above[e] > 0][:cap]
+            active = trace.active[layer, token]
+            assert trace.expert_ids[layer, token][active].tolist() == wanted
+            torch.testing.assert_close(trace.weights[layer, token][active], torch.full((len(wanted),), 1 / len(wanted)))
+            counts.add(len(wanted))
+    assert len(counts) > 1, "tokens differ in their number of experts"
+
+
+def test_the_gradient_passes_straight_through_the_gates() -> None:
+    config = tiny_config(num_experts_per_tok=-1, routing="thresholds")
+    logits = torch.randn(5, config.num_experts, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(config.num_experts, dtype=torch.float64, requires_grad=True)
+    routing = route(logits, torch.ones(5, dtype=torch.bool), config, 0.5, bias)
+    pull = torch.randn_like(routing.weights)
+    found = torch.autograd.grad((routing.weights * pull).sum(), (logits, bias))
+    soft = (logits + bias).sigmoid()
+    wanted = torch.zeros_like(logits)
+    for token in range(5):
+        count = int(routing.active[token].sum())
+        for slot in range(config.num_experts):
+            if routing.active[token, slot]:
+                expert = int(routing.expert_ids[token, slot])
+                slope = soft[token, expert] * (1 - soft[token, expert])
+                wanted[token, expert] = pull[token, slot] * slope / count
+    torch.testing.assert_close(found[0], wanted)
+    torch.testing.assert_close(found[1], wanted.sum(dim=0))
+
+
+def test_thresholds_are_learned_by_the_main_loss_and_map() -> None:
+    state, config = threshold_state()
+    batch = tiny_batch(config, 4, 9)
+    new, _ = hyper_step(state, batch, COUPLED, config)
+    assert (flatten(new.params)[BIAS] != flatten(state.params)[BIAS]).any()
+    decoupled, _ = hyper_step(state, batch, HyperParams(), config)
+    assert torch.equal(flatten(decoupled.params)[BIAS], flatten(state.params)[BIAS]), "surprise alone moves no gate"
+    states = [state, threshold_state(1)[0]]
+    mapped, _ = vmap(lambda one: hyper_step(one, batch, COUPLED, config))(stack(states))
+    for run, one in zip(unstack(mapped), states, strict=True):
+        alone, _ = hyper_step(one, batch, COUPLED, config)
+        for name, leaf in flatten(alone.params).items():
+            assert_close(flatten(run.params)[name], leaf, 2e-4, name)
+
+
+def test_thresholds_choose_k_themselves() -> None:
+    with pytest.raises(
+        ValueError, match=r"model.num_experts_per_tok: expected -1 \(dynamic\) with routing: thresholds"
+    ):
+        tiny_config(num_experts_per_tok=2, routing="thresholds")

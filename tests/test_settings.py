@@ -234,6 +234,7 @@ def test_every_setting_is_a_flag_of_its_dotted_name():
         keep_checkpoints=5, picture_every=6, sample_tokens=4, prompt="x", threads=2,
         model=ModelConfig(300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False, True),
         hyper=HyperSettings(**CHANGED_HYPER), surprise_kind="input", precision="bfloat16", tokenizer="bpe", pack=True,
+        replay=0.5,
     )  # fmt: skip
     argv = []
     for key in key_types():
@@ -367,7 +368,7 @@ def model_values(draw) -> dict:
         "rms_norm_eps": draw(positive),
         "rope_theta": draw(positive),
         "tie_word_embeddings": draw(st.booleans()),
-        "hash_routing": draw(st.booleans()),
+        "routing": draw(st.sampled_from(("router", "hash"))),
     }
 
 
@@ -388,6 +389,7 @@ def run_values(draw) -> dict:
         "data": draw(text.filter(bool)),
         "tokenizer": draw(st.just("bytes") | text.filter(bool)),
         "pack": draw(st.booleans()),
+        "replay": draw(st.sampled_from([0.0, 0.25])),
         "out": draw(st.none() | text.filter(bool)),
         "sequence_length": draw(st.integers(2, 10**9)),
         "schedule": draw(st.sampled_from(["cosine", "constant"])),

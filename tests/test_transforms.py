@@ -52,7 +52,9 @@ def hypers(runs: int, dtype: torch.dtype = torch.float64) -> list[HyperParams]:
             total_steps=9 + run, min_lr_ratio=0.1 * run, pi_alpha=(0.4, 0.9, 1.0)[run], pi_gamma=0.1 * run,
             min_candidates=(2, 1, 3)[run], surprise_weight=1.0 + run, surprise_sign=(1.0, -1.0, 1.0)[run],
             balance_weight=0.1 * run, z_weight=0.01 * (run + 1), router_coupling=0.3 * run, bias_speed=0.01 * run,
-            explore_prob=0.2 * run, explore_seed=run,
+            explore_prob=0.2 * run, explore_seed=run, surprise_until=3 * run, target_temperature=0.5 * run,
+            expert_norm=0.4 * run, shuffle_targets=(0, 0, 1)[run], freeze_step=(0, 0, 9)[run],
+            regenerate_below=0.2 * run,
         )  # fmt: skip
 
     return [HyperParams(**{k: torch.tensor(v, dtype=dtype) for k, v in of(run).items()}) for run in range(runs)]

@@ -1,7 +1,10 @@
 """Every size of the model, in one place, checked when it is made."""
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
+RoutingRule = Literal["router", "hash", "thresholds"]
+ROUTING_RULES: tuple[RoutingRule, ...] = ("router", "hash", "thresholds")
 DYNAMIC_K = -1  # value of num_experts_per_tok that hands the choice of K to the surprise budget
 
 
@@ -23,7 +26,8 @@ class ModelConfig:
         max_experts_per_tok: static cap (M) over the budget's choice; None means all experts.
         rms_norm_eps: epsilon of every RMSNorm.
         rope_theta: base of the rotary frequencies.
-        hash_routing: experts are a fixed hash of the token id and layer; the router is not asked.
+        routing: `router` asks the router for a ranking; `hash` takes a fixed hash of token id and layer instead;
+            `thresholds` takes every expert whose logit is above its learned threshold (the selection bias, negated).
         tie_word_embeddings: whether the head is the transposed embedding.
 
     Raises:
@@ -44,7 +48,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
-    hash_routing: bool = False
+    routing: RoutingRule = "router"
 
     def __post_init__(self) -> None:
         for field in fields(self)[:8]:
@@ -60,6 +64,9 @@ class ModelConfig:
         floor, ceiling = self.min_experts_per_tok, experts if cap is None else cap
         wanted = f"1 to max_experts_per_tok ({ceiling})"
         _require(1 <= floor <= ceiling, "min_experts_per_tok", wanted, floor)
+        _require(self.routing in ROUTING_RULES, "routing", " or ".join(ROUTING_RULES), self.routing)
+        dynamic = self.routing != "thresholds" or top_k == DYNAMIC_K
+        _require(dynamic, "num_experts_per_tok", f"{DYNAMIC_K} (dynamic) with routing: thresholds", top_k)
         _require(self.rms_norm_eps > 0, "rms_norm_eps", "more than 0", self.rms_norm_eps)
         _require(self.rope_theta > 0, "rope_theta", "more than 0", self.rope_theta)
 

@@ -28,6 +28,7 @@ def forward(
     apply_w13: ApplyW13 = apply_w13,
     router_coupling: int | float | Tensor = 0.0,
     explore: Int[Tensor, "layers tokens"] | None = None,
+    override: Int[Tensor, "layers tokens"] | None = None,
 ) -> tuple[Float[Tensor, "batch seq vocab"], RouterTrace]:
     """Logits and what the routers did.
 
@@ -41,6 +42,7 @@ def forward(
         apply_w13: the same for gate and up.
         router_coupling: share of the gradient through the routing weights that is let through; 0 isolates the router.
         explore: expert that each (layer, token) also tries, -1 for none.
+        override: expert that each (layer, token) visits alone, with weight 1; -1 for what the router says.
 
     Returns:
         logits in float32 (float64 for float64 parameters), and a RouterTrace stacked over layers, T = batch * seq.
@@ -55,7 +57,7 @@ def forward(
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     routing = RoutingInputs(
         rearrange(real != 0, "b s -> (b s)"), surprise_budget, router_coupling, explore,
-        rearrange(input_ids, "b s -> (b s)"),
+        rearrange(input_ids, "b s -> (b s)"), override,
     )  # fmt: skip
     rotary = rotary_angles(torch.arange(seq, device=device), config.head_dim, config.rope_theta)
 

@@ -1,14 +1,19 @@
-"""Sampling text from a model."""
+"""Generating text from a model: the prompt is read at once, then token by token, with a cache of what came before."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Generator, Tensor
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.decoder import forward
+from tiny_onn_func.decode import open_text, read
+from tiny_onn_func.routing import Routing
+from tiny_onn_func.sampling import penalize, sample
+
+Watch = Callable[[Int[Tensor, "batch new"], tuple[Routing, ...]], None]  # tokens that were read, their routes a layer
 
 
 def generate(
@@ -18,23 +23,38 @@ def generate(
     generator: Generator,
     *,
     max_new_tokens: int,
-    context_length: int,
+    context_length: int | None = None,
+    attention_mask: Int[Tensor, "batch prompt"] | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop_tokens: Collection[int] = (),
+    pad_token: int | None = None,
     surprise_budget: float = 0.5,
 ) -> Int[Tensor, "batch total"]:
-    """The prompt and `max_new_tokens` sampled tokens; the same generator state gives the same tokens.
+    """The prompt and up to `max_new_tokens` sampled tokens; the same generator state gives the same tokens.
 
     Args:
-        context_length: how many of the last tokens the model sees; use the length it was trained with.
+        context_length: how many of the last tokens attention sees, the token itself among them; None: all of them.
+        attention_mask: 1 = real token, 0 = padding, on the left only; None = all real. Positions begin at the first
+            real token, and each row becomes what it would be alone.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample among the k most probable tokens only.
         top_p: sample among the fewest tokens whose probability reaches p.
+        repetition_penalty: divides positive logits, multiplies negative ones, of every token of prompt and text.
+        stop_tokens: a row that writes one of them is finished; the text ends when every row is.
+        pad_token: what a finished row is filled with; by default the first stop token.
+        surprise_budget: in (0, 1]; read by dynamic K only.
+
+    Raises:
+        ValueError: an empty prompt, padding that is not on the left, or an argument out of range.
     """
     sampled = stream(
         params, input_ids, config, generator, max_new_tokens=max_new_tokens, context_length=context_length,
-        temperature=temperature, top_k=top_k, top_p=top_p, surprise_budget=surprise_budget,
+        attention_mask=attention_mask, temperature=temperature, top_k=top_k, top_p=top_p,
+        repetition_penalty=repetition_penalty, stop_tokens=stop_tokens, pad_token=pad_token,
+        surprise_budget=surprise_budget,
     )  # fmt: skip
     return torch.cat((input_ids, *(token[:, None] for token in sampled)), dim=1)
 
@@ -46,64 +66,98 @@ def stream(
     generator: Generator,
     *,
     max_new_tokens: int,
-    context_length: int,
+    context_length: int | None = None,
+    attention_mask: Int[Tensor, "batch prompt"] | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop_tokens: Collection[int] = (),
+    pad_token: int | None = None,
     surprise_budget: float = 0.5,
+    watch: Watch | None = None,
 ) -> Iterator[Int[Tensor, " batch"]]:
     """The sampled tokens of `generate`, one position at a time.
 
-    Raises:
-        ValueError: an empty prompt, or an argument out of range.
+    Args:
+        watch: is told which tokens were read and which experts each layer sent them to: the prompt first, then every
+            sampled token but the last, which nobody reads.
     """
-    _check(input_ids, config, max_new_tokens, context_length, temperature, top_k, top_p)
+    pad = next(iter(stop_tokens), 0) if pad_token is None else pad_token
+    _check_prompt(input_ids, attention_mask, config)
+    _check_numbers(
+        max_new_tokens, context_length, temperature, top_k, top_p, repetition_penalty, surprise_budget,
+        {"stop_tokens": stop_tokens, "pad_token": (pad,)}, config,
+    )  # fmt: skip
+    batch, start = input_ids.shape[0], 0
+    text = open_text(
+        params, config, batch, input_ids.shape[1] + max_new_tokens, attention_mask=attention_mask,
+        context_length=context_length, surprise_budget=surprise_budget,
+    )  # fmt: skip
+    seen = _seen(input_ids, attention_mask, config.vocab_size)
+    stops = torch.tensor(list(stop_tokens), device=input_ids.device)
+    running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     tokens = input_ids
     for _ in range(max_new_tokens):
-        with torch.no_grad():
-            window = tokens[:, -context_length:]
-            logits, _ = forward(params, window, config, surprise_budget=surprise_budget)
-        token = sample(logits[:, -1], generator, temperature=temperature, top_k=top_k, top_p=top_p)
-        tokens = torch.cat((tokens, token[:, None]), dim=1)
+        logits, routes = read(text, tokens, start)
+        if watch is not None:
+            watch(tokens, routes)
+        start += tokens.shape[1]
+        logits = penalize(logits.clone(), seen, repetition_penalty)  # a clone leaves inference mode
+        token = sample(logits, generator, temperature=temperature, top_k=top_k, top_p=top_p)
+        if stop_tokens:
+            token = torch.where(running, token, pad)
+            running = running & ~torch.isin(token, stops)
+        seen = seen if repetition_penalty == 1 else seen.scatter(1, token[:, None], True)
         yield token
+        if not running.any():
+            return
+        tokens = token[:, None]
 
 
-def sample(
-    logits: Float[Tensor, "batch vocab"],
-    generator: Generator,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-) -> Int[Tensor, " batch"]:
-    """One token a row: temperature first, then top-k, then top-p (nucleus sampling, arXiv 1904.09751)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    below_best = logits - logits.amax(dim=-1, keepdim=True)  # so that a temperature near zero overflows nothing
-    ranked, ids = (below_best / max(temperature, 1e-30)).sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        ranked, ids = ranked[:, :top_k], ids[:, :top_k]
-    p = ranked.softmax(dim=-1)
-    mass_before = p.cumsum(dim=-1) - p
-    p = torch.where((mass_before < top_p) | (mass_before == 0), p, 0.0)
-    picked = torch.multinomial(p, 1, generator=generator)
-    return ids.gather(-1, picked).squeeze(-1)
+def _seen(tokens: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
+    """(batch, vocab) True for every real token of the prompt."""
+    seen = torch.zeros(tokens.shape[0], vocab_size, dtype=torch.int64, device=tokens.device)
+    return seen.scatter_add(1, tokens, torch.ones_like(tokens) if mask is None else (mask != 0).long()) > 0
 
 
-def _check(
-    input_ids: Tensor, config: ModelConfig, new: int, context: int, temperature: float, top_k: int | None, top_p: float
-) -> None:
+def _check_prompt(input_ids: Tensor, mask: Tensor | None, config: ModelConfig) -> None:
     lowest, highest = (int(input_ids.min()), int(input_ids.max())) if input_ids.numel() else (0, 0)
-    checks = (
-        (input_ids.shape[1] >= 1, "prompt", "at least one token", "none"),
-        (lowest >= 0, "prompt", "tokens of 0 or more", lowest),
-        (highest < config.vocab_size, "prompt", f"tokens below vocab_size ({config.vocab_size})", highest),
-        (new >= 0, "max_new_tokens", "0 or more", new),
-        (context >= 1, "context_length", "1 or more", context),
-        (temperature >= 0, "temperature", "0 or more", temperature),
-        (top_k is None or top_k >= 1, "top_k", "1 or more", top_k),
-        (0 < top_p <= 1, "top_p", "a number in (0, 1]", top_p),
-    )
-    for fine, name, wanted, came in checks:
-        if not fine:
-            raise ValueError(f"{name}: expected {wanted}, got {came}")
+    _require(input_ids.numel() >= 1, "prompt", "at least one token", "none")
+    _require(lowest >= 0, "prompt", "tokens of 0 or more", lowest)
+    _require(highest < config.vocab_size, "prompt", f"tokens below vocab_size ({config.vocab_size})", highest)
+    if mask is None:
+        return
+    shape, same = tuple(input_ids.shape), mask.shape == input_ids.shape
+    _require(same, "attention_mask", f"the shape of the prompt {shape}", tuple(mask.shape))
+    _require(bool(((mask == 0) | (mask == 1)).all()), "attention_mask", "zeros and ones", "other numbers")
+    _require(bool((mask[:, -1:] == 1).all()), "attention_mask", "padding on the left only", "some at the end of a row")
+    _require(bool((mask.diff(dim=1) >= 0).all()), "attention_mask", "padding on the left only", "some within a row")
+
+
+def _check_numbers(
+    new: int,
+    context: int | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    penalty: float,
+    budget: float,
+    tokens: Mapping[str, Collection[int]],
+    config: ModelConfig,
+) -> None:
+    _require(new >= 0, "max_new_tokens", "0 or more", new)
+    _require(context is None or context >= 1, "context_length", "1 or more", context)
+    _require(temperature >= 0, "temperature", "0 or more", temperature)
+    _require(top_k is None or top_k >= 1, "top_k", "1 or more", top_k)
+    _require(0 < top_p <= 1, "top_p", "a number in (0, 1]", top_p)
+    _require(0 < penalty < math.inf, "repetition_penalty", "more than 0", penalty)
+    _require(0 < budget <= 1, "surprise_budget", "a number in (0, 1]", budget)
+    for name, ids in tokens.items():
+        for token in ids:
+            _require(0 <= token < config.vocab_size, name, f"tokens from 0 to {config.vocab_size - 1}", token)
+
+
+def _require(fine: bool, name: str, wanted: str, came: object) -> None:
+    if not fine:
+        raise ValueError(f"{name}: expected {wanted}, got {came}")

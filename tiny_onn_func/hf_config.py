@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tiny_onn_func.config import DYNAMIC_K, ModelConfig
+from tiny_onn_func.config import DYNAMIC_K, ROUTING_RULES, ModelConfig
 
 CONFIG = "config.json"
 DENSE, MOE, OWN = "qwen3", "qwen3_moe", "tiny_onn"  # OWN: a model that Qwen3-MoE cannot express (dynamic K, bias)
@@ -96,7 +96,7 @@ def config_values(config: ModelConfig, kind: str, dtype: str, extra: Values | No
             "format": FORMAT,
             "min_experts_per_tok": config.min_experts_per_tok,
             "max_experts_per_tok": config.max_experts_per_tok,
-            "hash_routing": config.hash_routing,
+            "routing": config.routing,
         },
     }
 
@@ -199,10 +199,10 @@ def _moe_sizes(values: Values, kind: str) -> dict[str, Any]:
         raise ValueError(f"{SECTION}: expected an object with format {FORMAT}, got {shown(section)}")
     cap = section.get("max_experts_per_tok")
     sizes["max_experts_per_tok"] = None if cap is None else _whole(section, "max_experts_per_tok")
-    hashed = section.get("hash_routing", False)
-    if not isinstance(hashed, bool) or (hashed and kind != OWN):
-        raise ValueError(f"hash_routing: expected {'true or false' if kind == OWN else 'false'}, got {shown(hashed)}")
-    return sizes | {"min_experts_per_tok": _whole(section, "min_experts_per_tok", 1), "hash_routing": hashed}
+    routing, known = section.get("routing", "router"), ROUTING_RULES if kind == OWN else ("router",)
+    if routing not in known:
+        raise ValueError(f"routing: expected {' or '.join(known)}, got {shown(routing)}")
+    return sizes | {"min_experts_per_tok": _whole(section, "min_experts_per_tok", 1), "routing": routing}
 
 
 def _rope_theta(values: Values) -> float:

@@ -88,8 +88,8 @@ def inexpressible(params: Mapping[str, Any], config: ModelConfig) -> str | None:
     bias = flatten(params)[BIAS]
     if bool(((bias != 0) | bias.signbit()).any()):  # a negative zero has bits, too
         return "a selection bias of the router (loss-free balancing)"
-    if config.hash_routing:
-        return "hash routing"
+    if config.routing != "router":
+        return f"routing by {config.routing}"
     return "dynamic K (num_experts_per_tok -1)" if config.num_experts_per_tok == DYNAMIC_K else None
 
 

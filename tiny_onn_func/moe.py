@@ -11,7 +11,7 @@ from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_experts, apply_w13
 from tiny_onn_func.hashing import hash_logits
 from tiny_onn_func.ops import scale_gradient, wide_dtype
-from tiny_onn_func.routing import route
+from tiny_onn_func.routing import route, send_alone
 
 
 class RouterTrace(NamedTuple):
@@ -32,6 +32,7 @@ class RoutingInputs(NamedTuple):
     router_coupling: int | float | Tensor  # share of the main loss's gradient that reaches the router
     explore: Int[Tensor, "layers tokens"] | None
     token_ids: Int[Tensor, " tokens"] | None = None  # read by hash routing only
+    override: Int[Tensor, "layers tokens"] | None = None  # the expert that a token visits alone; -1: as routed
 
 
 def moe(
@@ -47,13 +48,15 @@ def moe(
     dtype = wide_dtype(x.dtype)
     decoupled = isinstance(inputs.router_coupling, float | int) and inputs.router_coupling == 0
     seen = x.detach() if decoupled else x
-    if config.hash_routing:
+    if config.routing == "hash":
         assert inputs.token_ids is not None, "forward gives them"
         logits = hash_logits(inputs.token_ids, layer, config.num_experts).to(dtype)
     else:
         logits = einsum(seen.to(dtype), params["router"].to(dtype), "tokens dim, dim experts -> tokens experts")
     explore = None if inputs.explore is None else inputs.explore[layer]
     routing = route(logits, inputs.real, config, inputs.surprise_budget, params["router_bias"], explore)
+    if inputs.override is not None:
+        routing = send_alone(routing, inputs.override[layer], inputs.real)
     routing = routing._replace(weights=scale_gradient(routing.weights, inputs.router_coupling))
     out = apply_experts(x, routing, params, layer, apply_w2, apply_w13)
     return out, RouterTrace(x.detach(), logits, *routing)

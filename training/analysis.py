@@ -1,7 +1,8 @@
 """Results of a study -> analysis.json: intervals, differences paired by seed, equivalence, verdicts, an answer.
 
 Arms are compared by held-out nats per token; less is better. An arm's difference to the baseline is the mean over seeds
-of (arm - baseline) at the same seed, hence the same data order.
+of (arm - baseline) at the same seed, hence the same data order. In a stream the nats are the mean over all tasks at the
+end, and a pair has the same seed and the same order of the tasks.
 
 - better, worse: the paired t-test rejects no difference at 5 %, corrected for the number of arms (Holm), and the
   difference is not shown to be within the margin. `beyond_margin`: the whole interval is beyond the margin.
@@ -16,9 +17,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from training.student_t import t_cdf, t_quantile
+from training.arm_facts import mean_facts, read_facts
+from training.continual import Continual
 from training.study_config import StudyConfig, baselines_of, expand
-from training.study_results import DIVERGED, FINISHED, Row, read_results, write_text
+from training.study_results import DIVERGED, FINISHED, Row, pair_key, read_results, write_text
 
 CONFIDENCE = 0.95
 LEVEL = 0.05  # of both tests
@@ -32,6 +34,13 @@ BESIDE = (
     "gating_acc",
     "gating_trivial",
     "active_parameters",
+    "load_entropy",
+    "regret",
+    "regret_random",
+    "regret_w2",
+    "oracle_hits",
+    "co_activation",
+    "routing_drift",
     "seconds",
 )
 
@@ -49,7 +58,7 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     mean = fmean(values)
     if len(values) < 2:
         return Interval(mean, None, None)
-    half = t_quantile((1 + confidence) / 2, len(values) - 1) * _standard_error(values)
+    half = _student(len(values) - 1).ppf((1 + confidence) / 2).item() * _standard_error(values)
     return Interval(mean, mean - half, mean + half)
 
 
@@ -57,15 +66,16 @@ def t_test(differences: Sequence[float]) -> float | None:
     """Two-sided p of paired differences with mean zero; None with fewer than two of them."""
     if len(differences) < 2:
         return None
-    return min(1.0, 2 * t_cdf(-abs(_ratio(fmean(differences), _standard_error(differences))), len(differences) - 1))
+    t = _ratio(fmean(differences), _standard_error(differences))
+    return min(1.0, 2 * _student(len(differences) - 1).cdf(-abs(t)).item())
 
 
 def tost(differences: Sequence[float], margin: float) -> float | None:
     """p of "the mean difference is outside (-margin, margin)", the larger of two one-sided ones (Schuirmann 1987)."""
     if len(differences) < 2:
         return None
-    mean, error, df = fmean(differences), _standard_error(differences), len(differences) - 1
-    return max(t_cdf(_ratio(mean - margin, error), df), t_cdf(-_ratio(mean + margin, error), df))
+    mean, error, student = fmean(differences), _standard_error(differences), _student(len(differences) - 1)
+    return max(student.cdf(sign * _ratio(mean - sign * margin, error)).item() for sign in (1, -1))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -82,18 +92,22 @@ def analyse(folder: str | Path) -> dict[str, Any]:
     from training.study_file import load_study
 
     folder = Path(folder)
-    analysis = analyse_rows(load_study(folder / "study.yaml"), read_results(folder))
+    rows = read_results(folder)
+    facts = read_facts(folder, [row["run"] for row in rows])
+    analysis = analyse_rows(load_study(folder / "study.yaml"), rows, facts)
     write_text(folder / "analysis.json", json.dumps(analysis, indent=2) + "\n")
     return analysis
 
 
-def analyse_rows(study: StudyConfig, rows: Sequence[Row]) -> dict[str, Any]:
-    """The values of analysis.json, from the rows of results.csv (numbers, or their text)."""
+def analyse_rows(
+    study: StudyConfig, rows: Sequence[Row], facts: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The values of analysis.json, from the rows of results.csv (numbers, or their text) and runs' routing facts."""
     by_label: dict[str, list[Row]] = {}
     for run, row in zip(expand(study), rows, strict=True):
         by_label.setdefault(run.arm, []).append(row)
     chosen = {label: _best_point(found, study.tune) for label, found in by_label.items()}
-    arms = {label: _describe(found, study.tune) for label, found in chosen.items()}
+    arms = {label: _describe(found, study.tune, facts or {}) for label, found in chosen.items()}
     baselines = baselines_of(study)
     against = {
         label: _compare(chosen[label], chosen[other], study.margin) | {"baseline": other}
@@ -106,17 +120,19 @@ def analyse_rows(study: StudyConfig, rows: Sequence[Row]) -> dict[str, Any]:
         found["verdict"] = _verdict(found, arms[label]["diverged"] + arms[baselines[label]]["diverged"])
         ours, theirs = arms[label]["avg_k"], arms[baselines[label]]["avg_k"]
         found["k_matched"] = None if ours is None or not theirs else abs(ours / theirs - 1) <= MATCHED_K
+    stream = {"continual": _continual(chosen, baselines)} if study.tasks else {}
     facts = {key: getattr(study, key) for key in ("name", "question", "margin", "falsifier")}
     baseline = study.baseline or next(iter(baselines.values()))
     return {
         **facts, "baseline": baseline, "measure": MEASURE, "confidence": CONFIDENCE, "tuned": list(study.tune),
         "answer": _answer(against, baseline, study.margin), "arms": arms, "against_baseline": against,
+        **stream,
     }  # fmt: skip
 
 
 def study_table(analysis: Mapping[str, Any]) -> str:
     """The analysis for the terminal: one line an arm, the best first."""
-    head = ["arm", "n", "nats per token", "95 % interval", "difference", "95 % interval", "avg K", "verdict"]
+    head = ["arm", "n", "nats per token", "95 % interval", "difference", "95 % interval", "avg K", "regret", "verdict"]
     lines = [head]
     order = sorted(analysis["arms"].items(), key=lambda item: math.inf if item[1]["mean"] is None else item[1]["mean"])
     for label, arm in order:
@@ -125,8 +141,11 @@ def study_table(analysis: Mapping[str, Any]) -> str:
         verdict = pair["verdict"] + (f", {arm['diverged']} diverged" if arm["diverged"] else "")
         lines.append([
             name, str(arm["n"]), _number(arm["mean"]), _bounds(arm), _number(pair.get("difference"), "+.4f"),
-            _bounds(pair, "+.4f"), _number(arm["avg_k"], ".2f"), verdict,
+            _bounds(pair, "+.4f"), _number(arm["avg_k"], ".2f"), _number(arm["regret"], ".3f"), verdict,
         ])  # fmt: skip
+    if not any(line[7] for line in lines[1:]):  # nothing was analysed
+        lines = [line[:7] + line[8:] for line in lines]
+    head = lines[0]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([*text, "", analysis["answer"]])
@@ -149,19 +168,21 @@ def _best_point(rows: Sequence[Row], tune: Sequence[str]) -> list[Row]:
     return min(points.values(), key=rank)
 
 
-def _describe(rows: Sequence[Row], tune: Sequence[str]) -> dict[str, Any]:
+def _describe(rows: Sequence[Row], tune: Sequence[str], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     scores = [*_scores(rows).values()]
     interval = t_interval(scores) if scores else Interval(math.nan, None, None)
-    beside = {key: [float(row[key]) for row in rows if row[key] not in (None, "")] for key in BESIDE}
+    beside = {key: [float(row[key]) for row in rows if row.get(key) not in (None, "")] for key in BESIDE}
     return {
         "mean": interval.mean if scores else None,
         "low": interval.low,
         "high": interval.high,
         "n": len(scores),
+        "seeds": len({str(row["seed"]) for row in rows if row["status"] == FINISHED}),
         **{key: fmean(values) if values else None for key, values in beside.items()},
         "diverged": sum(row["status"] == DIVERGED for row in rows),
         "tuned": {key: _plain(rows[0][key]) for key in tune},
         "runs": [row["run"] for row in rows],
+        "routing": mean_facts([facts[row["run"]] for row in rows if row["run"] in facts]),
     }
 
 
@@ -176,6 +197,24 @@ def _compare(ours: Sequence[Row], theirs: Sequence[Row], margin: float) -> dict[
         "difference": mean, "low": low, "high": high, "n": len(differences), "p": t_test(differences),
         "tost_p": tost(differences, margin), "beyond_margin": beyond,
     }  # fmt: skip
+
+
+def _continual(chosen: Mapping[str, Sequence[Row]], baselines: Mapping[str, str]) -> dict[str, Any]:
+    """Arm -> measure of a stream -> its mean and interval, and those of the paired difference to the baseline."""
+    found: dict[str, Any] = {}
+    for label, rows in chosen.items():
+        found[label] = {}
+        for measure in Continual._fields:
+            mine, other = _values(rows, measure), _values(chosen[baselines[label]], measure)
+            pairs = [value - other[key] for key, value in mine.items() if key in other]
+            alone = t_interval([*mine.values()]) if mine else Interval(math.nan, None, None)
+            against = t_interval(pairs) if pairs and label != baselines[label] else Interval(math.nan, None, None)
+            found[label][measure] = {
+                "mean": alone.mean if mine else None, "low": alone.low, "high": alone.high, "n": len(mine),
+                "difference": None if math.isnan(against.mean) else against.mean,
+                "difference_low": against.low, "difference_high": against.high,
+            }  # fmt: skip
+    return found
 
 
 def _verdict(pair: Mapping[str, Any], diverged: int) -> str:
@@ -210,12 +249,23 @@ def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: flo
 
 
 def _scores(rows: Sequence[Row]) -> dict[str, float]:
-    """Seed -> score of the runs that are finished."""
-    return {str(row["seed"]): float(row[MEASURE]) for row in rows if row["status"] == FINISHED}
+    """Seed (and order of tasks) -> score of the runs that are finished."""
+    return _values(rows, MEASURE)
+
+
+def _values(rows: Sequence[Row], measure: str) -> dict[str, float]:
+    return {pair_key(row): float(row[measure]) for row in rows if row["status"] == FINISHED}
 
 
 def _standard_error(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values))
+
+
+def _student(df: int) -> Any:
+    """Student's t distribution."""
+    from scipy.stats import t
+
+    return t(df)
 
 
 def _ratio(value: float, error: float) -> float:

@@ -1,6 +1,7 @@
 """The command line: verbs, no logic. One line and exit status 2 for every mistake of the user."""
 
 import argparse
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -94,13 +95,20 @@ def _generate(argv: Sequence[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
     parser.add_argument("--top-k", type=int, help="sample among the k most probable tokens")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the fewest tokens of this probability")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 repeats less")
+    parser.add_argument("--context", type=int, metavar="N", help="last tokens it sees; as in training, 0 for all")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a token that ends the text, too")
+    parser.add_argument("--no-stop", action="store_true", help="write on where a document or a turn ends")
+    parser.add_argument("--show-experts", action="store_true", help="then list the experts that every token visited")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
     from training.runs import stream_run
 
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     pieces = stream_run(
         given.run, given.prompt, tokens=given.tokens, temperature=given.temperature, top_k=given.top_k,
-        top_p=given.top_p, seed=given.seed,
+        top_p=given.top_p, repetition_penalty=given.repetition_penalty, context=given.context, stops=given.stop,
+        go_on=given.no_stop, show_experts=given.show_experts, width=width, seed=given.seed,
     )  # fmt: skip
     for piece in pieces:
         print(piece, end="", flush=True)

@@ -17,6 +17,7 @@ class Stream(IntEnum):
     EXPLORE = 0
     SHUFFLE = 1
     REGENERATE = 2
+    ORACLE = 3
 
 
 def draw_words(seed: Number, step: Tensor, stream: Stream, *shape: int) -> Int[Tensor, "..."]:

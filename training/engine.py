@@ -87,6 +87,8 @@ def _tokenizer(config: RunConfig, folder: Path, checkpoint: Path | None) -> Toke
 
 def _open(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Run:
     """The run with its data, before its first step."""
+    if config.replay:
+        raise UserError(f"replay: expected 0 outside a study with tasks, got {config.replay:g}; leave it away")
     corpus = open_corpus(
         config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length, progress=True,
         tokenizer=tokenizer,

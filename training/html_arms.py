@@ -4,16 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
-from numpy import ndarray
+from numpy import array, ndarray
 
 from training.html_maps import last_tables
 from training.html_pieces import Html, with_small
 from training.series import Records, columns, gather, numbers
-from training.study_results import DIVERGED, FINISHED, Row
+from training.study_results import DIVERGED, FINISHED, Row, pair_key
 from training.svg import Curve
 
 POINTS = 250  # most points of a curve
-CURVES = ("main_loss", "held_out_nats", "max_vio", "avg_k")
+CURVES = ("main_loss", "held_out_nats", "max_vio", "avg_k", "routing_drift")
 
 
 class Study(NamedTuple):
@@ -36,6 +36,7 @@ class ShownArm(NamedTuple):
     curves: dict[str, Curve]  # means over its runs
     load: Float[ndarray, "layers experts"] | None  # at the end of the run below
     load_run: str  # the first of its runs that did not diverge
+    together: Float[ndarray, "layers experts experts"] | None  # cosines of co-activation of the same run
     alarms: list[Sequence[str]]  # of each run
     ends: dict[str, int]  # diverged run -> its last step
 
@@ -74,9 +75,9 @@ def arm_name(arm: ShownArm) -> Html:
 
 
 def scores_by_seed(study: Study, arm: ShownArm) -> dict[str, float]:
-    """Seed -> held-out nats per token of the arm's finished runs."""
+    """Seed (and order of tasks) -> held-out nats per token of the arm's finished runs."""
     runs = [row for row in study.rows if row["run"] in arm.found["runs"] and row["status"] == FINISHED]
-    return {str(row["seed"]): float(row["nats_per_token"]) for row in runs}
+    return {pair_key(row): float(row["nats_per_token"]) for row in runs}
 
 
 def _shown(
@@ -90,8 +91,20 @@ def _shown(
     loads = ((run, last_tables(some, "expert_load")) for run, some in records.items() if run not in lost)
     run, load = next(((run, load) for run, load in loads if load is not None), ("", None))
     curves = {key: _mean_curve(label, slot, [*records.values()], key) for key in CURVES}
-    alarms = [summary_of(run).get("alarms") or [] for run in records]
-    return ShownArm(label, found, study.analysis["against_baseline"].get(label), slot, curves, load, run, alarms, ends)
+    summaries = {name: summary_of(name) for name in records}
+    alarms = [summary.get("alarms") or [] for summary in summaries.values()]
+    together = _cube((summaries.get(run, {}).get("routing") or {}).get("co_activation_cosine"))
+    pair = study.analysis["against_baseline"].get(label)
+    return ShownArm(label, found, pair, slot, curves, load, run, together, alarms, ends)
+
+
+def _cube(value: Any) -> Float[ndarray, "layers experts experts"] | None:
+    """A table for each layer, None for anything else."""
+    try:
+        cube = array(value, dtype=float)
+    except (TypeError, ValueError):
+        return None
+    return cube if cube.ndim == 3 and cube.size else None
 
 
 def _mean_curve(label: str, slot: int, runs: Sequence[Records], key: str) -> Curve:

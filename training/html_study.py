@@ -10,7 +10,9 @@ from training import html_pieces as h
 from training.analysis import MATCHED_K
 from training.html_arms import Group, ShownArm, Study, arm_name, read_groups
 from training.html_pieces import Html, bounds, element, join, number, with_small
+from training.html_routing import routing_part
 from training.html_study_charts import curves, differences, loads
+from training.html_tasks import tasks_part
 from training.series import Records
 from training.study_config import dotted
 from training.study_results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
@@ -33,8 +35,10 @@ def study_page(
         _plan(study),
         _results(study, groups),
         differences(study, groups),
+        tasks_part(study, groups, summary_of),
         curves(study, groups),
         loads(groups),
+        routing_part(groups),
         _settings(study),
         h.section("Every run", _every_run(study.rows)),
         _reproduction(study),
@@ -126,6 +130,8 @@ def _result(arm: ShownArm) -> list[object]:
     """The cells of one arm."""
     found, pair = arm.found, arm.pair or {}
     seeds = f"{found['n']} {'seed' if found['n'] == 1 else 'seeds'}"
+    if found.get("seeds", found["n"]) != found["n"]:  # in a stream, a pair is of a seed and an order
+        seeds = f"{found['n']} runs of {found['seeds']} seeds"
     seeds += f", {found['diverged']} diverged" if found["diverged"] else ""
     verdict = str(pair.get("verdict", "baseline"))
     beyond = "beyond the margin" if pair.get("beyond_margin") and verdict in ("better", "worse") else ""

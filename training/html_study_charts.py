@@ -14,6 +14,7 @@ CHARTS = (
     ("Held-out loss", "nats per token", "held_out_nats"),
     ("Load imbalance, MaxVio", "(max − mean) / mean load", "max_vio"),  # noqa: RUF001
     ("Experts per token", "avg K", "avg_k"),
+    ("Routing drift", "share of first choices that changed since the evaluation before", "routing_drift"),
 )
 
 
@@ -47,7 +48,7 @@ def _difference(arm: ShownArm, each: Sequence[float]) -> Difference:
 
 
 def curves(study: Study, groups: Sequence[Group]) -> Html:
-    """Four charts for every baseline, one colour an arm."""
+    """The charts of CHARTS for every baseline, one colour an arm."""
     base = study.values.get("base") or {}
     parts: list[Html] = []
     for group in groups:
@@ -79,6 +80,8 @@ def _lost(arm: ShownArm) -> Html:
 def _why_empty(key: str, base: Mapping[str, Any]) -> str:
     if key == "held_out_nats" and not base.get("eval_every"):
         return "No score was made during the runs (eval_every: 0). The final ones are in the table."
+    if key == "routing_drift":
+        return "Drift was not measured: it wants eval_every and analysis_tokens."
     return "No record yet."
 
 

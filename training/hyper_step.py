@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
 
     params: Tree
     expert_opt: AdamWState  # over everything but the router
-    router_opt: AdamWState  # over the router's matrix
+    router_opt: AdamWState  # over the router's matrix, and its thresholds where they are learned
     step: Tensor  # () int64
 
 
@@ -40,7 +40,7 @@ def init_state(config: ModelConfig, generator: Generator) -> TrainState:
     params = init_params(config, generator)
     fast, router = partition(params)
     step = torch.zeros((), dtype=torch.int64, device=generator.device)
-    return TrainState(params, adamw_init(fast), adamw_init(_learned(router)), step)
+    return TrainState(params, adamw_init(fast), adamw_init(_learned(router, config)), step)
 
 
 def hyper_step(
@@ -76,18 +76,19 @@ def hyper_step(
     real = rearrange(batch.attention_mask != 0, "b s -> (b s)")
     load = measure.expert_load(seen.trace.expert_ids, seen.trace.active, config.num_experts)
     targets = _targets(seen.per_token_surprise, real, hyper, state.step)
-    learned, learning = _learned(router), _while_learning(state.step, hyper)
+    learned, learning = _learned(router, config), _while_learning(state.step, hyper)
     router_grads, loss = _router_gradients(learned, seen.trace, targets, load, real, _annealed(hyper, state.step))
     if grads[1] is not None:
-        main = _learned(grads[1])["router"] / targets_count
-        router_grads = {"router": router_grads["router"] + main}
+        main = _learned(grads[1], config)
+        router_grads = {name: grad + main[name] / targets_count for name, grad in router_grads.items()}
     router_grad_norm = global_norm(router_grads)
     learned, router_opt = adamw_update(
         learned, router_grads, state.router_opt, lr=hyper.router_lr * rate * learning, weight_decay=0.0, hyper=hyper,
         grad_scale=clip_factor(router_grad_norm, hyper.max_grad_norm),
     )  # fmt: skip
-    bias = balanced_bias(router["layers"]["moe"]["router_bias"], load, hyper.bias_speed * learning)
-    params = merge(fast, {"layers": {"moe": {**learned, "router_bias": bias}}})
+    slow = {**router["layers"]["moe"], **learned}
+    slow["router_bias"] = balanced_bias(slow["router_bias"], load, hyper.bias_speed * learning)
+    params = merge(fast, {"layers": {"moe": slow}})
     new = TrainState(params, expert_opt, router_opt, state.step + 1)
     if not is_off(hyper.regenerate_below):
         new = new._replace(**regenerate(*new, load=load, hyper=hyper))
@@ -201,9 +202,10 @@ def _router_gradients(
     return grads, loss
 
 
-def _learned(router: Tree) -> dict[str, Any]:
-    """The router's leaves that follow a gradient; the selection bias follows the load."""
-    return {"router": router["layers"]["moe"]["router"]}
+def _learned(router: Tree, config: ModelConfig) -> dict[str, Any]:
+    """The router's leaves that follow a gradient; the selection bias follows the load, unless it is a threshold."""
+    names = ("router", "router_bias") if config.routing == "thresholds" else ("router",)
+    return {name: router["layers"]["moe"][name] for name in names}
 
 
 def _mapped_zero(tree: Any, dtype: torch.dtype) -> Tensor:

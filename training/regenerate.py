@@ -52,8 +52,8 @@ def regenerate(
         "params": replaced(params, 1.0, router=torch.where(column, aside, router)),
         "expert_opt": expert_opt._replace(mu=replaced(expert_opt.mu, 0.0), nu=replaced(expert_opt.nu, 1.0)),
         "router_opt": router_opt._replace(
-            mu={"router": torch.where(column, 0.0, moments[0])},
-            nu={"router": torch.where(column, _by_expert(moments[1], source), moments[1])},
+            mu={**router_opt.mu, "router": torch.where(column, 0.0, moments[0])},
+            nu={**router_opt.nu, "router": torch.where(column, _by_expert(moments[1], source), moments[1])},
         ),
     }
 

@@ -20,6 +20,7 @@ RUN_RULES: tuple[Rule, ...] = (
     ("0 or more", lambda value: value >= 0, "eval_every checkpoint_every picture_every sample_tokens threads"),
     ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),  # what a torch.Generator takes
     ("more than 0 and less than 1", lambda value: 0 < value < 1, "holdout"),
+    ("0 or more and less than 1", lambda value: 0 <= value < 1, "replay"),
     ("cosine or constant", lambda value: value in ("cosine", "constant"), "schedule"),
     ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16"), "precision"),
     (", ".join(KINDS), lambda value: value in KINDS, "surprise_kind"),
@@ -124,8 +125,8 @@ class RunConfig:
     """
 
     data: str = "stdlib"
-    """What to train on: stdlib (the source of Python's standard library), a text file, a folder, a glob, .jsonl,
-    .parquet; .txt.gz and .jsonl.gz, too."""
+    """What to train on: stdlib (the source of Python's standard library), stdlib:GLOB (a part of it), a text file, a
+    folder, a glob, .jsonl, .parquet; .txt.gz and .jsonl.gz, too."""
     tokenizer: str = "bytes"
     """Text -> tokens: bytes, a Hugging Face tokenizer.json, or a folder that holds one; byte-level ones only."""
     pack: bool = False
@@ -146,6 +147,8 @@ class RunConfig:
     """Share of the text that is held out, more than 0 and less than 1."""
     split: Literal["auto", "document", "tail"] = "auto"
     """What is held out: whole documents, the tail of the text, or (auto) documents where there are several."""
+    replay: float = 0.0
+    """Share of the rows of a batch that come from earlier tasks, in a study with `tasks`."""
     eval_every: int = 500
     """Steps between two held-out scores during the run; 0 scores only at the end."""
     eval_bytes: int = 16384

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from tiny_onn_func.generate import stream
+from tiny_onn_func.routing import Routing
 from tiny_onn_func.tree import Tree
 from training.checkpoint import checkpoint_tokenizer, load_params
 from training.data import baselines, held_out_batches, open_corpus, scored_span
@@ -15,7 +17,7 @@ from training.errors import UserError
 from training.evaluate import Score, evaluate
 from training.run_config import RunConfig
 from training.settings import load_settings
-from training.tokenizer import BYTES, Tokenizer, kept_tokenizer
+from training.tokenizer import BYTES, TURN_END, Tokenizer, kept_tokenizer
 
 
 class FinishedRun(NamedTuple):
@@ -70,18 +72,62 @@ def stream_run(
     temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    context: int | None = None,
+    stops: Iterable[str] = (),
+    go_on: bool = False,
+    show_experts: bool = False,
+    width: int | None = None,
     seed: int = 0,
 ) -> Iterator[str]:
-    """The prompt and then what the model adds to it, piece by piece; the same seed gives the same text."""
+    """The prompt and then what the model adds to it, piece by piece; the same seed gives the same text.
+
+    Args:
+        tokens: how many to write at most.
+        context: how many of the last tokens attention sees; None: as many as in training, `sequence_length`, because
+            the model never saw two tokens further apart; 0: all of them, as `transformers` does.
+        stops: texts of one token each that end the text, beside the end of a document and, where there is one, of a
+            turn; what ended the text is its last token.
+        go_on: whether to write on after the end of a document or of a turn.
+        show_experts: whether lines follow that say which experts every token visited, each of at most `width`.
+    """
     config, params, tokenizer = open_run(folder)
     ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))[None]
-    generator = torch.Generator().manual_seed(seed)
+    read: list[TokenRoutes] = []
     sampled = stream(
-        params, ids, config.model, generator, max_new_tokens=tokens, context_length=config.sequence_length,
-        temperature=temperature, top_k=top_k, top_p=top_p, surprise_budget=config.hyper.pi_alpha,
+        params, ids, config.model, torch.Generator().manual_seed(seed), max_new_tokens=tokens,
+        context_length=config.sequence_length if context is None else context or None, temperature=temperature,
+        top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
+        stop_tokens=stop_tokens(tokenizer, stops, go_on=go_on), surprise_budget=config.hyper.pi_alpha,
+        watch=(lambda *step: read.extend(token_routes(*step))) if show_experts else None,
     )  # fmt: skip
+    written = ids[0].tolist()
     yield prompt
-    yield from decode_stream((int(token) for token in sampled), tokenizer)
+    yield from decode_stream(_kept(sampled, written), tokenizer)
+    if show_experts:
+        yield "\n"
+        yield from ("\n" + line for line in expert_lines(written, read, tokenizer, width))
+
+
+def _kept(sampled: Iterable[Tensor], written: list[int]) -> Iterator[int]:
+    for token in sampled:
+        written.append(int(token))
+        yield written[-1]
+
+
+def stop_tokens(tokenizer: Tokenizer, texts: Iterable[str] = (), *, go_on: bool = False) -> tuple[int, ...]:
+    """Ids that end a text: the document boundary and the end of a turn, unless it goes on, and those of `texts`.
+
+    Raises:
+        UserError: a text that is not exactly one token.
+    """
+    ends = {} if go_on else {tokenizer.boundary: None, tokenizer.special.get(TURN_END, tokenizer.boundary): None}
+    for text in texts:
+        ids = tokenizer.encode_prompt(text).tolist()
+        if len(ids) != 1:
+            raise UserError(f"--stop: expected a text of one token, got {text!r} of {len(ids)}; shorten it")
+        ends[ids[0]] = None
+    return tuple(ends)
 
 
 def decode_stream(tokens: Iterable[int], tokenizer: Tokenizer = BYTES) -> Iterator[str]:
@@ -90,3 +136,36 @@ def decode_stream(tokens: Iterable[int], tokenizer: Tokenizer = BYTES) -> Iterat
     for token in tokens:
         yield decoder.decode(tokenizer.spelled(token))
     yield decoder.decode(b"", final=True)
+
+
+TokenRoutes = tuple[tuple[tuple[int, float], ...], ...]  # of one token: the (expert, weight) pairs of each layer
+
+
+def token_routes(tokens: Tensor, routes: tuple[Routing, ...]) -> list[TokenRoutes]:
+    """What `stream` tells of one row that it read -> the routes of every token, best expert first."""
+    layers = [list(zip(*(part.tolist() for part in routing), strict=True)) for routing in routes]
+    return [
+        tuple(
+            tuple((expert, weight) for expert, weight, kept in zip(*layer[place], strict=True) if kept)
+            for layer in layers
+        )
+        for place in range(tokens.shape[1])
+    ]
+
+
+def expert_lines(
+    tokens: list[int], routes: list[TokenRoutes], tokenizer: Tokenizer = BYTES, width: int | None = None
+) -> Iterator[str]:
+    """A line for every token: how it is written, and `expert:weight in percent` for each layer, best first.
+
+    The last token has no routes: it was written, but nobody read it. Lines longer than `width` are cut.
+    """
+    names = [repr(tokenizer.spelled(token).decode("utf-8", "backslashreplace")) for token in tokens]
+    column = max(5, *map(len, names))
+    lines = [f"{'token':{column}}  expert:percent, layer by layer"]
+    for place, name in enumerate(names):
+        layers = routes[place] if place < len(routes) else ()
+        shown = (" ".join(f"{expert}:{weight:.0%}"[:-1] for expert, weight in layer) for layer in layers)
+        lines.append(f"{name:{column}}  {' | '.join(shown) or 'written, not read'}")
+    for line in lines:
+        yield line if width is None or len(line) <= width else line[: max(0, width - 3)] + "..."

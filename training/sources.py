@@ -3,6 +3,8 @@
 | spec     | files                                                                  | a document       |
 |----------|------------------------------------------------------------------------|------------------|
 | `stdlib` | modules of the Python standard library that runs this, without tests   | a module         |
+| `stdlib:`| those of them that a glob below the library's folder names, such as    | a module         |
+|          | `stdlib:email/*.py`; `**` stands for all folders below                 |                  |
 | a file   | that file                                                              | the file, or     |
 | a folder | all below it but hidden names, links to folders and binary files       | a line where the |
 | a glob   | the files that match; `**` stands for all folders below                | file is `.jsonl`,|
@@ -22,13 +24,15 @@ import os
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from training.errors import UserError
 
 NO_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+STDLIB = "stdlib"
 COLUMNS = ("messages", "text")  # of a Parquet file, the first that it has is read
 ROWS = 16  # of a Parquet file that are unpacked at a time
 PIECE = 1 << 20  # bytes that are unpacked before a look whether they are text
@@ -54,13 +58,16 @@ class Source(NamedTuple):
 
 
 def find_source(spec: str) -> Source:
-    """The files that a spec names; a file called `stdlib` is `./stdlib`, a file that exists is never taken for a glob.
+    """The files that a spec names; a file that exists is never taken for a glob.
+
+    A file called `stdlib` is `./stdlib`, and `./stdlib:a` is one called `stdlib:a`.
 
     Raises:
         UserError: nothing there, nothing that is text, or nothing that may be read.
     """
-    if spec == "stdlib":
-        return Source(spec, _stdlib_files(), _read_module)
+    if spec == STDLIB or spec.startswith(f"{STDLIB}:"):
+        pattern = spec.partition(":")[2] if ":" in spec else "**"
+        return Source(printable(spec), _stdlib_files(pattern, printable(spec)), _read_module)
     path, name = Path(os.path.expanduser(spec)), printable(spec)
     try:
         if spec and path.is_dir():
@@ -133,7 +140,7 @@ def refuse(name: str, error: Exception) -> NoReturn:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _stdlib_files() -> tuple[Path, ...]:
+def _stdlib_files(pattern: str, name: str) -> tuple[Path, ...]:
     """Modules that belong to CPython on every platform, by their path below the library's folder, wherever that is."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = [file.relative_to(root) for file in _walk(root, NO_MODULES) if file.suffix == ".py"]
@@ -141,7 +148,22 @@ def _stdlib_files() -> tuple[Path, ...]:
     kept = [file for file in found if file.parts[0].removesuffix(".py") in names]
     if not kept:
         raise UserError(f"stdlib: expected Python source files in {root}, got none; give a file or a folder as --data")
-    return tuple(root / file for file in sorted(kept, key=Path.as_posix))
+    chosen = [file for file in kept if _matches(file.parts, pattern.split("/"))]
+    if not chosen:
+        wanted = "that matches modules of the standard library"
+        outside = pattern.startswith(("/", "~")) or ".." in pattern.split("/") or "\\" in pattern or ":" in pattern
+        wanted = "below the standard library's folder" if outside else wanted
+        raise UserError(f"{name}: expected a glob {wanted}, got {pattern!r}; such as stdlib:email/*.py")
+    return tuple(root / file for file in sorted(chosen, key=Path.as_posix))
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a glob's parts, of which `**` is any number of folders, spell a path; the same on all systems."""
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _matches(parts[1:], pattern) or _matches(parts, pattern[1:])
+    return fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def _files_below(root: Path) -> tuple[Path, ...]:

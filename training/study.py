@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,14 @@ from tqdm import tqdm
 from tiny_onn_func.tree import stack, unstack
 from training.analysis import analyse, study_table
 from training.checkpoint import checkpoint_tokenizer, latest_checkpoint, load_checkpoint, save_checkpoint
+from training.continual import batches_at, overall, score_tasks, task_that_ends, tasks_of, texts_of
 from training.data import Splits, open_corpus
 from training.errors import UserError
 from training.html_report import write_report
 from training.hyper_step import TrainState, init_state
 from training.memory import keep_freed_memory
 from training.recorder import FILE, Recorder, read_history
+from training.routing_facts import drift, first_choices, routing_facts
 from training.run_config import RunConfig
 from training.step_metrics import Metrics
 from training.study_config import StudyConfig, StudyRun, expand, study_values
@@ -36,7 +38,7 @@ from training.study_results import (
     write_summary,
     write_text,
 )
-from training.study_step import batches_at, mapped_step, score_runs
+from training.study_step import mapped_step
 from training.tokenizer import Tokenizer, check_vocab, kept_tokenizer, open_tokenizer, save_tokenizer
 
 
@@ -56,6 +58,8 @@ class Mapped(NamedTuple):
     seconds: Tensor  # () float64, of all runs together
     diverged_at: Tensor  # (R,) int64, step at which the loss was no number any more; 0 while it is one
     runs: TrainState
+    choices: Tensor  # (R, L, T) int64, first choices at the last evaluation, of which drift is measured; T may be 0
+    scores: Tensor  # (R, T - 1, T) float64, nats per token of all tasks after each but the last; NaN while unknown
 
 
 def run_study(
@@ -125,7 +129,7 @@ def _begin(
     tokenizers = {run.config.tokenizer: open_tokenizer(run.config.tokenizer) for run in runs}
     for config in {chunk.runs[0].config for chunk in chunks}:
         check_vocab(tokenizers[config.tokenizer], config.model.vocab_size)
-        _corpus(config, tokenizers[config.tokenizer])  # bad data is refused before anything is written
+        _corpora(study, config, tokenizers[config.tokenizer])  # bad data is refused before anything is written
     for run in runs:
         (folder / "runs" / run.id).mkdir(parents=True, exist_ok=True)
         save_tokenizer(tokenizers[run.config.tokenizer], folder / "runs" / run.id)
@@ -148,27 +152,33 @@ def _run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: tqdm) -> lis
     config = chunk.runs[0].config
     home = folder / "checkpoints" / chunk.name
     folders = [folder / "runs" / run.id for run in chunk.runs]
-    mapped = _start([run.config for run in chunk.runs])
-    if latest_checkpoint(home) is None:
-        tokenizer = open_tokenizer("bytes" if config.tokenizer == "bytes" else folders[0])
-    else:
+    begun = latest_checkpoint(home) is not None
+    if begun:
         tokenizer = kept_tokenizer(folders[0], config.tokenizer, checkpoint_tokenizer(home))
+    else:
+        tokenizer = open_tokenizer("bytes" if config.tokenizer == "bytes" else folders[0])
+    corpora = _corpora(study, config, tokenizer)
+    mapped = _start(chunk.runs)
+    mapped = mapped._replace(choices=_choices(study, mapped, [run.config for run in chunk.runs], corpora))
+    if begun:
         mapped = load_checkpoint(home, like=mapped)
         bar.update(int(mapped.step) * len(chunk.runs))
-    corpus = _corpus(config, tokenizer)
     recorders = [_open_record(one, int(mapped.step)) for one in folders]
     try:
-        mapped = _train(study, chunk, mapped, corpus, recorders, home, bar)
+        mapped = _train(study, chunk, mapped, corpora, recorders, home, bar)
     finally:
         for recorder in recorders:
             recorder.close()
-    scores = score_runs(mapped.runs.params, [run.config for run in chunk.runs], corpus, config.final_eval_bytes)
+    scores = score_tasks(mapped.runs.params, chunk.runs, corpora, config.final_eval_bytes)
+    facts = _routing_facts(study, mapped, [run.config for run in chunk.runs], corpora)
     seconds, rows = float(mapped.seconds) / len(chunk.runs), []
     for i, (run, one, params) in enumerate(zip(chunk.runs, folders, unstack(mapped.runs.params), strict=True)):
         diverged = int(mapped.diverged_at[i])
-        score = None if diverged or not _is_finite(scores[i].nats_per_token) else scores[i]
-        rows.append(finished_row(run, score, seconds, one))
-        write_summary(run, rows[-1], score, diverged or int(mapped.step), one)
+        score = None if diverged or not _is_finite(overall(scores[i]).nats_per_token) else overall(scores[i])
+        found = None if score is None else facts[i]
+        matrix = [*mapped.scores[i].tolist(), [task.nats_per_token for task in scores[i]]]
+        rows.append(finished_row(run, score, seconds, one, found, matrix))
+        write_summary(run, rows[-1], score, diverged or int(mapped.step), one, found, matrix)
         if score is not None:
             state, sizes = {"params": params, "step": mapped.step}, asdict(config.model)
             save_checkpoint(one, state, sizes, keep=1, tokenizer=tokenizer.fingerprint)
@@ -179,7 +189,7 @@ def _train(
     study: StudyConfig,
     chunk: Chunk,
     mapped: Mapped,
-    corpus: Splits,
+    corpora: Mapping[str, Splits],
     recorders: Sequence[Recorder],
     home: Path,
     bar: tqdm,
@@ -188,7 +198,7 @@ def _train(
     configs = [run.config for run in chunk.runs]
     config = configs[0]
     step = mapped_step(configs)
-    fingerprint = corpus.train.tokenizer.fingerprint
+    fingerprint = next(iter(corpora.values())).train.tokenizer.fingerprint
     save = partial(save_checkpoint, home, config_dict=asdict(config.model), keep=1, tokenizer=fingerprint)
     saved = int(mapped.step)
     try:
@@ -197,12 +207,13 @@ def _train(
                 bar.update((config.steps - number + 1) * len(configs))
                 break
             start = time.perf_counter()
-            states, metrics = step(mapped.runs, batches_at(corpus, configs, number - 1))
+            states, metrics = step(mapped.runs, batches_at(corpora, chunk.runs, number - 1))
             lost = ~metrics.main_loss.isfinite() & (mapped.diverged_at == 0)
             diverged_at = torch.where(lost, number, mapped.diverged_at)
-            new = Mapped(mapped.step + 1, mapped.seconds + time.perf_counter() - start, diverged_at, states)
-            _record(study, configs, new, metrics, corpus, recorders)
-            mapped = new
+            seconds = mapped.seconds + time.perf_counter() - start
+            new = Mapped(mapped.step + 1, seconds, diverged_at, states, mapped.choices, mapped.scores)
+            new = _score_ended(chunk.runs, new, corpora)
+            mapped = _record(study, chunk.runs, new, metrics, corpora, recorders)
             bar.update(len(configs))
             bar.set_postfix_str(_progress(metrics, mapped), refresh=False)
             if number == config.steps or (config.checkpoint_every and number % config.checkpoint_every == 0):
@@ -215,32 +226,79 @@ def _train(
     return mapped
 
 
-def _start(configs: Sequence[RunConfig]) -> Mapped:
+def _start(runs: Sequence[StudyRun]) -> Mapped:
+    configs, tasks = [run.config for run in runs], len(tasks_of(runs[0]))
     states = [init_state(config.model, torch.Generator().manual_seed(config.seed)) for config in configs]
     zero = torch.zeros((), dtype=torch.int64)
-    return Mapped(zero, zero.double(), torch.zeros(len(configs), dtype=torch.int64), stack(states))
+    diverged_at = torch.zeros(len(configs), dtype=torch.int64)
+    choices = torch.empty(len(configs), 0, 0, dtype=torch.int64)
+    scores = torch.full((len(configs), tasks - 1, tasks), torch.nan, dtype=torch.float64)
+    return Mapped(zero, zero.double(), diverged_at, stack(states), choices, scores)
+
+
+def _score_ended(runs: Sequence[StudyRun], mapped: Mapped, corpora: Mapping[str, Splits]) -> Mapped:
+    """With the scores of all tasks, if a task has just ended; those after the last one are the final ones."""
+    config, tasks = runs[0].config, len(tasks_of(runs[0]))
+    ended = task_that_ends(int(mapped.step), config.steps, tasks)
+    if ended is None or ended == tasks - 1:
+        return mapped
+    found = score_tasks(mapped.runs.params, runs, corpora, config.final_eval_bytes)
+    scores = mapped.scores.clone()
+    scores[:, ended] = torch.tensor([[task.nats_per_token for task in some] for some in found], dtype=torch.float64)
+    return mapped._replace(scores=scores)
+
+
+# Routing --------------------------------------------------------------------------------------------------------------
+
+
+def _choices(study: StudyConfig, mapped: Mapped, configs: Sequence[RunConfig], corpora: Mapping[str, Splits]) -> Tensor:
+    """Every run's first choices on held-out tokens, of a stream's first named task; none where no drift is measured."""
+    if not (study.analysis_tokens and configs[0].eval_every):
+        return mapped.choices
+    held_out = next(iter(corpora.values())).held_out
+    return first_choices(mapped.runs.params, configs, held_out, study.analysis_tokens)
+
+
+def _routing_facts(
+    study: StudyConfig, mapped: Mapped, configs: Sequence[RunConfig], corpora: Mapping[str, Splits]
+) -> list[dict[str, Any] | None]:
+    """What the runs' routers do on held-out text, with the seconds that it took to find out."""
+    if not study.analysis_tokens or bool((mapped.diverged_at > 0).all()):
+        return [None] * len(configs)
+    start = time.perf_counter()
+    held_out = next(iter(corpora.values())).held_out
+    facts = routing_facts(mapped.runs.params, configs, held_out, study.analysis_tokens)
+    seconds = round((time.perf_counter() - start) / len(configs), 3)
+    return [{**found, "seconds": seconds} for found in facts]
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
 def _record(
-    study: StudyConfig, configs: Sequence[RunConfig], mapped: Mapped, metrics: Metrics, corpus: Splits,
+    study: StudyConfig, runs: Sequence[StudyRun], mapped: Mapped, metrics: Metrics, corpora: Mapping[str, Splits],
     recorders: Sequence[Recorder],
-) -> None:  # fmt: skip
-    """Append the records of a step, those of runs that diverged earlier left out."""
+) -> Mapped:  # fmt: skip
+    """Append the records of a step, those of runs that diverged earlier left out; with the new first choices."""
+    configs = [run.config for run in runs]
     config, step = configs[0], int(mapped.step)
     scored = config.eval_every > 0 and step % config.eval_every == 0
     due = scored or step in (1, config.steps) or step % study.record_every == 0
     diverged = mapped.diverged_at.tolist()
-    scores = score_runs(mapped.runs.params, configs, corpus, config.eval_bytes) if scored else None
+    of_tasks = score_tasks(mapped.runs.params, runs, corpora, config.eval_bytes) if scored else []
+    scores = [overall(some) for some in of_tasks]
+    choices = _choices(study, mapped, configs, corpora) if scored else mapped.choices
+    drifts = drift(mapped.choices, choices).to(torch.float64)
     for i, run in enumerate(unstack(metrics)):
         if diverged[i] == step or (due and not diverged[i]):
             values = run._asdict()
-            if scores is not None:
+            if scores:
                 values |= {"held_out_nats": scores[i].nats_per_token, "held_out_bits_per_byte": scores[i].bits_per_byte}
+                if choices.numel():
+                    values |= {"routing_drift": float(drifts[i].mean()), "routing_drift_layers": drifts[i]}
             tokens = step * config.batch_size * config.sequence_length
             recorders[i].write(step, tokens, float(mapped.seconds) / len(configs), values)
+    return mapped._replace(choices=choices)
 
 
 def _open_record(folder: Path, step: int) -> Recorder:
@@ -253,11 +311,13 @@ def _open_record(folder: Path, step: int) -> Recorder:
     return Recorder(path.open("a", encoding="ascii"), None)
 
 
-def _corpus(config: RunConfig, tokenizer: Tokenizer) -> Splits:
-    return open_corpus(
-        config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length, progress=True,
-        tokenizer=tokenizer,
-    )  # fmt: skip
+def _corpora(study: StudyConfig, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Splits]:
+    """Task -> its text."""
+    how: dict[str, Any] = {"holdout": config.holdout, "split": config.split, "tokenizer": tokenizer}
+    return {
+        task: open_corpus(data, sequence_length=config.sequence_length, progress=True, **how)
+        for task, data in texts_of(study, config).items()
+    }
 
 
 def _progress(metrics: Metrics, mapped: Mapped) -> str:

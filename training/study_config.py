@@ -22,7 +22,7 @@ from training.errors import UserError
 from training.run_config import RunConfig
 from training.tokenizer import vocab_follows
 
-QUICK_PARTS = ("seeds", "arms", "axes")  # of a study that its short version may change, beside the base
+QUICK_PARTS = ("seeds", "arms", "axes", "orders")  # of a study that its short version may change, beside the base
 Values = Mapping[str, Any]  # dotted key -> value
 UNUSED = {  # settings that mean nothing in a study, and what to write instead
     "seed": "give `seeds: [0, 1, 2]` beside base",
@@ -54,11 +54,16 @@ class StudyConfig:
         arms: none means one arm that changes nothing.
         axes: dotted key -> values that every arm takes.
         combine: `grid`, all combinations of the axes, or `zip`, their first values together, then their second ones.
+        tasks: name -> text (as `data`) of the tasks of a stream, each for the same number of steps; none for one text.
+        orders: names of all tasks in the order in which they are learned; every arm goes through all orders with every
+            seed, and arms are compared pair by pair of seed and order. None means the order of `tasks`.
         tune: axes of which each arm takes the value with the best mean score, instead of being reported at each.
         seeds: of parameters and batches; arms are compared seed by seed.
         baseline: the arm that others are compared with; "" is the first one.
         record_every: steps between two records in a run's metrics.jsonl.
-        quick: changes for a short version of the study: `seeds`, `axes`, `arms` (names), and keys of base.
+        analysis_tokens: held-out tokens a layer on which each finished run's router is compared with the counterfactual
+            oracle; 0 leaves out all that `training.routing_facts` says.
+        quick: changes for a short version of the study: `seeds`, `axes`, `orders`, `arms` (names), and keys of base.
 
     Raises:
         UserError: something is unknown, empty, doubled or out of range; the message names the key and the mend.
@@ -72,20 +77,25 @@ class StudyConfig:
     arms: Sequence[Arm] = ()
     axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     combine: str = "grid"
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    orders: Sequence[Sequence[str]] = ()
     tune: Sequence[str] = ()
     seeds: Sequence[int] = ()
     baseline: str = ""
     record_every: int = 1
+    analysis_tokens: int = 64
     quick: Values = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(self.margin > 0, "margin", "more than 0 nats per token", self.margin, "set it before the runs")
         _require(self.record_every >= 1, "record_every", "1 or more", self.record_every, "1 records every step")
+        _require(self.analysis_tokens >= 0, "analysis_tokens", "0 or more", self.analysis_tokens, "0 leaves it out")
         _require(self.combine in ("grid", "zip"), "combine", "grid or zip", self.combine, "leave it away for grid")
         _require(len(self.seeds) > 0, "seeds", "at least one seed", self.seeds, "five make intervals: [0, 1, 2, 3, 4]")
         _refuse_doubles(self.seeds, "seeds")
         _refuse_doubles([arm.name for arm in self.arms], "arms")
         _check_keys(self)
+        _check_tasks(self)
         labels = [run.arm for run in expand(self)]
         known = [*dict.fromkeys([*(arm.name for arm in self.arms), *labels])]
         if self.baseline and self.baseline not in known:
@@ -109,18 +119,19 @@ class StudyRun(NamedTuple):
     overrides: dict[str, Any]  # every key that some arm or axis sets -> this run's value
     seed: int
     config: RunConfig
+    order: tuple[str, ...] = ()  # of its tasks; none in a study of one text
 
 
 def expand(study: StudyConfig) -> list[StudyRun]:
-    """All runs: every cell with the first seed, then every cell with the second one, and so on."""
+    """All runs: every cell with the first seed and order, then with the next order, then with the next seed."""
     keys, found, runs = overridden_keys(study), cells(study), []
-    for seed in study.seeds:
-        for cell in found:
-            tuned = {key: cell.point[key] for key in study.tune}
-            name = " ".join(part for part in (cell.label, _point_text(tuned, study)) if part)
-            values = dotted(asdict(cell.config))
-            config = replace(cell.config, seed=seed, out=None)
-            runs.append(StudyRun(f"{_slug(name)}-seed{seed}", cell.label, {k: values[k] for k in keys}, seed, config))
+    orders = [(f"-order{number}", tuple(order)) for number, order in enumerate(orders_of(study), 1)] or [("", ())]
+    for seed, (mark, order), cell in product(study.seeds, orders, found):
+        tuned = {key: cell.point[key] for key in study.tune}
+        name = " ".join(part for part in (cell.label, _point_text(tuned, study)) if part)
+        values = dotted(asdict(cell.config))
+        overrides, config = {key: values[key] for key in keys}, replace(cell.config, seed=seed, out=None)
+        runs.append(StudyRun(f"{_slug(name)}{mark}-seed{seed}", cell.label, overrides, seed, config, order))
     doubled = [name for name, count in Counter(run.id for run in runs).items() if count > 1]
     if doubled:
         raise UserError(f"arms: expected names that differ in letters or digits, got two runs {doubled[0]}; rename one")
@@ -147,6 +158,11 @@ def cells(study: StudyConfig) -> list[Cell]:
     return [*found.values()]
 
 
+def orders_of(study: StudyConfig) -> list[list[str]]:
+    """The orders of the tasks; none in a study of one text."""
+    return [list(order) for order in study.orders] or ([list(study.tasks)] if study.tasks else [])
+
+
 def overridden_keys(study: StudyConfig) -> list[str]:
     """Every key that an arm or an axis sets, in order of appearance."""
     return [*dict.fromkeys([*(key for arm in study.arms for key in arm.set), *study.axes])]
@@ -171,7 +187,9 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
     arms = [{"name": arm.name, "set": dict(arm.set)} for arm in study.arms]
     lists = {key: list(values[key]) for key in ("tune", "seeds")}
     axes = {key: list(points) for key, points in study.axes.items()}
-    return values | lists | {"base": base, "arms": arms, "axes": axes, "quick": dict(study.quick)}
+    lists["orders"] = [list(order) for order in study.orders]
+    parts = {"base": base, "arms": arms, "axes": axes, "tasks": dict(study.tasks), "quick": dict(study.quick)}
+    return values | lists | parts
 
 
 def quick_study(study: StudyConfig) -> StudyConfig:
@@ -180,7 +198,7 @@ def quick_study(study: StudyConfig) -> StudyConfig:
     if not given:
         raise UserError("quick: expected what the short version changes, got nothing; add `quick: {steps: 50}`")
     names = given.pop("arms", [arm.name for arm in study.arms])
-    parts = {key: given.pop(key) for key in ("seeds", "axes") if key in given}
+    parts = {key: given.pop(key) for key in ("seeds", "axes", "orders") if key in given}
     for name in names:
         if name not in [arm.name for arm in study.arms]:
             raise UserError(
@@ -226,6 +244,32 @@ def _check_keys(study: StudyConfig) -> None:
     for key in study.tune:
         if key not in study.axes:
             raise UserError(f"tune: expected axes ({', '.join(study.axes) or 'there are none'}), got {key!r}")
+
+
+def _check_tasks(study: StudyConfig) -> None:
+    names = list(study.tasks)
+    if not names:
+        _require(not study.orders, "orders", "none without tasks", [*study.orders], "add `tasks: {name: data}`")
+        for cell in cells(study):
+            wanted = "0 in a study without tasks"
+            _require(not cell.config.replay, "replay", wanted, cell.config.replay, "add `tasks: {name: data}`")
+        return
+    _require(len(names) > 1, "tasks", "two or more", names[0], "add one, or give it as base.data")
+    for name, spec in study.tasks.items():
+        _require(bool(name and spec), f"tasks.{name}", "a name and what `data` takes", spec, "such as stdlib:re/*.py")
+    for number, order in enumerate(study.orders, 1):
+        for name in order:
+            if name not in names:
+                raise UserError(f"orders[{number}]: unknown task {name!r}{near(name, names)}")
+        wanted = f"every task once ({', '.join(names)})"
+        _require(sorted(order) == sorted(names), f"orders[{number}]", wanted, [*order], "change it")
+    _refuse_doubles([[*order] for order in study.orders], "orders")
+    if "data" in overridden_keys(study):
+        raise UserError("data: expected no arm or axis that sets it beside tasks, got one; remove it")
+    for cell in cells(study):
+        wanted = f"a multiple of the number of tasks ({len(names)}) for {cell.label}"
+        mend = f"take {max(1, cell.config.steps // len(names)) * len(names)}"
+        _require(cell.config.steps % len(names) == 0, "steps", wanted, cell.config.steps, mend)
 
 
 def _require(fine: bool, key: str, wanted: str, came: object, mend: str) -> None:

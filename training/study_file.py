@@ -1,6 +1,6 @@
 """Text -> StudyConfig: the YAML file of a study, every error one line that names the file and the key."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ KEYS = [field.name for field in fields(StudyConfig)]
 KINDS = {str: "text", dict: "keys and values below it", list: "a list", int: "a whole number", float: "a number"}
 WANTED: dict[str, type] = (
     dict.fromkeys(("name", "question", "falsifier", "baseline", "combine"), str)
-    | dict.fromkeys(("base", "axes", "quick"), dict)
-    | dict.fromkeys(("arms", "tune", "seeds"), list)
-    | {"margin": float, "record_every": int}
+    | dict.fromkeys(("base", "axes", "tasks", "quick"), dict)
+    | dict.fromkeys(("arms", "orders", "tune", "seeds"), list)
+    | {"margin": float, "record_every": int, "analysis_tokens": int}
 )
 
 
@@ -69,6 +69,8 @@ def parse_study(values: Mapping[Any, Any], *, name: str) -> StudyConfig:
     parts = {key: _kind(quick.pop(key), WANTED[key], f"quick.{key}") for key in QUICK_PARTS if key in quick}
     for seed in parts.get("seeds", ()):
         _kind(seed, int, "quick.seeds")
+    _check_names(given.get("tasks", {}), given.get("orders", ()), "")
+    _check_names({}, parts.get("orders", ()), "quick.")
     if "axes" in parts:
         parts["axes"] = _axes(parts["axes"], "quick.axes.")
     base = _typed(given.get("base", {}), "base.")
@@ -80,6 +82,16 @@ def parse_study(values: Mapping[Any, Any], *, name: str) -> StudyConfig:
         "quick": parts | _typed(quick, "quick."),
     }
     return StudyConfig(**parsed | {key: value for key, value in given.items() if key == "name" or key not in parsed})
+
+
+def _check_names(tasks: Mapping[Any, Any], orders: Sequence[Any], prefix: str) -> None:
+    """Tasks and orders are of text."""
+    for name, spec in tasks.items():
+        _kind(name, str, f"{prefix}tasks")
+        _kind(spec, str, f"{prefix}tasks.{name}")
+    for number, order in enumerate(orders, 1):
+        for name in _kind(order, list, f"{prefix}orders[{number}]"):
+            _kind(name, str, f"{prefix}orders[{number}]")
 
 
 def _arm(entry: Any, number: int) -> Arm:

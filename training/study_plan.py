@@ -26,8 +26,8 @@ class Chunk(NamedTuple):
 
 
 def static_part(config: RunConfig) -> RunConfig:
-    """A run's settings without what vmap maps: the numbers of the hyper step, and the seed."""
-    return replace(config, hyper=DEFAULT_HYPER, seed=0, out=None)
+    """A run's settings without what vmap maps: the numbers of the hyper step, the seed, and what is in its batches."""
+    return replace(config, hyper=DEFAULT_HYPER, seed=0, out=None, replay=0.0)
 
 
 def plan_chunks(runs: list[StudyRun], runs_at_once: int | None = None) -> list[Chunk]:

@@ -5,20 +5,25 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
 
 from tiny_onn_func.params import count_active_params, count_params
 from training.alarms import WINDOW, collapse_alarms
+from training.continual import Continual, Matrix, continual_measures
 from training.evaluate import Score
+from training.metrics import load_entropy
 from training.recorder import read_history
 from training.study_config import StudyRun
 
 RESULTS = "results.csv"
 MEASURES = (
     "nats_per_token", "bits_per_byte", "avg_k", "max_vio", "dead_experts", "gating_acc", "gating_trivial",
-    "active_parameters", "seconds", "status",
+    "active_parameters", "load_entropy", "regret", "regret_random", "regret_w2", "oracle_hits", "co_activation",
+    "routing_drift", "seconds", "status",
 )  # fmt: skip
 FINISHED, DIVERGED, UNFINISHED = "finished", "diverged", "unfinished"
 Row = dict[str, Any]
@@ -30,36 +35,64 @@ def empty_row(run: StudyRun) -> Row:
         "run": run.id,
         "arm": run.arm,
         **run.overrides,
+        **({"order": " > ".join(run.order)} if run.order else {}),
         "seed": run.seed,
         **dict.fromkeys(MEASURES),
+        **dict.fromkeys(Continual._fields if run.order else ()),
         "status": UNFINISHED,
     }
 
 
-def finished_row(run: StudyRun, score: Score | None, seconds: float, folder: Path) -> Row:
+def pair_key(row: Mapping[str, Any]) -> str:
+    """What two rows of a pair have in common: the seed, and the order of the tasks where there is one."""
+    return f"{row['seed']}, {row['order']}" if row.get("order") else str(row["seed"])
+
+
+def finished_row(
+    run: StudyRun, score: Score | None, seconds: float, folder: Path, facts: Mapping[str, Any] | None = None,
+    matrix: Matrix = (),
+) -> Row:  # fmt: skip
     """The row of a run that is done; without a score it diverged.
 
-    max_vio, gating_acc and gating_trivial are means over the last WINDOW records; dead_experts counts the (layer,
-    expert) pairs that got no token in any of them; avg_k is the held-out one.
+    max_vio, gating_acc, gating_trivial and load_entropy are means over the last WINDOW records; dead_experts counts the
+    (layer, expert) pairs that got no token in any of them; avg_k is the held-out one; routing_drift is that of the last
+    evaluation during the run. `facts` are those of `training.routing_facts`, `matrix` the scores of a stream of tasks.
     """
     row = empty_row(run) | {"seconds": round(seconds, 3), "status": DIVERGED}
     if score is None:
         return row
-    window = read_history(folder)[-WINDOW:]
+    history = read_history(folder)
+    window = history[-WINDOW:]
     loads = np.asarray([record["expert_load"] for record in window])
+    measures = continual_measures(matrix)._asdict() if run.order else {}
     means = {key: _mean(window, key) for key in ("max_vio", "gating_acc", "gating_trivial")}
-    return row | means | {
+    return row | means | routing_columns(facts) | {
         "nats_per_token": _rounded(score.nats_per_token),
         "bits_per_byte": _rounded(score.bits_per_byte),
         "avg_k": _rounded(score.avg_k),
         "dead_experts": int((loads == 0).all(axis=0).sum()),
+        "load_entropy": _rounded(fmean(float(load_entropy(torch.from_numpy(load))) for load in loads)),
+        "routing_drift": _mean([record for record in history if "routing_drift" in record][-1:], "routing_drift"),
         "active_parameters": round(count_active_params(run.config.model, score.avg_k)),
         "status": FINISHED,
+        **{key: _rounded(value) for key, value in measures.items()},
     }  # fmt: skip
 
 
-def write_summary(run: StudyRun, row: Row, score: Score | None, steps: int, folder: Path) -> None:
-    """summary.json of a run: as after `tiny-onn train`, with the arm and what became of it."""
+def routing_columns(facts: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """What results.csv keeps of a run's `training.routing_facts`."""
+    if facts is None:
+        return {}
+    of = facts["regret"]
+    regrets = {"regret": of["router"], "regret_random": of["random"], "regret_w2": of["w2"]}
+    return regrets | {key: facts[key] for key in ("oracle_hits", "co_activation")}
+
+
+def write_summary(
+    run: StudyRun, row: Row, score: Score | None, steps: int, folder: Path, facts: Mapping[str, Any] | None = None,
+    matrix: Matrix = (),
+) -> None:  # fmt: skip
+    """summary.json of a run: as after `tiny-onn train`, with the arm, what became of it, and its routing's facts."""
     model, tokens = run.config.model, steps * run.config.batch_size * run.config.sequence_length
     summary = {
         **{key: row[key] for key in ("run", "arm", "seed", *MEASURES)},
@@ -76,14 +109,19 @@ def write_summary(run: StudyRun, row: Row, score: Score | None, steps: int, fold
             read_history(folder), model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
             min_experts_per_tok=model.min_experts_per_tok, max_experts_per_tok=model.max_experts_per_tok,
         ),
+        "routing": facts,
     }  # fmt: skip
+    if run.order:
+        known = None if score is None else [[_rounded(value) for value in line] for line in matrix]
+        summary |= {key: row[key] for key in Continual._fields} | {"order": run.order, "score_matrix": known}
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def write_results(rows: Sequence[Row], folder: Path) -> None:
     """results.csv of all rows, in one move."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+    keys = dict.fromkeys(key for row in rows for key in row)  # rows of an older version may have fewer
+    writer = csv.DictWriter(file, fieldnames=[*keys], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(folder / RESULTS, file.getvalue())

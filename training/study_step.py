@@ -1,4 +1,4 @@
-"""Runs side by side: one vmapped hyper step, their batches stacked, their scores."""
+"""Runs side by side: one vmapped hyper step, their scores."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from tiny_onn_func.decoder import forward
-from tiny_onn_func.tree import Tree, stack
+from tiny_onn_func.tree import Tree
 from training.batch import IGNORE_INDEX, Batch
-from training.data import Splits, batch_at, held_out_batches, scored_span
+from training.data import Splits, held_out_batches, scored_span
 from training.evaluate import Score
 from training.hyper import HyperParams
 from training.hyper_step import TrainState, hyper_step
@@ -47,17 +47,6 @@ def split_numbers(hypers: Sequence[HyperParams]) -> tuple[HyperParams, dict[str,
         if any(value != values[0] for value in values)
     }
     return hypers[0], varied
-
-
-def batches_at(corpus: Splits, configs: Sequence[RunConfig], step: int) -> Batch:
-    """The runs' batches of a step, stacked; runs of one seed see the same batch."""
-    of_seed: dict[int, Batch] = {}
-    for config in configs:
-        if config.seed not in of_seed:
-            of_seed[config.seed] = batch_at(
-                corpus.train, config.seed, step, config.batch_size, config.sequence_length, config.pack
-            )
-    return stack([of_seed[config.seed] for config in configs])
 
 
 def score_runs(params: Tree, configs: Sequence[RunConfig], corpus: Splits, max_bytes: int | None) -> list[Score]:

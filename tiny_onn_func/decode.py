@@ -1,0 +1,218 @@
+"""The decoder for reading a text bit by bit: what `forward` computes, with a cache and few operations a token.
+
+One token costs little arithmetic, so the time goes into the number of operations: weights are laid out once a text,
+shapes are changed by `view` (einops asks what a pattern means at every call), no gradient is prepared for.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tiny_onn_func.attention import causal_bias
+from tiny_onn_func.cache import empty_cache, recall, remember
+from tiny_onn_func.config import DYNAMIC_K, ModelConfig
+from tiny_onn_func.decoder import unstack_layers
+from tiny_onn_func.grouped import grouped_matmul
+from tiny_onn_func.hashing import hash_logits
+from tiny_onn_func.ops import rotary_angles, swiglu, wide_dtype
+from tiny_onn_func.routing import Routing, route
+
+
+class LayerWeights(NamedTuple):
+    """A layer's parameters: what is multiplied with the same input lies side by side."""
+
+    input_norm: Float[Tensor, " dim"]
+    qkv: Float[Tensor, "dim all_heads"]
+    qk_norm: Float[Tensor, "rotated_heads head_dim"]
+    o_proj: Float[Tensor, "heads dim"]
+    post_norm: Float[Tensor, " dim"]
+    router: Float[Tensor, "dim experts"]  # in the dtype of decisions
+    router_bias: Float[Tensor, " experts"]
+    w13: Float[Tensor, "experts dim both"]
+    w2: Float[Tensor, "experts inner dim"]
+    each: tuple[tuple[Tensor, Tensor], ...]  # (w13, w2) of every expert
+
+
+class Text(NamedTuple):
+    """A batch of texts that is being read: all that stays the same from token to token, and the cache."""
+
+    config: ModelConfig
+    embedding: Float[Tensor, "vocab dim"]
+    layers: tuple[LayerWeights, ...]
+    norm: Float[Tensor, " dim"]
+    head: Float[Tensor, "dim vocab"]
+    eps: Float[Tensor, ""]
+    cos: Float[Tensor, "#batch columns 1 head_dim"]
+    sin: Float[Tensor, "#batch columns 1 head_dim"]
+    mask: Int[Tensor, "batch prompt"] | None  # None where no row is padded
+    hidden: Float[Tensor, "batch 1 1 columns"] | None  # what to add to the scores of every later query
+    window: int  # how many of the last tokens are attended to, the token itself among them
+    surprise_budget: float
+    memory: tuple[tuple[Tensor, Tensor], ...]  # the cache, layer by layer
+
+
+class Reading(NamedTuple):
+    """What the model says after some more tokens, and where every layer sent them."""
+
+    logits: Float[Tensor, "batch vocab"]  # of the last token
+    routes: tuple[Routing, ...]  # one a layer, tokens = batch * new
+
+
+@torch.inference_mode()
+def open_text(
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    batch: int,
+    columns: int,
+    *,
+    attention_mask: Int[Tensor, "batch prompt"] | None = None,
+    context_length: int | None = None,
+    surprise_budget: float = 0.5,
+) -> Text:
+    """Everything that reading up to `columns` tokens a row needs; the prompt may be padded on the left."""
+    embedding = params["embed_tokens"]
+    dtype, device = embedding.dtype, embedding.device
+    layers = tuple(_lay_out(layer) for layer in unstack_layers(params["layers"], config.num_hidden_layers))
+    mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+    positions, hidden = torch.arange(columns, device=device)[None], None
+    if mask is not None:
+        skipped = (mask == 0).sum(dim=1, keepdim=True)
+        hidden = torch.where(positions < skipped, torch.finfo(dtype).min, 0.0).to(dtype)[:, None, None]
+        positions = (positions - skipped).clamp_min(0)
+    cos, sin = (angle.to(dtype)[:, :, None] for angle in rotary_angles(positions, config.head_dim, config.rope_theta))
+    cache = empty_cache(config, batch, columns, dtype, device)
+    return Text(
+        config, embedding, layers, params["norm"], embedding.mT if config.tie_word_embeddings else params["lm_head"],
+        torch.tensor(config.rms_norm_eps, dtype=wide_dtype(dtype), device=device),
+        torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1), mask, hidden, context_length or columns,
+        surprise_budget, tuple(zip(*(part.unbind(0) for part in cache), strict=True)),
+    )  # fmt: skip
+
+
+def _lay_out(layer: Mapping[str, Any]) -> LayerWeights:
+    attn, moe = layer["self_attn"], layer["moe"]
+    head_dim = attn["q_norm"].shape[0]
+    heads, groups = (attn[name].shape[1] // head_dim for name in ("q_proj", "k_proj"))
+    w13, w2 = torch.cat((moe["w1"], moe["w3"]), dim=-1), moe["w2"]
+    return LayerWeights(
+        layer["input_layernorm"],
+        torch.cat([attn[name] for name in ("q_proj", "k_proj", "v_proj")], dim=1),
+        torch.cat((attn["q_norm"].expand(heads, -1), attn["k_norm"].expand(groups, -1))),
+        attn["o_proj"],
+        layer["post_attention_layernorm"],
+        moe["router"].to(wide_dtype(moe["w1"].dtype)),
+        moe["router_bias"],
+        w13,
+        w2,
+        tuple(zip(w13.unbind(0), w2.unbind(0), strict=True)),
+    )
+
+
+@torch.inference_mode()
+def read(text: Text, tokens: Int[Tensor, "batch new"], start: int) -> Reading:
+    """Read the tokens of the columns start, start + 1, ...: one of each row, or the whole prompt at column 0.
+
+    The logits are those of `forward` on the whole text, up to rounding, as long as the window holds it.
+    """
+    batch, new = tokens.shape
+    flat = tokens.reshape(-1)
+    real = torch.ones_like(flat, dtype=torch.bool) if text.mask is None or start else text.mask.reshape(-1) != 0
+    first = 0 if new > 1 else max(0, start + 1 - text.window)
+    bias = _prompt_bias(text, new) if new > 1 else None if text.hidden is None else text.hidden[..., first : start + 1]
+    x, routes = F.embedding(flat, text.embedding), []
+    for index, layer in enumerate(text.layers):
+        x = _attend(text, layer, index, x.view(batch, new, -1), start, first, bias)
+        x, routing = _visit_experts(text, layer, index, x, flat, real)
+        routes.append(routing)
+    last = x.view(batch, new, -1)[:, -1]
+    logits = _rms_norm(last, text.norm, text.eps) @ text.head
+    return Reading(logits.to(wide_dtype(logits.dtype)), tuple(routes))
+
+
+def _prompt_bias(text: Text, new: int) -> Float[Tensor, "#batch 1 queries keys"]:
+    """Causal, padding hidden, and no key further back than the window; a group's queries lie one below the other."""
+    dtype, device = text.embedding.dtype, text.embedding.device
+    bias = causal_bias(text.mask, new, device, dtype)
+    place = torch.arange(new, device=device)
+    bias = bias.masked_fill(place[:, None] - place >= text.window, torch.finfo(dtype).min)
+    share = text.config.num_attention_heads // text.config.num_key_value_heads
+    return bias.repeat_interleave(share, dim=1)[:, None]
+
+
+def _attend(
+    text: Text, layer: LayerWeights, index: int, x: Tensor, start: int, first: int, bias: Tensor | None
+) -> Float[Tensor, "tokens dim"]:
+    """x + attention(norm(x)), as in attention.py; the heads of a group are queries of one key head."""
+    config, (batch, new, width) = text.config, x.shape
+    heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    x = x.view(-1, width)
+    qkv = (_rms_norm(x, layer.input_norm, text.eps) @ layer.qkv).view(batch, new, -1, head_dim)
+    qk = _rms_norm(qkv[:, :, : heads + groups], layer.qk_norm, text.eps)
+    span = slice(start, start + new)
+    qk = torch.addcmul(qk * text.cos[:, span], qk.roll(head_dim // 2, -1), text.sin[:, span])
+    remember(text.memory[index], start, qk[:, :, heads:].transpose(1, 2), qkv[:, :, heads + groups :].transpose(1, 2))
+    keys, values = recall(text.memory[index], first, start + new)
+    q = qk[:, :, :heads].view(batch, new, groups, -1, head_dim).transpose(1, 2).reshape(batch, groups, -1, head_dim)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
+    out = out.view(batch, groups, new, -1).transpose(1, 2).reshape(batch * new, -1)
+    return torch.addmm(x, out, layer.o_proj)
+
+
+def _visit_experts(
+    text: Text, layer: LayerWeights, index: int, x: Tensor, token_ids: Tensor, real: Tensor
+) -> tuple[Float[Tensor, "tokens dim"], Routing]:
+    """x + moe(norm(x)), as in moe.py."""
+    config = text.config
+    normed = _rms_norm(x, layer.post_norm, text.eps)
+    if config.routing == "hash":
+        logits = hash_logits(token_ids, index, config.num_experts).to(layer.router.dtype)
+    else:
+        logits = normed.to(layer.router.dtype) @ layer.router
+    routing = _route(logits, real, text, layer.router_bias)
+    visit = _visit_one_by_one if x.shape[0] == 1 else _visit_sorted
+    return visit(x, normed, routing, layer), routing
+
+
+def _route(logits: Tensor, real: Bool[Tensor, " tokens"], text: Text, bias: Tensor) -> Routing:
+    """`route`, without the slots that no token fills; a fixed K of real tokens needs fewer operations."""
+    config = text.config
+    if config.num_experts_per_tok != DYNAMIC_K and text.mask is None:
+        expert_ids = (logits.softmax(dim=-1) + bias).topk(config.num_experts_per_tok, dim=-1).indices
+        weights = logits.gather(-1, expert_ids).softmax(dim=-1)
+        return Routing(expert_ids, weights, real[:, None].expand(expert_ids.shape))
+    routing = route(logits, real, config, text.surprise_budget, bias)
+    used = max(1, int(routing.active.sum(dim=-1).max()))  # kept slots come first
+    return Routing(*(part[:, :used] for part in routing))
+
+
+def _visit_one_by_one(x: Tensor, normed: Tensor, routing: Routing, layer: LayerWeights) -> Float[Tensor, "1 dim"]:
+    """One token: its experts' matrices are used where they lie."""
+    visited = [layer.each[expert] for expert in routing.expert_ids[0].tolist()]
+    gate, up = torch.cat([normed @ w13 for w13, _ in visited]).chunk(2, dim=-1)
+    hidden = swiglu(gate, up) * routing.weights.to(x.dtype).mT
+    for row, (_, w2) in zip(hidden.split(1), visited, strict=True):
+        x = torch.addmm(x, row, w2)
+    return x
+
+
+def _visit_sorted(x: Tensor, normed: Tensor, routing: Routing, layer: LayerWeights) -> Float[Tensor, "tokens dim"]:
+    """Many tokens: their (token, slot) pairs sorted by expert, free slots last, as in experts.py."""
+    experts, slots = layer.w2.shape[0], routing.expert_ids.shape[1]
+    expert, order = routing.expert_ids.masked_fill(~routing.active, experts).flatten().sort(stable=True)
+    offsets = torch.searchsorted(expert, torch.arange(experts, device=x.device), right=True).to(torch.int32)
+    rows = normed.index_select(0, order // slots)
+    gate, up = grouped_matmul(rows, layer.w13, offsets).chunk(2, dim=-1)
+    weights = routing.weights.to(x.dtype).flatten().index_select(0, order)[:, None]
+    y = grouped_matmul(swiglu(gate, up) * weights, layer.w2, offsets)
+    return x + torch.empty_like(y).index_copy_(0, order, y).view(-1, slots, x.shape[1]).sum(dim=1)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    """`ops.rms_norm` from the norm, which is one operation: half the time of the library's on a single token."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=eps.dtype)
+    scale = torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt()
+    return (x * scale * weight).to(x.dtype)

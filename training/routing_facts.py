@@ -1,0 +1,214 @@
+"""What a finished run's router does on held-out text: regret, agreement, drift, co-activation, as plain values.
+
+All runs of all arms are looked at on the same held-out tokens, so that their numbers are paired.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.func import vmap
+
+from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.decoder import forward
+from tiny_onn_func.moe import RouterTrace
+from tiny_onn_func.tree import Tree, unstack
+from training.agreement import VALUES, all_surprises, rank_agreement
+from training.batch import IGNORE_INDEX, Batch
+from training.corpus import Corpus
+from training.data import batch_at, held_out_batches
+from training.oracle import counterfactual_losses, draw_sample, fill_sampled, regret
+from training.run_config import RunConfig
+
+KINDS = (*VALUES, "oracle")  # rows and columns of the agreement matrices
+MOST_PICKS = 4  # sampled tokens of a sequence and layer: more sequences are more independent
+WIDER = 4  # forks may make a sequence this many times longer
+Facts = dict[str, Any]
+
+
+class Sampled(NamedTuple):
+    """What is known of one run, on the analysis batch."""
+
+    values: Float[Tensor, "values layers tokens experts"]
+    trace: RouterTrace
+    losses: Float[Tensor, "layers batch picks experts"]  # of the oracle
+
+
+def analysis_batch(corpus: Corpus, config: RunConfig, tokens: int) -> tuple[Batch, Int[Tensor, "layers batch picks"]]:
+    """Held-out windows and the sampled positions, about `tokens` a layer; they depend on no seed of a run."""
+    layers, length = config.model.num_hidden_layers, config.sequence_length
+    picks = max(1, min(MOST_PICKS, WIDER * length // (config.model.num_experts * layers), length, tokens))
+    rows = -(-tokens // picks)
+    if corpus.tokens.size > length and corpus.num_targets:
+        batch = batch_at(corpus, 0, 0, rows, length, config.pack)
+    else:  # shorter than one window
+        batch = next(held_out_batches(corpus, 1, length, pack=config.pack))
+    return batch, draw_sample(batch.labels, layers, picks, 0, torch.zeros((), dtype=torch.int64))
+
+
+def routing_facts(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, tokens: int) -> list[Facts]:
+    """The facts of every run; `params` are stacked, `tokens` are sampled in each layer. See `facts_of` for the keys."""
+    config = configs[0]
+    batch, sample = analysis_batch(corpus, config, tokens)
+    budgets = _budgets(configs)
+
+    def surprises(params: Tree, budget: Tensor, part: Batch) -> tuple[Tensor, RouterTrace]:
+        return all_surprises(params, part, config.model, budget)
+
+    def oracle(params: Tree, budget: Tensor, part: Batch, sample: Tensor) -> Tensor:
+        return counterfactual_losses(params, part, config.model, sample, surprise_budget=budget)
+
+    mapped = dict(in_dims=(0, 0, None))
+    seen = [vmap(surprises, **mapped)(params, budgets, part) for part, _ in _parts(batch, sample, config.batch_size)]
+    forks = sample.shape[0] * sample.shape[2] * config.model.num_experts
+    rows = max(1, 2 * config.batch_size * config.sequence_length // (config.sequence_length + forks))
+    with torch.no_grad():
+        losses = [
+            vmap(oracle, in_dims=(0, 0, None, None))(params, budgets, *part) for part in _parts(batch, sample, rows)
+        ]
+    values = torch.cat([found for found, _ in seen], dim=3)
+    trace = RouterTrace(*(torch.cat(part, dim=2) for part in zip(*(trace for _, trace in seen), strict=True)))
+    whole = Sampled(values, trace, torch.cat(losses, dim=2))
+    return [facts_of(run, batch, sample, config.model) for run in unstack(whole)]
+
+
+def first_choices(
+    params: Tree, configs: Sequence[RunConfig], corpus: Corpus, tokens: int
+) -> Int[Tensor, "runs layers tokens"]:
+    """The expert that each run's router likes best for every token of the analysis batch; -1 on padding."""
+    config = configs[0]
+    batch, sample = analysis_batch(corpus, config, tokens)
+
+    def one(params: Tree, budget: Tensor, part: Batch) -> Tensor:
+        _, trace = forward(
+            params, part.input_ids, config.model, attention_mask=part.attention_mask, surprise_budget=budget
+        )
+        return torch.where(trace.active[..., 0], trace.expert_ids[..., 0], -1)
+
+    with torch.no_grad():
+        parts = _parts(batch, sample, 2 * config.batch_size)
+        chosen = [vmap(one, in_dims=(0, 0, None))(params, _budgets(configs), part) for part, _ in parts]
+    return torch.cat(chosen, dim=-1)
+
+
+def drift(
+    before: Int[Tensor, "runs layers tokens"], after: Int[Tensor, "runs layers tokens"]
+) -> Float[Tensor, "runs layers"]:
+    """Share of the real tokens whose first choice is another one than before."""
+    real = after >= 0
+    return ((before != after) & real).sum(dim=-1) / real.sum(dim=-1).clamp_min(1)
+
+
+def facts_of(run: Sampled, batch: Batch, sample: Tensor, model: ModelConfig) -> Facts:
+    """Plain values: `sampled` tokens a layer and the facts of regret, agreement and co-activation."""
+    layers, rows, _ = sample.shape
+    seq = batch.labels.shape[1]
+    labelled = batch.labels.expand(layers, rows, seq).gather(-1, sample) != IGNORE_INDEX
+    token = (torch.arange(rows)[:, None] * seq + sample).flatten(1)  # layers, batch * picks
+    losses, keep = rearrange(run.losses, "l b p e -> l (b p) e"), labelled.flatten(1)
+    values = run.values.gather(2, token[None, :, :, None].expand(len(VALUES), -1, -1, model.num_experts))
+    ids, active = (
+        part.gather(1, token[..., None].expand(-1, -1, part.shape[-1]))
+        for part in (run.trace.expert_ids, run.trace.active)
+    )
+    dense = fill_sampled(run.losses, sample, seq)[None]
+    everywhere = torch.cat((run.values, dense)).gather(-1, run.trace.expert_ids.expand(len(KINDS), -1, -1, -1))
+    return {
+        "sampled": int(keep.sum()) // layers,
+        **regret_facts(losses, values, ids, active, keep),
+        "agreement": agreement_facts(everywhere, run.trace.active),
+        **co_activation_facts(run.trace.expert_ids, run.trace.active, model.num_experts),
+    }
+
+
+def regret_facts(
+    losses: Float[Tensor, "layers sampled experts"],
+    values: Float[Tensor, "values layers sampled experts"],
+    ids: Int[Tensor, "layers sampled slots"],
+    active: Bool[Tensor, "layers sampled slots"],
+    keep: Bool[Tensor, "layers sampled"],
+) -> Facts:
+    """Mean nats above the best expert, when a token is sent alone to what each rule points at.
+
+    Over all experts: `router` (its first choice), `random`. Among those that the token visits: `visited random`,
+    `visited best`, and the least of each value. `oracle_hits` is the share of tokens whose first choice is the best
+    expert, `oracle_chance` what a random expert would score. Surprise points at good experts where its regret is below
+    that of `visited random`.
+    """
+    visited = torch.zeros_like(losses).scatter_add(-1, ids, active.to(losses.dtype)) > 0
+    best = losses.amin(dim=-1)
+    counts = visited.sum(dim=-1).clamp_min(1)
+    of = {
+        "router": regret(losses, ids[..., 0]),
+        "random": losses.mean(dim=-1) - best,
+        "visited random": torch.where(visited, losses, 0.0).sum(dim=-1) / counts - best,
+        "visited best": torch.where(visited, losses, torch.inf).amin(dim=-1) - best,
+        **{name: regret(losses, value.argmin(dim=-1)) for name, value in zip(VALUES, values, strict=True)},
+    }
+    hits = ids[..., 0] == losses.argmin(dim=-1)
+    return {
+        "regret": {name: _mean(value, keep) for name, value in of.items()},
+        "regret_by_layer": [_mean(*pair) for pair in zip(of["router"], keep, strict=True)],
+        "oracle_hits": _mean(hits, keep),
+        "oracle_chance": 1 / losses.shape[-1],
+    }
+
+
+def agreement_facts(
+    values: Float[Tensor, "kinds layers tokens slots"], active: Bool[Tensor, "layers tokens slots"]
+) -> Facts:
+    """`kinds`, and their matrices `tau`, `top1` and `chance`; None where no token tells."""
+    found = rank_agreement(values, active)
+    matrices = {name: [[_plain(x) for x in row] for row in getattr(found, name).tolist()] for name in found._fields[:3]}
+    return {"kinds": list(KINDS), **matrices}
+
+
+def co_activation_facts(
+    ids: Int[Tensor, "layers tokens slots"], active: Bool[Tensor, "layers tokens slots"], experts: int
+) -> Facts:
+    """`co_activation`: how far pairs of experts are from what their loads alone would give; `co_activation_cosine`.
+
+    cosine[l, e, f] = tokens that visit both / sqrt(tokens that visit e * tokens that visit f).
+
+    `co_activation` = sum_{e<f} q_ef log(q_ef / p_ef) in nats, mean over layers: q is the share of the layer's pairs of
+    visits, p the share that loads n give, p_ef ~ n_e n_f. 0: experts meet by chance; None: no token visits two.
+    """
+    one_hot = torch.zeros(*ids.shape[:2], experts, dtype=torch.float64).scatter_add(-1, ids, active.double())
+    both = one_hot.mT @ one_hot
+    count = both.diagonal(dim1=-2, dim2=-1)
+    expected = count.unsqueeze(-1) * count.unsqueeze(-2)
+    cosine = both / expected.sqrt().clamp_min(1)
+    upper = torch.ones(experts, experts, dtype=torch.bool).triu(1)
+    q, p = (_shares(pairs[:, upper]) for pairs in (both, expected))
+    excess = torch.where(q > 0, q * (q / p).log(), 0.0).sum(dim=-1)
+    met = both[:, upper].sum(dim=-1) > 0
+    return {
+        "co_activation": _mean(excess, met),
+        "co_activation_cosine": [[[round(x, 4) for x in row] for row in layer] for layer in cosine.tolist()],
+    }
+
+
+def _parts(batch: Batch, sample: Tensor, rows: int) -> Iterator[tuple[Batch, Tensor]]:
+    for start in range(0, sample.shape[1], rows):
+        part = slice(start, start + rows)
+        yield Batch(*(field[part] for field in batch)), sample[:, part]
+
+
+def _budgets(configs: Sequence[RunConfig]) -> Tensor:
+    return torch.tensor([config.hyper.pi_alpha for config in configs], dtype=torch.float64)
+
+
+def _shares(x: Tensor) -> Tensor:
+    return x / reduce(x, "layers pairs -> layers 1", "sum").clamp_min(1e-300)
+
+
+def _mean(x: Tensor, keep: Tensor) -> float | None:
+    return _plain(float(torch.where(keep, x.double(), 0.0).sum() / keep.sum())) if keep.any() else None
+
+
+def _plain(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
