@@ -19,7 +19,7 @@ from tiny_onn_func.tree import flatten, stack, unflatten, unstack
 from training import HyperParams, TrainState, hyper_step, init_state, per_token_surprise
 from training.draws import Stream, draw_normal, draw_words
 from training.objectives import Targets, router_targets, shuffled
-from training.surprise import KINDS, beside_own_mean
+from training.surprise import MEASURED, beside_own_mean
 
 ROUTINGS = {"K=2": {"num_experts_per_tok": 2}, "dynamic": {}, "K=E": {"num_experts_per_tok": 4}}
 BIAS = "layers.moe.router_bias"
@@ -53,7 +53,7 @@ def by_plain_autograd(case: Case) -> dict[str, Tensor]:
         apply_w13=gate_and_up,
     )  # fmt: skip
     loss = F.cross_entropy(logits.flatten(0, 1), case.batch.labels.flatten(), reduction="sum", ignore_index=-100)
-    found = {kind: torch.full_like(trace.router_logits, torch.inf) for kind in KINDS}
+    found = {kind: torch.full_like(trace.router_logits, torch.inf) for kind in MEASURED}
     for layer, (leaves, rows) in enumerate(zip(own, rows_of, strict=True)):
         grads = dict(zip(leaves, torch.autograd.grad(loss, [*leaves.values()], retain_graph=True), strict=True))
         weights = torch.zeros_like(trace.router_logits[layer])
@@ -74,7 +74,7 @@ def by_plain_autograd(case: Case) -> dict[str, Tensor]:
 def test_every_kind_of_surprise_equals_its_definition_by_plain_autograd(routing: str) -> None:
     case = situation(routing)
     wanted = by_plain_autograd(case)
-    for kind in KINDS:
+    for kind in MEASURED:
         found = per_token_surprise(case.params, case.batch, case.config, case.hyper, kind=kind)
         assert_close(found, wanted[kind], 1e-10, f"{kind}, {routing}")
     assert (wanted["benefit"] < 0).any(), "some expert helps"
@@ -98,7 +98,7 @@ def test_unweighted_with_the_sign_turned_round_chooses_the_largest_activation_no
     assert torch.equal(targets.expert[targets.informative], largest[targets.informative])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MEASURED)
 def test_mapped_runs_of_every_kind_equal_the_runs_alone(kind: Any) -> None:
     config = tiny_config(num_experts_per_tok=2)
     batch = tiny_batch(config, **BATCH_SHAPE)

@@ -41,11 +41,11 @@ def _regret(arms: Sequence[ShownArm]) -> Html:
         rows.append([arm.label, *(number(regrets.get(rule), ".4f") for rule in RULES), hits])
     sampled = number(arms[0].found["routing"].get("sampled"), ".0f")
     notes = [
-        "Nats that a token's own next-token loss lies above the best expert's, when in one layer that token alone is sent "
-        f"to the expert that the rule points at, with weight 1. About {sampled} held-out tokens a layer, the same ones "
-        "for every run; means over layers, then seeds.",
-        "The kinds of surprise know the visited experts only: compare them with a visited one at random and with the best "
-        "visited one. Surprise that is no better than random says nothing about which expert is good.",
+        "Nats that a token's own next-token loss lies above the best expert's, when in one layer that token alone is "
+        f"sent to the expert that the rule points at, with weight 1. About {sampled} held-out tokens a layer, the "
+        "same ones for every run; means over layers, then seeds.",
+        "The kinds of surprise know the visited experts only: compare them with a visited one at random and with the "
+        "best visited one. Surprise that is no better than random says nothing about which expert is good.",
         "Hits: the router's first choice is the oracle's expert.",
     ]
     table = h.table("Regret against the counterfactual oracle", ["arm", *RULES.values(), "hits"], rows)
@@ -61,9 +61,9 @@ def _agreement(arms: Sequence[ShownArm]) -> Html:
     head = ["arm", *(f"{a}, {b}" for a, b in PAIRS)]
     kinds = ", ".join(arms[0].found["routing"]["agreement"]["kinds"])
     note = (
-        "Kendall's tau-b of two rankings of the experts that a token visits, mean over held-out tokens with two or more; "
-        "1 is the same order, 0 none in common, −1 the reverse. Below it the share of tokens whose lowest expert is the "  # noqa: RUF001
-        f"same. Rows and columns of the maps: {kinds}."
+        "Kendall's tau-b of two rankings of the experts that a token visits, mean over held-out tokens with two or "
+        f"more; 1 is the same order, 0 none in common, {h.MINUS}1 the reverse. Below it the share of tokens whose "
+        f"lowest expert is the same. Rows and columns of the maps: {kinds}."
     )
     maps = [_agreement_map(arm.label, arm.found["routing"]["agreement"]) for arm in arms]
     return h.section(

@@ -21,6 +21,7 @@ from training.hooks import SurpriseHookManager
 from training.hyper import HyperParams, Number, is_off
 from training.objectives import RouterLoss, Targets, language_modelling, router_loss, router_targets, shuffled
 from training.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
+from training.oracle import sampled_losses
 from training.regenerate import regenerate
 from training.step_metrics import Metrics, Observed, step_metrics
 from training.surprise import PER_WEIGHT, SurpriseKind, beside_own_mean, per_weight
@@ -132,6 +133,9 @@ def main_gradients(
 
     trees = (fast,) if is_off(hyper.router_coupling) else (fast, router)
     grads, seen = gradients(lambda *own: objective(*own, *(fast, router)[len(own) :]), *trees, reads=(router, hyper))
+    if kind == "oracle":
+        values = sampled_losses(params, batch, config, hyper.explore_seed, step, hyper.pi_alpha)
+        seen = seen._replace(per_token_surprise=values.to(seen.per_token_surprise.dtype))
     if kind in PER_WEIGHT:
         trace = seen.trace
         surprise = per_weight(seen.per_token_surprise, trace.expert_ids, trace.weights, trace.active)

@@ -30,6 +30,8 @@ from training.batch import IGNORE_INDEX, Batch
 from training.draws import Stream, draw_words
 from training.hyper import Number
 
+PICKS = 2  # sampled tokens of a layer and sequence in a training step
+
 
 def counterfactual_losses(
     params: Mapping[str, Any],
@@ -80,6 +82,16 @@ def draw_sample(
     words = draw_words(seed, step, Stream.ORACLE, layers, *labels.shape)
     last = 1 << 33  # behind all words
     return torch.where(labels == IGNORE_INDEX, words + last, words).argsort(dim=-1)[..., :picks]
+
+
+def sampled_losses(
+    params: Mapping[str, Any], batch: Batch, config: ModelConfig, seed: Number, step: Tensor, surprise_budget: Number
+) -> Float[Tensor, "layers tokens experts"]:
+    """The losses of PICKS tokens a layer and sequence, drawn by (seed, step), as a surprise; +inf at all others."""
+    sample = draw_sample(batch.labels, config.num_hidden_layers, PICKS, seed, step)
+    with torch.no_grad():
+        losses = counterfactual_losses(params, batch, config, sample, surprise_budget=surprise_budget)
+    return fill_sampled(losses.detach(), sample, batch.labels.shape[1])
 
 
 def fill_sampled(

@@ -62,8 +62,8 @@ def routing_facts(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, to
     def oracle(params: Tree, budget: Tensor, part: Batch, sample: Tensor) -> Tensor:
         return counterfactual_losses(params, part, config.model, sample, surprise_budget=budget)
 
-    mapped = dict(in_dims=(0, 0, None))
-    seen = [vmap(surprises, **mapped)(params, budgets, part) for part, _ in _parts(batch, sample, config.batch_size)]
+    parts = _parts(batch, sample, config.batch_size)
+    seen = [vmap(surprises, in_dims=(0, 0, None))(params, budgets, part) for part, _ in parts]
     forks = sample.shape[0] * sample.shape[2] * config.model.num_experts
     rows = max(1, 2 * config.batch_size * config.sequence_length // (config.sequence_length + forks))
     with torch.no_grad():

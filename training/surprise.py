@@ -7,6 +7,9 @@
 | experts | norm of the gradient that the token puts on w1, w3 and w2 | depends on the loss, by its direction |
 | input | norm of the gradient that comes back through the expert to its input | depends on the loss |
 | benefit | <g, y>: slope of the loss in the routing weight, the lower the more helpful; signed | depends on the loss |
+| oracle | the token's own loss, had it visited that expert alone (`training.oracle`); no gradient | is the loss |
+
+`oracle` is known for every expert, but for a few sampled tokens a step only, and costs several steps: for small sizes.
 """
 
 from typing import Literal, get_args
@@ -19,8 +22,9 @@ from torch import Tensor
 from tiny_onn_func.experts import Rows
 from training.hyper import Number
 
-SurpriseKind = Literal["w2", "unweighted", "experts", "input", "benefit"]
+SurpriseKind = Literal["w2", "unweighted", "experts", "input", "benefit", "oracle"]
 KINDS: tuple[SurpriseKind, ...] = get_args(SurpriseKind)
+MEASURED = KINDS[:-1]  # by hooks in the backward pass
 PER_WEIGHT = ("unweighted", "benefit")  # kinds whose recorded values carry the routing weight, to be divided by it
 
 
