@@ -377,6 +377,7 @@ def hyper_values(draw) -> dict:
     limits = {"pi_alpha": st.floats(0, 1, exclude_min=True), "surprise_sign": st.sampled_from([1.0, -1.0])}
     limits |= {key: st.floats(0, 1, exclude_max=True) for key in ("beta1", "beta2")}
     limits |= {key: st.floats(0, 1) for key in ("min_lr_ratio", "router_coupling", "explore_prob", "shuffle_targets")}
+    limits |= {"distill_alpha": st.sampled_from([0.0, 0.25, 1.0])}
     limits |= {"regenerate_below": st.floats(0, 1, exclude_max=True)}
     kinds = {int: counts, float: positive}
     return {field.name: draw(limits.get(field.name, kinds[field.type])) for field in fields(HyperSettings)}
@@ -389,6 +390,9 @@ def run_values(draw) -> dict:
         "data": draw(text.filter(bool)),
         "tokenizer": draw(st.just("bytes") | text.filter(bool)),
         "pack": draw(st.booleans()),
+        "init": draw(st.none() | text.filter(bool)),
+        "teacher_cache": draw(st.booleans()),
+        "compile": draw(st.booleans()),
         "replay": draw(st.sampled_from([0.0, 0.25])),
         "out": draw(st.none() | text.filter(bool)),
         "sequence_length": draw(st.integers(2, 10**9)),
@@ -405,7 +409,8 @@ def run_values(draw) -> dict:
 @settings(deadline=None, max_examples=40)
 @given(run=run_values(), model=model_values(), hyper=hyper_values())
 def test_config_to_yaml_to_config_is_the_identity(run, model, hyper, tmp_path_factory):
-    config = RunConfig(**run, model=ModelConfig(**model), hyper=HyperSettings(**hyper))
+    taught = {"teacher": "folder", "pack": False} if hyper["distill_alpha"] else {}
+    config = RunConfig(**run | taught, model=ModelConfig(**model), hyper=HyperSettings(**hyper))
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     save_settings(config, path)
     assert load_settings(str(path)) == config

@@ -232,9 +232,11 @@ def test_chunks_mix_no_static_settings_and_hold_every_run_once() -> None:
 def test_as_many_runs_at_once_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = expand(small_study(arms=(), baseline="", seeds=range(20)))
     need = memory_of_a_run(runs[0].config)
-    for free, wanted in ((0, 1), (2 * 5 * need, 5), (2**60, 10)):
+    for free, wanted in ((0, 1), (2 * 5 * need, 5), (2**60, 20)):
         monkeypatch.setattr("training.study_plan.available_memory", lambda free=free: free)
         assert max(len(chunk.runs) for chunk in plan_chunks(runs)) == wanted
+    large = [run._replace(config=replace(run.config, batch_size=4096)) for run in runs]
+    assert max(len(chunk.runs) for chunk in plan_chunks(large)) < 5, "a large step has no overhead to share"
 
 
 def test_numbers_that_agree_stay_python_numbers_and_others_are_mapped() -> None:

@@ -54,7 +54,8 @@ def hypers(runs: int, dtype: torch.dtype = torch.float64) -> list[HyperParams]:
             balance_weight=0.1 * run, z_weight=0.01 * (run + 1), router_coupling=0.3 * run, bias_speed=0.01 * run,
             explore_prob=0.2 * run, explore_seed=run, surprise_until=3 * run, target_temperature=0.5 * run,
             expert_norm=0.4 * run, shuffle_targets=(0, 0, 1)[run], freeze_step=(0, 0, 9)[run],
-            regenerate_below=0.2 * run,
+            regenerate_below=0.2 * run, backbone_lr_scale=1.0 - 0.3 * run, distill_alpha=0.2 * run,
+            distill_temperature=1.0 + run,
         )  # fmt: skip
 
     return [HyperParams(**{k: torch.tensor(v, dtype=dtype) for k, v in of(run).items()}) for run in range(runs)]

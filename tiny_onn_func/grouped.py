@@ -16,6 +16,8 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 from torch.autograd import Function
 
+from tiny_onn_func.tiles import is_traced, tiled_matmul, tiled_outer
+
 
 def grouped_matmul(
     rows: Float[Tensor, "rows in_dim"],
@@ -193,6 +195,8 @@ for function in (_GroupedMatmul, _GroupedOuter, _Dispatch, _Combine):
 
 def _matmul_kernel(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """Plain tensors only: inside a Function's forward no transform is in sight."""
+    if is_traced(offsets):
+        return tiled_matmul(rows, weights, offsets)
     if _has_fast_path(rows, weights):
         out = F.grouped_mm(rows, weights, offs=offsets)
         out[int(offsets[-1]) :] = 0  # the library leaves these rows as it found the memory
@@ -204,6 +208,8 @@ def _matmul_kernel(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _outer_kernel(rows: Tensor, grads: Tensor, offsets: Tensor) -> Tensor:
+    if is_traced(offsets):
+        return tiled_outer(rows, grads, offsets)
     rows = rows.contiguous()
     if _has_fast_path(rows.mT, grads):
         return F.grouped_mm(rows.mT, grads, offs=offsets)

@@ -14,6 +14,7 @@ from torch._C import _functorch as functorch
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch.func import vjp
 
+from tiny_onn_func.tiles import is_traced
 from tiny_onn_func.tree import leaves, tree_map
 from training.mapped import only_vmaps, peel, with_all_axes, wrap
 
@@ -25,10 +26,9 @@ def gradients(objective: Objective, *trees: Any, reads: Any = ()) -> tuple[tuple
 
     `reads` is what else the objective reads and somebody's derivative may follow.
     """
-    followed = _is_followed((trees, reads))
-    if followed or torch.compiler.is_compiling():
+    if _is_followed((trees, reads)):
         value, pull_back, aux = vjp(objective, *trees, has_aux=True)  # type: ignore[misc]
-        return pull_back(torch.ones_like(value), create_graph=followed), aux
+        return pull_back(torch.ones_like(value), create_graph=True), aux
     with torch.enable_grad():
         own = tree_map(_leaf_of_its_own, trees)
         value, aux = objective(*own)
@@ -39,14 +39,15 @@ def gradients(objective: Objective, *trees: Any, reads: Any = ()) -> tuple[tuple
 
 
 def is_transformed(trees: Any) -> bool:
-    """Whether a transform is at work, or the compiler traces, or somebody else's autograd follows the leaves."""
-    at_work = torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None
-    return at_work or _require_grad(trees)
+    """Whether a transform is at work, or a tracer, or somebody else's autograd follows the leaves."""
+    plain = [peel(leaf)[0] for leaf in leaves(trees) if isinstance(leaf, Tensor)]
+    at_work = functorch.peek_interpreter_stack() is not None or any(map(is_traced, plain))
+    return at_work or any(leaf.requires_grad for leaf in plain)
 
 
 def _is_followed(trees: Any) -> bool:
     """Whether gradients of the gradients may be asked for: by a transform that is no vmap, or by autograd."""
-    return not torch.compiler.is_compiling() and (not only_vmaps() or _require_grad(trees))
+    return not only_vmaps() or _require_grad(trees)
 
 
 def _require_grad(trees: Any) -> bool:

@@ -4,27 +4,34 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from tiny_onn_func.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
 from training.alarms import collapse_alarms
+from training.batch import Batch
 from training.checkpoint import checkpoint_tokenizer, latest_checkpoint, load_checkpoint, save_checkpoint
+from training.compiled import compile_step
 from training.data import Splits, baselines, batch_at, held_out_batches, open_corpus, scored_span
 from training.errors import UserError
 from training.evaluate import Score, evaluate
+from training.first_state import first_state
 from training.hyper_step import TrainState, hyper_step, init_state
 from training.memory import keep_freed_memory
 from training.recorder import Recorder, open_recorder, read_history
 from training.report import draw_core_metrics, draw_expert_dashboard
 from training.run_config import RunConfig, hyper_params, statics
 from training.settings import save_settings
+from training.step_metrics import Metrics
+from training.teacher import Teacher, open_teacher
 from training.tokenizer import BYTES, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer, save_tokenizer
 
 ALARM_EVERY = 50  # steps between two looks at the router's health
@@ -39,6 +46,7 @@ class Run(NamedTuple):
     history: list[dict[str, Any]]  # every record so far, oldest first
     baselines: dict[str, float]  # bits per byte on the held-out bytes of the final score
     bytes_per_token: float = 1.0  # of held-out text
+    teacher: Teacher | None = None
 
 
 def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -57,10 +65,10 @@ def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     checkpoint = _check_folder(folder, resume)
     tokenizer = _tokenizer(config, folder, checkpoint)
     run = _open(config, folder, tokenizer)
-    state = init_state(config.model, torch.Generator().manual_seed(config.seed))
+    like = init_state(config.model, torch.Generator().manual_seed(config.seed))
+    state = first_state(config) if checkpoint is None else load_checkpoint(checkpoint, like=like)
     seconds = 0.0
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, like=state)
         run.history.extend(r for r in read_history(folder) if r["step"] <= int(state.step))
         seconds = run.history[-1]["seconds"] if run.history else 0.0
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,13 +103,31 @@ def _open(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Run:
     )  # fmt: skip
     span = scored_span(corpus.held_out, config.final_eval_bytes)
     lines = baselines(corpus.train, corpus.held_out, config.final_eval_bytes)
-    return Run(config, folder, corpus, [], lines, 1.0 if tokenizer is BYTES else span.num_bytes / span.num_targets)
+    bytes_per_token = 1.0 if tokenizer is BYTES else span.num_bytes / span.num_targets
+    return Run(config, folder, corpus, [], lines, bytes_per_token, open_teacher(config))
+
+
+def _program(run: Run, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """(state, batch) -> (state, metrics): the hyper step with the run's settings, its teacher, compiled if wanted."""
+    config, hyper, teacher = run.config, hyper_params(run.config), run.teacher
+
+    def taught(state: TrainState, batch: Batch, logits: Tensor | None) -> tuple[TrainState, Metrics]:
+        return hyper_step(state, batch, hyper, config.model, **statics(config), teacher_logits=logits)
+
+    if not config.compile:
+        return lambda state, batch: taught(state, batch, None if teacher is None else teacher(batch))
+    batch = batch_at(run.corpus.train, config.seed, 0, config.batch_size, config.sequence_length, config.pack)
+    if teacher is None:
+        return compile_step(lambda state, batch: taught(state, batch, None), state, batch)
+    compiled = compile_step(taught, state, batch, teacher(batch))
+    return lambda state, batch: compiled(state, batch, teacher(batch))
 
 
 def _loop(run: Run, state: TrainState, seconds: float, recorder: Recorder) -> tuple[TrainState, float]:
     """The steps that are left. Time spent on scores, pictures and checkpoints is not training time."""
-    config, hyper = run.config, hyper_params(run.config)
+    config = run.config
     tokens_a_step = config.batch_size * config.sequence_length
+    step_of = _program(run, state)
     known_alarms = 0
     first = int(state.step)
     try:
@@ -111,7 +137,7 @@ def _loop(run: Run, state: TrainState, seconds: float, recorder: Recorder) -> tu
                 batch = batch_at(
                     run.corpus.train, config.seed, step - 1, config.batch_size, config.sequence_length, config.pack
                 )
-                new_state, metrics = hyper_step(state, batch, hyper, config.model, **statics(config))
+                new_state, metrics = step_of(state, batch)
                 values = metrics._asdict()
                 seconds += time.perf_counter() - start
                 if _due(step, config.eval_every) and step < config.steps:

@@ -18,6 +18,8 @@ class HyperParams(NamedTuple):
     """AdamW learning rate of the fast system (everything but the router)."""
     router_lr: Number = 1e-3
     """AdamW learning rate of the router; 0 freezes it."""
+    backbone_lr_scale: Number = 1.0
+    """Share of `lr` for what is neither expert nor router: embedding, attention, norms, head; 0 freezes it."""
     weight_decay: Number = 0.1
     """Decoupled weight decay of the matrices of the fast system; the router has none."""
     beta1: Number = 0.9
@@ -34,6 +36,10 @@ class HyperParams(NamedTuple):
     """Step at which the cosine decay ends; 0 keeps the learning rates constant."""
     min_lr_ratio: Number = 0.0
     """Learning rate at the end of the cosine, as a share of the peak."""
+    distill_alpha: Number = 0.0
+    """Weight of the teacher in the main loss: (1 - alpha) * cross entropy + alpha * temperature^2 * KL."""
+    distill_temperature: Number = 1.0
+    """Divides both models' logits before they are compared."""
     pi_alpha: Number = 0.5
     """Surprise budget of dynamic K, in (0, 1], and the steepness of predictive integrity."""
     pi_gamma: Number = 0.1

@@ -19,7 +19,15 @@ from training.differentiate import gradients
 from training.draws import Stream, draw_exploration, draw_words
 from training.hooks import SurpriseHookManager
 from training.hyper import HyperParams, Number, is_off
-from training.objectives import RouterLoss, Targets, language_modelling, router_loss, router_targets, shuffled
+from training.objectives import (
+    RouterLoss,
+    Targets,
+    distillation,
+    language_modelling,
+    router_loss,
+    router_targets,
+    shuffled,
+)
 from training.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
 from training.oracle import sampled_losses
 from training.regenerate import regenerate
@@ -38,9 +46,13 @@ class TrainState(NamedTuple):
 
 def init_state(config: ModelConfig, generator: Generator) -> TrainState:
     """Fresh parameters and optimizers; the same generator state gives the same bits."""
-    params = init_params(config, generator)
+    return state_of(init_params(config, generator), config)
+
+
+def state_of(params: Tree, config: ModelConfig) -> TrainState:
+    """Step 0 from these parameters, with fresh optimizers."""
     fast, router = partition(params)
-    step = torch.zeros((), dtype=torch.int64, device=generator.device)
+    step = torch.zeros((), dtype=torch.int64, device=leaves(params)[0].device)
     return TrainState(params, adamw_init(fast), adamw_init(_learned(router, config)), step)
 
 
@@ -52,6 +64,7 @@ def hyper_step(
     *,
     kind: SurpriseKind = "w2",
     compute_dtype: torch.dtype | None = None,
+    teacher_logits: Float[Tensor, "batch seq vocab"] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of both systems; pure: the inputs stay untouched and nothing is left behind.
 
@@ -62,9 +75,11 @@ def hyper_step(
         kind: what surprise is, see `training.surprise`; static, as it decides which hooks there are.
         compute_dtype: what everything but the router computes in, such as bfloat16; None is the parameters' own dtype.
             Parameters, moments, router, surprise and losses stay as wide as they are.
+        teacher_logits: with `hyper.distill_alpha` the main loss, and so surprise, is the mixture of cross entropy and
+            distillation; the metric `main_loss` stays the cross entropy.
     """
     fast, router = partition(state.params)
-    grads, seen = main_gradients(state.params, batch, hyper, config, state.step, kind, compute_dtype)
+    grads, seen = main_gradients(state.params, batch, hyper, config, state.step, kind, compute_dtype, teacher_logits)
     targets_count = seen.lm.targets.clamp_min(1)
     rate = schedule(state.step, hyper)
 
@@ -72,7 +87,7 @@ def hyper_step(
     scale = clip_factor(grad_norm, hyper.max_grad_norm) / targets_count
     fast, expert_opt = adamw_update(
         fast, grads[0], state.expert_opt, lr=hyper.lr * rate, weight_decay=hyper.weight_decay, hyper=hyper,
-        grad_scale=scale,
+        grad_scale=scale, backbone_scale=hyper.backbone_lr_scale,
     )  # fmt: skip
     real = rearrange(batch.attention_mask != 0, "b s -> (b s)")
     load = measure.expert_load(seen.trace.expert_ids, seen.trace.active, config.num_experts)
@@ -107,6 +122,7 @@ def main_gradients(
     step: Tensor,
     kind: SurpriseKind = "w2",
     compute_dtype: torch.dtype | None = None,
+    teacher_logits: Float[Tensor, "batch seq vocab"] | None = None,
 ) -> tuple[tuple[Tree, Tree | None], Observed]:
     """Gradients of the summed main loss in (fast, router), and what the pass observed.
 
@@ -129,7 +145,12 @@ def main_gradients(
             router_coupling=hyper.router_coupling, explore=explore,
         )  # fmt: skip
         lm = language_modelling(logits, batch.labels)
-        return lm.loss_sum, Observed(lm, trace, hooks.per_token_surprise)
+        total, kl = lm.loss_sum, lm.loss_sum.new_zeros(())
+        if teacher_logits is not None and not is_off(hyper.distill_alpha):
+            kl = distillation(logits, teacher_logits, batch.labels, hyper.distill_temperature)
+            alpha = hyper.distill_alpha
+            total = (1 - alpha) * total + alpha * hyper.distill_temperature**2 * kl
+        return total.to(lm.loss_sum.dtype), Observed(lm, trace, hooks.per_token_surprise, kl)
 
     trees = (fast,) if is_off(hyper.router_coupling) else (fast, router)
     grads, seen = gradients(lambda *own: objective(*own, *(fast, router)[len(own) :]), *trees, reads=(router, hyper))

@@ -39,6 +39,18 @@ def language_modelling(logits: Float[Tensor, "batch seq vocab"], labels: Int[Ten
     )
 
 
+def distillation(
+    logits: Float[Tensor, "batch seq vocab"],
+    teacher_logits: Float[Tensor, "batch seq vocab"],
+    labels: Int[Tensor, "batch seq"],
+    temperature: Number,
+) -> Float[Tensor, ""]:
+    """KL(teacher || student) at a temperature, summed over the tokens that have a target, nats (arXiv 1503.02531)."""
+    log_p, log_q = ((x / temperature).log_softmax(dim=-1) for x in (teacher_logits.to(logits.dtype), logits))
+    kl = reduce(log_p.exp() * (log_p - log_q), "batch seq vocab -> batch seq", "sum")
+    return torch.where(labels != IGNORE_INDEX, kl, 0.0).sum()
+
+
 def predictive_integrity(
     main_loss: Tensor, tau: Tensor, surprise: Tensor, pi_alpha: Number, pi_gamma: Number
 ) -> Float[Tensor, ""]:

@@ -37,6 +37,7 @@ def adamw_update(
     weight_decay: Number,
     hyper: HyperParams,
     grad_scale: Number = 1.0,
+    backbone_scale: Number = 1.0,
 ) -> tuple[Tree, AdamWState]:
     """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101); gradients are multiplied by `grad_scale` first.
 
@@ -44,23 +45,27 @@ def adamw_update(
     p = p (1 - lr wd) - lr / (1 - b1^t) * mu / (sqrt(nu / (1 - b2^t)) + eps)
 
     Decay acts on matrices; norms, one number a channel, have none. PyTorch's fused kernel makes the step
-    where no transform, no autograd and no mapped number asks for the formula itself.
+    where no transform, no autograd and no mapped number asks for the formula itself. `backbone_scale` multiplies the
+    rate, and so the decay, of every leaf that is no expert's.
     """
     updates = state.updates + 1
     if _may_fuse((params, grads, lr, weight_decay, hyper, grad_scale), weight_decay, hyper):
-        return _fused_update(params, grads, state._replace(updates=updates), lr, weight_decay, hyper, grad_scale)
+        rates = {True: float(lr * backbone_scale), False: float(lr)}
+        return _fused_update(params, grads, state._replace(updates=updates), rates, weight_decay, hyper, grad_scale)
     t = updates.to(torch.float64)  # as Python's own numbers: in float32 the corrections would lose half of their digits
     step_size = lr / (1 - hyper.beta1**t)
     root_correction = (1 - hyper.beta2**t).sqrt()
     p, g, mu, nu = (flatten(tree) for tree in (params, grads, state.mu, state.nu))
     new_p: dict[str, Tensor] = {}
     # step / (sqrt(nu) / root + eps) = (step root) / (sqrt(nu) + eps root): one pass less over each leaf
-    numbers = (
-        grad_scale, 1 - hyper.beta1, 1 - hyper.beta2, hyper.eps * root_correction, 1 - lr * weight_decay,
-        step_size * root_correction,
-    )  # fmt: skip
+    numbers = grad_scale, 1 - hyper.beta1, 1 - hyper.beta2, hyper.eps * root_correction
+    steps = {
+        backbone: (1 - lr * share * weight_decay, step_size * share * root_correction)
+        for backbone, share in ((True, backbone_scale), (False, 1.0))
+    }
     for name, value in p.items():
-        scale, new_in_mu, new_in_nu, eps, decay, step = (_in_dtype(number, value) for number in numbers)
+        own = (*numbers, *steps[is_backbone(name)])
+        scale, new_in_mu, new_in_nu, eps, decay, step = (_in_dtype(number, value) for number in own)
         grad = g[name] * scale
         mu[name] = torch.lerp(mu[name], grad, new_in_mu)
         nu[name] = torch.lerp(nu[name], grad.square(), new_in_nu)
@@ -77,18 +82,23 @@ def _may_fuse(reads: Any, weight_decay: Number, hyper: HyperParams) -> bool:
 
 
 def _fused_update(
-    params: Tree, grads: Tree, state: AdamWState, lr: Number, weight_decay: Number, hyper: HyperParams, scale: Number
-) -> tuple[Tree, AdamWState]:
+    params: Tree, grads: Tree, state: AdamWState, rates: dict[bool, float], weight_decay: Number, hyper: HyperParams,
+    scale: Number,
+) -> tuple[Tree, AdamWState]:  # fmt: skip
     """The same step, each leaf read and written once; it works in place, on copies."""
     p, mu, nu = ({k: v.clone() for k, v in flatten(tree).items()} for tree in (params, state.mu, state.nu))
     g = {name: grad * scale for name, grad in flatten(grads).items()}
-    updates, rate = state.updates.to(torch.float32), float(lr)
+    updates = state.updates.to(torch.float32)
     beta1, beta2, eps, decays = float(hyper.beta1), float(hyper.beta2), float(hyper.eps), float(weight_decay)
-    for decay, group in groupby(sorted(p, key=has_decay), key=has_decay):
+
+    def kind(name: str) -> tuple[bool, bool]:
+        return has_decay(name), is_backbone(name) and rates[True] != rates[False]
+
+    for (decay, backbone), group in groupby(sorted(p, key=kind), key=kind):
         names = list(group)
         torch._fused_adamw_(
             [p[n] for n in names], [g[n] for n in names], [mu[n] for n in names], [nu[n] for n in names], [],
-            [updates] * len(names), lr=rate, beta1=beta1, beta2=beta2, eps=eps,
+            [updates] * len(names), lr=rates[backbone], beta1=beta1, beta2=beta2, eps=eps,
             weight_decay=decays if decay else 0.0, amsgrad=False, maximize=False,
         )  # fmt: skip
     return unflatten(p), AdamWState(state.updates, unflatten(mu), unflatten(nu))
@@ -107,6 +117,11 @@ def _in_dtype(number: Number, leaf: Tensor) -> Number:
 def has_decay(name: str) -> bool:
     """Whether weight decay acts on the leaf of this dotted name."""
     return not name.endswith("norm")
+
+
+def is_backbone(name: str) -> bool:
+    """Whether the leaf of this dotted name is neither an expert's nor the router's."""
+    return ".moe." not in name and not name.startswith("router")
 
 
 def global_norm(grads: Any) -> Float[Tensor, ""]:

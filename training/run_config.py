@@ -14,7 +14,7 @@ from training.surprise import KINDS, SurpriseKind
 BYTE_TOKENS = 257  # bytes 0 to 255 and the document boundary
 Rule = tuple[str, Callable[[Any], bool], str]  # (what is wanted, the test, the keys it holds for)
 RUN_RULES: tuple[Rule, ...] = (
-    ("some text", lambda value: value != "", "data out tokenizer"),
+    ("some text", lambda value: value != "", "data out tokenizer init teacher"),
     ("1 or more", lambda value: value >= 1, "steps batch_size eval_bytes final_eval_bytes keep_checkpoints"),
     ("2 or more", lambda value: value >= 2, "sequence_length"),
     ("0 or more", lambda value: value >= 0, "eval_every checkpoint_every picture_every sample_tokens threads"),
@@ -31,7 +31,7 @@ HYPER_RULES: tuple[Rule, ...] = (
     (
         "0 or more",
         lambda value: value >= 0,
-        "lr router_lr weight_decay warmup_steps pi_gamma surprise_weight surprise_until",
+        "lr router_lr backbone_lr_scale weight_decay warmup_steps pi_gamma surprise_weight surprise_until",
     ),
     (
         "0 or more",
@@ -39,9 +39,13 @@ HYPER_RULES: tuple[Rule, ...] = (
         "balance_weight z_weight bias_speed target_temperature expert_norm freeze_step",
     ),
     ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "explore_seed"),
-    ("more than 0", lambda value: value > 0, "eps max_grad_norm"),
+    ("more than 0", lambda value: value > 0, "eps max_grad_norm distill_temperature"),
     ("0 or more and less than 1", lambda value: 0 <= value < 1, "beta1 beta2 regenerate_below"),
-    ("0 to 1", lambda value: 0 <= value <= 1, "min_lr_ratio router_coupling explore_prob shuffle_targets"),
+    (
+        "0 to 1",
+        lambda value: 0 <= value <= 1,
+        "min_lr_ratio router_coupling explore_prob shuffle_targets distill_alpha",
+    ),
     ("more than 0 and at most 1", lambda value: 0 < value <= 1, "pi_alpha"),
     ("1 or more", lambda value: value >= 1, "min_candidates"),
     ("1 or -1", lambda value: value in (1, -1), "surprise_sign"),
@@ -72,6 +76,7 @@ class HyperSettings:
 
     lr: float = 3e-3
     router_lr: float = 1e-3
+    backbone_lr_scale: float = 1.0
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.99
@@ -79,6 +84,8 @@ class HyperSettings:
     max_grad_norm: float = 1.0
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0
+    distill_alpha: float = 0.0
+    distill_temperature: float = 1.0
     pi_alpha: float = 0.5
     pi_gamma: float = 0.1
     min_candidates: int = 2
@@ -133,6 +140,12 @@ class RunConfig:
     """Whether attention keeps inside a document where several share a sequence, in training and in scores."""
     out: str | None = None
     """Folder of the run; by default runs/<name of the config file, or train>-seed<seed>."""
+    init: str | None = None
+    """Folder whose weights the run starts from: what `tiny-onn surgery` made, a Qwen3-MoE, or one of our own."""
+    teacher: str | None = None
+    """Folder of a Hugging Face causal language model to learn from, with hyper.distill_alpha."""
+    teacher_cache: bool = False
+    """Whether the teacher's logits are kept on disk for runs that see the same batches."""
     steps: int = 2000
     """Hyper steps of the whole run."""
     seed: int = 0
@@ -169,6 +182,8 @@ class RunConfig:
     """Processor threads; 0 leaves the choice to torch."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; parameters, moments, router and surprise are float32 either way."""
+    compile: bool = False
+    """Whether the step is compiled: minutes once, then faster steps. Wants a C++ compiler."""
     surprise_kind: SurpriseKind = "w2"
     """What surprise is: w2, unweighted, experts, input or benefit, as training/surprise.py explains."""
     model: ModelConfig = DEFAULT_MODEL
@@ -178,6 +193,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check(self, RUN_RULES, "")
+        alpha, teacher = self.hyper.distill_alpha, self.teacher
+        _require(not alpha or teacher is not None, "teacher", f"a folder, as hyper.distill_alpha is {alpha}", teacher)
+        _require(teacher is None or alpha > 0, "hyper.distill_alpha", "more than 0 with a teacher", alpha)
+        _require(not (self.teacher and self.pack), "pack", "False with a teacher, which sees the whole row", self.pack)
         if self.tokenizer == "bytes":  # another one is a file, and asked when the run begins
             wanted = f"{BYTE_TOKENS} (256 bytes and the document boundary) or more"
             _require(self.model.vocab_size >= BYTE_TOKENS, "model.vocab_size", wanted, self.model.vocab_size)

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
+from training.first_state import sizes_follow
 from training.hyper import HyperParams
 from training.plain_yaml import read_yaml, scalar, shown, write_yaml
 from training.run_config import HyperSettings, RunConfig, default_out, hyper_params
@@ -98,7 +99,8 @@ def _types(kind: type, prefix: str) -> dict[str, Any]:
 def _resolve(path: str | None, overrides: Mapping[str, Any], spell: Callable[[str], str]) -> RunConfig:
     """Defaults, then the file, then the overrides, whose keys `spell` names as the user wrote them."""
     given = _checked(_read_file(path), lambda key: f"{path}: {key}") if path is not None else {}
-    wanted = vocab_follows(_checked(overrides, spell))
+    wanted = vocab_follows(sizes_follow(_checked(overrides, spell)))
+    given = sizes_follow(given)
     given = (given if "model.vocab_size" in wanted else vocab_follows(given)) | wanted
     values: dict[str, Any] = asdict(RunConfig())
     for key, value in given.items():

@@ -16,6 +16,7 @@ class Metrics(NamedTuple):
     """What a step measured before its update; 0-d unless a shape is given."""
 
     main_loss: Tensor  # mean nats per target
+    distill_loss: Tensor  # mean KL(teacher || student) per target, nats; 0 without a teacher
     router_loss: Tensor  # mean nats per informative (layer, token)
     main_acc: Tensor  # share of targets that the most probable token hits
     gating_acc: Tensor  # share of informative tokens whose preferred expert is the target
@@ -43,13 +44,14 @@ class Observed(NamedTuple):
     lm: LanguageModelling
     trace: RouterTrace
     per_token_surprise: Float[Tensor, "layers tokens experts"]
+    distill_sum: Tensor  # KL(teacher || student), nats, summed over targets
 
 
 def step_metrics(
     seen: Observed, targets: Targets, loss: RouterLoss, load: Tensor, real: Tensor, hyper: HyperParams
 ) -> Metrics:
     """All but what only the optimizers know: `grad_norm`, `router_grad_norm` and `lr` are zero here."""
-    lm, trace, surprise = seen
+    lm, trace, surprise, distill_sum = seen
     count = lm.targets.clamp_min(1)
     informative = targets.informative.sum().clamp_min(1)
     hits = (trace.router_logits.argmax(dim=-1) == targets.expert) & targets.informative
@@ -58,6 +60,7 @@ def step_metrics(
     unset = main_loss.new_zeros(())
     return Metrics(
         main_loss=main_loss,
+        distill_loss=distill_sum / count,
         router_loss=loss.surprise,
         main_acc=lm.correct / count,
         gating_acc=hits.sum() / informative,

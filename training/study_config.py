@@ -29,6 +29,8 @@ UNUSED = {  # settings that mean nothing in a study, and what to write instead
     "out": "name the study's folder with --out",
     "threads": "set it in base; all runs share the processor",
     "tokenizer": "set it in base; arms are compared by nats per token, which are of different tokens otherwise",
+    "compile": "a study's runs share programs, one for each group of static settings",
+    **dict.fromkeys(("init", "teacher", "teacher_cache"), "the runs of a study start at random, without a teacher"),
     **dict.fromkeys(("picture_every", "sample_tokens", "prompt", "keep_checkpoints"), "a study has none"),
 }
 IN_BASE = ("threads", "tokenizer")

@@ -12,7 +12,10 @@ from training.errors import UserError
 from training.run_config import DEFAULT_HYPER, RunConfig
 from training.study_config import StudyRun
 
-MOST_AT_ONCE = 16  # beyond it a step of this project's sizes has no overhead left to share
+MOST_AT_ONCE = 64
+BUSY = (
+    1 << 20
+)  # tokens * width * layers of a step, beyond which runs have no overhead left to share (docs/benchmarks.md)
 MEMORY_SHARE = 0.5  # of what is available
 UNKNOWN_MEMORY = 4 << 30  # bytes, where the system does not say
 PLAN = "plan.json"
@@ -34,7 +37,7 @@ def plan_chunks(runs: list[StudyRun], runs_at_once: int | None = None) -> list[C
     """Group the runs by their static part, in order of appearance, and cut groups into chunks of about equal size.
 
     Args:
-        runs_at_once: most runs of a chunk; None takes what memory allows, at most MOST_AT_ONCE.
+        runs_at_once: most runs of a chunk; None takes what memory allows and speeds them up, at most MOST_AT_ONCE.
     """
     if runs_at_once is not None and runs_at_once < 1:
         raise UserError(
@@ -111,5 +114,6 @@ def available_memory() -> int:
 
 
 def _fitting(config: RunConfig) -> int:
+    work = config.batch_size * config.sequence_length * config.model.hidden_size * config.model.num_hidden_layers
     fitting = int(MEMORY_SHARE * available_memory() / memory_of_a_run(config))
-    return max(1, min(MOST_AT_ONCE, fitting))
+    return max(1, min(MOST_AT_ONCE, BUSY // work, fitting))

@@ -1,0 +1,53 @@
+"""The first state of a run: random weights, or those of a folder."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.hf_config import MOE, OWN, read_config
+from tiny_onn_func.interop import load_pretrained
+from tiny_onn_func.tree import tree_map
+from training.errors import UserError
+from training.hyper_step import TrainState, init_state, state_of
+from training.run_config import RunConfig
+
+# What may differ from the folder's: how many experts a token visits is no property of the weights.
+FREE = ("num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok", "routing")
+
+
+def sizes_follow(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key; where they name `init`, the sizes of its folder join them, unless they are given."""
+    keys = {f"model.{field.name}": field.name for field in fields(ModelConfig)}
+    if not given.get("init") or keys.keys() <= given.keys():  # a run's own settings spell all of them
+        return {**given}
+    config, _ = read_config(_folder(given["init"]), (MOE, OWN))
+    return {key: getattr(config, name) for key, name in keys.items()} | {**given}
+
+
+def first_state(config: RunConfig) -> TrainState:
+    """Parameters in float32, optimizers without memory, step 0.
+
+    Raises:
+        UserError: the folder of `init` has other sizes than the run.
+        ValueError: it holds no Qwen3-MoE or model of ours, or a broken one.
+    """
+    if config.init is None:
+        return init_state(config.model, torch.Generator().manual_seed(config.seed))
+    params, found = load_pretrained(_folder(config.init))
+    for field in fields(ModelConfig):
+        wanted, came = getattr(found, field.name), getattr(config.model, field.name)
+        if field.name not in FREE and wanted != came:
+            raise UserError(
+                f"model.{field.name}: expected {wanted}, as in {config.init}, got {came}; leave it away to follow init"
+            )
+    return state_of(tree_map(lambda leaf: leaf.to(torch.float32), params), config.model)
+
+
+def _folder(name: str) -> Path:
+    if not Path(name).is_dir():
+        raise UserError(f"init: expected a folder with a model, got {name}; `tiny-onn surgery` makes one")
+    return Path(name)
