@@ -84,6 +84,7 @@ def test_the_first_state_is_the_folder_in_float32_and_k_is_free(tmp_path: Path) 
     ("flag", "told"),
     [
         ("--model.hidden-size=64", "model.hidden_size: expected 8, as in"),
+        ("--config=sizes.yaml", "model.hidden_size: expected 8, as in"),
         ("--init=nowhere", "init: expected a folder with a model, got nowhere"),
     ],
 )
@@ -92,6 +93,8 @@ def test_what_contradicts_the_folder_is_refused_in_a_line(
 ) -> None:
     config = tiny_config(vocab_size=257, num_experts_per_tok=2)
     save_pretrained(spread_params(config, 1, dtype=torch.float32), config, tmp_path / "weights")
+    (tmp_path / "sizes.yaml").write_text("model: {hidden_size: 64, num_experts_per_tok: 3}")
+    flag = flag.replace("sizes.yaml", str(tmp_path / "sizes.yaml"))
     init = [] if flag.startswith("--init") else [f"--init={tmp_path / 'weights'}"]
     assert main(["train", f"--data={text}", f"--out={tmp_path / 'run'}", *init, flag, *RUN]) == 2
     assert told in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers import TINY, assert_close, assert_same_bits, configs, seeded, spread_params, tiny_batch, tiny_config
-from tiny_onn_func import ModelConfig, forward, generate, init_params
+from tiny_onn_func import ModelConfig, forward, init_params
 from tiny_onn_func.config import DYNAMIC_K
-from tiny_onn_func.generate import sample, stream
 from tiny_onn_func.ops import rms_norm, rotary_angles, rotate, scale_gradient, swiglu, wide_dtype
 from tiny_onn_func.params import check_params, count_active_params, count_params, param_specs
 from tiny_onn_func.tree import flatten, unflatten
@@ -299,113 +297,3 @@ def test_padding_in_front_shifts_positions_and_changes_nothing() -> None:
     ids = torch.cat((noise, batch.input_ids), dim=1)
     mask = torch.cat((torch.zeros_like(noise), batch.attention_mask), dim=1)
     assert_close(forward(params, ids, TINY, attention_mask=mask)[0][:, 3:], bare, 1e-6)
-
-
-# ---- sampling ------------------------------------------------------------------------------------------------------
-
-PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])
-
-
-def text(seed: int = 0, prompt: Tensor = PROMPT, **how: Any) -> Tensor:
-    """Tokens of a model whose next token is far from certain."""
-    params = flatten(spread_params(TINY, 3))
-    params["embed_tokens"] = params["embed_tokens"] * 30
-    how = {"max_new_tokens": 8, "context_length": 6, **how}
-    return generate(unflatten(params), prompt, TINY, seeded(seed), **how)
-
-
-def greedy(prompt: Tensor, new: int, context: int) -> Tensor:
-    params = flatten(spread_params(TINY, 3))
-    params["embed_tokens"] = params["embed_tokens"] * 30
-    for _ in range(new):
-        logits, _ = forward(unflatten(params), prompt[:, -context:], TINY)
-        prompt = torch.cat((prompt, logits[:, -1:].argmax(dim=-1)), dim=1)
-    return prompt
-
-
-def test_the_same_generator_state_gives_the_same_text_and_another_another() -> None:
-    assert torch.equal(text(0), text(0))
-    assert not torch.equal(text(0), text(1))
-    assert text(0).shape == (2, 11)
-    assert torch.equal(text(0)[:, :3], PROMPT)
-
-
-@pytest.mark.parametrize(
-    "how", [dict(temperature=0.0), dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-3), dict(top_k=1, top_p=0.5)]
-)
-@pytest.mark.parametrize("context", [2, 20])
-def test_temperature_zero_one_candidate_and_a_tiny_nucleus_are_the_argmax(how: dict[str, Any], context: int) -> None:
-    for seed in range(2):
-        assert torch.equal(text(seed, context_length=context, **how), greedy(PROMPT, 8, context))
-
-
-def test_the_context_length_limits_what_the_model_sees() -> None:
-    other = torch.cat((PROMPT.flip(1), PROMPT), dim=1)
-    same = torch.cat((PROMPT, PROMPT), dim=1)
-    assert torch.equal(text(prompt=same, context_length=3)[:, 6:], text(prompt=other, context_length=3)[:, 6:])
-    assert not torch.equal(text(prompt=same, context_length=20)[:, 6:], text(prompt=other, context_length=20)[:, 6:])
-
-
-def test_nothing_asked_is_the_prompt_alone_and_texts_do_not_see_each_other() -> None:
-    assert torch.equal(text(max_new_tokens=0), PROMPT)
-    together = text(temperature=0.0)
-    assert torch.equal(together, torch.cat([text(prompt=row[None], temperature=0.0) for row in PROMPT]))
-
-
-def test_a_stream_yields_the_tokens_of_generate() -> None:
-    params = spread_params(TINY)
-    how: dict[str, Any] = dict(max_new_tokens=5, context_length=4, temperature=0.7, top_k=5, top_p=0.9)
-    streamed = list(stream(params, PROMPT, TINY, seeded(4), **how))
-    assert torch.equal(torch.stack(streamed, dim=1), generate(params, PROMPT, TINY, seeded(4), **how)[:, 3:])
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p", "wanted"),
-    [
-        (1.0, None, 1.0, [0.4, 0.3, 0.2, 0.1]),
-        (1.0, 2, 1.0, [4 / 7, 3 / 7, 0, 0]),
-        (1.0, 99, 1.0, [0.4, 0.3, 0.2, 0.1]),
-        (1.0, None, 0.65, [4 / 7, 3 / 7, 0, 0]),
-        (1.0, None, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
-        (1.0, None, 0.35, [1, 0, 0, 0]),
-        (0.5, None, 1.0, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
-        (1.0, 3, 0.5, [4 / 7, 3 / 7, 0, 0]),  # top-k first: 4 / 9 of the mass is not yet half
-    ],
-)
-def test_tokens_are_drawn_from_the_truncated_distribution(
-    temperature: float, top_k: int | None, top_p: float, wanted: list[float]
-) -> None:
-    draws, order = 4000, [2, 0, 3, 1]  # where the ranks lie in the vocabulary
-    logits = torch.empty(4)
-    logits[order] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log() + 5
-    found = sample(logits.expand(draws, 4), seeded(0), temperature=temperature, top_k=top_k, top_p=top_p)
-    counts = Counter(found.tolist())
-    for token, p in zip(order, wanted, strict=True):
-        assert abs(counts[token] / draws - p) <= 5 * math.sqrt(p * (1 - p) / draws), f"{counts}, wanted {wanted}"
-
-
-@pytest.mark.parametrize(
-    ("key", "how"),
-    [
-        ("max_new_tokens", dict(max_new_tokens=-1)),
-        ("context_length", dict(context_length=0)),
-        ("temperature", dict(temperature=-0.1)),
-        ("temperature", dict(temperature=math.nan)),
-        ("top_k", dict(top_k=0)),
-        ("top_p", dict(top_p=0.0)),
-        ("top_p", dict(top_p=1.1)),
-        ("prompt", dict(prompt=torch.zeros(1, 0, dtype=torch.int64))),
-        ("prompt", dict(prompt=torch.tensor([[0, 13]]))),
-        ("prompt", dict(prompt=torch.tensor([[0, -1]]))),
-        ("surprise_budget", dict(surprise_budget=0.0)),
-    ],
-    ids=str,
-)
-def test_a_bad_argument_of_generate_is_refused_by_its_name(key: str, how: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"^{key}: expected .*, got "):
-        text(**how)
-
-
-def test_a_temperature_near_zero_is_the_argmax_and_no_overflow() -> None:
-    logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert sample(logits, seeded(0), temperature=1e-40).tolist() == [1]

@@ -64,9 +64,12 @@ def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     folder = Path(config.out)
     checkpoint = _check_folder(folder, resume)
     tokenizer = _tokenizer(config, folder, checkpoint)
+    if checkpoint is None:
+        state = first_state(config, tokenizer)
+    else:
+        like = init_state(config.model, torch.Generator().manual_seed(config.seed))
+        state = load_checkpoint(checkpoint, like=like)
     run = _open(config, folder, tokenizer)
-    like = init_state(config.model, torch.Generator().manual_seed(config.seed))
-    state = first_state(config) if checkpoint is None else load_checkpoint(checkpoint, like=like)
     seconds = 0.0
     if checkpoint is not None:
         run.history.extend(r for r in read_history(folder) if r["step"] <= int(state.step))
@@ -97,6 +100,7 @@ def _open(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Run:
     """The run with its data, before its first step."""
     if config.replay:
         raise UserError(f"replay: expected 0 outside a study with tasks, got {config.replay:g}; leave it away")
+    teacher = open_teacher(config, tokenizer)
     corpus = open_corpus(
         config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length, progress=True,
         tokenizer=tokenizer,
@@ -104,7 +108,7 @@ def _open(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Run:
     span = scored_span(corpus.held_out, config.final_eval_bytes)
     lines = baselines(corpus.train, corpus.held_out, config.final_eval_bytes)
     bytes_per_token = 1.0 if tokenizer is BYTES else span.num_bytes / span.num_targets
-    return Run(config, folder, corpus, [], lines, bytes_per_token, open_teacher(config))
+    return Run(config, folder, corpus, [], lines, bytes_per_token, teacher)
 
 
 def _program(run: Run, state: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

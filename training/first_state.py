@@ -14,29 +14,40 @@ from tiny_onn_func.tree import tree_map
 from training.errors import UserError
 from training.hyper_step import TrainState, init_state, state_of
 from training.run_config import RunConfig
+from training.tokenizer import FILE, Tokenizer, check_same_tokens
 
 # What may differ from the folder's: how many experts a token visits is no property of the weights.
 FREE = ("num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok", "routing")
 
 
 def sizes_follow(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted key; where they name `init`, the sizes of its folder join them, unless they are given."""
+    """Settings by dotted key; where they name `init`, sizes and tokenizer of its folder join them, unless given.
+
+    A folder without a tokenizer.json is taken to be of the run's tokenizer, bytes by default.
+    """
     keys = {f"model.{field.name}": field.name for field in fields(ModelConfig)}
     if not given.get("init") or keys.keys() <= given.keys():  # a run's own settings spell all of them
         return {**given}
-    config, _ = read_config(_folder(given["init"]), (MOE, OWN))
-    return {key: getattr(config, name) for key, name in keys.items()} | {**given}
+    folder = _folder(given["init"])
+    config, _ = read_config(folder, (MOE, OWN))
+    found = {key: getattr(config, name) for key, name in keys.items()}
+    return found | ({"tokenizer": given["init"]} if (folder / FILE).is_file() else {}) | {**given}
 
 
-def first_state(config: RunConfig) -> TrainState:
+def first_state(config: RunConfig, tokenizer: Tokenizer | None = None) -> TrainState:
     """Parameters in float32, optimizers without memory, step 0.
 
+    Args:
+        tokenizer: of the run, to be compared with that of the folder.
+
     Raises:
-        UserError: the folder of `init` has other sizes than the run.
+        UserError: the folder of `init` has other sizes, or another tokenizer, than the run.
         ValueError: it holds no Qwen3-MoE or model of ours, or a broken one.
     """
     if config.init is None:
         return init_state(config.model, torch.Generator().manual_seed(config.seed))
+    if tokenizer is not None:
+        check_same_tokens(tokenizer, _folder(config.init), "init")
     params, found = load_pretrained(_folder(config.init))
     for field in fields(ModelConfig):
         wanted, came = getattr(found, field.name), getattr(config.model, field.name)

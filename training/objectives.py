@@ -47,7 +47,8 @@ def distillation(
 ) -> Float[Tensor, ""]:
     """KL(teacher || student) at a temperature, summed over the tokens that have a target, nats (arXiv 1503.02531)."""
     log_p, log_q = ((x / temperature).log_softmax(dim=-1) for x in (teacher_logits.to(logits.dtype), logits))
-    kl = reduce(log_p.exp() * (log_p - log_q), "batch seq vocab -> batch seq", "sum")
+    finite = log_p.clamp_min(torch.finfo(log_p.dtype).min)  # a token that the teacher rules out (-inf) adds 0
+    kl = reduce(log_p.exp() * (finite - log_q), "batch seq vocab -> batch seq", "sum")
     return torch.where(labels != IGNORE_INDEX, kl, 0.0).sum()
 
 

@@ -99,9 +99,12 @@ def _types(kind: type, prefix: str) -> dict[str, Any]:
 def _resolve(path: str | None, overrides: Mapping[str, Any], spell: Callable[[str], str]) -> RunConfig:
     """Defaults, then the file, then the overrides, whose keys `spell` names as the user wrote them."""
     given = _checked(_read_file(path), lambda key: f"{path}: {key}") if path is not None else {}
-    wanted = vocab_follows(sizes_follow(_checked(overrides, spell)))
-    given = sizes_follow(given)
-    given = (given if "model.vocab_size" in wanted else vocab_follows(given)) | wanted
+    asked = _checked(overrides, spell)
+    if (given | asked).get("init"):
+        given = sizes_follow(given | asked)
+    else:
+        wanted = vocab_follows(asked)
+        given = (given if "model.vocab_size" in wanted else vocab_follows(given)) | wanted
     values: dict[str, Any] = asdict(RunConfig())
     for key, value in given.items():
         section, _, name = key.rpartition(".")

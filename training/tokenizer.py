@@ -179,6 +179,20 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise UserError(f"model.vocab_size: expected {wanted}, got {vocab_size}; leave it away to follow the tokenizer")
 
 
+def check_same_tokens(tokenizer: Tokenizer, folder: str | Path, key: str) -> None:
+    """Refuse the folder of a model, named by a setting, whose tokenizer.json spells the ids otherwise.
+
+    Ids that only one of them has are fine: tokens added to a model later. Without the file the folder says nothing.
+    """
+    if not Path(folder, FILE).is_file():
+        return
+    theirs = open_tokenizer(folder).pieces
+    shared = min(len(theirs), tokenizer.vocab_size)
+    if theirs[:shared] != tokenizer.pieces[:shared]:
+        wanted, came = f"the one of {key}, in {printable(Path(folder))}", printable(tokenizer.name)
+        raise UserError(f"tokenizer: expected {wanted}, got {came}; write --tokenizer {printable(Path(folder))}")
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Put the tokenizer's files into a folder, each whole or not at all; `bytes` has none."""
     for name, content in tokenizer.files.items():
