@@ -1,6 +1,9 @@
 """Distillation: the teacher's part of the main loss, and what surprise becomes under it."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +20,14 @@ from training import HyperParams, hyper_step, init_state
 from training.batch import IGNORE_INDEX
 from training.checkpoint import latest_checkpoint, load_checkpoint
 from training.cli import main
+from training.errors import UserError
+from training.export import byte_tokenizer_files
 from training.hyper_step import main_gradients
 from training.objectives import distillation
 from training.recorder import read_history
+from training.run_config import HyperSettings, RunConfig
+from training.teacher import open_teacher
+from training.tokenizer import BYTES
 
 CONFIG = tiny_config(num_experts_per_tok=2)
 BATCH = tiny_batch(CONFIG, batch=3, seq=6, left=(0, 2, 0), right=(0, 1, 3), unlabelled=0.3)
@@ -107,6 +115,95 @@ def test_runs_with_different_weights_of_the_teacher_map() -> None:
             assert_close(flatten(mapped.params)[name][index], leaf, 2e-4, name)
 
 
+def test_what_the_teacher_rules_out_adds_nothing_and_moves_finitely() -> None:
+    teacher = torch.tensor([[[1.0, -torch.inf, 2.0]]])
+    logits = torch.zeros(1, 1, 3, requires_grad=True)
+    kl = distillation(logits, teacher, torch.tensor([[0]]), 1.0)
+    p = torch.tensor([1.0, 2.0]).softmax(-1)
+    assert float(kl) == pytest.approx(float((p * (p.log() + torch.tensor(3.0).log())).sum()))
+    (grad,) = torch.autograd.grad(kl, logits)
+    assert_close(grad, torch.full((1, 1, 3), 1 / 3) - teacher.softmax(-1), 1e-6)
+
+
+# The folder -----------------------------------------------------------------------------------------------------------
+
+LLAMA = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=257)
+
+
+def peer(kind: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        ends = dict(bos_token_id=256, eos_token_id=256)
+        config: Any = transformers.GPT2Config(
+            vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=32, **ends, **changes
+        )
+        return transformers.GPT2LMHeadModel(config).eval()
+    config = transformers.LlamaConfig(**LLAMA, max_position_embeddings=32, **changes)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def run_config(folder: Path, **changes: Any) -> RunConfig:
+    given = dict(hyper=HyperSettings(distill_alpha=0.5), model=tiny_config(vocab_size=257), sequence_length=8, steps=2)
+    return RunConfig(teacher=str(folder), **given | changes)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_any_causal_language_model_teaches_its_own_logits(kind: str, tmp_path: Path) -> None:
+    model, batch = peer(kind), tiny_batch(tiny_config(vocab_size=257), 2, 8)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    teacher = open_teacher(run_config(tmp_path), BYTES)
+    assert teacher is not None
+    with torch.no_grad():
+        wanted = model.float()(batch.input_ids).logits
+    assert_close(teacher(batch), wanted, 1e-5)
+    assert (teacher(batch).dtype, teacher(batch).requires_grad) == (torch.float32, False)
+
+
+def test_kept_logits_that_are_broken_are_asked_for_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_ONN_CACHE", str(tmp_path / "cache"))
+    peer("llama").save_pretrained(tmp_path / "teacher")
+    batch = tiny_batch(tiny_config(vocab_size=257), 2, 8)
+    teacher = open_teacher(run_config(tmp_path / "teacher", teacher_cache=True), BYTES)
+    assert teacher is not None
+    wanted = teacher(batch)
+    (kept,) = (tmp_path / "cache").rglob("*.safetensors")
+    whole = kept.read_bytes()
+    for broken in (b"", b"\0" * 9, whole[:-5]):
+        kept.write_bytes(broken)
+        assert_same_bits(teacher(batch), wanted)
+        assert kept.read_bytes() == whole
+
+
+def test_logits_that_the_disk_cannot_hold_are_refused_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINY_ONN_CACHE", str(tmp_path / "cache"))
+    peer("llama").save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match=f"^teacher_cache: expected room for {4 * 10**12 * 12 * 8 * 257:,} bytes"):
+        open_teacher(run_config(tmp_path / "teacher", teacher_cache=True, steps=10**12, batch_size=12), BYTES)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("key", ["auto_map", "attn_implementation"])
+def test_no_code_of_a_teacher_is_run(key: str, tmp_path: Path) -> None:
+    peer("llama").save_pretrained(tmp_path / "teacher")
+    path, marker = tmp_path / "teacher" / "config.json", tmp_path / "ran"
+    (tmp_path / "teacher" / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Model: ...\nclass Config: ...\n")
+    hostile = {"auto_map": {"AutoModelForCausalLM": "own.Model", "AutoConfig": "own.Config"}}
+    hostile["attn_implementation"] = "somebody/kernel:own"  # type: ignore[assignment]
+    values = json.loads(path.read_text()) | {key: hostile[key]}
+    for kind in ("llama", "unknown"):
+        path.write_text(json.dumps(values | {"model_type": kind}))
+        try:
+            open_teacher(run_config(tmp_path / "teacher"), BYTES)
+        except UserError as error:
+            assert str(error).startswith("teacher: expected a causal language model in")
+            assert "\n" not in str(error)
+        else:
+            assert kind == "llama"
+    assert not marker.exists()
+
+
 # The command ----------------------------------------------------------------------------------------------------------
 
 SMALL = [
@@ -147,21 +244,32 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "text.txt"
 
 
+def other_tokenizer() -> str:
+    """The bytes, two of them with each other's ids."""
+    values = json.loads(byte_tokenizer_files(64)["tokenizer.json"])
+    vocabulary = values["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    return json.dumps(values)
+
+
 def taught(text: Path, teacher: Path, out: Path, *more: str) -> int:
     flags = [f"--data={text}", f"--out={out}", f"--teacher={teacher}", "--hyper.distill-alpha=0.5", "--steps=3"]
     return main(["train", *flags, *SMALL, *more])
 
 
-def test_a_run_learns_from_a_folder_and_cached_logits_change_no_bit(text: Path, teacher: Path, tmp_path: Path) -> None:
+def test_a_run_learns_from_a_folder_and_neither_kept_logits_nor_a_stop_change_a_bit(
+    text: Path, teacher: Path, tmp_path: Path
+) -> None:
     assert taught(text, teacher, tmp_path / "fly") == 0
-    for out in ("first", "second"):
-        assert taught(text, teacher, tmp_path / out, "--teacher-cache=true") == 0
-    files = [*(tmp_path / "cache" / "teacher").rglob("*")]
-    assert sum(file.suffix == ".safetensors" for file in files) == 3, "one a step, made once"
-    assert all(file.suffix != ".tmp" for file in files)
-    states = [load_checkpoint(latest_checkpoint(tmp_path / out)) for out in ("fly", "first", "second")]
-    assert_same_bits(states[1], states[0])
-    assert_same_bits(states[2], states[0])
+    assert taught(text, teacher, tmp_path / "kept", "--teacher-cache=true", "--checkpoint-every=2") == 0
+    states = [load_checkpoint(latest_checkpoint(tmp_path / out)) for out in ("fly", "kept")]
+    files = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache" / "teacher").rglob("*") if f.is_file()}
+    assert [file.suffix for file in files] == [".safetensors"] * 3, "one a step"
+    shutil.rmtree(latest_checkpoint(tmp_path / "kept"))  # as if it had been stopped after step 2
+    assert main(["train", f"--out={tmp_path / 'kept'}", "--resume"]) == 0
+    assert all(file.stat().st_mtime_ns == made for file, made in files.items()), "made once"
+    for state in (states[1], load_checkpoint(latest_checkpoint(tmp_path / "kept"))):
+        assert_same_bits(state, states[0])
     assert all(record["distill_loss"] > 0 for record in read_history(tmp_path / "fly"))
 
 
@@ -171,7 +279,10 @@ def test_a_run_learns_from_a_folder_and_cached_logits_change_no_bit(text: Path, 
         ("nothing there", "teacher: expected a folder with a config.json"),
         ("a pickle", "teacher: expected .safetensors in"),
         ("another vocabulary", "model.vocab_size: expected 257, as the teacher's, got 300"),
+        ("another tokenizer", "tokenizer: expected the one of teacher, in"),
         ("broken", "teacher: expected a causal language model in"),
+        ("headless", "teacher: expected all weights of the model in"),
+        ("short", "sequence_length: expected at most 64, what the teacher can read, got 65"),
         ("no weight", "hyper.distill-alpha: expected more than 0 with a teacher"),
         ("packed", "pack: expected False with a teacher"),
     ],
@@ -185,14 +296,21 @@ def test_a_teacher_that_cannot_teach_is_refused_in_a_line_and_nothing_is_written
         (folder / "config.json").write_bytes((teacher / "config.json").read_bytes())
     if case == "a pickle":
         torch.save({"x": torch.ones(1)}, folder / "pytorch_model.bin")
-    if case in ("another vocabulary", "no weight", "packed"):
+    flags = {
+        "another vocabulary": ["--model.vocab-size=300"], "no weight": ["--hyper.distill-alpha=0"],
+        "packed": ["--pack=true"], "short": ["--sequence-length=65"], "another tokenizer": [],
+    }  # fmt: skip
+    if case in flags:
         (folder / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes())
-        more = {"no weight": ["--hyper.distill-alpha=0"], "packed": ["--pack=true"]}.get(
-            case, ["--model.vocab-size=300"]
-        )
+        more = flags[case]
+    if case == "another tokenizer":
+        (folder / "tokenizer.json").write_text(other_tokenizer())
     if case == "broken":
         (folder / "model.safetensors").write_bytes(b"\0" * 40)
+    if case == "headless":
+        peer("llama").model.save_pretrained(folder)
+        capsys.readouterr()
     assert taught(text, folder, tmp_path / "out", *more) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert told in lines[-1]
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert told in line
     assert not (tmp_path / "out").exists()

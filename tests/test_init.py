@@ -1,5 +1,6 @@
 """Runs that start from a folder of weights, and a backbone that stays as it is."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from tiny_onn_func import save_pretrained
 from tiny_onn_func.tree import flatten, tree_map
 from training import HyperParams, hyper_step, init_state
 from training.cli import main
+from training.export import byte_tokenizer_files
 from training.first_state import first_state
 from training.optim import is_backbone
 from training.recorder import read_history
 from training.run_config import RunConfig
 from training.settings import load_settings
+from training.tokenizer import BYTES
 
 RUN = [
     "--batch-size=2",
@@ -78,6 +81,25 @@ def test_the_first_state_is_the_folder_in_float32_and_k_is_free(tmp_path: Path) 
     state = first_state(RunConfig(init=str(tmp_path / "weights"), model=model))
     assert_same_bits(state.params, tree_map(lambda leaf: leaf.float(), params))
     assert int(state.step) == 0
+
+
+def test_the_tokens_follow_the_folder_and_others_are_refused(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, weights = tiny_config(vocab_size=257, num_experts_per_tok=2), tmp_path / "weights"
+    save_pretrained(spread_params(config, 1, dtype=torch.float32), config, weights)
+    values = json.loads(byte_tokenizer_files(64)["tokenizer.json"])
+    vocabulary = values["model"]["vocab"]
+    (weights / "tokenizer.json").write_text(json.dumps(values))
+    assert load_settings(overrides={"init": str(weights)}).tokenizer == str(weights)
+    flags = [f"--data={text}", f"--out={tmp_path / 'run'}", f"--init={weights}", "--tokenizer=bytes", *RUN]
+    first_state(load_settings(overrides={"init": str(weights), "tokenizer": "bytes"}), BYTES)  # which are the same
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (weights / "tokenizer.json").write_text(json.dumps(values))
+    assert main(["train", *flags]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "tokenizer: expected the one of init, in" in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
