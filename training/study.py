@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -19,6 +19,7 @@ from training.checkpoint import checkpoint_tokenizer, latest_checkpoint, load_ch
 from training.continual import batches_at, overall, score_tasks, task_that_ends, tasks_of, texts_of
 from training.data import Splits, open_corpus
 from training.errors import UserError
+from training.first_state import first_state
 from training.html_report import write_report
 from training.hyper_step import TrainState, init_state
 from training.memory import keep_freed_memory
@@ -39,6 +40,7 @@ from training.study_results import (
     write_text,
 )
 from training.study_step import mapped_step
+from training.teacher import Teacher, ask, open_teacher
 from training.tokenizer import Tokenizer, check_vocab, kept_tokenizer, open_tokenizer, save_tokenizer
 
 
@@ -129,7 +131,10 @@ def _begin(
     tokenizers = {run.config.tokenizer: open_tokenizer(run.config.tokenizer) for run in runs}
     for config in {chunk.runs[0].config for chunk in chunks}:
         check_vocab(tokenizers[config.tokenizer], config.model.vocab_size)
-        _corpora(study, config, tokenizers[config.tokenizer])  # bad data is refused before anything is written
+        if config.init is not None:
+            first_state(config, tokenizers[config.tokenizer])  # what is bad is refused before anything is written
+        _teacher(config, tokenizers[config.tokenizer])
+        _corpora(study, config, tokenizers[config.tokenizer])
     for run in runs:
         (folder / "runs" / run.id).mkdir(parents=True, exist_ok=True)
         save_tokenizer(tokenizers[run.config.tokenizer], folder / "runs" / run.id)
@@ -158,14 +163,15 @@ def _run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: tqdm) -> lis
     else:
         tokenizer = open_tokenizer("bytes" if config.tokenizer == "bytes" else folders[0])
     corpora = _corpora(study, config, tokenizer)
-    mapped = _start(chunk.runs)
+    teacher = _teacher(config, tokenizer)
+    mapped = _start(chunk.runs, None if begun else tokenizer)
     mapped = mapped._replace(choices=_choices(study, mapped, [run.config for run in chunk.runs], corpora))
     if begun:
         mapped = load_checkpoint(home, like=mapped)
         bar.update(int(mapped.step) * len(chunk.runs))
     recorders = [_open_record(one, int(mapped.step)) for one in folders]
     try:
-        mapped = _train(study, chunk, mapped, corpora, recorders, home, bar)
+        mapped = _train(study, chunk, mapped, corpora, teacher, recorders, home, bar)
     finally:
         for recorder in recorders:
             recorder.close()
@@ -190,6 +196,7 @@ def _train(
     chunk: Chunk,
     mapped: Mapped,
     corpora: Mapping[str, Splits],
+    teacher: Teacher | None,
     recorders: Sequence[Recorder],
     home: Path,
     bar: tqdm,
@@ -207,7 +214,8 @@ def _train(
                 bar.update((config.steps - number + 1) * len(configs))
                 break
             start = time.perf_counter()
-            states, metrics = step(mapped.runs, batches_at(corpora, chunk.runs, number - 1))
+            batches = batches_at(corpora, chunk.runs, number - 1)
+            states, metrics = step(mapped.runs, batches, *ask(teacher, batches))
             lost = ~metrics.main_loss.isfinite() & (mapped.diverged_at == 0)
             diverged_at = torch.where(lost, number, mapped.diverged_at)
             seconds = mapped.seconds + time.perf_counter() - start
@@ -226,14 +234,29 @@ def _train(
     return mapped
 
 
-def _start(runs: Sequence[StudyRun]) -> Mapped:
+def _start(runs: Sequence[StudyRun], tokenizer: Tokenizer | None) -> Mapped:
+    """The runs before their first step; without a tokenizer, what a checkpoint of theirs looks like."""
     configs, tasks = [run.config for run in runs], len(tasks_of(runs[0]))
-    states = [init_state(config.model, torch.Generator().manual_seed(config.seed)) for config in configs]
+    if tokenizer is None:
+        states = [init_state(config.model, torch.Generator().manual_seed(config.seed)) for config in configs]
+    else:
+        states = _first_states(configs, tokenizer)
     zero = torch.zeros((), dtype=torch.int64)
     diverged_at = torch.zeros(len(configs), dtype=torch.int64)
     choices = torch.empty(len(configs), 0, 0, dtype=torch.int64)
     scores = torch.full((len(configs), tasks - 1, tasks), torch.nan, dtype=torch.float64)
     return Mapped(zero, zero.double(), diverged_at, stack(states), choices, scores)
+
+
+def _first_states(configs: Sequence[RunConfig], tokenizer: Tokenizer) -> list[TrainState]:
+    """The first state of every run; the folder of `init`, which is the same for all, is read once."""
+    if configs[0].init is None:
+        return [first_state(config) for config in configs]
+    return [first_state(configs[0], tokenizer)] * len(configs)
+
+
+def _teacher(config: RunConfig, tokenizer: Tokenizer) -> Teacher | None:
+    return open_teacher(replace(config, teacher_cache=False), tokenizer)
 
 
 def _score_ended(runs: Sequence[StudyRun], mapped: Mapped, corpora: Mapping[str, Splits]) -> Mapped:

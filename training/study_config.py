@@ -19,6 +19,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from training.errors import UserError
+from training.first_state import sizes_follow
 from training.run_config import RunConfig
 from training.tokenizer import vocab_follows
 
@@ -30,10 +31,11 @@ UNUSED = {  # settings that mean nothing in a study, and what to write instead
     "threads": "set it in base; all runs share the processor",
     "tokenizer": "set it in base; arms are compared by nats per token, which are of different tokens otherwise",
     "compile": "a study's runs share programs, one for each group of static settings",
-    **dict.fromkeys(("init", "teacher", "teacher_cache"), "the runs of a study start at random, without a teacher"),
+    "init": "set it in base; all runs start from the same weights, seeds differ in the order of the batches",
+    "teacher_cache": "a study asks its teacher once for runs that see the same batch",
     **dict.fromkeys(("picture_every", "sample_tokens", "prompt", "keep_checkpoints"), "a study has none"),
 }
-IN_BASE = ("threads", "tokenizer")
+IN_BASE = ("threads", "tokenizer", "init")
 
 
 @dataclass(frozen=True)
@@ -306,7 +308,7 @@ def _untuned(point: Values, study: StudyConfig) -> dict[str, Any]:
 def changed(base: RunConfig, changes: Values, place: str) -> RunConfig:
     """The base with some dotted keys changed."""
     parts: dict[str, dict[str, Any]] = {"": {}, "model": {}, "hyper": {}}
-    for key, value in vocab_follows(changes).items():
+    for key, value in vocab_follows(sizes_follow(changes)).items():
         section, _, name = key.rpartition(".")
         parts[section][name] = value
     try:

@@ -30,7 +30,9 @@ class Chunk(NamedTuple):
 
 def static_part(config: RunConfig) -> RunConfig:
     """A run's settings without what vmap maps: the numbers of the hyper step, the seed, and what is in its batches."""
-    return replace(config, hyper=DEFAULT_HYPER, seed=0, out=None, replay=0.0)
+    alpha = 0.0 if config.teacher is None else 1.0  # a teacher wants one
+    hyper = replace(DEFAULT_HYPER, distill_alpha=alpha)
+    return replace(config, hyper=hyper, seed=0, out=None, replay=0.0)
 
 
 def plan_chunks(runs: list[StudyRun], runs_at_once: int | None = None) -> list[Chunk]:
@@ -91,7 +93,8 @@ def memory_of_a_run(config: RunConfig) -> int:
     heads = model.num_attention_heads
     a_layer = tokens * (12 * model.hidden_size + 6 * heads * model.head_dim + 3 * heads * config.sequence_length)
     a_layer += rows * (7 * model.moe_intermediate_size + 3 * model.hidden_size) + 8 * tokens * model.num_experts
-    activations = model.num_hidden_layers * a_layer + 6 * tokens * model.vocab_size
+    taught = 4 if config.teacher is not None else 0
+    activations = model.num_hidden_layers * a_layer + (6 + taught) * tokens * model.vocab_size
     return 4 * (8 * count_params(model) + 2 * activations)
 
 

@@ -26,16 +26,20 @@ SCORED_ROWS = 32  # windows of a batch of held-out text, or as many as are train
 def mapped_step(configs: Sequence[RunConfig]) -> Any:
     """(stacked states, stacked batches) -> (stacked states, stacked metrics): one hyper step of every run.
 
+    Stacked logits of a teacher may follow the batches.
+
     The runs may differ in seed and in the numbers of the hyper step. A number that is the same in all stays a Python
     number, so that terms which no run has cost nothing; one that differs is mapped.
     """
     numbers, varied = split_numbers([hyper_params(config) for config in configs])
     model, fixed = configs[0].model, statics(configs[0])
 
-    def one(state: TrainState, batch: Batch, varied: dict[str, Tensor]) -> tuple[TrainState, Metrics]:
-        return hyper_step(state, batch, numbers._replace(**varied), model, **fixed)
+    def one(
+        state: TrainState, batch: Batch, varied: dict[str, Tensor], logits: Tensor | None = None
+    ) -> tuple[TrainState, Metrics]:
+        return hyper_step(state, batch, numbers._replace(**varied), model, **fixed, teacher_logits=logits)
 
-    return lambda states, batches: vmap(one)(states, batches, varied)
+    return lambda states, batches, *logits: vmap(one)(states, batches, varied, *logits)
 
 
 def split_numbers(hypers: Sequence[HyperParams]) -> tuple[HyperParams, dict[str, Tensor]]:

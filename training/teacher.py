@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from tiny_onn_func.tree import unstack
 from training.batch import Batch
 from training.errors import UserError
 from training.run_config import RunConfig
@@ -59,15 +61,30 @@ def open_teacher(config: RunConfig, tokenizer: Tokenizer) -> Teacher | None:
     return _kept(logits, folder, config) if config.teacher_cache else logits
 
 
+def ask(teacher: Teacher | None, batches: Batch) -> tuple[Tensor, ...]:
+    """The logits for stacked batches, (R, B, S, V), equal batches asked for once; nothing without a teacher."""
+    if teacher is None:
+        return ()
+    known: dict[bytes, Tensor] = {}
+    found = []
+    for batch in unstack(batches):
+        key = batch.input_ids.numpy().tobytes() + batch.attention_mask.numpy().tobytes()
+        if key not in known:
+            known[key] = teacher(batch)
+        found.append(known[key])
+    return (torch.stack(found),)
+
+
 def _load(folder: Path) -> Any:
     """The model, whole: transformers would draw at random what a folder lacks."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UserError("teacher: expected the package transformers; pip install tiny-onn-func[hf]") from None
+    library: Any = AutoModelForCausalLM
     try:
-        with _quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
+        with _quiet():  # eager attention: config.json could name another, which is code fetched from a hub
+            model, found = library.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
                 attn_implementation="eager", output_loading_info=True,
             )  # fmt: skip
@@ -83,15 +100,16 @@ def _quiet() -> Iterator[None]:
     """Without the library's bars and tables: what is wrong is said in a line."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    theirs: Any = logging
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(CRITICAL)
+    theirs.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        theirs.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            theirs.enable_progress_bar()
 
 
 # Kept logits ----------------------------------------------------------------------------------------------------------
