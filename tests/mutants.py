@@ -71,7 +71,10 @@ HOOKS = [
     ('{"experts": out, "input": x}', '{"experts": out, "input": out}'),
 ]
 OBJECTIVES = [
-    ("labels != IGNORE_INDEX", "labels != -101"),
+    ("is_target = labels != IGNORE_INDEX", "is_target = labels != -101"),
+    ("where(labels != IGNORE_INDEX, kl", "where(labels != -101, kl"),
+    ("(x / temperature).log_softmax", "x.log_softmax"),
+    ("(teacher_logits.to(logits.dtype), logits)", "(logits, teacher_logits.to(logits.dtype))"),
     ("-torch.where(is_target, picked, 0.0).sum()", "-torch.where(is_target, picked, 0.0).mean()"),
     ("torch.where(is_target, entropy, 0.0).sum()", "entropy.sum()"),
     ("main_loss / tau.clamp", "main_loss * tau.clamp"),
@@ -144,7 +147,7 @@ REGENERATE = [
 ]
 OPTIM = [
     ("(1 - hyper.beta1**t)", "(1 - hyper.beta1)"),
-    ("1 - lr * weight_decay", "1 - weight_decay"),
+    ("1 - lr * share * weight_decay", "1 - share * weight_decay"),
     ("grad.square()", "grad.abs()"),
     ("value * decay if has_decay(name) else value", "value * decay"),
     (".clamp_max(1.0)\n\n\ndef schedule", "\n\n\ndef schedule"),

@@ -81,7 +81,8 @@ def open_text(
     positions, hidden = torch.arange(columns, device=device)[None], None
     if mask is not None:
         skipped = (mask == 0).sum(dim=1, keepdim=True)
-        hidden = torch.where(positions < skipped, torch.finfo(dtype).min, 0.0).to(dtype)[:, None, None]
+        hidden = torch.zeros(len(mask), columns, dtype=dtype, device=device)
+        hidden = hidden.masked_fill(positions < skipped, torch.finfo(dtype).min)[:, None, None]
         positions = (positions - skipped).clamp_min(0)
     cos, sin = (angle.to(dtype)[:, :, None] for angle in rotary_angles(positions, config.head_dim, config.rope_theta))
     cache = empty_cache(config, batch, columns, dtype, device)
