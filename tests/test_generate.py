@@ -23,7 +23,7 @@ from tests.helpers import (
     spread_params,
     tiny_config,
 )
-from tiny_onn_func import ModelConfig, forward, generate, init_params, save_pretrained
+from tiny_onn_func import ModelConfig, decode, forward, generate, init_params, save_pretrained
 from tiny_onn_func.decode import open_text, read
 from tiny_onn_func.generate import stream
 from tiny_onn_func.sampling import penalize, sample
@@ -168,6 +168,30 @@ def test_a_window_hides_what_is_further_back_from_prompt_and_text_alike(window: 
     assert_close(one_by_one, at_once, 1e-12)
     whole = forward(wild(), LONG, TINY)[0][:, -1]
     assert torch.allclose(at_once, whole) == (window == 99)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_few_and_many_tokens_visit_their_experts_alike(routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(**ROUTINGS[routing])
+    params, tokens = wild(config), torch.randint(13, (40, 1), generator=seeded(0))
+    wanted, _ = forward(params, tokens, config)
+    for few in (True, False):
+        monkeypatch.setattr(decode, "_are_few", lambda *_, few=few: few)
+        for batch in (40, 5, 1):
+            found = [read(open_text(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)]
+            assert_close(torch.cat(found), wanted[:, -1], 1e-12, f"few: {few}, batch {batch}")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_broken_expert_spoils_only_the_tokens_that_visit_it(bad: float) -> None:
+    config = tiny_config(num_experts_per_tok=2)
+    params, tokens = wild(config), torch.randint(13, (40, 1), generator=seeded(0))
+    ids = forward(params, tokens, config)[1].expert_ids[-1]
+    broken = int(ids[0, 0])
+    params["layers"]["moe"]["w1"][-1, broken] = bad
+    for batch in (40, 5):
+        found = [read(open_text(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)]
+        assert torch.equal(torch.cat(found).isnan().any(dim=-1), (ids == broken).any(dim=-1))
 
 
 def test_parameters_are_left_as_they_were() -> None:
