@@ -19,6 +19,7 @@ from tests.helpers import assert_close, spread_params, tiny_config
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.tree import stack
 from training.batch import IGNORE_INDEX, Batch
+from training.bpe import train_tokenizer
 from training.data import (
     BOUNDARY,
     VOCAB_SIZE,
@@ -34,6 +35,8 @@ from training.data import (
 )
 from training.errors import UserError
 from training.sources import documents, find_source
+from training.tokenizer import open_tokenizer
+from training.tokens import is_held_out, tokenized
 
 
 @pytest.fixture(autouse=True)
@@ -511,6 +514,56 @@ def test_documents_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     assert peak < 2e6
 
 
+@pytest.mark.parametrize("name", ["long.txt", "long.txt.gz"])
+def test_a_long_text_is_read_piece_by_piece_into_the_same_tokens(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    words = random.Random(0)
+    lines = [f"{'é€x'[words.randrange(3)] * words.randrange(40)}, {i}\n" for i in range(60_000)]
+    data = "".join(lines).encode() + b"caf\xe9 \xff\n" * 1000 + b"x" * 100_000 + b"\xe2\x82"  # cut within a letter
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    whole = opened(path, tmp_path)
+    for piece in (1 << 16, 4099):
+        monkeypatch.setattr("training.sources.PIECE", piece)
+        monkeypatch.setattr("training.sources.LONG", 1 << 16)
+        monkeypatch.setattr("training.tokens.CHUNK", 1 << 16)
+        monkeypatch.setattr("training.corpus.CHUNK", 1 << 16)
+        tracemalloc.start()
+        pieces = open_corpus(str(path), sequence_length=4, cache_dir=tmp_path / f"other{piece}")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        for one, other in zip((whole.train, whole.held_out), (pieces.train, pieces.held_out), strict=True):
+            assert np.array_equal(one.tokens, other.tokens)
+            assert np.array_equal(one.targets, other.targets)
+        assert bytes(np.concatenate((whole.train.tokens, whole.held_out.tokens))[:-1].astype(np.uint8)) == data
+        assert peak < 2e6 < len(data), f"{peak} bytes for a text of {len(data)}"
+
+
+def test_a_long_text_in_other_tokens_is_cut_where_no_token_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("tokenizers")
+    text = "".join(f"def name_{i}(x):\n    return x * {i}\n" for i in range(3000))
+    (tmp_path / "long.py").write_text(text)
+    train_tokenizer(str(tmp_path / "long.py"), tmp_path / "bpe", 300)
+    tokenizer = open_tokenizer(tmp_path / "bpe")
+    (whole,) = documents(find_source(str(tmp_path / "long.py")))
+    monkeypatch.setattr("training.sources.PIECE", 5000)
+    monkeypatch.setattr("training.sources.LONG", 1)
+    (pieces,) = documents(find_source(str(tmp_path / "long.py")))
+    assert len([*pieces]) > 20
+    assert is_held_out(whole, 0.5) == is_held_out(pieces, 0.5)
+    one, other = (np.concatenate([part for part, _ in tokenized(document, tokenizer)]) for document in (whole, pieces))
+    assert np.array_equal(one, other)
+
+
+def test_a_late_nul_byte_makes_a_long_file_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("training.sources.PIECE", 100)
+    monkeypatch.setattr("training.sources.LONG", 1000)
+    (tmp_path / "late.txt").write_bytes(b"text\n" * 1000 + b"\0")
+    with pytest.raises(UserError, match=r"late\.txt: expected a text file, got a binary one"):
+        opened(tmp_path / "late.txt", tmp_path)
+
+
 def test_a_bar_is_drawn_on_the_error_stream_only_when_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -853,9 +906,7 @@ def test_a_file_that_may_not_be_read_is_named(kind: str, tmp_path: Path, monkeyp
     def forbid(self: Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "read_bytes", forbid)  # the tests may run as root, who may read everything
-    if kind == "jsonl":
-        monkeypatch.setattr(Path, "open", forbid)
+    monkeypatch.setattr(Path, "open", forbid)  # the tests may run as root, who may read everything
     with pytest.raises(UserError, match=r"secret\.\w+: expected a file that can be read, got: Permission denied"):
         opened(path.parent if kind == "member" else path, tmp_path)
 

@@ -103,15 +103,13 @@ def _texts(data: str, holdout: float, split: str) -> Iterator[str]:
 
 
 def _beginning(found: Iterable[Document], size: int) -> Iterator[Document]:
-    """The documents with the first `size` characters, the last of them cut."""
+    """The parts of documents with the first `size` characters, the last of them cut."""
     for document in found:
-        parts = []
         for part in document:
-            parts.append(part._replace(text=part.text[:size]))
-            size -= len(parts[-1].text)
-        yield tuple(parts)
-        if size <= 0:
-            return
+            yield (part._replace(text=part.text[:size]),)
+            size -= len(part.text)
+            if size <= 0:
+                return
 
 
 def _write(target: Path, files: Mapping[str, str]) -> Path:

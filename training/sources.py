@@ -11,21 +11,26 @@
 |          |                                                                        | a row: `.parquet`|
 
 A row of a Parquet file is its column `text` or `messages`. What ends in `.gz` (`.txt.gz`, `.jsonl.gz`) is unpacked as
-it is read. Lines and rows are read one by one, row group by row group, whatever the size of the file.
+it is read. Lines and rows are read one by one, row group by row group, and a long text piece by piece, so a file may be
+larger than memory.
 
 Text is UTF-8. A byte that is no UTF-8 is kept as it is: it travels as a lone surrogate (Python's `surrogateescape`) and
 is that byte again when encoded. So files in Latin-1 work, and no byte is lost. A file with NUL bytes is no text.
 """
 
+import codecs
 import glob
 import gzip
 import json
 import os
+import re
 import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -35,7 +40,9 @@ NO_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_
 STDLIB = "stdlib"
 COLUMNS = ("messages", "text")  # of a Parquet file, the first that it has is read
 ROWS = 16  # of a Parquet file that are unpacked at a time
-PIECE = 1 << 20  # bytes that are unpacked before a look whether they are text
+PIECE = 1 << 20  # bytes of a text that are read at a time
+LONG = 1 << 24  # bytes of a text that are held in memory; of a longer one, a piece
+SEAM = re.compile(r"(?<=\S\n)(?=\w)")  # where no byte-level tokenizer joins what is left and right
 
 
 class Segment(NamedTuple):
@@ -46,7 +53,24 @@ class Segment(NamedTuple):
     role: str | None = None
 
 
-Document = tuple[Segment, ...]
+@dataclass(frozen=True)
+class LongText:
+    """The segments of a text file, read anew, piece by piece, whenever somebody asks for them."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[Segment]:
+        decoder, rest = codecs.getincrementaldecoder("utf-8")("surrogateescape"), ""
+        with _unpacked(self.path) as file:
+            while piece := file.read(PIECE):
+                rest += decoder.decode(piece)
+                end = max((seam.start() for seam in SEAM.finditer(rest)), default=len(rest))
+                yield Segment(rest[:end], True)
+                rest = rest[end:]
+        yield Segment(rest + decoder.decode(b"", final=True), True)
+
+
+Document = tuple[Segment, ...] | LongText
 
 
 class Source(NamedTuple):
@@ -198,7 +222,7 @@ def _read_member(path: Path) -> Iterator[Document]:
     if (rows := _rows(path)) is not None:
         yield from rows
     elif (text := _text(path)) is not None:
-        yield (Segment(text, True),)
+        yield text
 
 
 def _read_file(path: Path) -> Iterator[Document]:
@@ -210,7 +234,7 @@ def _read_file(path: Path) -> Iterator[Document]:
     elif (text := _text(path)) is None:
         raise UserError(f"{name}: expected a text file, got a binary one (it has NUL bytes); save its text as UTF-8")
     else:
-        yield (Segment(text, True),)
+        yield text
 
 
 def _rows(path: Path) -> Iterator[Document] | None:
@@ -222,19 +246,25 @@ def _rows(path: Path) -> Iterator[Document] | None:
     return _learnable(path, _read_jsonl(path)) if jsonl else None
 
 
-def _text(path: Path) -> str | None:
-    """The text of a file, None if it is binary."""
-    if path.suffix.lower() != ".gz":
-        data = path.read_bytes()
-    else:
-        pieces = []
-        with gzip.open(path) as file:
-            while piece := file.read(PIECE):
-                if b"\0" in piece:
-                    return None  # what a packed archive unpacks to may be huge
+def _text(path: Path) -> Document | None:
+    """The text of a file, None if it is binary; all of it is looked at before any of it is used."""
+    pieces, size = [], 0
+    with _unpacked(path) as file:
+        while piece := file.read(PIECE):
+            if b"\0" in piece:
+                return None
+            size += len(piece)
+            if size <= LONG:
                 pieces.append(piece)
-        data = b"".join(pieces)
-    return None if b"\0" in data else data.decode("utf-8", "surrogateescape")
+            else:
+                pieces.clear()
+    if size > LONG:
+        return LongText(path)
+    return (Segment(b"".join(pieces).decode("utf-8", "surrogateescape"), True),)
+
+
+def _unpacked(path: Path) -> BufferedIOBase:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 # Lines and rows -------------------------------------------------------------------------------------------------------
@@ -259,7 +289,7 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
     A line with both is a chat. Other keys are of no interest.
     """
     name = printable(path)
-    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
+    with _unpacked(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield _parse(line, f"{name}, line {number}", "utf-8" if number > 1 else "utf-8-sig")

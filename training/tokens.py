@@ -2,14 +2,13 @@
 
 A stream is the documents' tokens, each closed by a boundary, and beside it a flag for each token: 1 where it is to be
 learned, 0 where it is only context (the turns of a chat that are not the assistant's). Nothing but the document at
-hand is in memory.
+hand is in memory, of a long one a piece.
 
 Which document is held out, and where a text is cut into two, is decided by text and bytes, so it is the same for every
 tokenizer, up to the token that the cut meets.
 """
 
 import hashlib
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from training.sources import Document, Segment, plain
+from training.sources import SEAM, Document, Segment, plain
 from training.tokenizer import (
     BOUNDARY,
     BOUNDARY_TEXT,
@@ -51,7 +50,6 @@ __all__ = [
 SIDES = ("train", "held_out")
 CHUNK = 1 << 22  # tokens handled at a time
 PIECE = 1 << 16  # characters that a tokenizer other than the bytes is given at a time
-SEAM = re.compile(r"(?<=\S\n)(?=\w)")  # where no byte-level tokenizer joins what is left and right
 
 encode = encode_bytes
 
@@ -113,13 +111,12 @@ def tokenized(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[Tokens
     Turns are `<|im_start|>` role newline content `<|im_end|>` newline (ChatML) where the tokenizer has those special
     tokens; the last newline is not learned: whoever writes stops before it. Else they are as `plain` writes them.
     """
-    if {TURN_START, TURN_END} <= tokenizer.special.keys():
-        for part in document:
-            yield from _text(part, tokenizer) if part.role is None else _turn(part, tokenizer)
-    else:
-        for part in plain(document):
-            yield from _text(part, tokenizer)
-    yield tokenizer.one(tokenizer.boundary), document[-1].is_target
+    is_learned = False
+    has_turns = {TURN_START, TURN_END} <= tokenizer.special.keys()
+    for part in document if has_turns else plain(document):
+        yield from _text(part, tokenizer) if part.role is None else _turn(part, tokenizer)
+        is_learned = part.is_target
+    yield tokenizer.one(tokenizer.boundary), is_learned
 
 
 def _turn(part: Segment, tokenizer: Tokenizer) -> Iterator[tuple[Tokens, bool]]:
