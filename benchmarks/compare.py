@@ -1,0 +1,74 @@
+"""What a finished study says beside its report: any two arms paired, and whether surprise points at good experts.
+
+    python -m benchmarks.compare DIR [--pair ARM OTHER]... [--measure nats_per_token]
+
+Without --pair: for every arm, and for all runs together, how much of a token's own loss one saves by sending it alone
+to the visited expert that a value prefers, instead of to a visited expert at random. Nats per sampled token, mean over
+the runs with a 95 % t-interval; `visited best` is the most that there is to save, agreement the rank correlation
+(Kendall's tau) with the experts' true losses.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.analysis import t_interval
+from training.arm_facts import read_facts
+from training.study_results import FINISHED, Row, pair_key, read_results
+
+VALUES = ("w2", "unweighted", "experts", "input", "benefit", "visited best")
+AGREEING = ("w2", "benefit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of a study")
+    parser.add_argument("--pair", nargs=2, action="append", metavar=("ARM", "OTHER"), default=[])
+    parser.add_argument("--measure", default="nats_per_token", help="column of results.csv")
+    given = parser.parse_args()
+    rows = [row for row in read_results(given.folder) if row["status"] == FINISHED]
+    for arm, other in given.pair:
+        print(f"{given.measure}, {arm} - {other}: {paired(rows, arm, other, given.measure)}")
+    if not given.pair:
+        facts = read_facts(given.folder, [row["run"] for row in rows])
+        print("\n".join(savings(rows, facts)))
+
+
+def paired(rows: Sequence[Row], arm: str, other: str, measure: str) -> str:
+    """The mean difference of runs that share everything but the arm, with its interval."""
+    sides = [{pair_key(row): float(row[measure]) for row in rows if row["arm"] == name} for name in (arm, other)]
+    found = [value - sides[1][key] for key, value in sides[0].items() if key in sides[1]]
+    return f"{interval(found)}, {len(found)} pairs" if found else "no pairs"
+
+
+def savings(rows: Sequence[Row], facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The lines of a Markdown table; runs whose tokens have no choice among experts are left out."""
+    known = [row for row in rows if row["run"] in facts and agreement(facts[row["run"]], "w2") is not None]
+    head = ("arm", "runs", *VALUES, *(f"agreement of {value}" for value in AGREEING))
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm in (*dict.fromkeys(row["arm"] for row in known), None):
+        chosen = [facts[row["run"]] for row in known if arm in (row["arm"], None)]
+        saved = [
+            interval([one["regret"]["visited random"] - one["regret"][value] for one in chosen]) for value in VALUES
+        ]
+        found = [[agreement(one, value) for one in chosen] for value in AGREEING]
+        agreed = [interval([tau for tau in taus if tau is not None]) for taus in found]
+        lines.append(f"| {' | '.join((arm or 'all', str(len(chosen)), *saved, *agreed))} |")
+    return lines
+
+
+def agreement(facts: Mapping[str, Any], value: str) -> float | None:
+    """Kendall's tau of a value's ranking with that of the experts' true losses; None where there is nothing to rank."""
+    kinds = facts["agreement"]["kinds"]
+    return facts["agreement"]["tau"][kinds.index(value)][kinds.index("oracle")]
+
+
+def interval(values: Sequence[float]) -> str:
+    mean, low, high = t_interval(values)
+    bounds = "no interval" if low is None or high is None else f"{low:+.3f} to {high:+.3f}"
+    return f"{mean:+.3f} ({bounds})"
+
+
+if __name__ == "__main__":
+    main()
