@@ -1,6 +1,7 @@
 """The statistics of a study: intervals and tests against tables, TOST, Holm, and verdicts on made-up results."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -138,6 +139,12 @@ def test_text_from_a_csv_gives_the_same_analysis() -> None:
     study, rows = study_of({"base": 0.0, "good": -0.1})
     as_text = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
     assert analyse_rows(study, as_text) == analyse_rows(study, rows)
+
+
+def test_a_sentence_counts_the_arms_that_are_too_many_to_name() -> None:
+    study, rows = study_of({"base": 0.0} | {f"arm {i}": -0.1 * i for i in range(1, 9)}, seeds=(0,))
+    answer = analyse_rows(study, rows)["answer"]
+    assert re.search(r"; 8 of 8 not told apart from base \(-0\.80\d to -0\.10\d\)\.$", answer)
 
 
 def test_one_seed_decides_nothing() -> None:

@@ -227,6 +227,9 @@ def _verdict(pair: Mapping[str, Any], diverged: int) -> str:
     return "undecided"
 
 
+MENTIONED = 6  # arms without a verdict that a sentence can name
+
+
 def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: float) -> str:
     """One sentence: which arms beat the baseline, and what became of the others."""
     if not against:
@@ -239,7 +242,10 @@ def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: flo
         found = sorted(
             (pair["difference"] or 0.0, name) for name, pair in against.items() if pair["verdict"] == verdict
         )
-        if found:
+        if len(found) > MENTIONED and verdict == "undecided":
+            span = f"{found[0][0]:+.3f} to {found[-1][0]:+.3f}"
+            parts.append(f"{len(found)} of {len(against)} {verb} {baseline} ({span})")
+        elif found:
             names = ", ".join(f"{name} ({difference:+.3f})" for difference, name in found)
             parts.append(f"{verb} {baseline}: {names}")
         elif verdict == "better":

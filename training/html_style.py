@@ -42,7 +42,7 @@ tbody tr:last-child>*{border-bottom:0}
 thead th{font-weight:600;color:var(--soft);vertical-align:bottom;background:var(--panel);position:sticky;top:0;
  z-index:1;white-space:normal;overflow-wrap:normal}
 th:first-child{text-align:left;white-space:normal;position:sticky;left:0;background:var(--page);
- min-width:8.5em;max-width:18em}
+ min-width:8.5em;max-width:18em;overflow-wrap:break-word}
 thead th:first-child{background:var(--panel);z-index:2}
 .words td,.words th,.verdicts :is(td,th):nth-child(2){text-align:left} .words td{white-space:normal}
 tr.group th{max-width:none;background:var(--panel);font-weight:600}
