@@ -38,14 +38,16 @@ def attention(
 
     A query that sees no key at all (padding on the left) gets a finite value that nobody reads.
     """
-    heads, eps = dict(dim=config.head_dim), config.rms_norm_eps
-    split = "batch seq (heads dim) -> batch heads seq dim"
-    q = rms_norm(rearrange(x @ params["q_proj"], split, **heads), params["q_norm"], eps)
-    k = rms_norm(rearrange(x @ params["k_proj"], split, **heads), params["k_norm"], eps)
-    v = rearrange(x @ params["v_proj"], split, **heads)
-    q, k = rotate(q, *rotary), rotate(k, *rotary)
-    q = rearrange(q, "batch (groups share) seq dim -> batch groups share seq dim", groups=config.num_key_value_heads)
-    scores = einsum(q / math.sqrt(config.head_dim), k, "b groups share i dim, b groups j dim -> b groups share i j")
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    qkv = x @ torch.cat([params[name] for name in ("q_proj", "k_proj", "v_proj")], dim=1)
+    qkv = rearrange(qkv, "batch seq (heads dim) -> batch heads seq dim", dim=config.head_dim)
+    qk, v = qkv.split((heads + groups, groups), dim=1)
+    q_norm = params["q_norm"] / math.sqrt(config.head_dim)  # a few numbers to scale, where the scores are many
+    norms = torch.cat((q_norm.expand(heads, -1), params["k_norm"].expand(groups, -1)))
+    qk = rms_norm(qk, None, config.rms_norm_eps) * rearrange(norms, "heads dim -> heads 1 dim")
+    q, k = rotate(qk, *rotary).split((heads, groups), dim=1)
+    q = rearrange(q, "batch (groups share) seq dim -> batch groups share seq dim", groups=groups)
+    scores = einsum(q, k, "b groups share i dim, b groups j dim -> b groups share i j")
     weights = (scores + rearrange(bias, "batch i j -> batch 1 1 i j")).softmax(dim=-1)
     out = einsum(weights, v, "b groups share i j, b groups j dim -> b i groups share dim")
     return rearrange(out, "batch seq groups share dim -> batch seq (groups share dim)") @ params["o_proj"]

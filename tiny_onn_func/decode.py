@@ -90,8 +90,8 @@ def open_text(
     return Text(
         config, embedding, layers, params["norm"], embedding.mT if config.tie_word_embeddings else params["lm_head"],
         torch.tensor(config.rms_norm_eps, dtype=wide_dtype(dtype), device=device),
-        torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1), mask, hidden, context_length or columns,
-        surprise_budget, tuple(zip(*(part.unbind(0) for part in cache), strict=True)),
+        cos, sin, mask, hidden, context_length or columns, surprise_budget,
+        tuple(zip(*(part.unbind(0) for part in cache), strict=True)),
     )  # fmt: skip
 
 

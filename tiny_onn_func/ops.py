@@ -12,29 +12,34 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rms_norm(x: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*batch dim"]:
+def rms_norm(
+    x: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"] | None, eps: float
+) -> Float[Tensor, "*batch dim"]:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467)."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def rotary_angles(
     positions: Int[Tensor, "*batch seq"], head_dim: int, theta: float
-) -> tuple[Float[Tensor, "*batch seq half"], Float[Tensor, "*batch seq half"]]:
-    """cos and sin of position * theta^(-2i / head_dim), float32 (Su et al. 2021, arXiv 2104.09864)."""
+) -> tuple[Float[Tensor, "*batch seq head_dim"], Float[Tensor, "*batch seq head_dim"]]:
+    """cos and -+sin of position * theta^(-2i / head_dim), float32, as `rotate` takes them (arXiv 2104.09864).
+
+    Both halves of a head have the same angles; the sine is negative in the first.
+    """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[..., None].to(torch.float32) * theta**-exponents
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(
     x: Float[Tensor, "batch heads seq dim"],
-    cos: Float[Tensor, "*batch1 seq half"],
-    sin: Float[Tensor, "*batch1 seq half"],
+    cos: Float[Tensor, "*batch1 seq dim"],
+    sin: Float[Tensor, "*batch1 seq dim"],
 ) -> Float[Tensor, "batch heads seq dim"]:
     """Rotary embedding with the two halves of a head as pairs, as Qwen3 and Llama store them."""
-    cos, sin = (rearrange(t, "... seq half -> ... 1 seq half").to(x.dtype) for t in (cos, sin))
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    cos, sin = (rearrange(t, "... seq dim -> ... 1 seq dim").to(x.dtype) for t in (cos, sin))
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def swiglu(gate: Float[Tensor, "*batch dim"], up: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
