@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: expected a CUDA device, found none; this benchmark has nothing to say without one")
-    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    found: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     found |= large_model(given.batch, given.sequence, given.peak_tflops) | many_runs()
     for name, value in found.items():
         print(f"{name}: {value}")
@@ -82,7 +83,7 @@ def many_runs() -> dict[str, object]:
     while runs <= 4096:
         states = stack([on_device(SMALL, seed) for seed in range(runs)])
         step = vmap(lambda state: hyper_step(state, batch, HYPER, SMALL, compute_dtype=LOW))
-        rates[runs] = round(runs / milliseconds(lambda states=states, step=step: step(states)) * 1e3, 1)
+        rates[runs] = round(runs / milliseconds(partial(step, states)) * 1e3, 1)
         if runs > 1 and rates[runs] < 1.1 * rates[runs // 2]:
             break
         runs *= 2

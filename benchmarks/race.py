@@ -51,7 +51,8 @@ def main() -> None:
     config = replace(load_settings(str(CONFIG)), steps=given.our_steps)
     corpus = open_corpus(given.text, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length)
     racers = {"tiny-onn": tiny_onn(config, corpus), "dense": dense(config, corpus, given.steps)}
-    seconds, curves = dict.fromkeys(racers, 0.0), {name: [] for name in racers}
+    seconds = dict.fromkeys(racers, 0.0)
+    curves: dict[str, list[tuple[int, float, float]]] = {name: [] for name in racers}
     for begin in range(0, given.steps, TURN):
         batches = [batch_at(corpus.train, 0, step, 12, 64) for step in range(begin, min(begin + TURN, given.steps))]
         for name, racer in racers.items():
@@ -91,9 +92,9 @@ def tiny_onn(config: RunConfig, corpus: Splits) -> Racer:
 
     def nats() -> float:
         batches = held_out_batches(corpus.held_out, 12, 64, max_bytes=BYTES)
-        return evaluate(
-            state[0].params, config.model, batches, scored_span(corpus.held_out, BYTES).num_bytes
-        ).nats_per_token
+        num_bytes = scored_span(corpus.held_out, BYTES).num_bytes
+        budget = config.hyper.pi_alpha
+        return evaluate(state[0].params, config.model, batches, num_bytes, surprise_budget=budget).nats_per_token
 
     return Racer(step, nats)
 

@@ -80,7 +80,7 @@ def peer(config: ModelConfig, batch_size: int, seq: int) -> dict[str, Callable[[
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-    sizes = Qwen3MoeConfig(
+    sizes = Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim is one of its keyword arguments
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim, moe_intermediate_size=config.moe_intermediate_size, intermediate_size=64,
