@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.tree import tree_map, walk
-from training import checkpoint
+from training import checkpoint, checkpoint_files
 from training.checkpoint import latest_checkpoint, load_checkpoint, load_params, save_checkpoint
 from training.errors import UserError
 
@@ -168,7 +168,7 @@ def test_only_the_newest_are_kept_and_other_folders_are_left_alone(tmp_path):
     assert set(names(tmp_path)) == kept | {"step_12", "step_000001_mine", "best", "step_000000.bak"}
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints/step_1000000"
     save(tmp_path, state_of(1_000_001), keep=1)
-    assert [name for name in names(tmp_path) if checkpoint.STEP_FOLDER.fullmatch(name)] == ["step_1000001"]
+    assert [name for name in names(tmp_path) if checkpoint_files.STEP_FOLDER.fullmatch(name)] == ["step_1000001"]
 
 
 def test_saving_an_earlier_step_removes_neither_itself_nor_later_ones(tmp_path):
@@ -202,7 +202,7 @@ def raises(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2], ids=["same step again", "next step"])
-@pytest.mark.parametrize("broken", ["os.replace", "os.fsync", "training.checkpoint.save_file", "json.dumps"])
+@pytest.mark.parametrize("broken", ["os.replace", "os.fsync", "training.checkpoint_files.save_file", "json.dumps"])
 def test_a_write_that_fails_in_the_middle_leaves_only_what_was_there(tmp_path, monkeypatch, broken, step):
     path = save(tmp_path, state_of(1))
     with monkeypatch.context() as patch:
@@ -234,7 +234,7 @@ def test_an_interrupt_in_the_middle_leaves_nothing_and_passes_through(tmp_path, 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_flush", interrupt)
+    monkeypatch.setattr(checkpoint_files, "flush", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, state_of(1))
     assert names(tmp_path) == []
@@ -253,8 +253,8 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_goes_with_the_next_save
 
 
 def test_files_and_folder_reach_the_disk_before_the_new_name_and_the_name_after(tmp_path, monkeypatch):
-    events, flush, replace = [], checkpoint._flush, os.replace
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: (events.append(path.name), flush(path)))
+    events, flush, replace = [], checkpoint_files.flush, os.replace
+    monkeypatch.setattr(checkpoint_files, "flush", lambda path: (events.append(path.name), flush(path)))
     monkeypatch.setattr(os, "replace", lambda source, target: (events.append("rename"), replace(source, target)))
     save(tmp_path, state_of(1))
     assert events == ["state.safetensors", "meta.json", ".draft-step_000001", "rename", "checkpoints"]
@@ -280,8 +280,16 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path, st
 
 
 def rewrite(path: Path, **changes: Any) -> None:
+    """Another meta.json, with the checksum that goes with it."""
     meta = json.loads((path / "meta.json").read_text()) | changes
-    (path / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+    meta = {key: value for key, value in meta.items() if value is not None and key != "checksum"}
+    (path / "meta.json").write_text(json.dumps(meta | {"checksum": checkpoint_files.digest(meta)}))
+
+
+def edit_meta(path: Path, old: str, new: str) -> None:
+    text = (path / "meta.json").read_text()
+    assert old in text
+    (path / "meta.json").write_text(text.replace(old, new))
 
 
 def flip(path: Path) -> None:
@@ -296,14 +304,15 @@ def truncate(path: Path) -> None:
 
 def not_safetensors(path: Path) -> None:
     (path / "state.safetensors").write_bytes(b"x" * 100)
-    rewrite(path, sha256=checkpoint._sha256(path / "state.safetensors"))
+    rewrite(path, sha256=checkpoint_files.sha256(path / "state.safetensors"))
 
 
 def no_params(path: Path) -> None:
     save_file({"step": torch.tensor(1)}, path / "state.safetensors")
-    rewrite(path, sha256=checkpoint._sha256(path / "state.safetensors"))
+    rewrite(path, sha256=checkpoint_files.sha256(path / "state.safetensors"))
 
 
+VERSION = checkpoint_files.version()
 ANY, PARAMS = (load_params, load_checkpoint), (load_params,)
 DAMAGES = {
     "one bit flipped": (flip, ANY, "state.safetensors: expected SHA-256 "),
@@ -313,9 +322,31 @@ DAMAGES = {
     "no meta": (lambda path: (path / "meta.json").unlink(), ANY, "meta.json: expected a file "),
     "meta is no JSON": (lambda path: (path / "meta.json").write_text("{"), ANY, "meta.json: expected JSON, got: "),
     "meta is no text": (lambda path: (path / "meta.json").write_bytes(b"\xff"), ANY, "meta.json: expected JSON, got: "),
-    "meta is 5": (lambda path: (path / "meta.json").write_text("5"), ANY, "meta.json: expected format 1, got 'int'; "),
-    "next format": (lambda path: rewrite(path, format=2), ANY, "meta.json: expected format 1, got 2; load it with"),
-    "no format": (lambda path: rewrite(path, format=None), ANY, "meta.json: expected format 1, got None; load it with"),
+    "meta is 5": (
+        lambda path: (path / "meta.json").write_text("5"),
+        ANY,
+        "meta.json: expected keys and values, got int; ",
+    ),
+    "next format": (
+        lambda path: rewrite(path, format=2),
+        ANY,
+        f"meta.json: expected format 1 of version {VERSION}, got 2 of",
+    ),
+    "no format": (
+        lambda path: rewrite(path, format=None),
+        ANY,
+        f"meta.json: expected format 1 of version {VERSION}, got None",
+    ),
+    "a size edited": (
+        lambda path: edit_meta(path, '"hidden_size": 8', '"hidden_size": 9'),
+        ANY,
+        "meta.json: expected the checksum of its content, got another: damaged",
+    ),
+    "the step of another": (
+        lambda path: rewrite(path, step=2),
+        ANY,
+        "meta.json: expected the step of the folder's name",
+    ),
     "no model": (lambda path: rewrite(path, model=None), ANY, "meta.json: expected the key model "),
     "no safetensors": (not_safetensors, ANY, "state.safetensors: expected safetensors, got: "),
     "no parameters": (no_params, PARAMS, "state.safetensors: expected tensors called params.*, got none"),

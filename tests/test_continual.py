@@ -209,7 +209,7 @@ def test_a_stream_that_is_stopped_behind_a_task_and_resumed_has_the_same_bits(
         return stepped
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.study.mapped_step", counted)
+        patch.setattr("training.study_group.mapped_step", counted)
         with pytest.raises(KeyboardInterrupt):
             run_study(stream_study(texts), out)
     run_study(stream_study(texts), out, resume=True)

@@ -234,7 +234,7 @@ def test_every_setting_is_a_flag_of_its_dotted_name():
         keep_checkpoints=5, picture_every=6, sample_tokens=4, prompt="x", threads=2,
         model=ModelConfig(300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False, "hash"),
         hyper=HyperSettings(**CHANGED_HYPER), surprise_kind="input", precision="bfloat16", tokenizer="bpe",
-        replay=0.5, init="weights", teacher="teacher", teacher_cache=True, compile=True,
+        replay=0.5, init="weights", teacher="teacher", teacher_cache=True, compile=True, on_nonfinite="skip",
     )  # fmt: skip
     argv = []
     for key in key_types():

@@ -144,7 +144,8 @@ def test_a_diverging_run_is_reported_and_its_neighbours_are_as_without_it(text: 
     for arm in ("calm", "slow"):
         mine, theirs = (records(tmp_path / name / "runs" / f"{arm}-seed0") for name in ("wild", "tame"))
         assert mine == theirs
-    assert records(tmp_path / "wild" / "runs" / "wild-seed0")[-1]["main_loss"] is None
+    last = records(tmp_path / "wild" / "runs" / "wild-seed0")[-1]
+    assert last["grad_norm"] is None, "the gradient goes before the loss does"
     analysis = json.loads((tmp_path / "wild" / "analysis.json").read_text(encoding="utf-8"))
     assert analysis["arms"]["wild"] | {"mean": None, "n": 0, "diverged": 1} == analysis["arms"]["wild"]
     assert analysis["against_baseline"]["wild"]["verdict"] == "undecided"
@@ -182,7 +183,7 @@ def run_counted(
 
         return stepped
 
-    patch.setattr("training.study.mapped_step", counted)
+    patch.setattr("training.study_group.mapped_step", counted)
     run_study(small_study(text), out, **how)
     return len(calls)
 
@@ -208,7 +209,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(
 def test_a_finished_study_is_not_repeated(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.study.mapped_step", lambda configs: pytest.fail("trained again"))
+    monkeypatch.setattr("training.study_group.mapped_step", lambda configs: pytest.fail("trained again"))
     copy = tmp_path / "copy"
     shutil.copytree(done, copy)
     assert main(["study", "--resume", "--out", str(copy)]) == 0

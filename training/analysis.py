@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 from training.arm_facts import mean_facts, read_facts
 from training.continual import Continual
+from training.durable import write_text
 from training.study_config import StudyConfig, baselines_of, expand
-from training.study_results import DIVERGED, FINISHED, Row, pair_key, read_results, write_text
+from training.study_results import DIVERGED, FINISHED, Row, pair_key, read_results
 
 CONFIDENCE = 0.95
 LEVEL = 0.05  # of both tests

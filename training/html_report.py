@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from training.durable import write_text
 from training.errors import UserError
 from training.html_arms import Study
 from training.html_run import RunFiles, run_page
@@ -12,7 +13,7 @@ from training.html_study import study_page
 from training.plain_yaml import read_yaml
 from training.recorder import FILE, read_history
 from training.series import Records
-from training.study_results import UNFINISHED, Row, read_results, write_text
+from training.study_results import UNFINISHED, Row, read_results
 
 REPORT = "report.html"
 NEEDED = ("arms", "against_baseline", "baseline", "margin", "question", "falsifier", "answer")  # of analysis.json

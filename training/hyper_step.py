@@ -150,15 +150,18 @@ def main_gradients(
             kl = distillation(logits, teacher_logits, batch.labels, hyper.distill_temperature)
             alpha = hyper.distill_alpha
             total = (1 - alpha) * total + alpha * hyper.distill_temperature**2 * kl
-        return total.to(lm.loss_sum.dtype), Observed(lm, trace, hooks.per_token_surprise, kl)
+        none_yet = torch.zeros_like(lm.targets)  # surprise is there after the backward pass
+        return total.to(lm.loss_sum.dtype), Observed(lm, trace, hooks.per_token_surprise, kl, none_yet)
 
     trees = (fast,) if is_off(hyper.router_coupling) else (fast, router)
     grads, seen = gradients(lambda *own: objective(*own, *(fast, router)[len(own) :]), *trees, reads=(router, hyper))
+    trace = seen.trace
+    nonfinite = measure.nonfinite_surprise(seen.per_token_surprise, trace.expert_ids, trace.active)
+    seen = seen._replace(nonfinite=nonfinite)
     if kind == "oracle":
         values = sampled_losses(params, batch, config, hyper.explore_seed, step, hyper.pi_alpha)
         seen = seen._replace(per_token_surprise=values.to(seen.per_token_surprise.dtype))
     if kind in PER_WEIGHT:
-        trace = seen.trace
         surprise = per_weight(seen.per_token_surprise, trace.expert_ids, trace.weights, trace.active)
         seen = seen._replace(per_token_surprise=surprise)
     return (grads[0], grads[1] if len(grads) > 1 else None), seen

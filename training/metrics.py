@@ -84,6 +84,16 @@ def mean_finite(x: Float[Tensor, "..."]) -> Float[Tensor, ""]:
     return _finite_or_zero(x).sum() / x.isfinite().sum().clamp_min(1)
 
 
+def nonfinite_surprise(
+    surprise: Float[Tensor, "layers tokens experts"],
+    expert_ids: Int[Tensor, "layers tokens slots"],
+    active: Bool[Tensor, "layers tokens slots"],
+) -> Int[Tensor, ""]:
+    """How many routed (layer, token, expert) have a surprise that is NaN or infinite; those not routed have none."""
+    routed = surprise.gather(-1, torch.where(active, expert_ids, 0))
+    return (active & ~routed.isfinite()).sum()
+
+
 def _shares(index: Int[Tensor, "layers rows"], counted: Bool[Tensor, "layers rows"], bins: int) -> Tensor:
     """Share of each layer's counted rows that falls into each bin; uncounted rows go to a spare bin first."""
     index = torch.where(counted, index, bins)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from training.durable import write_text
 from training.errors import UserError
 
 PLAIN = {
@@ -47,9 +48,7 @@ def read_yaml(path: str) -> dict[Any, Any]:
 
 def write_yaml(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a mapping as YAML that `read_yaml` reads back; the file appears whole or not at all."""
-    draft = Path(f"{os.fspath(path)}.tmp")
-    draft.write_text(yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, width=120), encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, width=120))
 
 
 def scalar(text: str) -> Any:

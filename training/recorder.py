@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.durable import flush, make_folder, write_text
 from training.errors import UserError
 
 FILE = "metrics.jsonl"
@@ -69,13 +70,33 @@ class Recorder:
         Args:
             step: number of the step; tokens: trained on so far; seconds: of training so far.
             metrics: a NamedTuple or mapping, as `to_record` takes it.
+
+        Raises:
+            UserError: the disk refuses.
         """
         record = {"step": int(step), "tokens": int(tokens), "seconds": round(float(seconds), 3), **to_record(metrics)}
-        self._file.write(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
-        self._file.flush()  # a killed process loses no whole record
+        try:
+            self._file.write(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
+            self._file.flush()  # a killed process loses no whole record
+        except OSError as error:
+            raise self._refused(error) from error
         if self._board is not None:
             _write_scalars(self._board, record)
         return record
+
+    def sync(self) -> None:
+        """Wait until every record so far is on the disk.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> UserError:
+        return UserError(f"{self._file.name}: the disk refused it: {error.strerror}; free space, then --resume")
 
     def close(self) -> None:
         """Close both records; closing twice does nothing."""
@@ -103,14 +124,16 @@ def open_recorder(folder: str | Path, *, resume_step: int | None = None) -> Reco
         UserError: a fresh record is asked for where one is already, or the old record cannot be read.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / FILE
     if resume_step is None and path.exists() and path.stat().st_size:
         raise UserError(f"{path}: expected no record of an earlier run, found one; use --resume or another --out")
     if resume_step is not None and path.exists():
         _rewrite(path, [record for record in read_history(folder) if _is_upto(record, resume_step)])
     purge_step = None if resume_step is None else resume_step + 1
-    return Recorder(path.open("a", encoding="ascii"), _open_board(folder / "tensorboard", purge_step))
+    file = path.open("a", encoding="ascii")
+    flush(folder)  # the name, too, must be there after a power cut
+    return Recorder(file, _open_board(folder / "tensorboard", purge_step))
 
 
 def _is_upto(record: Mapping[str, Any], step: int) -> bool:
@@ -119,15 +142,7 @@ def _is_upto(record: Mapping[str, Any], step: int) -> bool:
 
 def _rewrite(path: Path, history: list[dict[str, Any]]) -> None:
     """Replace the file in one move: a process killed here leaves the old record or the new one, nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="ascii") as file:
-            file.writelines(json.dumps(record, separators=(",", ":")) + "\n" for record in history)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in history))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

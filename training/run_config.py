@@ -171,7 +171,9 @@ class RunConfig:
     checkpoint_every: int = 500
     """Steps between two checkpoints; 0 writes one at the end only."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; that of the best held-out score stays, too."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss, gradient, surprise or new state is NaN or infinite: stop the run, or be skipped."""
     picture_every: int = 500
     """Steps between two updates of the pictures; 0 draws them at the end only."""
     sample_tokens: int = 200

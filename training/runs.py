@@ -11,7 +11,8 @@ from torch import Tensor
 from tiny_onn_func.generate import stream
 from tiny_onn_func.routing import Routing
 from tiny_onn_func.tree import Tree
-from training.checkpoint import checkpoint_tokenizer, load_params
+from training.checkpoint import open_checkpoint, params_of
+from training.checkpoint_files import STEP_FOLDER
 from training.data import baselines, held_out_batches, open_corpus, scored_span
 from training.errors import UserError
 from training.evaluate import Score, evaluate
@@ -29,19 +30,25 @@ class FinishedRun(NamedTuple):
 
 
 def open_run(folder: str | Path) -> FinishedRun:
-    """The settings and the newest parameters of a run folder.
+    """The settings and the newest parameters of a run folder, or those of a checkpoint in one.
+
+    Args:
+        folder: RUN, or RUN/checkpoints/step_NNNNNN.
 
     Raises:
         UserError: there is no run in the folder, or no checkpoint in it, or another tokenizer than it trained with.
     """
-    settings = Path(folder, "config.yaml")
+    given = Path(folder)
+    home = given.parents[1] if STEP_FOLDER.fullmatch(given.name) and len(given.parents) > 1 else given
+    settings = home / "config.yaml"
     if not settings.is_file():
         raise UserError(f"{folder}: expected a run folder with a config.yaml, found none; `tiny-onn train` makes one")
     config = load_settings(str(settings))
-    params, model = load_params(folder)
+    checkpoint = open_checkpoint(given)
+    params, model = params_of(checkpoint)
     if model != config.model:
         raise UserError(f"{settings}: expected the sizes of the checkpoint, got others; restore the file as it was")
-    tokenizer = kept_tokenizer(folder, config.tokenizer, checkpoint_tokenizer(folder))
+    tokenizer = kept_tokenizer(home, config.tokenizer, checkpoint.tokenizer)
     return FinishedRun(config, params, tokenizer)
 
 

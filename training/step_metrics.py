@@ -22,6 +22,7 @@ class Metrics(NamedTuple):
     gating_acc: Tensor  # share of informative tokens whose preferred expert is the target
     gating_trivial: Tensor  # what picking a routed expert at random would score
     surprise: Tensor  # mean over routed (layer, token, expert)
+    nonfinite_surprise: Tensor  # routed (layer, token, expert) whose surprise is NaN or infinite
     tau: Tensor  # mean entropy of the output distribution, nats
     pi_score: Tensor
     avg_k: Tensor  # experts per real token
@@ -45,13 +46,14 @@ class Observed(NamedTuple):
     trace: RouterTrace
     per_token_surprise: Float[Tensor, "layers tokens experts"]
     distill_sum: Tensor  # KL(teacher || student), nats, summed over targets
+    nonfinite: Tensor  # routed (layer, token, expert) whose measured surprise is NaN or infinite
 
 
 def step_metrics(
     seen: Observed, targets: Targets, loss: RouterLoss, load: Tensor, real: Tensor, hyper: HyperParams
 ) -> Metrics:
     """All but what only the optimizers know: `grad_norm`, `router_grad_norm` and `lr` are zero here."""
-    lm, trace, surprise, distill_sum = seen
+    lm, trace, surprise, distill_sum, nonfinite = seen
     count = lm.targets.clamp_min(1)
     informative = targets.informative.sum().clamp_min(1)
     hits = (trace.router_logits.argmax(dim=-1) == targets.expert) & targets.informative
@@ -66,6 +68,7 @@ def step_metrics(
         gating_acc=hits.sum() / informative,
         gating_trivial=chance.sum() / informative,
         surprise=mean_surprise,
+        nonfinite_surprise=nonfinite,
         tau=tau,
         pi_score=predictive_integrity(main_loss, tau, mean_surprise, hyper.pi_alpha, hyper.pi_gamma),
         avg_k=measure.average_k(trace.active, real),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tiny_onn_func.params import count_params
+from training.durable import make_folder, write_text
 from training.errors import UserError
 from training.run_config import DEFAULT_HYPER, RunConfig
 from training.study_config import StudyRun
@@ -59,11 +60,9 @@ def plan_chunks(runs: list[StudyRun], runs_at_once: int | None = None) -> list[C
 
 def save_plan(chunks: list[Chunk], folder: Path) -> None:
     """Write which run is in which chunk: a resumed study must map the same runs together."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     text = json.dumps({chunk.name: [run.id for run in chunk.runs] for chunk in chunks}, indent=1)
-    draft = folder / f".{PLAN}.tmp"
-    draft.write_text(text + "\n", encoding="utf-8")
-    draft.replace(folder / PLAN)
+    write_text(folder / PLAN, text + "\n")
 
 
 def load_plan(runs: list[StudyRun], folder: Path) -> list[Chunk]:

@@ -14,6 +14,7 @@ import torch
 from tiny_onn_func.params import count_active_params, count_params
 from training.alarms import WINDOW, collapse_alarms
 from training.continual import Continual, Matrix, continual_measures
+from training.durable import write_text
 from training.evaluate import Score
 from training.metrics import load_entropy
 from training.recorder import read_history
@@ -134,13 +135,6 @@ def read_results(folder: Path) -> list[Row]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from training.durable import write_bytes
 from training.errors import UserError
 from training.sources import printable
 
@@ -196,9 +197,7 @@ def check_same_tokens(tokenizer: Tokenizer, folder: str | Path, key: str) -> Non
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Put the tokenizer's files into a folder, each whole or not at all; `bytes` has none."""
     for name, content in tokenizer.files.items():
-        draft = folder / f".{name}.tmp"
-        draft.write_bytes(content)
-        draft.replace(folder / name)
+        write_bytes(folder / name, content)
 
 
 def library(who: str) -> Any:

@@ -1,0 +1,58 @@
+"""What a run that goes on must share with its past: the settings and the text that decide its numbers."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from training.corpus import Splits
+from training.errors import UserError
+from training.plain_yaml import shown
+from training.run_config import RunConfig
+
+# What may change when a run goes on: where things are, what is watched, how far it goes, what bad numbers do.
+FREE = {
+    "data", "tokenizer", "out", "init", "teacher", "teacher_cache", "steps", "eval_every", "eval_bytes",
+    "final_eval_bytes", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "picture_every", "sample_tokens",
+    "prompt", "threads",
+}  # fmt: skip
+WINDOWS, WINDOW = 256, 65_536  # of a text that are looked at, and tokens of each
+
+
+def deciding(config: RunConfig, corpus: Splits) -> dict[str, Any]:
+    """Dotted key -> value of all settings that decide the numbers of a run, and the text's fingerprint."""
+    values: dict[str, Any] = {"text": fingerprint(corpus)}
+    for key, value in asdict(config).items():
+        if isinstance(value, Mapping):
+            values |= {f"{key}.{name}": inner for name, inner in value.items()}
+        elif key not in FREE:
+            values[key] = value
+    return values
+
+
+def check_same(now: Mapping[str, Any], before: Mapping[str, Any], folder: str | Path) -> None:
+    """Refuse to go on where something differs.
+
+    Raises:
+        UserError: one line with every difference.
+    """
+    changed = [key for key in sorted(now.keys() & before.keys()) if now[key] != before[key]]
+    said = ["another text" if key == "text" else f"{key} {shown(now[key])} for {shown(before[key])}" for key in changed]
+    if said:
+        raise UserError(
+            f"--resume: expected the settings and the text that {folder} began with, got {', '.join(said)}; "
+            "go on with those, or name a new --out"
+        )
+
+
+def fingerprint(corpus: Splits) -> str:
+    """Of both sides' tokens: all of them up to 16 million, of longer texts evenly spaced windows, and their number."""
+    digest = hashlib.blake2b(digest_size=16)
+    for side in (corpus.train, corpus.held_out):
+        total = len(side.tokens)
+        digest.update(f"{total} {side.num_documents} {side.tokens.dtype} ".encode())
+        stride = max(WINDOW, total // WINDOWS)
+        for start in range(0, total, stride):
+            digest.update(side.tokens[start : start + WINDOW].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,48 @@
+"""Files that survive a power cut: flushed as a draft, renamed, then the folder's list of names flushed, too."""
+
+import os
+from pathlib import Path
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """The file appears whole or not at all, and what it replaces stays until then.
+
+    Raises:
+        OSError: the disk refuses; no draft is left.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """As `write_text`."""
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.tmp")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, target)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    flush(target.parent)
+
+
+def flush(path: str | os.PathLike[str]) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """The folder and its parents, their names on the disk; nothing where it is already."""
+    folder = Path(path)
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    flush(folder.parent)

@@ -1,0 +1,70 @@
+"""One process to a folder: the second is refused by name; a lock goes with its process, so none can be stale.
+
+The lock is the kernel's, on FOLDER/.lock, and the file says whose it is. A process that dies, however it dies, holds
+nothing any more: a file without a living holder is no lock, and is taken over.
+"""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from training.durable import make_folder
+from training.errors import UserError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold the folder, made if need be; a folder that was made here and is empty in the end is removed again.
+
+    Raises:
+        UserError: another process holds it; the message says which.
+    """
+    home = Path(folder)
+    made = [path for path in (home, *home.parents) if not path.exists()]
+    make_folder(home)
+    try:
+        descriptor = _take(home)
+        try:
+            yield
+        finally:
+            (home / LOCK).unlink(missing_ok=True)  # while it is held: nobody else's can be removed
+            os.close(descriptor)
+    finally:
+        for path in made:
+            try:
+                path.rmdir()
+            except OSError:
+                break
+
+
+def _take(home: Path) -> int:
+    """A descriptor that holds the lock."""
+    path = home / LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return descriptor
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise UserError(f"{home}: expected a folder at rest, got one in use by {holder}; end it or wait") from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder removed the file between our opening and our locking: once more
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,125 @@
+"""What a run shows of itself: scores, pictures, alarms, a sample text, and the summary at the end."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from tiny_onn_func.generate import generate
+from tiny_onn_func.params import count_active_params, count_params
+from training.alarms import collapse_alarms
+from training.data import Splits, held_out_batches, scored_span
+from training.durable import write_text
+from training.evaluate import Score, evaluate
+from training.hyper_step import TrainState
+from training.report import draw_core_metrics, draw_expert_dashboard
+from training.run_config import RunConfig
+from training.teacher import Teacher
+
+
+class Run(NamedTuple):
+    """A run that is under way."""
+
+    config: RunConfig
+    folder: Path
+    corpus: Splits
+    history: list[dict[str, Any]]  # every record so far, oldest first
+    baselines: dict[str, float]  # bits per byte on the held-out bytes of the final score
+    settings: dict[str, Any]  # what a run that goes on from here must have the same
+    bytes_per_token: float = 1.0  # of held-out text
+    teacher: Teacher | None = None
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.config.batch_size * self.config.sequence_length
+
+
+def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
+    """Pictures, the final score, the sample and `summary.json`."""
+    config = run.config
+    best = best_step(run.history)
+    score = held_out_score(run, state, config.final_eval_bytes, show=True)
+    if run.history:
+        run.history[-1] |= {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
+    draw(run)
+    tokens = int(state.step) * run.tokens_a_step
+    summary = {
+        "bits_per_byte": score.bits_per_byte,
+        "nats_per_token": score.nats_per_token,
+        "accuracy": score.accuracy,
+        "steps": int(state.step),
+        "best_step": best,
+        "tokens": tokens,
+        "train_seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "avg_k": score.avg_k,
+        "parameters": count_params(config.model),
+        "active_parameters": round(count_active_params(config.model, score.avg_k)),
+        "held_out_bytes": score.bytes,
+        "held_out_tokens": score.tokens,
+        "baselines": run.baselines,
+        "alarms": alarms(run),
+        "sample": sample_text(run, state, config.prompt, config.sample_tokens) if config.sample_tokens else "",
+    }
+    write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def about_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint says of its run, beside the state: keywords of `save_checkpoint`."""
+    return {
+        "config_dict": asdict(run.config.model),
+        "tokenizer": run.corpus.train.tokenizer.fingerprint,
+        "settings": run.settings,
+    }
+
+
+def held_out_score(run: Run, state: TrainState, max_bytes: int | None, *, show: bool = False) -> Score:
+    """The score on the first `max_bytes` of the held-out text."""
+    config, corpus = run.config, run.corpus.held_out
+    batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack)
+
+    bar = partial(tqdm, desc="held-out score", unit="batch", leave=False, disable=not show)
+    num_bytes, budget = scored_span(corpus, max_bytes).num_bytes, config.hyper.pi_alpha
+    return evaluate(state.params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
+
+
+def sample_text(run: Run, state: TrainState, prompt: str, tokens: int) -> str:
+    """The prompt and its continuation; the run's seed decides it."""
+    config, tokenizer = run.config, run.corpus.train.tokenizer
+    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))[None]
+    generator = torch.Generator().manual_seed(config.seed)
+    out = generate(
+        state.params, ids, config.model, generator, max_new_tokens=tokens, context_length=config.sequence_length,
+        temperature=0.8, surprise_budget=config.hyper.pi_alpha,
+    )  # fmt: skip
+    return tokenizer.decode(out[0].tolist())
+
+
+def best_step(history: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step of the lowest held-out loss that was scored during the run; the first of equals."""
+    scored = [record for record in history if record.get("held_out_nats") is not None]
+    return min(scored, key=lambda record: record["held_out_nats"])["step"] if scored else None
+
+
+def draw(run: Run) -> None:
+    """Both pictures, from all records so far."""
+    lines = {name: bits * math.log(2) * run.bytes_per_token for name, bits in run.baselines.items()}
+    title = f"{run.folder.name}: {run.config.data}"
+    draw_core_metrics(run.history, run.folder / "core_metrics_latest.png", title=title, baselines=lines)
+    draw_expert_dashboard(run.history, run.folder / "expert_dashboard_latest.png", alarms=alarms(run), title=title)
+
+
+def alarms(run: Run) -> list[str]:
+    """What is wrong with the routing of the last records, in sentences."""
+    model = run.config.model
+    return collapse_alarms(
+        run.history, model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
+        min_experts_per_tok=model.min_experts_per_tok, max_experts_per_tok=model.max_experts_per_tok,
+    )  # fmt: skip

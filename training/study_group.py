@@ -1,0 +1,277 @@
+"""A group of a study's runs: trained in one vmapped program, scored on the held-out text, and put on record."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tiny_onn_func.tree import stack, unstack
+from training.checkpoint import load_state, open_checkpoint, save_checkpoint
+from training.checkpoint_files import clean, steps_in
+from training.continual import batches_at, overall, score_tasks, task_that_ends, tasks_of, texts_of
+from training.continuity import check_same, fingerprint
+from training.data import Splits, open_corpus
+from training.durable import write_text
+from training.errors import UserError
+from training.first_state import first_state
+from training.guard import bad_runs, passed_over, where_runs
+from training.hyper_step import TrainState, init_state
+from training.recorder import FILE, Recorder, read_history
+from training.routing_facts import drift, first_choices, routing_facts
+from training.run_config import RunConfig
+from training.saver import Saver
+from training.step_metrics import Metrics
+from training.study_config import StudyConfig, StudyRun
+from training.study_plan import Chunk
+from training.study_results import (
+    Row,
+    finished_row,
+    write_summary,
+)
+from training.study_step import mapped_step
+from training.teacher import Teacher, ask, open_teacher
+from training.tokenizer import Tokenizer, kept_tokenizer, open_tokenizer
+
+
+class Mapped(NamedTuple):
+    """R runs under way in one program; leaves of `runs` have a leading axis R."""
+
+    step: Tensor  # () int64, steps made
+    seconds: Tensor  # () float64, of all runs together
+    diverged_at: Tensor  # (R,) int64, step at which the loss was no number any more; 0 while it is one
+    runs: TrainState
+    choices: Tensor  # (R, L, T) int64, first choices at the last evaluation, of which drift is measured; T may be 0
+    scores: Tensor  # (R, T - 1, T) float64, nats per token of all tasks after each but the last; NaN while unknown
+
+
+def run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: tqdm) -> list[Row]:
+    """Train and score the runs of a chunk; their rows."""
+    config = chunk.runs[0].config
+    home = folder / "checkpoints" / chunk.name
+    folders = [folder / "runs" / run.id for run in chunk.runs]
+    clean(home / "checkpoints")
+    checkpoint = open_checkpoint(home) if steps_in(home / "checkpoints") else None
+    if checkpoint:
+        tokenizer = kept_tokenizer(folders[0], config.tokenizer, checkpoint.tokenizer)
+    else:
+        tokenizer = open_tokenizer("bytes" if config.tokenizer == "bytes" else folders[0])
+    corpora = corpora_of(study, config, tokenizer)
+    teacher = teacher_of(config, tokenizer)
+    texts = {task: fingerprint(corpus) for task, corpus in corpora.items()}
+    mapped = _start(chunk.runs, None if checkpoint else tokenizer)
+    mapped = mapped._replace(choices=_choices(study, mapped, [run.config for run in chunk.runs], corpora))
+    if checkpoint:
+        check_same({"text": texts}, checkpoint.settings, folder)
+        mapped = load_state(checkpoint, mapped)
+        bar.update(int(mapped.step) * len(chunk.runs))
+    recorders = [_open_record(one, int(mapped.step)) for one in folders]
+    try:
+        save = partial(_save, home, recorders, about=asdict(config.model), tokenizer=tokenizer, texts=texts)
+        mapped = _train(study, chunk, mapped, corpora, teacher, recorders, save, bar)
+    finally:
+        for recorder in recorders:
+            recorder.close()
+    scores = score_tasks(mapped.runs.params, chunk.runs, corpora, config.final_eval_bytes)
+    facts = _routing_facts(study, mapped, [run.config for run in chunk.runs], corpora)
+    seconds, rows = float(mapped.seconds) / len(chunk.runs), []
+    for i, (run, one, params) in enumerate(zip(chunk.runs, folders, unstack(mapped.runs.params), strict=True)):
+        diverged = int(mapped.diverged_at[i])
+        score = None if diverged or not _is_finite(overall(scores[i]).nats_per_token) else overall(scores[i])
+        found = None if score is None else facts[i]
+        matrix = [*mapped.scores[i].tolist(), [task.nats_per_token for task in scores[i]]]
+        rows.append(finished_row(run, score, seconds, one, found, matrix))
+        write_summary(run, rows[-1], score, diverged or int(mapped.step), one, found, matrix)
+        if score is not None:
+            state, sizes = {"params": params, "step": mapped.step}, asdict(config.model)
+            save_checkpoint(one, state, sizes, keep=1, tokenizer=tokenizer.fingerprint)
+    return rows
+
+
+def _train(
+    study: StudyConfig,
+    chunk: Chunk,
+    mapped: Mapped,
+    corpora: Mapping[str, Splits],
+    teacher: Teacher | None,
+    recorders: Sequence[Recorder],
+    save: Callable[[Mapped], None],
+    bar: tqdm,
+) -> Mapped:
+    """The steps that are left. Time spent on scores and checkpoints is not training time."""
+    configs = [run.config for run in chunk.runs]
+    config = configs[0]
+    step = mapped_step(configs)
+    saved = int(mapped.step)
+    with Saver(save) as saver:
+        try:
+            for number in range(saved + 1, config.steps + 1):
+                if bool((mapped.diverged_at > 0).all()):
+                    bar.update((config.steps - number + 1) * len(configs))
+                    break
+                start = time.perf_counter()
+                batches = batches_at(corpora, chunk.runs, number - 1)
+                states, metrics = step(mapped.runs, batches, *ask(teacher, batches))
+                new = _without_bad_numbers(mapped, states, metrics, stop=config.on_nonfinite == "stop")
+                new = new._replace(seconds=mapped.seconds + time.perf_counter() - start)
+                new = _score_ended(chunk.runs, new, corpora)
+                mapped = _record(study, chunk.runs, new, metrics, corpora, recorders)
+                bar.update(len(configs))
+                bar.set_postfix_str(_progress(metrics, mapped), refresh=False)
+                if number == config.steps or (config.checkpoint_every and number % config.checkpoint_every == 0):
+                    saver.save(mapped)
+                    saved = number
+        except (KeyboardInterrupt, UserError):
+            if int(mapped.step) > saved:
+                saver.save(mapped)
+            saver.wait()
+            raise
+    return mapped
+
+
+def _without_bad_numbers(mapped: Mapped, states: TrainState, metrics: Metrics, *, stop: bool) -> Mapped:
+    """After a step; runs whose numbers went wrong keep the state that they had, and end there if they are to stop."""
+    number = int(mapped.step) + 1
+    bad = bad_runs(metrics, states)
+    diverged_at = (
+        torch.where(bad & (mapped.diverged_at == 0), number, mapped.diverged_at) if stop else mapped.diverged_at
+    )
+    held = bad | (diverged_at > 0)
+    if bool(held.any()):
+        states = where_runs(held, passed_over(mapped.runs), states)
+    return mapped._replace(step=mapped.step + 1, diverged_at=diverged_at, runs=states)
+
+
+def _save(
+    home: Path, recorders: Sequence[Recorder], mapped: Mapped, *, about: Mapping[str, Any], tokenizer: Tokenizer,
+    texts: Mapping[str, str],
+) -> None:  # fmt: skip
+    """A checkpoint of the chunk, not before the records of its steps are on the disk."""
+    for recorder in recorders:
+        recorder.sync()
+    save_checkpoint(home, mapped, about, keep=2, tokenizer=tokenizer.fingerprint, settings={"text": texts})
+
+
+def _start(runs: Sequence[StudyRun], tokenizer: Tokenizer | None) -> Mapped:
+    """The runs before their first step; without a tokenizer, what a checkpoint of theirs looks like."""
+    configs, tasks = [run.config for run in runs], len(tasks_of(runs[0]))
+    if tokenizer is None:
+        states = [init_state(config.model, torch.Generator().manual_seed(config.seed)) for config in configs]
+    else:
+        states = _first_states(configs, tokenizer)
+    zero = torch.zeros((), dtype=torch.int64)
+    diverged_at = torch.zeros(len(configs), dtype=torch.int64)
+    choices = torch.empty(len(configs), 0, 0, dtype=torch.int64)
+    scores = torch.full((len(configs), tasks - 1, tasks), torch.nan, dtype=torch.float64)
+    return Mapped(zero, zero.double(), diverged_at, stack(states), choices, scores)
+
+
+def _first_states(configs: Sequence[RunConfig], tokenizer: Tokenizer) -> list[TrainState]:
+    """The first state of every run; the folder of `init`, which is the same for all, is read once."""
+    if configs[0].init is None:
+        return [first_state(config) for config in configs]
+    return [first_state(configs[0], tokenizer)] * len(configs)
+
+
+def _score_ended(runs: Sequence[StudyRun], mapped: Mapped, corpora: Mapping[str, Splits]) -> Mapped:
+    """With the scores of all tasks, if a task has just ended; those after the last one are the final ones."""
+    config, tasks = runs[0].config, len(tasks_of(runs[0]))
+    ended = task_that_ends(int(mapped.step), config.steps, tasks)
+    if ended is None or ended == tasks - 1:
+        return mapped
+    found = score_tasks(mapped.runs.params, runs, corpora, config.final_eval_bytes)
+    scores = mapped.scores.clone()
+    scores[:, ended] = torch.tensor([[task.nats_per_token for task in some] for some in found], dtype=torch.float64)
+    return mapped._replace(scores=scores)
+
+
+# Routing --------------------------------------------------------------------------------------------------------------
+
+
+def _choices(study: StudyConfig, mapped: Mapped, configs: Sequence[RunConfig], corpora: Mapping[str, Splits]) -> Tensor:
+    """Every run's first choices on held-out tokens, of a stream's first named task; none where no drift is measured."""
+    if not (study.analysis_tokens and configs[0].eval_every):
+        return mapped.choices
+    held_out = next(iter(corpora.values())).held_out
+    return first_choices(mapped.runs.params, configs, held_out, study.analysis_tokens)
+
+
+def _routing_facts(
+    study: StudyConfig, mapped: Mapped, configs: Sequence[RunConfig], corpora: Mapping[str, Splits]
+) -> list[dict[str, Any] | None]:
+    """What the runs' routers do on held-out text, with the seconds that it took to find out."""
+    if not study.analysis_tokens or bool((mapped.diverged_at > 0).all()):
+        return [None] * len(configs)
+    start = time.perf_counter()
+    held_out = next(iter(corpora.values())).held_out
+    facts = routing_facts(mapped.runs.params, configs, held_out, study.analysis_tokens)
+    seconds = round((time.perf_counter() - start) / len(configs), 3)
+    return [{**found, "seconds": seconds} for found in facts]
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _record(
+    study: StudyConfig, runs: Sequence[StudyRun], mapped: Mapped, metrics: Metrics, corpora: Mapping[str, Splits],
+    recorders: Sequence[Recorder],
+) -> Mapped:  # fmt: skip
+    """Append the records of a step, those of runs that diverged earlier left out; with the new first choices."""
+    configs = [run.config for run in runs]
+    config, step = configs[0], int(mapped.step)
+    scored = config.eval_every > 0 and step % config.eval_every == 0
+    due = scored or step in (1, config.steps) or step % study.record_every == 0
+    diverged = mapped.diverged_at.tolist()
+    of_tasks = score_tasks(mapped.runs.params, runs, corpora, config.eval_bytes) if scored else []
+    scores = [overall(some) for some in of_tasks]
+    choices = _choices(study, mapped, configs, corpora) if scored else mapped.choices
+    drifts = drift(mapped.choices, choices).to(torch.float64)
+    for i, run in enumerate(unstack(metrics)):
+        if diverged[i] == step or (due and not diverged[i]):
+            values = run._asdict()
+            if scores:
+                values |= {"held_out_nats": scores[i].nats_per_token, "held_out_bits_per_byte": scores[i].bits_per_byte}
+                if choices.numel():
+                    values |= {"routing_drift": float(drifts[i].mean()), "routing_drift_layers": drifts[i]}
+            tokens = step * config.batch_size * config.sequence_length
+            recorders[i].write(step, tokens, float(mapped.seconds) / len(configs), values)
+    return mapped._replace(choices=choices)
+
+
+def _open_record(folder: Path, step: int) -> Recorder:
+    """The run's metrics.jsonl for appending, without what came after `step`. No TensorBoard: there may be hundreds."""
+    import json
+
+    path = folder / FILE
+    history = [record for record in read_history(folder) if record["step"] <= step] if path.exists() else []
+    write_text(path, "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in history))
+    return Recorder(path.open("a", encoding="ascii"), None)
+
+
+def _progress(metrics: Metrics, mapped: Mapped) -> str:
+    alive = metrics.main_loss[mapped.diverged_at == 0]
+    text = f"loss {float(alive.mean()):.3g}" if alive.numel() else "loss nan"
+    lost = int((mapped.diverged_at > 0).sum())
+    return f"{text}, {lost} diverged" if lost else text
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def teacher_of(config: RunConfig, tokenizer: Tokenizer) -> Teacher | None:
+    return open_teacher(replace(config, teacher_cache=False), tokenizer)
+
+
+def corpora_of(study: StudyConfig, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Splits]:
+    """Task -> its text."""
+    how: dict[str, Any] = {"holdout": config.holdout, "split": config.split, "tokenizer": tokenizer}
+    return {
+        task: open_corpus(data, sequence_length=config.sequence_length, progress=True, **how)
+        for task, data in texts_of(study, config).items()
+    }
