@@ -18,15 +18,17 @@ USAGE = """usage: tiny-onn VERB ...
   tokenizer  learn one from a text          tiny-onn tokenizer train --data SPEC --vocab-size 4096 --out DIR
   surgery    a dense Qwen3 into experts     tiny-onn surgery QWEN3_DIR --out DIR --num-experts 32
   study      compare many runs              tiny-onn study FILE.yaml [--out DIR] [--quick] [--resume]
+  replay     make one step again            tiny-onn replay RUN --step N
+  doctor     is all well here?              tiny-onn doctor [RUN]
   report     a web page of what was found   tiny-onn report DIR
 
 `tiny-onn VERB --help` lists the flags of a verb."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit status: 0 well, 2 a mistake of the user, 130 stopped by Ctrl-C."""
+    """Run one verb; the exit status: 0 well, 1 the doctor found something, 2 a mistake of the user, 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    verbs: dict[str, Callable[[Sequence[str]], None]] = {
+    verbs: dict[str, Callable[[Sequence[str]], int | None]] = {
         "train": _train,
         "evaluate": _evaluate,
         "generate": _generate,
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokenizer": _tokenizer,
         "surgery": _surgery,
         "study": _study,
+        "replay": _replay,
+        "doctor": _doctor,
         "report": _report,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -42,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in verbs:
             raise UserError(f"{arguments[0]}: expected a verb ({', '.join(verbs)}); `tiny-onn --help` explains them")
-        verbs[arguments[0]](arguments[1:])
+        return verbs[arguments[0]](arguments[1:]) or 0
     except KeyboardInterrupt:
         return 130
     except (UserError, ValueError) as error:
@@ -54,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,7 +69,7 @@ def _train(argv: Sequence[str]) -> None:
     from training.settings import parse_train_args  # pydantic and tyro, wanted by this verb alone
 
     config, resume = parse_train_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill saves a checkpoint, as Ctrl-C does
+    _stop_politely()
     from training.engine import train
     from training.tables import summary_table
 
@@ -170,11 +173,42 @@ def _study(argv: Sequence[str]) -> None:
 
     file, out = named_study(given.file, given.out, quick=given.quick, resume=given.resume)
     study = load_study(file, quick=given.quick)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _stop_politely()
     from training.study import run_study
 
     results = run_study(study, out, resume=given.resume, runs_at_once=given.runs_at_once)
     print(f"{results.table}\n\nstudy folder: {results.folder}\nreport: {results.folder / 'report.html'}")
+
+
+def _replay(argv: Sequence[str]) -> None:
+    parser = _Parser("tiny-onn replay", description="Make one step of a run again, and look at all its numbers.")
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--step", type=int, required=True, metavar="N", help="number of the step, from 1 on")
+    given = parser.parse_args(argv)
+    from training.replay import replay
+    from training.tables import replay_table
+
+    print(replay_table(replay(given.run, given.step)))
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    parser = _Parser("tiny-onn doctor", description="Versions, machine, and the soundness of a run or study folder.")
+    parser.add_argument("run", nargs="?", help="folder of a run or a study")
+    given = parser.parse_args(argv)
+    from training.doctor import doctor
+
+    return 0 if doctor(given.run) else 1
+
+
+def _stop_politely() -> None:
+    """Ctrl-C and a polite kill save a checkpoint; the second one leaves at once."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def _report(argv: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from training.batch import Batch
 from training.checkpoint import Checkpoint, load_state, open_checkpoint, save_checkpoint
-from training.checkpoint_files import clean, steps_in
+from training.checkpoint_files import clean, remove_steps, steps_in
 from training.compiled import compile_step
 from training.continuity import check_same, deciding
 from training.data import baselines, batch_at, open_corpus, scored_span
@@ -28,7 +28,7 @@ from training.products import Run, about_of, alarms, best_step, draw, finish, he
 from training.recorder import Recorder, open_recorder, read_history, to_record
 from training.run_config import RunConfig, hyper_params, statics
 from training.saver import Saver
-from training.settings import save_settings
+from training.settings import load_settings, save_settings
 from training.step_metrics import Metrics
 from training.teacher import open_teacher
 from training.tokenizer import BYTES, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer, save_tokenizer
@@ -66,16 +66,15 @@ def _train(config: RunConfig, folder: Path, resume: bool) -> dict[str, Any]:
     clean(folder / "checkpoints")
     checkpoint = open_checkpoint(folder) if steps_in(folder / "checkpoints") else None
     tokenizer = _tokenizer(config, folder, checkpoint)
+    run = _open(config, folder, tokenizer)
     if checkpoint is None:
         state = first_state(config, tokenizer)
-    else:
-        state = load_state(checkpoint, init_state(config.model, torch.Generator().manual_seed(config.seed)))
-    run = _open(config, folder, tokenizer)
-    if checkpoint is not None:
-        check_same(run.settings, checkpoint.settings, folder)
-        run.history.extend(r for r in read_history(folder) if r["step"] <= int(state.step))
-    else:
         save_tokenizer(tokenizer, folder)
+    else:
+        check_same(run.settings, checkpoint.settings, folder)
+        state = load_state(checkpoint, init_state(config.model, torch.Generator().manual_seed(config.seed)))
+        run.history.extend(r for r in read_history(folder) if r["step"] <= int(state.step))
+        remove_steps(path for step, path in steps_in(folder / "checkpoints") if step > checkpoint.step)  # damaged ones
     save_settings(config, folder / "config.yaml")
     with open_recorder(folder, resume_step=int(state.step) if resume else None) as recorder:
         state, seconds = _loop(run, state, recorder)
@@ -110,7 +109,7 @@ def _open(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Run:
     return Run(config, folder, corpus, [], lines, deciding(config, corpus), bytes_per_token, teacher)
 
 
-def _program(run: Run, state: TrainState) -> Program:
+def program(run: Run, state: TrainState) -> Program:
     """(state, batch) -> (state, metrics): the hyper step with the run's settings, its teacher, compiled if wanted."""
     config, hyper, teacher = run.config, hyper_params(run.config), run.teacher
 
@@ -119,7 +118,7 @@ def _program(run: Run, state: TrainState) -> Program:
 
     if not config.compile:
         return lambda state, batch: taught(state, batch, None if teacher is None else teacher(batch))
-    batch = batch_at(run.corpus.train, config.seed, 0, config.batch_size, config.sequence_length, config.pack)
+    batch = step_batch(run, 0)
     if teacher is None:
         return compile_step(lambda state, batch: taught(state, batch, None), state, batch)
     compiled = compile_step(taught, state, batch, teacher(batch))
@@ -129,7 +128,7 @@ def _program(run: Run, state: TrainState) -> Program:
 def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, float]:
     """The steps that are left. Time spent on scores, pictures and checkpoints is not training time."""
     config = run.config
-    step_of = _program(run, state)
+    step_of = program(run, state)
     seconds = run.history[-1]["seconds"] if run.history else 0.0
     first = int(state.step)
     saved, best, known_alarms = first if first else None, best_step(run.history), 0
@@ -173,7 +172,7 @@ def _step(run: Run, step_of: Program, state: TrainState) -> tuple[TrainState, di
         UserError: it has bad numbers, and the run is to stop.
     """
     config, step = run.config, int(state.step)
-    batch = batch_at(run.corpus.train, config.seed, step, config.batch_size, config.sequence_length, config.pack)
+    batch = step_batch(run, step)
     new_state, metrics = step_of(state, batch)
     values = to_record(metrics)
     bad = bad_numbers(values, new_state)
@@ -186,6 +185,30 @@ def _step(run: Run, step_of: Program, state: TrainState) -> tuple[TrainState, di
             f"look with `tiny-onn replay {run.folder} --step {step + 1}`, go on with --resume --on-nonfinite skip"
         )
     return passed_over(state), values | {"skipped": True}
+
+
+def step_batch(run: Run, step: int) -> Batch:
+    """The batch of a step, counted from 0; the seed decides it."""
+    config = run.config
+    return batch_at(run.corpus.train, config.seed, step, config.batch_size, config.sequence_length, config.pack)
+
+
+def open_past(folder: str | Path) -> tuple[Run, TrainState]:
+    """A run from its folder, without its records, and its first state.
+
+    Raises:
+        UserError: there is no run, or its data, tokenizer or first weights cannot be used any more.
+    """
+    home = Path(folder)
+    if not (home / "config.yaml").is_file():
+        raise UserError(f"{home}: expected a run folder with a config.yaml, found none; `tiny-onn train` makes one")
+    config = load_settings(str(home / "config.yaml"))
+    checkpoint = open_checkpoint(home) if steps_in(home / "checkpoints") else None
+    tokenizer = _tokenizer(config, home, checkpoint)
+    run = _open(config, home, tokenizer)
+    if checkpoint is not None:
+        check_same(run.settings, checkpoint.settings, home)
+    return run, first_state(config, tokenizer)
 
 
 def _save(run: Run, recorder: Recorder, state: TrainState, best: int | None) -> None:

@@ -42,6 +42,26 @@ def locked(folder: str | Path) -> Iterator[None]:
                 break
 
 
+def holder(folder: str | Path) -> str | None:
+    """Who holds the folder now: "process 123 on host"; None where nobody does."""
+    try:
+        descriptor = os.open(Path(folder) / LOCK, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _name_in(descriptor)
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _name_in(descriptor: int) -> str:
+    return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+
+
 def _take(home: Path) -> int:
     """A descriptor that holds the lock."""
     path = home / LOCK
@@ -54,9 +74,9 @@ def _take(home: Path) -> int:
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 return descriptor
         except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            who = _name_in(descriptor)
             os.close(descriptor)
-            raise UserError(f"{home}: expected a folder at rest, got one in use by {holder}; end it or wait") from None
+            raise UserError(f"{home}: expected a folder at rest, got one in use by {who}; end it or wait") from None
         except BaseException:
             os.close(descriptor)
             raise

@@ -21,7 +21,7 @@ EVIDENCE, MOST = "nonfinite", 3  # folder of states and batches before a bad ste
 
 
 def bad_numbers(record: Mapping[str, Any], state: TrainState) -> list[str]:
-    """Names of what is NaN or infinite after a step: losses, gradients, surprise, parameters or moments.
+    """Names of what is NaN or infinite after a step: losses, gradients, surprise; if none, parameters or moments.
 
     Args:
         record: the step's metrics as `to_record` gives them, where what is not finite is None.
@@ -30,8 +30,8 @@ def bad_numbers(record: Mapping[str, Any], state: TrainState) -> list[str]:
     bad = [name for name in WATCHED if record[name] is None]
     if record["nonfinite_surprise"]:
         bad.append("surprise")
-    if not bool(finite_runs(state, stacked=False).all()):
-        bad += [name for name, leaf in walk(state) if not bool(leaf.isfinite().all())]
+    if not bad and not bool(finite_runs(state, stacked=False).all()):
+        bad = [name for name, leaf in walk(state) if not bool(leaf.isfinite().all())]
     return bad
 
 

@@ -104,7 +104,7 @@ def hyper_step(
     )  # fmt: skip
     slow = {**router["layers"]["moe"], **learned}
     slow["router_bias"] = balanced_bias(slow["router_bias"], load, hyper.bias_speed * learning)
-    params = merge(fast, {"layers": {"moe": slow}})
+    params = tree_map(lambda _, leaf: leaf, state.params, merge(fast, {"layers": {"moe": slow}}))  # in the order it had
     new = TrainState(params, expert_opt, router_opt, state.step + 1)
     if not is_off(hyper.regenerate_below):
         new = new._replace(**regenerate(*new, load=load, hyper=hyper))

@@ -1,9 +1,12 @@
 """What the terminal shows when a run or a score is done."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.evaluate import Score
+
+if TYPE_CHECKING:
+    from training.replay import Replayed
 
 
 def score_table(score: Score, baselines: Mapping[str, float]) -> str:
@@ -26,6 +29,20 @@ def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     lines += [f"ALARM: {alarm}" for alarm in summary["alarms"]]
     if summary["sample"]:
         lines += ["", "sample:", summary["sample"]]
+    return "\n".join(lines)
+
+
+def replay_table(found: "Replayed") -> str:
+    """What a step that was made again did: its scalars, its gradients, and whether it is the step on record."""
+    lines = [f"step {found.step}, from {found.start}, {found.steps_before} steps made again before it", ""]
+    lines += [f"{name:<19} {value}" for name, value in found.record.items() if not isinstance(value, list)]
+    lines += ["", f"{'gradient of the main loss':<40} {'largest':>12} {'not finite':>11}"]
+    lines += [f"{name:<40} {largest:>12.4g} {bad:>11,}" for name, (largest, bad) in found.gradients.items()]
+    lines += ["", f"NaN or infinite: {', '.join(found.bad) or 'nothing'}"]
+    if found.differences is None:
+        lines.append("on record: no such step")
+    else:
+        lines.append(f"on record: {'other ' + ', '.join(found.differences) if found.differences else 'the same'}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,146 @@
+"""`tiny-onn doctor`: is all well with this machine and this run? One line each, with what to do where it is not."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from packaging.requirements import Requirement
+
+from training.checkpoint_files import DRAFT, read_meta, steps_in
+from training.errors import UserError
+from training.folder_lock import holder
+from training.guard import EVIDENCE
+from training.recorder import FILE, read_history
+from training.settings import load_settings
+
+PACKAGE = "tiny-onn-func"
+LITTLE = 1 << 30  # bytes free that a run should have at least
+
+
+class Finding(NamedTuple):
+    """One line of the doctor's."""
+
+    subject: str
+    text: str
+    advice: str = ""  # what to do; empty where all is well
+
+
+def examine(folder: str | Path | None = None) -> list[Finding]:
+    """What is to be said of the machine, and of a run or study folder.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(f"{folder}: expected the folder of a run or a study, found none; name another, or none")
+    found = [*_versions(), *_machine(Path(folder or "."))]
+    if folder is None:
+        return found
+    home = Path(folder)
+    found += [*_lock(home), *_drafts(home)]
+    settings = [home / "config.yaml"] if (home / "config.yaml").exists() else sorted(home.glob("runs/*/config.yaml"))
+    if not settings:
+        found.append(Finding(str(home), "no run in it", "name the folder that `tiny-onn train --out` made"))
+    for path in settings:
+        found += _run(path.parent)
+    for checkpoints in sorted(home.glob("checkpoints/*/checkpoints")):
+        found += _checkpoints(checkpoints)
+    return found
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("python", platform.python_version())
+    try:
+        wanted = [Requirement(text) for text in metadata.requires(PACKAGE) or ()]
+    except metadata.PackageNotFoundError:
+        yield Finding(PACKAGE, "not installed", "pip install -e . where pyproject.toml is")
+        return
+    yield Finding(PACKAGE, metadata.version(PACKAGE))
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding(requirement.name, "not installed", f"pip install '{requirement}'")
+            continue
+        fits = requirement.specifier.contains(version, prereleases=True)
+        yield Finding(requirement.name, version, "" if fits else f"untested; pip install '{requirement}'")
+
+
+def _machine(folder: Path) -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    advice = f"more than cores: --threads {cores}" if threads > cores else ""
+    yield Finding("threads", f"{threads} of torch on {cores} cores", advice)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {platform.machine()}"
+    yield Finding("device", device)
+    free = shutil.disk_usage(folder).free
+    yield Finding("free disk", f"{free / 1e9:.1f} GB", "" if free >= LITTLE else "free some, or saving will fail")
+
+
+def _lock(home: Path) -> Iterator[Finding]:
+    who = holder(home)
+    if who is not None:
+        yield Finding("in use", f"by {who}", "wait for it, or end it, before --resume")
+
+
+def _drafts(home: Path) -> Iterator[Finding]:
+    for draft in sorted(home.rglob(f"{DRAFT}*")):
+        yield Finding(str(draft.relative_to(home)), "left by a process that was killed", "goes with the next --resume")
+
+
+def _run(home: Path) -> Iterator[Finding]:
+    try:
+        config = load_settings(str(home / "config.yaml"))
+        yield Finding("settings", f"{home / 'config.yaml'}: {config.steps} steps")
+    except UserError as error:
+        yield Finding("settings", str(error), "restore the file")
+        return
+    yield from _records(home)
+    yield from _checkpoints(home / "checkpoints")
+    for step, path in steps_in(home / EVIDENCE / "checkpoints"):
+        yield Finding(
+            "bad numbers", f"in step {step + 1}: {path}", f"look with `tiny-onn replay {home} --step {step + 1}`"
+        )
+    made = max((step for step, _ in steps_in(home / "checkpoints")), default=0)
+    if not (home / "summary.json").exists():
+        yield Finding("unfinished", f"{made} of {config.steps} steps saved", f"tiny-onn train --out {home} --resume")
+
+
+def _records(home: Path) -> Iterator[Finding]:
+    try:
+        steps = [record.get("step", 0) for record in read_history(home)]
+    except UserError as error:
+        yield Finding("records", str(error), "tiny-onn train --resume rewrites it from the last checkpoint")
+        return
+    whole = all(isinstance(step, int) for step in steps) and all(a < b for a, b in pairwise(steps))
+    text = f"{home / FILE}: {len(steps)} records, the last of step {steps[-1] if steps else 0}"
+    yield Finding("records", text, "" if whole else "out of order: an unfinished run mends it with --resume")
+
+
+def _checkpoints(home: Path) -> Iterator[Finding]:
+    for _, path in steps_in(home):
+        try:
+            meta = read_meta(path)
+            yield Finding("checkpoint", f"{path}: whole, SHA-256 {meta['sha256'][:12]}")
+        except UserError as error:
+            text, _, advice = str(error).rpartition("; ")
+            yield Finding("checkpoint", text, advice)
+
+
+def doctor(folder: str | Path | None = None) -> bool:
+    """Print every finding; whether all is well."""
+    found = examine(folder)
+    width = max(len(finding.subject) for finding in found)
+    for finding in found:
+        mark, advice = ("!!", f"  -> {finding.advice}") if finding.advice else ("ok", "")
+        print(f"{mark}  {finding.subject:<{width}}  {finding.text}{advice}", file=sys.stdout)
+    return not any(finding.advice for finding in found)

@@ -1,0 +1,102 @@
+"""A step made again: from the state before it, on its batch, with every number that it computes looked at."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tiny_onn_func.tree import walk
+from training.batch import Batch
+from training.checkpoint import load_state, open_checkpoint
+from training.checkpoint_files import Damaged, read_meta, steps_in
+from training.engine import open_past, program, step_batch
+from training.errors import UserError
+from training.guard import EVIDENCE, bad_numbers, passed_over
+from training.hyper_step import TrainState, main_gradients
+from training.products import Run
+from training.recorder import FILE, read_history, to_record
+from training.run_config import hyper_params, statics
+
+
+class Replayed(NamedTuple):
+    """What a step did."""
+
+    step: int
+    start: str  # where the state came from
+    steps_before: int  # that were made again to get there
+    record: dict[str, Any]  # as in metrics.jsonl
+    differences: list[str] | None  # keys whose recorded value is another; None where nothing was recorded
+    bad: list[str]  # what is NaN or infinite after it
+    gradients: dict[str, tuple[float, int]]  # name -> largest finite magnitude, entries that are NaN or infinite
+
+
+def replay(folder: str | Path, step: int) -> Replayed:
+    """Make step `step` of a run again, writing nothing.
+
+    The state before it is the evidence that a bad step left, or the newest checkpoint before it, from which the steps
+    between are made again, too; without any, the run's first state.
+
+    Raises:
+        UserError: no run in the folder, or no such step.
+    """
+    run, first = open_past(folder)
+    if not 1 <= step <= run.config.steps:
+        raise UserError(f"--step: expected 1 to {run.config.steps}, the steps of {folder}, got {step}")
+    state, batch, start = _before(run, first, step)
+    begun = int(state.step)
+    step_of = program(run, state)
+    while int(state.step) < step - 1:
+        new, metrics = step_of(state, step_batch(run, int(state.step)))
+        state = passed_over(state) if bad_numbers(to_record(metrics), new) else new
+    batch = step_batch(run, step - 1) if batch is None else batch
+    new, metrics = step_of(state, batch)
+    record = to_record(metrics)
+    return Replayed(
+        step, start, step - 1 - begun, record, _differences(run.folder, step, record), bad_numbers(record, new),
+        dict(_gradients(run, state, batch)),
+    )  # fmt: skip
+
+
+def _before(run: Run, first: TrainState, step: int) -> tuple[TrainState, Batch | None, str]:
+    """The nearest state before a step, with the step's batch where that was kept."""
+    home = run.folder / EVIDENCE / "checkpoints"
+    for at, path in steps_in(home):
+        if at == step - 1:
+            like = {"step": first.step, "state": first, "batch": step_batch(run, at)}
+            kept = load_state(open_checkpoint(path), like)
+            return kept["state"], kept["batch"], str(path)
+    for at, path in reversed(steps_in(run.folder / "checkpoints")):
+        if at < step:
+            try:
+                read_meta(path)
+            except Damaged:
+                continue
+            return load_state(open_checkpoint(path), first), None, str(path)
+    return first, None, "the first state of the run"
+
+
+def _differences(folder: Path, step: int, record: dict[str, Any]) -> list[str] | None:
+    if not (folder / FILE).exists():
+        return None
+    past = [line for line in read_history(folder) if line["step"] == step]
+    return [key for key, value in record.items() if past[0].get(key) != value] if past else None
+
+
+def _gradients(run: Run, state: TrainState, batch: Batch) -> Iterator[tuple[str, tuple[float, int]]]:
+    """The main loss's gradient, and surprise, leaf by leaf."""
+    config = run.config
+    logits = None if run.teacher is None else run.teacher(batch)
+    grads, seen = main_gradients(
+        state.params, batch, hyper_params(config), config.model, state.step, **statics(config), teacher_logits=logits
+    )
+    for name, leaf in walk(grads[0]):
+        yield name, _extremes(leaf)
+    surprise = seen.per_token_surprise
+    yield "surprise", (_extremes(surprise)[0], int(seen.nonfinite))
+
+
+def _extremes(leaf: Tensor) -> tuple[float, int]:
+    finite = leaf.isfinite()
+    return float(torch.where(finite, leaf, 0).abs().max()), int((~finite).sum())
