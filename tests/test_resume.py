@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from tests.helpers import assert_same_bits
 from tests.test_engine import SMALL, TEXT, interrupted_after, records, train
-from training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from training.checkpoint import latest_checkpoint, load_checkpoint, named_tensors, save_checkpoint
 from training.checkpoint_files import clean
 from training.cli import main
 from training.continuity import fingerprint
@@ -275,19 +276,17 @@ def test_a_step_goes_on_while_its_checkpoint_is_written_and_the_next_one_waits()
 
 
 def test_what_the_disk_said_is_raised_once_at_the_next_save_or_at_the_end() -> None:
-    said = []
-
     def refuse(state: int) -> None:
         raise UserError(f"no room for {state}")
 
-    with pytest.raises(UserError, match="no room for 2"), Saver(refuse) as saver:
-        saver.save(1)
-        try:
-            saver.save(1)
-        except UserError as error:
-            said.append(str(error))
+    saver = Saver(refuse)
+    saver.save(1)
+    with pytest.raises(UserError, match="no room for 1"):
         saver.save(2)
-    assert said == ["no room for 1"]
+    saver.wait()
+    saver.save(3)
+    with pytest.raises(UserError, match="no room for 3"):
+        saver.__exit__(None)
 
 
 def test_records_are_on_the_disk_before_the_checkpoint_of_their_step(
@@ -328,3 +327,31 @@ def test_a_polite_signal_saves_says_how_to_go_on_and_the_end_is_the_same(
     train_run(load_settings(str(out / "config.yaml")), resume=True)
     assert_same_bits(load_checkpoint(out), load_checkpoint(whole))
     assert [r["step"] for r in records(out)] == list(range(1, 41))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a niceness of its own on Linux only")
+def test_the_writing_gives_way_to_the_steps() -> None:
+    nice: list[int] = []
+    with Saver(lambda: nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))) as saver:
+        saver.save()
+    assert nice == [19]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < 19
+
+
+def test_what_is_ready_to_be_saved_is_not_copied_and_what_shares_memory_is() -> None:
+    whole, base = torch.arange(6.0), torch.arange(10.0)
+    state = {
+        "step": torch.tensor(3),
+        "whole": whole,
+        "part": base[2:4],
+        "column": base.view(5, 2)[:, 0],
+        "twice": whole,
+    }
+    ready = named_tensors(state)
+    for name, leaf in state.items():
+        assert torch.equal(ready[name], leaf)
+        assert ready[name].untyped_storage().nbytes() == leaf.nbytes
+    assert ready["whole"].data_ptr() == whole.data_ptr()
+    assert ready["twice"].data_ptr() != whole.data_ptr()
+    again = named_tensors(ready)
+    assert [t.data_ptr() for t in again.values()] == [t.data_ptr() for t in ready.values()], "nothing left to do"

@@ -68,7 +68,7 @@ def save_checkpoint(
         UserError: the disk refuses.
         ValueError: a leaf is no tensor, two leaves share a name, no leaf is called `step`, keep < 1.
     """
-    tensors = _named_tensors(state)
+    tensors = named_tensors(state)
     if "step" not in tensors or keep < 1:
         raise ValueError(f"save_checkpoint: expected a leaf `step` and keep >= 1, got {[*tensors][:3]} and {keep}")
     step, home = int(tensors["step"]), Path(folder, "checkpoints")
@@ -166,13 +166,26 @@ def _opened(folder: Path) -> Checkpoint:
     )  # fmt: skip
 
 
-def _named_tensors(state: Any) -> dict[str, Tensor]:
-    """Dotted name -> a contiguous copy on the CPU; safetensors refuses views and shared memory."""
+def named_tensors(state: Any) -> dict[str, Tensor]:
+    """Dotted name -> leaf on the CPU, contiguous and with memory of its own, as safetensors wants it.
+
+    Leaves that are so already are not copied. What this returns can be saved in another thread: there no torch
+    operation is left to do, whose second pool of threads would slow down every step.
+
+    Raises:
+        ValueError: a leaf is no tensor, or two leaves share a name.
+    """
     tensors: dict[str, Tensor] = {}
+    memories = set()
     for name, leaf in walk(state):
         if not isinstance(leaf, Tensor) or name in tensors:
             raise ValueError(f"save_checkpoint: expected one tensor called {name}, got {type(leaf).__name__}")
-        tensors[name] = leaf.detach().cpu().contiguous().clone()
+        tensor = leaf.detach().cpu().contiguous()
+        memory = tensor.untyped_storage()
+        if memory.nbytes() != tensor.nbytes or memory.data_ptr() in memories:
+            tensor = tensor.clone()
+        memories.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
     return tensors
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.batch import Batch
-from training.checkpoint import Checkpoint, load_state, open_checkpoint, save_checkpoint
+from training.checkpoint import Checkpoint, load_state, named_tensors, open_checkpoint, save_checkpoint
 from training.checkpoint_files import clean, remove_steps, steps_in
 from training.compiled import compile_step
 from training.continuity import check_same, deciding
@@ -151,7 +151,7 @@ def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, 
                 if "held_out_nats" in values:
                     best = best_step(run.history)
                 if _due(step, config.checkpoint_every) or step in (best, config.steps):
-                    saver.save(state, best)
+                    saver.save(named_tensors(state), best)
                     saved = step
                 if _due(step, ALARM_EVERY):
                     known_alarms = _ring(run, known_alarms)
@@ -159,7 +159,7 @@ def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, 
                     draw(run)
         except (KeyboardInterrupt, UserError):
             if int(state.step) != saved:
-                saver.save(state, best)
+                saver.save(named_tensors(state), best)
             saver.wait()
             raise
     return state, seconds
@@ -211,10 +211,10 @@ def open_past(folder: str | Path) -> tuple[Run, TrainState]:
     return run, first_state(config, tokenizer)
 
 
-def _save(run: Run, recorder: Recorder, state: TrainState, best: int | None) -> None:
+def _save(run: Run, recorder: Recorder, tensors: dict[str, Tensor], best: int | None) -> None:
     """A checkpoint of this step, not before the records of its steps are on the disk."""
     recorder.sync()
-    save_checkpoint(run.folder, state, keep=run.config.keep_checkpoints, best=best, **about_of(run))
+    save_checkpoint(run.folder, tensors, keep=run.config.keep_checkpoints, best=best, **about_of(run))
 
 
 def _ring(run: Run, known: int) -> int:

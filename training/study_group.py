@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiny_onn_func.tree import stack, unstack
-from training.checkpoint import load_state, open_checkpoint, save_checkpoint
+from training.checkpoint import load_state, named_tensors, open_checkpoint, save_checkpoint
 from training.checkpoint_files import clean, steps_in
 from training.continual import batches_at, overall, score_tasks, task_that_ends, tasks_of, texts_of
 from training.continuity import check_same, fingerprint
@@ -100,7 +100,7 @@ def _train(
     corpora: Mapping[str, Splits],
     teacher: Teacher | None,
     recorders: Sequence[Recorder],
-    save: Callable[[Mapped], None],
+    save: Callable[[dict[str, Tensor]], None],
     bar: tqdm,
 ) -> Mapped:
     """The steps that are left. Time spent on scores and checkpoints is not training time."""
@@ -124,11 +124,11 @@ def _train(
                 bar.update(len(configs))
                 bar.set_postfix_str(_progress(metrics, mapped), refresh=False)
                 if number == config.steps or (config.checkpoint_every and number % config.checkpoint_every == 0):
-                    saver.save(mapped)
+                    saver.save(named_tensors(mapped))
                     saved = number
         except (KeyboardInterrupt, UserError):
             if int(mapped.step) > saved:
-                saver.save(mapped)
+                saver.save(named_tensors(mapped))
             saver.wait()
             raise
     return mapped
@@ -148,13 +148,13 @@ def _without_bad_numbers(mapped: Mapped, states: TrainState, metrics: Metrics, *
 
 
 def _save(
-    home: Path, recorders: Sequence[Recorder], mapped: Mapped, *, about: Mapping[str, Any], tokenizer: Tokenizer,
-    texts: Mapping[str, str],
+    home: Path, recorders: Sequence[Recorder], tensors: dict[str, Tensor], *, about: Mapping[str, Any],
+    tokenizer: Tokenizer, texts: Mapping[str, str],
 ) -> None:  # fmt: skip
     """A checkpoint of the chunk, not before the records of its steps are on the disk."""
     for recorder in recorders:
         recorder.sync()
-    save_checkpoint(home, mapped, about, keep=2, tokenizer=tokenizer.fingerprint, settings={"text": texts})
+    save_checkpoint(home, tensors, about, keep=2, tokenizer=tokenizer.fingerprint, settings={"text": texts})
 
 
 def _start(runs: Sequence[StudyRun], tokenizer: Tokenizer | None) -> Mapped:
