@@ -197,6 +197,7 @@ TESTS = {
         "rules",
         "hyper_step",
         "metrics",
+        "distill",
         "surprise_calculation",
         "isolation",
         "e2e_meta_learning",

@@ -109,7 +109,11 @@ class PlainLoop:
                     tied += 1
                     continue
                 target = surprise[layer, token].argmin()
-                terms.append(-logits[token].log_softmax(0)[target])
+                shares = F.one_hot(target, CONFIG.num_experts).to(logits.dtype)
+                if self.hyper.target_temperature:
+                    width = self.hyper.target_temperature * values.mean()
+                    shares[finite] = (-values / width).softmax(0)
+                terms.append(-(shares * logits[token].log_softmax(0)).sum())
                 hits.append(float(logits[token].argmax() == target))
                 chances.append(1 / len(values))
             mean_p = logits[real].softmax(-1).mean(0)
@@ -130,7 +134,11 @@ class PlainLoop:
             self.params[BIAS][layer] += self.hyper.bias_speed * (visits.mean() - visits).sign()
 
 
-@pytest.mark.parametrize("hyper", [HYPER, HYPER._replace(max_grad_norm=1e6)], ids=["clipped", "not clipped"])
+@pytest.mark.parametrize(
+    "hyper",
+    [HYPER, HYPER._replace(max_grad_norm=1e6), HYPER._replace(target_temperature=0.5)],
+    ids=["clipped", "not clipped", "soft targets"],
+)
 def test_steps_equal_two_torch_optimizers_on_plain_gradients(hyper: HyperParams) -> None:
     state = a_state(CONFIG)
     loop = PlainLoop(state.params, hyper)

@@ -190,7 +190,7 @@ def test_tensorboard_shows_every_scalar_once_after_a_resume(tmp_path: Path) -> N
 def test_without_tensorboard_the_run_goes_on_with_one_line_of_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
     write(tmp_path, range(1, 3))
     assert steps_of(tmp_path) == [1, 2]
     assert not (tmp_path / "tensorboard").exists()

@@ -1,5 +1,6 @@
 """Router rules: every kind of surprise against plain autograd, every coefficient against its definition, by loops."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -139,6 +140,11 @@ def test_a_mapped_temperature_of_zero_is_the_hard_target() -> None:
     wanted = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
     assert torch.equal(shares[0], wanted)
     assert_close(shares[1], wanted, 1e-6)
+
+
+def test_values_of_both_signs_are_divided_by_their_mean_size() -> None:
+    surprise = torch.tensor([[[-1.0], [3.0], [torch.inf]]])
+    assert beside_own_mean(surprise, 1.0).flatten().tolist() == [-0.5, 1.5, math.inf]
 
 
 @given(values=SURPRISES, exponent=st.sampled_from([0.0, 0.5, 1.0]))

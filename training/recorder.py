@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.board import Board
 from training.durable import flush, make_folder, write_text
 from training.errors import UserError
 
@@ -60,7 +61,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
 class Recorder:
     """Appends records to an open run folder; made by `open_recorder`, used as a context manager or closed by hand."""
 
-    def __init__(self, file: Any, board: Any) -> None:
+    def __init__(self, file: Any, board: Board | None) -> None:
         self._file = file
         self._board = board
 
@@ -81,7 +82,7 @@ class Recorder:
         except OSError as error:
             raise self._refused(error) from error
         if self._board is not None:
-            _write_scalars(self._board, record)
+            self._board.add(_scalars(record), record["step"])
         return record
 
     def sync(self) -> None:
@@ -170,19 +171,13 @@ def _plain(value: Any, digits: int) -> Any:
     return [_plain(item, TABLE_DIGITS) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _open_board(folder: Path, purge_step: int | None) -> Any:
+def _open_board(folder: Path, purge_step: int | None) -> Board | None:
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
+        return Board(folder, purge_step)
+    except (ImportError, OSError) as error:
         print(f"warning: no TensorBoard record ({error}); {FILE} is kept all the same", file=sys.stderr)
         return None
-    return SummaryWriter(str(folder), purge_step=purge_step)  # hides what an earlier run wrote from that step on
 
 
-def _write_scalars(board: Any, record: Mapping[str, Any]) -> None:
-    """All scalars of a record as one event: a tenth of the time of `add_scalar` for each."""
-    from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-
-    scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "tokens", "seconds")}
-    values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
-    board.file_writer.add_summary(Summary(value=values), record["step"])
+def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "tokens", "seconds")}

@@ -58,7 +58,12 @@ def run_study(
     _check_folder(Path(out), resume)
     with locked(out):
         _check_folder(Path(out), resume)  # once more: another process may have come first
-        return _run_study(study, Path(out), resume, runs_at_once)
+        try:
+            return _run_study(study, Path(out), resume, runs_at_once)
+        except KeyboardInterrupt:
+            if (Path(out) / "study.yaml").exists():
+                print(f"stopped; go on with: tiny-onn study --resume --out {out}", file=sys.stderr)
+            raise
 
 
 def _run_study(study: StudyConfig, folder: Path, resume: bool, runs_at_once: int | None) -> StudyResults:
@@ -68,18 +73,13 @@ def _run_study(study: StudyConfig, folder: Path, resume: bool, runs_at_once: int
     write_results([*rows.values()], folder)
     done = [run for run in runs if rows[run.id]["status"] != UNFINISHED]
     total, made = (sum(run.config.steps for run in some) for some in (runs, done))
-    try:
-        with tqdm(total=total, initial=made, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05) as bar:
-            for number, chunk in enumerate(chunks, 1):
-                if all(rows[run.id]["status"] != UNFINISHED for run in chunk.runs):
-                    continue
+    with tqdm(total=total, initial=made, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05) as bar:
+        for number, chunk in enumerate(chunks, 1):
+            if any(rows[run.id]["status"] == UNFINISHED for run in chunk.runs):
                 bar.set_description(f"group {number}/{len(chunks)}, {len(chunk.runs)} runs")
                 rows |= {row["run"]: row for row in run_chunk(study, chunk, folder, bar)}
                 write_results([*rows.values()], folder)
-                rmtree(folder / "checkpoints" / chunk.name, ignore_errors=True)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with: tiny-onn study --resume --out {folder}", file=sys.stderr)
-        raise
+            rmtree(folder / "checkpoints" / chunk.name, ignore_errors=True)
     analysis = analyse(folder)
     write_report(folder)
     return StudyResults(folder, [*rows.values()], analysis, study_table(analysis))
