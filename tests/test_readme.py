@@ -1,6 +1,7 @@
 """What the README says is true: its commands exist, its tree is the tree, its example runs."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,19 @@ def test_the_file_tree_is_the_tree() -> None:
     }
     assert there - told == set(), "files that the README does not tell of"
     assert {name for name in told if not (ROOT / name).exists()} == set(), "files that the README only tells of"
+
+
+def test_every_extra_that_a_message_or_a_page_names_can_be_installed() -> None:
+    """And a test that skips for want of a package proves nothing: the README's install line brings the small ones."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    places = [*ROOT.glob("*/*.py"), *ROOT.glob("docs/*.md")]
+    found = [re.findall(r"tiny-onn-func\[(\w+)\]", path.read_text(encoding="utf-8")) for path in places]
+    named = {name for names in found for name in names}
+    assert "data" in named
+    assert named <= extras.keys()
+    (installed,) = re.findall(r"pip install -e '\.\[(.*?)\]'", README)
+    assert {"dev", "hf", "data"} <= {*installed.split(",")}
 
 
 def test_every_picture_is_there() -> None:
