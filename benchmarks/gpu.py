@@ -25,7 +25,7 @@ from tiny_onn_func.params import count_active_params, count_params
 from tiny_onn_func.tree import merge, partition, stack, tree_map
 from training import Batch, HyperParams, TrainState, hyper_step, init_state
 from training.differentiate import gradients
-from training.hyper_step import main_gradients
+from training.main_gradients import main_gradients
 from training.objectives import language_modelling
 
 LARGE = ModelConfig(151_936, 1024, 28, 16, 8, 64, 64, 32, num_experts_per_tok=8)

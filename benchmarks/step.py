@@ -18,7 +18,7 @@ from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.tree import merge, partition
 from training import Batch, HyperParams, hyper_step, init_state
 from training.differentiate import gradients
-from training.hyper_step import main_gradients
+from training.main_gradients import main_gradients
 from training.memory import keep_freed_memory
 from training.objectives import language_modelling
 

@@ -90,7 +90,7 @@ OBJECTIVES = [
     ("(load * mean_p).sum() / layers", "(load * mean_p).sum()"),
     ("real.unsqueeze(-1), dim=1) / tokens", "torch.ones_like(real).unsqueeze(-1), dim=1) / tokens"),
     ("logsumexp(dim=-1).square()", "logsumexp(dim=-1)"),
-    ("/ targets.informative.sum().clamp_min(1)", "/ targets.informative.numel()"),
+    ("/ informative.clamp_min(1)", "/ targets.informative.numel()"),
     ("hyper.z_weight * z", "hyper.z_weight * balance"),
     ("lowest.unsqueeze(-1) - signed", "signed - lowest.unsqueeze(-1)"),
     ("below / width.unsqueeze(-1)", "below"),
@@ -98,20 +98,17 @@ OBJECTIVES = [
     ("torch.where(targets.informative, words, places + behind)", "torch.where(targets.informative, words, places)"),
 ]
 HYPER_STEP = [
-    ("grad_norm = global_norm(grads[0]) / targets_count", "grad_norm = global_norm(grads[0])"),
-    ("hyper.max_grad_norm) / targets_count", "hyper.max_grad_norm)"),
+    ("global_norm(part.grads) / part.sums.targets.clamp_min(1)", "global_norm(part.grads)"),
+    ("hyper.max_grad_norm) / sums.targets.clamp_min(1)", "hyper.max_grad_norm)"),
     ("weight_decay=0.0, hyper=hyper", "weight_decay=hyper.weight_decay, hyper=hyper"),
     ("lr=hyper.router_lr * rate * learning", "lr=hyper.router_lr * learning"),
-    ("lr=hyper.lr * rate, weight", "lr=hyper.lr, weight"),
+    ("lr=hyper.lr * schedule(step, hyper), weight", "lr=hyper.lr, weight"),
     ("router_opt, state.step + 1)", "router_opt, state.step)"),
     ("(load.mean(dim=-1, keepdim=True) - load)", "(load - load.mean(dim=-1, keepdim=True))"),
     ("rearrange(batch.attention_mask != 0", "rearrange(batch.attention_mask == 0"),
-    ("surprise_budget=hyper.pi_alpha", "surprise_budget=0.5"),
-    ("router_coupling=hyper.router_coupling,", "router_coupling=0.0,"),
-    ("hyper._replace(explore_prob=0.0)", "hyper"),
     ("main[name] / targets_count", "main[name]"),
     ('("router", "router_bias") if config.routing == "thresholds"', '("router",) if config.routing == "thresholds"'),
-    ("targets, load, real, _annealed", "targets, load, torch.ones_like(real), _annealed"),
+    ("load, part.real, annealed", "load, torch.ones_like(part.real), annealed"),
     ("hyper.bias_speed * learning", "hyper.bias_speed"),
     ("(1 - step / until.clamp_min(1))", "(1 - (step + 1) / until.clamp_min(1))"),
     ("(step < last)", "(step <= last)"),
@@ -119,6 +116,11 @@ HYPER_STEP = [
         "surprise, real, hyper.min_candidates, hyper.surprise_sign, hyper.target_temperature",
         "surprise, real, hyper.min_candidates, hyper.surprise_sign",
     ),
+]
+MAIN_GRADIENTS = [
+    ("surprise_budget=hyper.pi_alpha", "surprise_budget=0.5"),
+    ("router_coupling=hyper.router_coupling,", "router_coupling=0.0,"),
+    ("hyper._replace(explore_prob=0.0)", "hyper"),
     ("if kind in PER_WEIGHT:", "if False:"),
 ]
 SURPRISE = [
@@ -135,7 +137,7 @@ SURPRISE = [
 STEP_METRICS = [
     ("== targets.expert) & targets.informative", "== targets.expert)"),
     ("1 / trace.active.sum(dim=-1).clamp_min(1)", "1 / trace.active.shape[-1]"),
-    ("(real.sum() * targets.tied.shape[0]).clamp_min(1)", "real.sum().clamp_min(1)"),
+    ("(sums.real * layers).clamp_min(1)", "sums.real.clamp_min(1)"),
 ]
 REGENERATE = [
     ("squares < floor", "squares <= floor * 1e6"),
@@ -165,7 +167,7 @@ METRICS = [
     ("(load == 0).sum()", "(load <= 0.1).sum()"),
     ("index = torch.where(counted, index, bins)", "index = index"),
     ("return visits / (active.shape[0] * real.sum())", "return visits / (real.sum())"),
-    ("return _finite_or_zero(x).sum() / x.isfinite().sum().clamp_min(1)", "return _finite_or_zero(x).mean()"),
+    ("kept, finite = _finite_or_zero(x), x.isfinite()", "kept, finite = _finite_or_zero(x), torch.ones_like(x)"),
 ]
 
 MUTANTS = [
@@ -177,6 +179,7 @@ MUTANTS = [
         "training/hooks.py": HOOKS,
         "training/objectives.py": OBJECTIVES,
         "training/hyper_step.py": HYPER_STEP,
+        "training/main_gradients.py": MAIN_GRADIENTS,
         "training/optim.py": OPTIM,
         "training/metrics.py": METRICS,
         "training/surprise.py": SURPRISE,
@@ -212,6 +215,7 @@ TESTS = {
         "surprise_calculation",
         "transforms",
     ),
+    "training/main_gradients.py": ("hyper_step", "rules", "surprise_calculation", "isolation", "dynmoe"),
     "training/optim.py": ("optim", "hyper_step", "transforms", "isolation"),
     "training/metrics.py": ("metrics",),
     "training/surprise.py": ("rules", "surprise_calculation", "dynmoe"),

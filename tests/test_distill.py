@@ -24,7 +24,7 @@ from training.data import batch_at, open_corpus
 from training.errors import UserError
 from training.export import byte_tokenizer_files
 from training.first_state import first_state
-from training.hyper_step import main_gradients
+from training.main_gradients import main_gradients
 from training.objectives import distillation
 from training.recorder import read_history
 from training.run_config import HyperSettings, RunConfig, hyper_params

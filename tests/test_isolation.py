@@ -33,8 +33,8 @@ from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.tree import flatten, leaves, partition, stack, tree_map
 from training import Batch, HyperParams, SurpriseHookManager, TrainState, hyper_step, init_state, per_token_surprise
-from training.hyper_step import main_gradients
-from training.metrics import expert_load
+from training.main_gradients import main_gradients
+from training.metrics import routed_rows, shares
 from training.objectives import Targets, router_loss, router_targets
 from training.optim import adamw_init
 
@@ -79,7 +79,7 @@ def targets_of(case: Case) -> Targets:
 def loss_of_router(params: Params, case: Case, targets: Targets, coupling: float = 0.0) -> Tensor:
     """All terms of the router's loss as a function of every parameter."""
     _, trace = run_forward(params, case, coupling)
-    load = expert_load(trace.expert_ids, trace.active, case.config.num_experts)
+    load = shares(routed_rows(trace.expert_ids, trace.active, case.config.num_experts))
     hyper = case.hyper._replace(balance_weight=0.5, z_weight=0.1)
     return router_loss(trace.router_logits, targets, load, real_tokens(case.batch), hyper).total
 

@@ -10,16 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import vmap
 
-from training.metrics import (
-    average_k,
-    dead_experts,
-    expert_load,
-    expert_surprise,
-    load_entropy,
-    max_vio,
-    mean_finite,
-    target_load,
-)
+from training.metrics import average_k, counts, dead_experts, finite_sum, load_entropy, max_vio, routed_rows, shares
 
 KINDS = ("random", "one expert takes all", "nothing routed", "one layer idle", "all padding")
 
@@ -71,6 +62,15 @@ def looped_shares(index: list, counted: list, bins: int) -> list:
     return rows
 
 
+def expert_load(expert_ids: Tensor, active: Tensor, experts: int) -> Tensor:
+    return shares(routed_rows(expert_ids, active, experts))
+
+
+def mean_finite(x: Tensor, dim: int | None = None) -> Tensor:
+    total, finite = finite_sum(x, dim)
+    return total / finite.clamp_min(1)
+
+
 def check(got: Tensor, wanted: object) -> None:
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float32))
@@ -88,7 +88,7 @@ def test_expert_load_is_the_counted_share_of_routed_rows(case: Case) -> None:
 def test_target_load_is_the_counted_share_of_informative_tokens(case: Case) -> None:
     targets, informative = case.expert_ids[..., 0], case.active[..., 0]
     check(
-        target_load(targets, informative, case.experts),
+        shares(counts(targets, informative, case.experts)),
         looped_shares(targets.tolist(), informative.tolist(), case.experts),
     )
 
@@ -135,7 +135,7 @@ def test_means_of_surprise_are_over_finite_entries(case: Case) -> None:
         return sum(kept) / max(len(kept), 1)
 
     layers = case.surprise.mT.tolist()
-    check(expert_surprise(case.surprise), [[mean(expert) for expert in layer] for layer in layers])
+    check(mean_finite(case.surprise, 1), [[mean(expert) for expert in layer] for layer in layers])
     check(mean_finite(case.surprise), mean(case.surprise.flatten().tolist()))
 
 
@@ -152,7 +152,7 @@ def test_extremes_have_their_textbook_values() -> None:
 def test_float64_surprise_keeps_its_precision() -> None:
     surprise = torch.tensor([[[1.0, torch.inf], [1.0 + 1e-12, torch.inf]]], dtype=torch.float64)
     assert mean_finite(surprise).item() == pytest.approx(1.0 + 5e-13, abs=1e-15)
-    assert expert_surprise(surprise).dtype == torch.float64
+    assert mean_finite(surprise, 1).dtype == torch.float64
 
 
 @settings(max_examples=25)
@@ -163,9 +163,9 @@ def test_mapped_metrics_equal_a_loop_bit_for_bit(seed: int, experts: int, tokens
 
     def measured(ids: Tensor, active: Tensor, mask: Tensor, surprise: Tensor) -> tuple[Tensor, ...]:
         load = expert_load(ids, active, experts)
-        shares = (load, target_load(ids[..., 0], active[..., 0], experts))
+        loads = (load, shares(counts(ids[..., 0], active[..., 0], experts)))
         summaries = (max_vio(load), dead_experts(load), load_entropy(load), average_k(active, mask))
-        return (*shares, *summaries, expert_surprise(surprise), mean_finite(surprise))
+        return (*loads, *summaries, mean_finite(surprise, 1), mean_finite(surprise))
 
     looped = [torch.stack(values) for values in zip(*map(measured, ids, active, mask, surprise), strict=True)]
     for got, wanted in zip(vmap(measured)(ids, active, mask, surprise), looped, strict=True):

@@ -3,7 +3,8 @@
 from training.batch import Batch
 from training.hooks import SurpriseHookManager
 from training.hyper import HyperParams
-from training.hyper_step import TrainState, hyper_step, init_state, per_token_surprise
+from training.hyper_step import TrainState, hyper_step, init_state
+from training.main_gradients import per_token_surprise
 from training.step_metrics import Metrics
 from training.study import run_study
 

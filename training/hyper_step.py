@@ -4,35 +4,31 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.decoder import forward
-from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.params import init_params
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training import metrics as measure
 from training.batch import Batch
 from training.differentiate import gradients
-from training.draws import Stream, draw_exploration, draw_words
+from training.draws import Stream, draw_words
 from training.hooks import SurpriseHookManager
 from training.hyper import HyperParams, Number, is_off
+from training.main_gradients import WHOLE, HooksOf, Share, main_gradients
 from training.objectives import (
     RouterLoss,
     Targets,
-    distillation,
-    language_modelling,
     router_loss,
     router_targets,
     shuffled,
 )
 from training.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
-from training.oracle import sampled_losses
 from training.regenerate import regenerate
-from training.step_metrics import Metrics, Observed, step_metrics
-from training.surprise import PER_WEIGHT, SurpriseKind, beside_own_mean, per_weight
+from training.step_metrics import Metrics, Observed, Sums, step_metrics, sums_of
+from training.surprise import SurpriseKind, beside_own_mean
 
 
 class TrainState(NamedTuple):
@@ -78,29 +74,107 @@ def hyper_step(
         teacher_logits: with `hyper.distill_alpha` the main loss, and so surprise, is the mixture of cross entropy and
             distillation; the metric `main_loss` stays the cross entropy.
     """
-    fast, router = partition(state.params)
-    grads, seen = main_gradients(state.params, batch, hyper, config, state.step, kind, compute_dtype, teacher_logits)
-    targets_count = seen.lm.targets.clamp_min(1)
-    rate = schedule(state.step, hyper)
+    part = observe(
+        state, batch, hyper, config, kind=kind, compute_dtype=compute_dtype, teacher_logits=teacher_logits
+    )  # fmt: skip
+    router_grads, loss = router_gradients(state, part, part.sums, hyper, config)
+    fast, _ = partition(state.params)
+    grad_norm = global_norm(part.grads) / part.sums.targets.clamp_min(1)
+    fast, expert_opt = fast_update(fast, part.grads, state.expert_opt, grad_norm, part.sums, state.step, hyper)
+    new, measured = slow_update(state, fast, expert_opt, router_grads, loss, part.sums, hyper, config)
+    return new, measured._replace(grad_norm=grad_norm)
 
-    grad_norm = global_norm(grads[0]) / targets_count
-    scale = clip_factor(grad_norm, hyper.max_grad_norm) / targets_count
-    fast, expert_opt = adamw_update(
-        fast, grads[0], state.expert_opt, lr=hyper.lr * rate, weight_decay=hyper.weight_decay, hyper=hyper,
-        grad_scale=scale, backbone_scale=hyper.backbone_lr_scale,
+
+# The parts of a step --------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """What a step sees in a batch, or in some rows of one: gradients and sums of parts add up to those of the whole."""
+
+    grads: Tree  # of the summed main loss in the fast parameters
+    router_grads: Tree | None  # in the router, where `hyper.router_coupling` lets the main loss in
+    seen: Observed
+    targets: Targets
+    real: Bool[Tensor, " tokens"]
+    sums: Sums
+
+
+def observe(
+    state: TrainState,
+    batch: Batch,
+    hyper: HyperParams,
+    config: ModelConfig,
+    *,
+    kind: SurpriseKind = "w2",
+    compute_dtype: torch.dtype | None = None,
+    teacher_logits: Float[Tensor, "batch seq vocab"] | None = None,
+    share: Share = WHOLE,
+    hooks_of: HooksOf = SurpriseHookManager,
+) -> Part:
+    """The step's one forward and one backward pass; `share` and `hooks_of` are for who has a part of a batch."""
+    (grads, router_grads), seen = main_gradients(
+        state.params, batch, hyper, config, state.step, kind, compute_dtype, teacher_logits, share=share,
+        hooks_of=hooks_of,
     )  # fmt: skip
     real = rearrange(batch.attention_mask != 0, "b s -> (b s)")
-    load = measure.expert_load(seen.trace.expert_ids, seen.trace.active, config.num_experts)
     targets = _targets(seen.per_token_surprise, real, hyper, state.step)
-    learned, learning = _learned(router, config), _while_learning(state.step, hyper)
-    router_grads, loss = _router_gradients(learned, seen.trace, targets, load, real, _annealed(hyper, state.step))
-    if grads[1] is not None:
-        main = _learned(grads[1], config)
-        router_grads = {name: grad + main[name] / targets_count for name, grad in router_grads.items()}
+    return Part(grads, router_grads, seen, targets, real, sums_of(seen, targets, real))
+
+
+def router_gradients(
+    state: TrainState, part: Part, sums: Sums, hyper: HyperParams, config: ModelConfig
+) -> tuple[Tree, RouterLoss]:
+    """The router's gradient and loss, of which a part has its share; `sums` are those of the whole batch."""
+    learned = _learned(partition(state.params)[1], config)
+    load = measure.shares(sums.routed)
+    annealed = _annealed(hyper, state.step)
+    inputs = part.seen.trace.router_inputs.detach()
+
+    def objective(learned: Tree) -> tuple[Tensor, RouterLoss]:
+        """The router is linear in detached inputs: its gradient needs no second pass through the model."""
+        router = learned["router"]
+        dtype = wide_dtype(router.dtype)
+        logits = einsum(inputs.to(dtype), router.to(dtype), "l tokens dim, l dim experts -> l tokens experts")
+        loss = router_loss(
+            logits, part.targets, load, part.real, annealed, informative=sums.informative, tokens=sums.real
+        )
+        return loss.total, loss
+
+    (grads,), loss = gradients(objective, learned, reads=annealed)
+    if part.router_grads is not None:
+        main, targets_count = _learned(part.router_grads, config), sums.targets.clamp_min(1)
+        grads = {name: grad + main[name] / targets_count for name, grad in grads.items()}
+    return grads, loss
+
+
+def fast_update(
+    fast: Tree, grads: Tree, optimizer: AdamWState, grad_norm: Tensor, sums: Sums, step: Tensor, hyper: HyperParams
+) -> tuple[Tree, AdamWState]:
+    """One step of everything but the router, from gradients of the summed loss and the norm of those of the mean."""
+    scale = clip_factor(grad_norm, hyper.max_grad_norm) / sums.targets.clamp_min(1)
+    return adamw_update(
+        fast, grads, optimizer, lr=hyper.lr * schedule(step, hyper), weight_decay=hyper.weight_decay, hyper=hyper,
+        grad_scale=scale, backbone_scale=hyper.backbone_lr_scale,
+    )  # fmt: skip
+
+
+def slow_update(
+    state: TrainState,
+    fast: Tree,
+    expert_opt: AdamWState,
+    router_grads: Tree,
+    loss: RouterLoss,
+    sums: Sums,
+    hyper: HyperParams,
+    config: ModelConfig,
+) -> tuple[TrainState, Metrics]:
+    """The router's step, and with it the new state and the metrics, but for `grad_norm`."""
+    router = partition(state.params)[1]
+    rate, learning, load = schedule(state.step, hyper), _while_learning(state.step, hyper), measure.shares(sums.routed)
     router_grad_norm = global_norm(router_grads)
     learned, router_opt = adamw_update(
-        learned, router_grads, state.router_opt, lr=hyper.router_lr * rate * learning, weight_decay=0.0, hyper=hyper,
-        grad_scale=clip_factor(router_grad_norm, hyper.max_grad_norm),
+        _learned(router, config), router_grads, state.router_opt, lr=hyper.router_lr * rate * learning,
+        weight_decay=0.0, hyper=hyper, grad_scale=clip_factor(router_grad_norm, hyper.max_grad_norm),
     )  # fmt: skip
     slow = {**router["layers"]["moe"], **learned}
     slow["router_bias"] = balanced_bias(slow["router_bias"], load, hyper.bias_speed * learning)
@@ -108,72 +182,8 @@ def hyper_step(
     new = TrainState(params, expert_opt, router_opt, state.step + 1)
     if not is_off(hyper.regenerate_below):
         new = new._replace(**regenerate(*new, load=load, hyper=hyper))
-    measured = step_metrics(seen, targets, loss, load, real, hyper)._replace(
-        grad_norm=grad_norm, router_grad_norm=router_grad_norm, lr=(hyper.lr * rate).to(grad_norm.dtype)
-    )
-    return new, measured
-
-
-def main_gradients(
-    params: Tree,
-    batch: Batch,
-    hyper: HyperParams,
-    config: ModelConfig,
-    step: Tensor,
-    kind: SurpriseKind = "w2",
-    compute_dtype: torch.dtype | None = None,
-    teacher_logits: Float[Tensor, "batch seq vocab"] | None = None,
-) -> tuple[tuple[Tree, Tree | None], Observed]:
-    """Gradients of the summed main loss in (fast, router), and what the pass observed.
-
-    The router's is None unless `hyper.router_coupling` lets the main loss in.
-    """
-    fast, router = partition(params)
-    layers, tokens, experts = config.num_hidden_layers, batch.input_ids.numel(), config.num_experts
-    explore = None
-    if not is_off(hyper.explore_prob):
-        explore = draw_exploration(hyper.explore_seed, step, hyper.explore_prob, layers, tokens, experts)
-
-    def objective(fast: Tree, router: Tree) -> tuple[Tensor, Observed]:
-        dtype = wide_dtype(fast["embed_tokens"].dtype)
-        surprise = torch.full((layers, tokens, experts), torch.inf, dtype=dtype, device=batch.input_ids.device)
-        hooks = SurpriseHookManager(surprise + _mapped_zero((fast, router, batch, hyper, step), dtype), kind=kind)
-        computed = fast if compute_dtype is None else tree_map(lambda leaf: leaf.to(compute_dtype), fast)
-        logits, trace = forward(
-            merge(computed, router), batch.input_ids, config, attention_mask=batch.attention_mask,
-            surprise_budget=hyper.pi_alpha, apply_w2=hooks.apply_w2, apply_w13=hooks.apply_w13,
-            router_coupling=hyper.router_coupling, explore=explore,
-        )  # fmt: skip
-        lm = language_modelling(logits, batch.labels)
-        total, kl = lm.loss_sum, lm.loss_sum.new_zeros(())
-        if teacher_logits is not None and not is_off(hyper.distill_alpha):
-            kl = distillation(logits, teacher_logits, batch.labels, hyper.distill_temperature)
-            alpha = hyper.distill_alpha
-            total = (1 - alpha) * total + alpha * hyper.distill_temperature**2 * kl
-        none_yet = torch.zeros_like(lm.targets)  # surprise is there after the backward pass
-        return total.to(lm.loss_sum.dtype), Observed(lm, trace, hooks.per_token_surprise, kl, none_yet)
-
-    trees = (fast,) if is_off(hyper.router_coupling) else (fast, router)
-    grads, seen = gradients(lambda *own: objective(*own, *(fast, router)[len(own) :]), *trees, reads=(router, hyper))
-    trace = seen.trace
-    nonfinite = measure.nonfinite_surprise(seen.per_token_surprise, trace.expert_ids, trace.active)
-    seen = seen._replace(nonfinite=nonfinite)
-    if kind == "oracle":
-        values = sampled_losses(params, batch, config, hyper.explore_seed, step, hyper.pi_alpha)
-        seen = seen._replace(per_token_surprise=values.to(seen.per_token_surprise.dtype))
-    if kind in PER_WEIGHT:
-        surprise = per_weight(seen.per_token_surprise, trace.expert_ids, trace.weights, trace.active)
-        seen = seen._replace(per_token_surprise=surprise)
-    return (grads[0], grads[1] if len(grads) > 1 else None), seen
-
-
-def per_token_surprise(
-    params: Tree, batch: Batch, config: ModelConfig, hyper: HyperParams, *, kind: SurpriseKind = "w2"
-) -> Float[Tensor, "layers tokens experts"]:
-    """(L, B*S, E) surprise of every routed (layer, token, expert), +inf where a token did not go."""
-    start = torch.zeros((), dtype=torch.int64)
-    _, seen = main_gradients(params, batch, hyper._replace(explore_prob=0.0), config, start, kind)
-    return seen.per_token_surprise
+    measured = step_metrics(sums, loss, hyper)
+    return new, measured._replace(router_grad_norm=router_grad_norm, lr=(hyper.lr * rate).to(router_grad_norm.dtype))
 
 
 def balanced_bias(
@@ -213,30 +223,7 @@ def _annealed(hyper: HyperParams, step: Tensor) -> HyperParams:
     return hyper._replace(surprise_weight=hyper.surprise_weight * share)
 
 
-def _router_gradients(
-    learned: Tree, trace: RouterTrace, targets: Targets, load: Tensor, real: Tensor, hyper: HyperParams
-) -> tuple[Tree, RouterLoss]:
-    """The router is linear in detached inputs: its gradient needs no second pass through the model."""
-    inputs = trace.router_inputs.detach()
-
-    def objective(learned: Tree) -> tuple[Tensor, RouterLoss]:
-        router = learned["router"]
-        dtype = wide_dtype(router.dtype)
-        logits = einsum(inputs.to(dtype), router.to(dtype), "l tokens dim, l dim experts -> l tokens experts")
-        loss = router_loss(logits, targets, load, real, hyper)
-        return loss.total, loss
-
-    (grads,), loss = gradients(objective, learned, reads=hyper)
-    return grads, loss
-
-
 def _learned(router: Tree, config: ModelConfig) -> dict[str, Any]:
     """The router's leaves that follow a gradient; the selection bias follows the load, unless it is a threshold."""
     names = ("router", "router_bias") if config.routing == "thresholds" else ("router",)
     return {name: router["layers"]["moe"][name] for name in names}
-
-
-def _mapped_zero(tree: Any, dtype: torch.dtype) -> Tensor:
-    """0, batched wherever vmap maps a leaf: in-place writes need the mapped axes of what is written."""
-    zeros = [leaf.detach().new_zeros((), dtype=dtype) for leaf in leaves(tree) if isinstance(leaf, Tensor)]
-    return torch.stack(zeros).sum()

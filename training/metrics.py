@@ -5,31 +5,35 @@ Shares and counts are float32; means of a float64 tensor stay float64.
 """
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiny_onn_func.ops import wide_dtype
 
 
-def expert_load(
+def routed_rows(
     expert_ids: Int[Tensor, "layers tokens slots"], active: Bool[Tensor, "layers tokens slots"], num_experts: int
-) -> Float[Tensor, "layers experts"]:
-    """load[l, e] = share of the layer's routed rows that expert e got; a row of zeros where nothing was routed.
+) -> Int[Tensor, "layers experts"]:
+    """Rows of each layer that each expert got.
 
     Args:
         expert_ids: in [0, num_experts) on active slots, anything elsewhere.
         active: which slots are routed.
     """
     flat = "layers tokens slots -> layers (tokens slots)"
-    return _shares(rearrange(expert_ids, flat), rearrange(active, flat), num_experts)
+    return counts(rearrange(expert_ids, flat), rearrange(active, flat), num_experts)
 
 
-def target_load(
-    targets: Int[Tensor, "layers tokens"], informative: Bool[Tensor, "layers tokens"], num_experts: int
-) -> Float[Tensor, "layers experts"]:
-    """share[l, e] = share of the layer's informative tokens whose target is e; zeros where no token informs."""
-    return _shares(targets, informative, num_experts)
+def counts(index: Int[Tensor, "layers rows"], counted: Bool[Tensor, "layers rows"], bins: int) -> Tensor:
+    """Each layer's counted rows that fall into each bin; uncounted rows go to a spare bin first."""
+    index = torch.where(counted, index, bins)
+    return index.new_zeros((index.shape[0], bins + 1)).scatter_add(1, index, torch.ones_like(index))[:, :bins]
+
+
+def shares(counts: Int[Tensor, "layers bins"]) -> Float[Tensor, "layers bins"]:
+    """Share of each layer's rows that falls into each bin; zeros where there is none. Of experts: their load."""
+    return counts.to(torch.float32) / counts.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
 def max_vio(load: Float[Tensor, "layers experts"]) -> Float[Tensor, ""]:
@@ -68,20 +72,19 @@ def average_k(
 ) -> Float[Tensor, ""]:
     """Mean number of experts that a real token visits, over layers and tokens; 0 where no token is real."""
     real = attention_mask != 0
-    visits = (active & rearrange(real, "tokens -> tokens 1")).sum().to(torch.float32)
+    visits = count_visits(active, real).to(torch.float32)
     return visits / (active.shape[0] * real.sum()).clamp_min(1)
 
 
-def expert_surprise(per_token_surprise: Float[Tensor, "layers tokens experts"]) -> Float[Tensor, "layers experts"]:
-    """Mean over tokens of the finite entries (the rows that the expert got), 0 where there is none."""
-    finite = per_token_surprise.isfinite()
-    total = reduce(_finite_or_zero(per_token_surprise), "layers tokens experts -> layers experts", "sum")
-    return total / finite.sum(dim=1).clamp_min(1)
+def count_visits(active: Bool[Tensor, "layers tokens slots"], real: Bool[Tensor, " tokens"]) -> Int[Tensor, ""]:
+    """Visits of real tokens to experts, over all layers."""
+    return (active & rearrange(real, "tokens -> tokens 1")).sum()
 
 
-def mean_finite(x: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """Mean of the finite entries, 0 where there is none."""
-    return _finite_or_zero(x).sum() / x.isfinite().sum().clamp_min(1)
+def finite_sum(x: Float[Tensor, "..."], dim: int | None = None) -> tuple[Float[Tensor, "..."], Int[Tensor, "..."]]:
+    """(sum of the finite entries, how many they are), over all of x or one axis."""
+    kept, finite = _finite_or_zero(x), x.isfinite()
+    return (kept.sum(), finite.sum()) if dim is None else (kept.sum(dim=dim), finite.sum(dim=dim))
 
 
 def nonfinite_surprise(
@@ -92,13 +95,6 @@ def nonfinite_surprise(
     """How many routed (layer, token, expert) have a surprise that is NaN or infinite; those not routed have none."""
     routed = surprise.gather(-1, torch.where(active, expert_ids, 0))
     return (active & ~routed.isfinite()).sum()
-
-
-def _shares(index: Int[Tensor, "layers rows"], counted: Bool[Tensor, "layers rows"], bins: int) -> Tensor:
-    """Share of each layer's counted rows that falls into each bin; uncounted rows go to a spare bin first."""
-    index = torch.where(counted, index, bins)
-    counts = index.new_zeros((index.shape[0], bins + 1)).scatter_add(1, index, torch.ones_like(index))[:, :bins]
-    return counts.to(torch.float32) / counts.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
 def _finite_or_zero(x: Tensor) -> Tensor:

@@ -135,20 +135,31 @@ def router_loss(
     load: Float[Tensor, "layers experts"],
     real: Bool[Tensor, " tokens"],
     hyper: HyperParams,
+    *,
+    informative: Int[Tensor, ""] | None = None,
+    tokens: Int[Tensor, ""] | None = None,
 ) -> RouterLoss:
     """surprise_weight * CE(logits, target) + balance_weight * balance + z_weight * z.
 
     balance = E * sum_e load_e * mean_t p_te, per layer, padding excluded (Switch Transformer, arXiv 2101.03961);
     z = mean logsumexp(logits)^2 over real tokens (ST-MoE, arXiv 2202.08906).
+
+    Of a part of a batch, given the load and the numbers of the whole one, these are shares: those of all parts add up,
+    and so do their gradients.
+
+    Args:
+        informative: (layer, token) pairs that teach; by default those of `targets`.
+        tokens: real ones; by default those of `real`.
     """
+    informative = targets.informative.sum() if informative is None else informative
+    tokens = (real.sum() if tokens is None else tokens).clamp_min(1)
     layers, _, experts = router_logits.shape
     log_p = router_logits.log_softmax(dim=-1)
     if targets.shares is None:
         picked = -log_p.gather(-1, targets.expert.unsqueeze(-1)).squeeze(-1)
     else:
         picked = -(targets.shares * log_p).sum(dim=-1)
-    surprise = _masked_sum(picked, targets.informative) / targets.informative.sum().clamp_min(1)
-    tokens = real.sum().clamp_min(1)
+    surprise = _masked_sum(picked, targets.informative) / informative.clamp_min(1)
     mean_p = _masked_sum(log_p.exp(), real.unsqueeze(-1), dim=1) / tokens
     balance = experts * (load * mean_p).sum() / layers
     z = _masked_sum(router_logits.logsumexp(dim=-1).square(), real) / (tokens * layers)

@@ -14,7 +14,8 @@ from training.checkpoint_files import Damaged, read_meta, steps_in
 from training.engine import open_past, program, step_batch
 from training.errors import UserError
 from training.guard import EVIDENCE, bad_numbers, passed_over
-from training.hyper_step import TrainState, main_gradients
+from training.hyper_step import TrainState
+from training.main_gradients import main_gradients
 from training.products import Run
 from training.recorder import FILE, read_history, to_record
 from training.run_config import hyper_params, statics

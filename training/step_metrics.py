@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiny_onn_func.moe import RouterTrace
@@ -49,38 +49,88 @@ class Observed(NamedTuple):
     nonfinite: Tensor  # routed (layer, token, expert) whose measured surprise is NaN or infinite
 
 
-def step_metrics(
-    seen: Observed, targets: Targets, loss: RouterLoss, load: Tensor, real: Tensor, hyper: HyperParams
-) -> Metrics:
-    """All but what only the optimizers know: `grad_norm`, `router_grad_norm` and `lr` are zero here."""
-    lm, trace, surprise, distill_sum, nonfinite = seen
-    count = lm.targets.clamp_min(1)
-    informative = targets.informative.sum().clamp_min(1)
+class Sums(NamedTuple):
+    """Sums over tokens and counts of them: those of a batch's parts add up to those of the batch.
+
+    0-d unless a shape is given; counts are integers.
+    """
+
+    loss: Tensor  # nats
+    targets: Tensor  # target tokens
+    correct: Tensor
+    entropy: Tensor  # nats
+    distill: Tensor  # nats
+    real: Tensor  # tokens
+    visits: Tensor  # real (layer, token, expert)
+    informative: Tensor  # (layer, token)
+    hits: Tensor  # informative (layer, token) whose preferred expert is the target
+    chance: Tensor  # hits that a routed expert at random would score
+    tied: Tensor  # (layer, token)
+    routed: Tensor  # (L, E) rows
+    wanted: Tensor  # (L, E) informative tokens whose target it is
+    surprise: Tensor
+    surprised: Tensor  # (layer, token, expert) with a surprise
+    expert_surprise: Tensor  # (L, E)
+    expert_surprised: Tensor  # (L, E)
+    nonfinite: Tensor
+
+
+def sums_of(seen: Observed, targets: Targets, real: Bool[Tensor, " tokens"]) -> Sums:
+    """What the step's objectives and metrics need of its tokens."""
+    lm, trace, experts = seen.lm, seen.trace, seen.per_token_surprise.shape[-1]
     hits = (trace.router_logits.argmax(dim=-1) == targets.expert) & targets.informative
     chance = torch.where(targets.informative, 1 / trace.active.sum(dim=-1).clamp_min(1), 0.0)
-    main_loss, tau, mean_surprise = lm.loss_sum / count, lm.entropy_sum / count, measure.mean_finite(surprise)
+    surprise, surprised = measure.finite_sum(seen.per_token_surprise)
+    expert_surprise, expert_surprised = measure.finite_sum(seen.per_token_surprise, dim=1)
+    return Sums(
+        loss=lm.loss_sum,
+        targets=lm.targets,
+        correct=lm.correct,
+        entropy=lm.entropy_sum,
+        distill=seen.distill_sum,
+        real=real.sum(),
+        visits=measure.count_visits(trace.active, real),
+        informative=targets.informative.sum(),
+        hits=hits.sum(),
+        chance=chance.sum(),
+        tied=targets.tied.sum(),
+        routed=measure.routed_rows(trace.expert_ids, trace.active, experts),
+        wanted=measure.counts(targets.expert, targets.informative, experts),
+        surprise=surprise,
+        surprised=surprised,
+        expert_surprise=expert_surprise,
+        expert_surprised=expert_surprised,
+        nonfinite=seen.nonfinite,
+    )
+
+
+def step_metrics(sums: Sums, loss: RouterLoss, hyper: HyperParams) -> Metrics:
+    """All but what only the optimizers know: `grad_norm`, `router_grad_norm` and `lr` are zero here."""
+    count, informative, layers = sums.targets.clamp_min(1), sums.informative.clamp_min(1), sums.routed.shape[0]
+    main_loss, tau, load = sums.loss / count, sums.entropy / count, measure.shares(sums.routed)
+    surprise = sums.surprise / sums.surprised.clamp_min(1)
     unset = main_loss.new_zeros(())
     return Metrics(
         main_loss=main_loss,
-        distill_loss=distill_sum / count,
+        distill_loss=sums.distill / count,
         router_loss=loss.surprise,
-        main_acc=lm.correct / count,
-        gating_acc=hits.sum() / informative,
-        gating_trivial=chance.sum() / informative,
-        surprise=mean_surprise,
-        nonfinite_surprise=nonfinite,
+        main_acc=sums.correct / count,
+        gating_acc=sums.hits / informative,
+        gating_trivial=sums.chance / informative,
+        surprise=surprise,
+        nonfinite_surprise=sums.nonfinite,
         tau=tau,
-        pi_score=predictive_integrity(main_loss, tau, mean_surprise, hyper.pi_alpha, hyper.pi_gamma),
-        avg_k=measure.average_k(trace.active, real),
+        pi_score=predictive_integrity(main_loss, tau, surprise, hyper.pi_alpha, hyper.pi_gamma),
+        avg_k=sums.visits.to(torch.float32) / (layers * sums.real).clamp_min(1),
         max_vio=measure.max_vio(load),
         dead_experts=measure.dead_experts(load),
-        tie_rate=targets.tied.sum() / (real.sum() * targets.tied.shape[0]).clamp_min(1),
+        tie_rate=sums.tied / (sums.real * layers).clamp_min(1),
         balance_loss=loss.balance,
         z_loss=loss.z,
         grad_norm=unset,
         router_grad_norm=unset,
         lr=unset,
         expert_load=load,
-        target_load=measure.target_load(targets.expert, targets.informative, load.shape[-1]),
-        expert_surprise=measure.expert_surprise(surprise),
+        target_load=measure.shares(sums.wanted),
+        expert_surprise=sums.expert_surprise / sums.expert_surprised.clamp_min(1),
     )

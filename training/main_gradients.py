@@ -1,0 +1,106 @@
+"""The main loss: its gradient, and what the one forward and one backward pass through the model observe."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.decoder import forward
+from tiny_onn_func.ops import wide_dtype
+from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
+from training import metrics as measure
+from training.batch import Batch
+from training.differentiate import gradients
+from training.draws import draw_exploration
+from training.hooks import SurpriseHookManager
+from training.hyper import HyperParams, is_off
+from training.objectives import distillation, language_modelling
+from training.oracle import sampled_losses
+from training.step_metrics import Observed
+from training.surprise import PER_WEIGHT, SurpriseKind, per_weight
+
+
+class Share(NamedTuple):
+    """Which of the equal shares of a batch's rows these are: the draws of chance are those of the whole batch."""
+
+    place: int = 0
+    of: int = 1
+
+
+WHOLE = Share()
+HooksOf = Callable[..., SurpriseHookManager]  # (surface, kind=kind) -> hooks
+
+
+def main_gradients(
+    params: Tree,
+    batch: Batch,
+    hyper: HyperParams,
+    config: ModelConfig,
+    step: Tensor,
+    kind: SurpriseKind = "w2",
+    compute_dtype: torch.dtype | None = None,
+    teacher_logits: Float[Tensor, "batch seq vocab"] | None = None,
+    *,
+    share: Share = WHOLE,
+    hooks_of: HooksOf = SurpriseHookManager,
+) -> tuple[tuple[Tree, Tree | None], Observed]:
+    """Gradients of the summed main loss in (fast, router), and what the pass observed.
+
+    The router's is None unless `hyper.router_coupling` lets the main loss in.
+    """
+    fast, router = partition(params)
+    layers, tokens, experts = config.num_hidden_layers, batch.input_ids.numel(), config.num_experts
+    explore = None
+    if not is_off(hyper.explore_prob):
+        drawn = draw_exploration(hyper.explore_seed, step, hyper.explore_prob, layers, tokens * share.of, experts)
+        explore = drawn[:, tokens * share.place : tokens * (share.place + 1)]
+
+    def objective(fast: Tree, router: Tree) -> tuple[Tensor, Observed]:
+        dtype = wide_dtype(fast["embed_tokens"].dtype)
+        surprise = torch.full((layers, tokens, experts), torch.inf, dtype=dtype, device=batch.input_ids.device)
+        hooks = hooks_of(surprise + _mapped_zero((fast, router, batch, hyper, step), dtype), kind=kind)
+        computed = fast if compute_dtype is None else tree_map(lambda leaf: leaf.to(compute_dtype), fast)
+        logits, trace = forward(
+            merge(computed, router), batch.input_ids, config, attention_mask=batch.attention_mask,
+            surprise_budget=hyper.pi_alpha, apply_w2=hooks.apply_w2, apply_w13=hooks.apply_w13,
+            router_coupling=hyper.router_coupling, explore=explore,
+        )  # fmt: skip
+        lm = language_modelling(logits, batch.labels)
+        total, kl = lm.loss_sum, lm.loss_sum.new_zeros(())
+        if teacher_logits is not None and not is_off(hyper.distill_alpha):
+            kl = distillation(logits, teacher_logits, batch.labels, hyper.distill_temperature)
+            alpha = hyper.distill_alpha
+            total = (1 - alpha) * total + alpha * hyper.distill_temperature**2 * kl
+        none_yet = torch.zeros_like(lm.targets)  # surprise is there after the backward pass
+        return total.to(lm.loss_sum.dtype), Observed(lm, trace, hooks.per_token_surprise, kl, none_yet)
+
+    trees = (fast,) if is_off(hyper.router_coupling) else (fast, router)
+    grads, seen = gradients(lambda *own: objective(*own, *(fast, router)[len(own) :]), *trees, reads=(router, hyper))
+    trace = seen.trace
+    nonfinite = measure.nonfinite_surprise(seen.per_token_surprise, trace.expert_ids, trace.active)
+    seen = seen._replace(nonfinite=nonfinite)
+    if kind == "oracle":
+        values = sampled_losses(params, batch, config, hyper.explore_seed, step, hyper.pi_alpha)
+        seen = seen._replace(per_token_surprise=values.to(seen.per_token_surprise.dtype))
+    if kind in PER_WEIGHT:
+        surprise = per_weight(seen.per_token_surprise, trace.expert_ids, trace.weights, trace.active)
+        seen = seen._replace(per_token_surprise=surprise)
+    return (grads[0], grads[1] if len(grads) > 1 else None), seen
+
+
+def per_token_surprise(
+    params: Tree, batch: Batch, config: ModelConfig, hyper: HyperParams, *, kind: SurpriseKind = "w2"
+) -> Float[Tensor, "layers tokens experts"]:
+    """(L, B*S, E) surprise of every routed (layer, token, expert), +inf where a token did not go."""
+    start = torch.zeros((), dtype=torch.int64)
+    _, seen = main_gradients(params, batch, hyper._replace(explore_prob=0.0), config, start, kind)
+    return seen.per_token_surprise
+
+
+def _mapped_zero(tree: Any, dtype: torch.dtype) -> Tensor:
+    """0, batched wherever vmap maps a leaf: in-place writes need the mapped axes of what is written."""
+    zeros = [leaf.detach().new_zeros((), dtype=dtype) for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+    return torch.stack(zeros).sum()
