@@ -43,6 +43,7 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "dynamic, floor and cap": dict(min_experts_per_tok=2, max_experts_per_tok=3),
     "fixed": dict(num_experts_per_tok=2),
     "one expert": dict(num_experts=1, num_experts_per_tok=1),
+    "token": dict(routing="token"),
     "hash": dict(routing="hash"),
     "hash, fixed": dict(routing="hash", num_experts_per_tok=3),
     "thresholds": dict(routing="thresholds"),

@@ -158,11 +158,11 @@ def test_a_router_in_float32_and_a_bias_come_back_bitwise(tmp_path: Path) -> Non
     assert_same_bits(load_pretrained(tmp_path / "out")[0], unflatten(flat))
 
 
-@pytest.mark.parametrize("case", ["dynamic", "bias", "hash", "thresholds"])
+@pytest.mark.parametrize("case", ["dynamic", "bias", "token", "hash", "thresholds"])
 def test_what_qwen3_moe_cannot_express_is_refused_there_and_never_computed_differently(
     case: str, tmp_path: Path
 ) -> None:
-    routing = case if case in ("hash", "thresholds") else "router"
+    routing = case if case in ("token", "hash", "thresholds") else "router"
     config = config_of(num_experts_per_tok=-1 if case in ("dynamic", "thresholds") else 2, routing=routing)
     params = spread_params(config, dtype=torch.float32)
     if case == "bias":

@@ -19,7 +19,10 @@ from training.batch import IGNORE_INDEX
 from training.oracle import PICKS, counterfactual_losses, draw_sample, fill_sampled, regret
 from training.routing_facts import co_activation_facts, drift, regret_facts
 
-SIZES = {"dynamic K": {}, "K = 1": {"num_experts_per_tok": 1}, "K = E": {"num_experts_per_tok": 4}}
+SIZES: dict[str, dict[str, Any]] = {
+    "dynamic K": {}, "K = 1": {"num_experts_per_tok": 1}, "K = E": {"num_experts_per_tok": 4},
+    "by token": {"num_experts_per_tok": 2, "routing": "token"},
+}  # fmt: skip
 UNEVEN = dict(batch=2, seq=5, left=(0, 2), right=(1, 0), unlabelled=0.3)
 
 
@@ -43,7 +46,7 @@ def by_whole_passes(params: Any, batch: Batch, config: ModelConfig, layer: int, 
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_a_fork_costs_what_a_whole_pass_with_that_token_sent_elsewhere_costs(sizes: dict[str, int]) -> None:
+def test_a_fork_costs_what_a_whole_pass_with_that_token_sent_elsewhere_costs(sizes: dict[str, Any]) -> None:
     config = tiny_config(num_hidden_layers=3, **sizes)
     params, batch = spread_params(config, 3), tiny_batch(config, **UNEVEN)
     sample = torch.arange(5).expand(3, 2, 5)

@@ -318,6 +318,31 @@ def test_hash_routing_trains_and_maps() -> None:
                 assert_close(flatten(run.params)[name], leaf, 2e-4, name)
 
 
+# Token routing --------------------------------------------------------------------------------------------------------
+
+
+def test_token_routing_sends_a_token_to_the_same_experts_wherever_it_stands_as_its_router_learned() -> None:
+    config = tiny_config(num_experts_per_tok=2, routing="token")
+    batch = tiny_batch(config, 4, 9)
+    ids = batch.input_ids.flatten()
+    routes = [forward(spread_params(config, seed), batch.input_ids, config)[1].expert_ids for seed in (0, 1)]
+    assert not torch.equal(*routes), "parameters decide"
+    for token in ids.unique():
+        assert (routes[0][:, ids == token] == routes[0][:, ids == token][:, :1]).all()
+    seen = forward(spread_params(config), batch.input_ids, tiny_config(num_experts_per_tok=2))[1].expert_ids
+    assert any((seen[:, ids == token] != seen[:, ids == token][:, :1]).any() for token in ids.unique()), "twin"
+
+
+@pytest.mark.parametrize("coupling", [0.0, 1.0])
+def test_token_routing_learns_from_surprise_and_from_the_main_loss(coupling: float) -> None:
+    config = tiny_config(num_experts_per_tok=2, routing="token")
+    state, batch = init_state(config, torch.Generator().manual_seed(0)), tiny_batch(config, 4, 9)
+    hyper = HyperParams(surprise_weight=1 - coupling, router_coupling=coupling, router_lr=1e-2, min_candidates=2)
+    new, metrics = hyper_step(state, batch, hyper, config)
+    assert (flatten(new.params)[ROUTER] - flatten(state.params)[ROUTER]).abs().max() > 1e-3
+    assert float(metrics.main_loss) > 0
+
+
 # Learned thresholds ---------------------------------------------------------------------------------------------------
 
 COUPLED = HyperParams(surprise_weight=0.0, router_coupling=1.0, min_candidates=2)

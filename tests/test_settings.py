@@ -369,7 +369,7 @@ def model_values(draw) -> dict:
         "rms_norm_eps": draw(positive),
         "rope_theta": draw(positive),
         "tie_word_embeddings": draw(st.booleans()),
-        "routing": draw(st.sampled_from(("router", "hash"))),
+        "routing": draw(st.sampled_from(("router", "token", "hash"))),
     }
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-RoutingRule = Literal["router", "hash", "thresholds"]
-ROUTING_RULES: tuple[RoutingRule, ...] = ("router", "hash", "thresholds")
+RoutingRule = Literal["router", "token", "hash", "thresholds"]
+ROUTING_RULES: tuple[RoutingRule, ...] = ("router", "token", "hash", "thresholds")
 DYNAMIC_K = -1  # value of num_experts_per_tok that hands the choice of K to the surprise budget
 
 
@@ -26,7 +26,8 @@ class ModelConfig:
         max_experts_per_tok: static cap (M) over the budget's choice; None means all experts.
         rms_norm_eps: epsilon of every RMSNorm.
         rope_theta: base of the rotary frequencies.
-        routing: `router` asks the router for a ranking; `hash` takes a fixed hash of token id and layer instead;
+        routing: `router` asks the router for a ranking; `token` lets it see the token's embedding alone, so that a
+            token visits the same experts wherever it stands; `hash` takes a fixed hash of token id and layer instead;
             `thresholds` takes every expert whose logit is above its learned threshold (the selection bias, negated).
         tie_word_embeddings: whether the head is the transposed embedding.
 

@@ -18,7 +18,7 @@ from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.decoder import unstack_layers
 from tiny_onn_func.grouped import grouped_matmul
 from tiny_onn_func.hashing import hash_logits
-from tiny_onn_func.ops import rotary_angles, swiglu, wide_dtype
+from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu, wide_dtype
 from tiny_onn_func.routing import Routing, route
 
 
@@ -178,7 +178,10 @@ def _visit_experts(
     if config.routing == "hash":
         logits = hash_logits(token_ids, index, config.num_experts).to(layer.router.dtype)
     else:
-        logits = normed.to(layer.router.dtype) @ layer.router
+        seen = normed
+        if config.routing == "token":
+            seen = rms_norm(F.embedding(token_ids, text.embedding), None, config.rms_norm_eps)
+        logits = seen.to(layer.router.dtype) @ layer.router
     routing = _route(logits, real, text, layer.router_bias)
     tokens, slots = routing.expert_ids.shape
     visit = _visit_one_by_one if tokens == 1 else _visit_all if _are_few(tokens, slots, layer) else _visit_sorted

@@ -55,13 +55,13 @@ def forward(
     batch, seq = input_ids.shape
     device = input_ids.device
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    routing = RoutingInputs(
-        rearrange(real != 0, "b s -> (b s)"), surprise_budget, router_coupling, explore,
-        rearrange(input_ids, "b s -> (b s)"), override,
-    )  # fmt: skip
     rotary = rotary_angles(torch.arange(seq, device=device), config.head_dim, config.rope_theta)
 
     x = F.embedding(input_ids, params["embed_tokens"])
+    routing = RoutingInputs(
+        rearrange(real != 0, "b s -> (b s)"), surprise_budget, router_coupling, explore,
+        rearrange(input_ids, "b s -> (b s)"), override, rearrange(x, "b s dim -> (b s) dim"),
+    )  # fmt: skip
     bias = causal_bias(attention_mask, seq, device, x.dtype)
     traces = []
     for index, layer in enumerate(unstack_layers(params["layers"], config.num_hidden_layers)):

@@ -10,7 +10,7 @@ from torch import Tensor
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_experts, apply_w13
 from tiny_onn_func.hashing import hash_logits
-from tiny_onn_func.ops import scale_gradient, wide_dtype
+from tiny_onn_func.ops import rms_norm, scale_gradient, wide_dtype
 from tiny_onn_func.routing import route, send_alone
 
 
@@ -33,6 +33,7 @@ class RoutingInputs(NamedTuple):
     explore: Int[Tensor, "layers tokens"] | None
     token_ids: Int[Tensor, " tokens"] | None = None  # read by hash routing only
     override: Int[Tensor, "layers tokens"] | None = None  # the expert that a token visits alone; -1: as routed
+    embedded: Float[Tensor, "tokens dim"] | None = None  # the tokens' embeddings; read by token routing only
 
 
 def moe(
@@ -47,7 +48,11 @@ def moe(
     """Output of the layer and its trace. Without coupling the main loss has exactly no gradient in the router."""
     dtype = wide_dtype(x.dtype)
     decoupled = isinstance(inputs.router_coupling, float | int) and inputs.router_coupling == 0
-    seen = x.detach() if decoupled else x
+    seen = x
+    if config.routing == "token":
+        assert inputs.embedded is not None, "forward gives them"
+        seen = rms_norm(inputs.embedded, None, config.rms_norm_eps)
+    seen = seen.detach() if decoupled else seen
     if config.routing == "hash":
         assert inputs.token_ids is not None, "forward gives them"
         logits = hash_logits(inputs.token_ids, layer, config.num_experts).to(dtype)
@@ -59,4 +64,4 @@ def moe(
         routing = send_alone(routing, inputs.override[layer], inputs.real)
     routing = routing._replace(weights=scale_gradient(routing.weights, inputs.router_coupling))
     out = apply_experts(x, routing, params, layer, apply_w2, apply_w13)
-    return out, RouterTrace(x.detach(), logits, *routing)
+    return out, RouterTrace(seen.detach(), logits, *routing)
