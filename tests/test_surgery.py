@@ -7,6 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing h
 import json
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -112,6 +114,23 @@ def test_with_all_experts_active_the_logits_are_the_dense_models(
     cut_into_experts(dense, tmp_path / "out", num_experts=num_experts, split=split, calibration=calibration)
     assert load_pretrained(tmp_path / "out")[1].num_experts_per_tok == num_experts
     assert_close(our_logits(tmp_path / "out"), dense_logits(model), 1e-4, "logits")
+
+
+@pytest.mark.parametrize("split", ["contiguous", "clusters"])
+def test_neither_large_norms_nor_large_logits_let_the_routers_noise_be_felt(
+    split: str, text: Path, tmp_path: Path
+) -> None:
+    """What a trained checkpoint has and a fresh one has not: norms far above 1, logits of several nats."""
+    peer = dense_model(tied=False, num_hidden_layers=4)
+    with torch.no_grad():
+        for name, weight in peer.named_parameters():
+            weight.mul_(30 if "post_attention" in name else 5 if "lm_head" in name else 1)
+    assert 4 < float(dense_logits(peer).std()) < 20
+    peer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "tokenizer.json").write_text(byte_tokenizer())
+    calibration = text if split == "clusters" else None
+    cut_into_experts(tmp_path / "dense", tmp_path / "out", num_experts=8, split=split, calibration=calibration)
+    assert float((our_logits(tmp_path / "out") - dense_logits(peer)).abs().max()) < 1e-4  # not relative
 
 
 @pytest.mark.parametrize(("how", "dtype", "tied"), [
@@ -386,6 +405,29 @@ def test_most_of_a_checkpoint_is_never_held_at_once(tmp_path: Path, monkeypatch:
     assert len(held) == 10
     assert size / 10 < max(held) < size / 2
     load_pretrained(tmp_path / "out")
+
+
+PEAK = """
+import sys, torch, training.surgery, training.split
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+torch.randn(64, 64) @ torch.randn(64, 64)
+before = peak()
+training.surgery.cut_into_experts(sys.argv[1], sys.argv[2], num_experts=8)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+def test_the_peak_of_memory_is_no_more_than_the_checkpoint_and_a_fifth(tmp_path: Path) -> None:
+    """Where streaming by layers helps least: an embedding that is most of the checkpoint."""
+    sizes = dict(vocab_size=48_000, hidden_size=512, intermediate_size=1024, num_hidden_layers=2)
+    dense_model(**sizes).save_pretrained(tmp_path / "dense")
+    size = (tmp_path / "dense" / "model.safetensors").stat().st_size
+    assert size > 100 << 20
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "dense"), str(tmp_path / "out")]
+    assert int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) < 1.2 * size
 
 
 # The page -------------------------------------------------------------------------------------------------------------

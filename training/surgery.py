@@ -3,7 +3,7 @@
 A dense MLP is a sum over its hidden neurons, `y = sum_i silu(x w1_i) (x w3_i) w2_i`. Dealt out to E experts, y is the
 sum of theirs. A layer here gives the *weighted mean* of its experts, weights `p` renormalised over those kept, so
 
-    w2_e = E * (its rows of the dense w2),    router = 1e-5 * noise  =>  p_e = 1/E,    sum_e p_e y_e = y.
+    w2_e = E * (its rows of the dense w2),    router = 1e-6 * noise  =>  p_e = 1/E,    sum_e p_e y_e = y.
 
 With all experts active that is the dense model, to rounding (E a power of two: w2 is exact in any dtype). With K of E
 experts a token gets E/K times the sum of those it visits: right on average over random experts, as in dropout. The
@@ -17,7 +17,6 @@ experts visited is best: if such a cut is asked for a fixed K, w2 is times K ins
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from training.errors import UserError
 from training.split import calibrate, cluster_neurons, fit_router, read_calibration
 
 SHARD_BYTES = 64 << 20  # of the result: small, for nothing larger is ever in memory but a layer
-ROUTER_LOGIT_STD = 1e-5  # of the router's logits at unit inputs: far above a tie in float32, far below what p feels
+ROUTER_LOGIT_STD = 1e-6  # at the inputs that the layer makes: 20 values of float32 near p = 1/E, and no logit feels it
 ROUTER_SEED = 0
 KEPT_KEYS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 KEPT_FILES = (
@@ -123,10 +122,11 @@ def _cut(
         tensors = dict(read_tensors(stored, [piece.name for piece in group]))
         prefix = f"model.layers.{index - 1}"
         if f"{prefix}.mlp.gate_proj.weight" not in tensors:
-            yield {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+            yield tensors  # as they lie in the mapped file: a copy of the embedding could be as large as all the rest
             continue
         order = None
-        router = torch.randn(sizes.num_experts, sizes.hidden_size, generator=generator) / sizes.hidden_size**0.5
+        router = torch.randn(sizes.num_experts, sizes.hidden_size, generator=generator)
+        router = router / tensors[f"{prefix}.post_attention_layernorm.weight"].float().norm().clamp_min(1e-30)
         if states is not None:
             layer = {name.removeprefix(f"{prefix}.").removesuffix(".weight"): t for name, t in tensors.items()}
             states, seen = calibrate(states, layer, dense)
@@ -146,9 +146,7 @@ def _cut_layer(
         weight = weight if order is None else weight.index_select(hidden_axis, order)
         parts[name] = weight.chunk(sizes.num_experts, dim=hidden_axis)
     dtype = parts["gate_proj"][0].dtype
-    result: dict[str, Any] = {
-        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    result = dict(tensors)
     result[f"{prefix}.mlp.gate.weight"] = router.to(dtype)
     if sizes.num_experts_per_tok == DYNAMIC_K:
         result[f"{prefix}.mlp.gate.router_bias"] = torch.zeros(sizes.num_experts, dtype=dtype)
