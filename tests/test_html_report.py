@@ -1,11 +1,9 @@
 """Reports say what the analysis says, show every arm, fetch and execute nothing, and never fail on odd studies."""
 
-import html
 import json
 import math
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -18,7 +16,9 @@ import pytest
 from tests.test_study import small_study
 from training.analysis import analyse, study_table
 from training.cli import main
+from training.continual import continual_measures
 from training.html_arms import scores_by_seed
+from training.html_layers import by_layer, layer_key, measures
 from training.html_maps import NONE, UNKNOWN, heat_map, load_levels
 from training.html_pieces import MINUS, NOTHING, VOID, element, number, versions
 from training.html_report import write_report
@@ -31,9 +31,6 @@ from training.svg import Curve, Difference, line_chart, reach, ticks
 HOSTILE = "</title><script>alert('a')</script>\"&amp; x"
 LONG = "an_arm_whose_name_has_no_place_to_break_" * 4
 STEPS = 30
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 # A study's folder, made without training ------------------------------------------------------------------------------
@@ -54,8 +51,11 @@ def fake_study(
             rows[-1] |= {
                 "nats_per_token": nats, "bits_per_byte": nats / math.log(2), "avg_k": 2.0 + arms.index(run.arm) / 20,
                 "max_vio": 1.5, "dead_experts": 3, "gating_acc": 0.625, "gating_trivial": 0.5,
-                "active_parameters": 12345, "seconds": 1.5,
+                "active_parameters": 12345, "flops_per_token": 6789 + 100 * arms.index(run.arm), "seconds": 1.5,
             }  # fmt: skip
+        matrix = (3 + drawn.random((len(run.order),) * 2)).tolist()
+        if run.order and state == FINISHED:
+            rows[-1] |= continual_measures(matrix)._asdict()
         home = folder / "runs" / run.id
         home.mkdir(parents=True)
         last = {FINISHED: STEPS, DIVERGED: 17, UNFINISHED: 0}[state]
@@ -63,6 +63,7 @@ def fake_study(
         if state != UNFINISHED:
             alarms = ["Dead experts: 3 of 8"] if state == FINISHED else []
             summary = rows[-1] | {"steps": last, "tokens": 99, "train_seconds": 1.5, "parameters": 9, "alarms": alarms}
+            summary |= {"score_matrix": matrix} if run.order else {}
             (home / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     write_results(rows, folder)
     save_study(study, folder / "study.yaml")
@@ -176,15 +177,16 @@ def test_every_cell_of_the_results_is_the_analysis(studied: Path) -> None:
     for label, arm in analysis["arms"].items():
         pair = analysis["against_baseline"].get(label)
         row = [cell.replace(MINUS, "-").removesuffix(" beyond the margin") for cell in by_name[label]]
-        compared = ["baseline", NOTHING, f"{arm['avg_k']:.2f}", NOTHING, NOTHING]
+        compared = ["baseline", NOTHING, f"{arm['avg_k']:.2f}", f"{arm['flops_per_token']:,.0f}", NOTHING, NOTHING]
         if pair is not None:
             difference = f"{pair['difference']:+.4f} {pair['low']:+.4f} to {pair['high']:+.4f}"
             k = f"{arm['avg_k']:.2f} {'matched' if pair['k_matched'] else 'not matched'}"
-            compared = [pair["verdict"], difference, k, f"{pair['p_holm']:.3g}", f"{pair['tost_p']:.3g}"]
-        verdict, difference, k, p_holm, tost_p = compared
+            flops = f"{arm['flops_per_token']:,.0f} matched"
+            compared = [pair["verdict"], difference, k, flops, f"{pair['p_holm']:.3g}", f"{pair['tost_p']:.3g}"]
+        verdict, difference, k, flops, p_holm, tost_p = compared
         assert row[1:] == [
             verdict, f"{arm['mean']:.4f} {arm['low']:.4f} to {arm['high']:.4f}", difference, k, "1.50", "3.0",
-            "0.625 trivial 0.500", "12,345", f"{arm['bits_per_byte']:.4f}", p_holm, tost_p,
+            "0.625 trivial 0.500", "12,345", flops, f"{arm['bits_per_byte']:.4f}", p_holm, tost_p,
         ]  # fmt: skip
     assert {row[0] for row in rows} == {f"{label} 3 seeds" for label in analysis["arms"]}
     assert "matched" in by_name["surprise"][4]
@@ -197,7 +199,7 @@ def test_the_page_holds_the_answer_the_plan_the_file_and_the_commands(studied: P
     for wanted in (
         analysis["answer"], "Which?", "± 0.02 nats per token", "Set before the runs", versions(),
         (studied / "study.yaml").read_text(encoding="utf-8"), f"tiny-onn study {studied}/study.yaml --out ",
-        "hyper.surprise_weight = 0.0", "dead experts in 3 of 3 runs",
+        "hyper.surprise_weight = 0.0", "dead experts in 3 of 3 runs", "Load entropy, layer 1", "Dead experts, layer 0",
     ):  # fmt: skip
         assert wanted in page.text
     assert_safe(page)
@@ -368,6 +370,34 @@ def test_damaged_files_are_named_in_one_line(studied: Path, tmp_path: Path, caps
         assert said.count("\n") == 1
 
 
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_measures_of_a_layer_are_those_of_plain_loops() -> None:
+    load = np.random.default_rng(0).dirichlet(np.full(8, 0.5), 3)
+    load[1] = [0.5, 0.5, 0, 0, 0, 0, 0, 0]
+    load[2] = 1 / 8
+    found = measures(load)
+    for layer, shares in enumerate(load.tolist()):
+        entropy = -sum(p * math.log(p) for p in shares if p) / math.log(8)
+        wanted = [entropy, max(shares) / (sum(shares) / 8) - 1, sum(p == 0 for p in shares)]
+        assert [some[layer] for some in found.values()] == pytest.approx(wanted)
+    assert [some[2] for some in found.values()] == pytest.approx([1, 0, 0])
+    assert measures(np.ones((1, 1))) == {"load entropy": [1.0], "MaxVio": [0.0], "dead experts": [0.0]}
+    assert [some[0] for some in measures(np.full((1, 4), np.nan)).values()] == [None] * 3
+
+
+def test_records_become_numbers_of_every_layer() -> None:
+    history = [{"step": 3, "expert_load": [[1.0, 0.0], [0.5, 0.5]]}, {"step": 4, "co_activation_layers": [0.25, None]}]
+    first, second = by_layer(history)
+    assert first["step"] == 3
+    assert first[layer_key("MaxVio", 0)] == 1.0
+    assert first[layer_key("co-activation", 0)] is None
+    assert (second["step"], second[layer_key("MaxVio", 0)]) == (4, None)
+    assert [second[layer_key("co-activation", layer)] for layer in range(2)] == [0.25, None]
+    assert by_layer([{"step": 1}]) == []
+
+
 # Pieces ---------------------------------------------------------------------------------------------------------------
 
 
@@ -439,59 +469,3 @@ def test_every_cell_of_a_map_is_drawn_once_and_neighbours_share_where_there_are_
             cells[:] = level
     assert seen.tolist() == levels.tolist()
     assert 'viewBox="0 0 128 1"' in heat_map(np.zeros((1, 256), dtype=np.int64), "h", "x")
-
-
-# A browser ------------------------------------------------------------------------------------------------------------
-
-PROBE = """<script>
-const wide = document.documentElement.scrollWidth - innerWidth;
-const out = [...document.querySelectorAll('main *')].filter(e => !e.closest('.box') && !e.closest('svg')
-  && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.className || e.tagName);
-const hidden = [...document.querySelectorAll('svg text')].filter(e => !e.closest('.box')
-  && (e.getBoundingClientRect().right > innerWidth + 1 || e.getBoundingClientRect().left < -1)).length;
-document.title = JSON.stringify({wide, out, hidden, inner: innerWidth, night: getComputedStyle(document.body).color});
-</script>"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
-@pytest.mark.parametrize("width", [360, 1200])
-@pytest.mark.parametrize("night", [False, True], ids=["day", "night"])
-def test_a_browser_shows_the_page_without_sideways_scrolling_or_errors(tmp_path: Path, width: int, night: bool) -> None:
-    folder = fake_study(tmp_path / "many", many_arms(), odd_status)
-    write_report(folder)
-    seen = probe(folder / "report.html", tmp_path, width, night)
-    assert (seen["inner"], seen["wide"], seen["out"], seen["hidden"]) == (width, 0, [], 0)
-    red, green, blue = (int(part) for part in re.findall(r"\d+", seen["night"])[:3])
-    assert (red + green + blue > 3 * 128) == night
-
-
-def probe(page: Path, tmp_path: Path, width: int, night: bool) -> dict[str, Any]:
-    """Measures of the page in a frame of a width, taken by a script that only the test adds."""
-    text = page.read_text(encoding="utf-8")
-    policy = re.compile(r"<meta http-equiv[^>]*>")
-    assert policy.search(text)
-    inside = html.escape(policy.sub("", text).replace("</body>", f"{PROBE}</body>"))
-    frame = f"""<iframe srcdoc="{inside}" style="width:{width}px;height:5000px;border:0"
-      onload="document.title=this.contentDocument.title;document.body.textContent=document.title"></iframe>"""
-    (tmp_path / "frame.html").write_text(f"<!DOCTYPE html><meta charset=utf-8><body>{frame}</body>", encoding="utf-8")
-    said = browse(tmp_path, ["--dump-dom", f"--blink-settings=preferredColorScheme={0 if night else 1}"], "frame.html")
-    return json.loads(html.unescape(re.search(r"\{.*\}", said.stdout.partition("<body>")[2])[0]))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
-def test_a_browser_has_nothing_to_complain_about_and_prints_the_page(studied: Path, tmp_path: Path) -> None:
-    shutil.copy(studied / "report.html", tmp_path)
-    said = browse(tmp_path, ["--enable-logging=stderr", "--v=0", "--print-to-pdf=out.pdf"], "report.html")
-    assert "CONSOLE" not in said.stderr
-    assert (tmp_path / "out.pdf").read_bytes().startswith(b"%PDF")
-
-
-def browse(folder: Path, flags: list[str], name: str) -> subprocess.CompletedProcess[str]:
-    quiet = [
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
-    ]  # fmt: skip
-    command = [str(CHROMIUM), *quiet, *flags, f"file://{folder / name}"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=True)

@@ -14,7 +14,7 @@ from tests.helpers import TINY, assert_close, assert_same_bits, configs, seeded,
 from tiny_onn_func import ModelConfig, forward, init_params
 from tiny_onn_func.config import DYNAMIC_K
 from tiny_onn_func.ops import rms_norm, rotary_angles, rotate, scale_gradient, swiglu, wide_dtype
-from tiny_onn_func.params import check_params, count_active_params, count_params, param_specs
+from tiny_onn_func.params import check_params, count_active_flops, count_active_params, count_params, param_specs
 from tiny_onn_func.tree import flatten, unflatten
 
 # ---- configuration -------------------------------------------------------------------------------------------------
@@ -122,6 +122,17 @@ def test_counts_equal_a_count_by_hand(tied: bool) -> None:
     assert count_active_params(config, 2.0) == outside + 3 * (layer + 2 * expert)
     assert count_active_params(config, 6.0) == count_params(config)
     assert count_active_params(config, 1.5) == outside + 3 * (layer + 1.5 * expert)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tie_word_embeddings": False}, {"routing": "hash"}], ids=str)
+def test_flops_of_a_token_are_those_of_a_count_by_hand(sizes: dict[str, Any]) -> None:
+    """V 13, D 8, 2 layers, 2 heads of 4 and 1 key head, F 6, E 4: the products of a token, two operations each."""
+    attention, router, expert, head = 8 * 8 + 2 * 8 * 4 + 8 * 8, 8 * 4, 3 * 8 * 6, 8 * 13
+    asked = 0 if sizes.get("routing") == "hash" else router
+    for k, seq in ((1.0, 1), (2.5, 9)):
+        seen = 2 * 8 * (seq + 1) / 2  # keys and values of the tokens up to this one, 2 heads of 4
+        by_hand = 2 * (2 * (attention + asked + k * expert + seen) + head)
+        assert count_active_flops(tiny_config(**sizes), k, seq) == by_hand
 
 
 def test_another_seed_draws_other_matrices_and_every_matrix_is_its_own() -> None:

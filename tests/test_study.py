@@ -118,6 +118,9 @@ def test_every_run_leaves_what_the_report_reads(done: Path) -> None:
         assert [record["step"] for record in history if "held_out_nats" in record] == [2, 4]
         summary = json.loads((done / "runs" / row["run"] / "summary.json").read_text(encoding="utf-8"))
         assert (summary["status"], summary["steps"]) == ("finished", STEPS)
+        met = history[-1]["co_activation_layers"]
+        assert summary["routing"]["co_activation"] == pytest.approx(sum(met) / len(met), rel=1e-3)
+        assert float(row["flops_per_token"]) > float(row["active_parameters"])
     assert not any((done / "checkpoints").glob("group_*"))
     analysis = json.loads((done / "analysis.json").read_text(encoding="utf-8"))
     assert analysis["arms"].keys() == {arm.name for arm in ARMS}

@@ -84,6 +84,24 @@ def count_active_params(config: ModelConfig, experts_per_tok: float) -> float:
     return count_params(config) - experts + experts * experts_per_tok / config.num_experts
 
 
+def count_active_flops(config: ModelConfig, experts_per_tok: float, sequence_length: int) -> float:
+    """Floating-point operations of one token's forward pass, mean over the places of a sequence.
+
+    Two for every active weight of a matrix that is multiplied (a tied embedding as the head, hashed tokens no router),
+    and in every layer 4 * heads * head_dim for each of the (sequence_length + 1) / 2 tokens that are attended to on
+    average. Norms, rotations and activations are left out. A training step costs about three times as much.
+    """
+    idle = {"norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "router_bias"}
+    idle |= set() if config.tie_word_embeddings else {"embed_tokens"}
+    idle |= {"router"} if config.routing == "hash" else set()
+    sizes = {name: math.prod(spec.shape) for name, spec in param_specs(config).items()}
+    used = {name: size for name, size in sizes.items() if name.rpartition(".")[2] not in idle}
+    share = experts_per_tok / config.num_experts
+    weights = sum(size * (share if name.endswith((".w1", ".w2", ".w3")) else 1) for name, size in used.items())
+    heads = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return 2 * weights + 4 * heads * (sequence_length + 1) / 2
+
+
 def check_params(params: Tree, config: ModelConfig) -> None:
     """Refuse parameters that do not belong to the configuration.
 

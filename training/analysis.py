@@ -25,7 +25,7 @@ from training.study_results import DIVERGED, FINISHED, Row, pair_key, read_resul
 
 CONFIDENCE = 0.95
 LEVEL = 0.05  # of both tests
-MATCHED_K = 0.05  # avg_k within this share of the baseline's counts as equal active compute
+MATCHED = 0.05  # avg_k, or the operations of a forward pass, within this share of the baseline's count as equal
 MEASURE = "nats_per_token"
 BESIDE = (
     "bits_per_byte",
@@ -35,6 +35,7 @@ BESIDE = (
     "gating_acc",
     "gating_trivial",
     "active_parameters",
+    "flops_per_token",
     "load_entropy",
     "regret",
     "regret_random",
@@ -119,8 +120,9 @@ def analyse_rows(
     for label, found in against.items():
         found["p_holm"] = corrected.get(label)
         found["verdict"] = _verdict(found, arms[label]["diverged"] + arms[baselines[label]]["diverged"])
-        ours, theirs = arms[label]["avg_k"], arms[baselines[label]]["avg_k"]
-        found["k_matched"] = None if ours is None or not theirs else abs(ours / theirs - 1) <= MATCHED_K
+        for key, measure in {"k_matched": "avg_k", "flops_matched": "flops_per_token"}.items():
+            ours, theirs = arms[label][measure], arms[baselines[label]][measure]
+            found[key] = None if ours is None or not theirs else abs(ours / theirs - 1) <= MATCHED
     stream = {"continual": _continual(chosen, baselines)} if study.tasks else {}
     facts = {key: getattr(study, key) for key in ("name", "question", "margin", "falsifier")}
     baseline = study.baseline or next(iter(baselines.values()))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from numpy import array, ndarray
 
+from training.html_layers import LAYERED, by_layer, layer_key, shown_layers
 from training.html_maps import last_tables
 from training.html_pieces import Html, with_small
 from training.series import Records, columns, gather, numbers
@@ -33,8 +34,9 @@ class ShownArm(NamedTuple):
     found: Mapping[str, Any]  # of analysis["arms"]
     pair: Mapping[str, Any] | None  # of analysis["against_baseline"]; None is a baseline
     slot: int  # of colour and dashes: 0 for the baseline, then in the study's order
-    curves: dict[str, Curve]  # means over its runs
+    curves: dict[str, Curve]  # means over its runs, by key of a record, and by `layer_key`
     load: Float[ndarray, "layers experts"] | None  # at the end of the run below
+    layers: int  # of its runs; 0 where no load is known
     load_run: str  # the first of its runs that did not diverge
     together: Float[ndarray, "layers experts experts"] | None  # cosines of co-activation of the same run
     alarms: list[Sequence[str]]  # of each run
@@ -91,11 +93,14 @@ def _shown(
     loads = ((run, last_tables(some, "expert_load")) for run, some in records.items() if run not in lost)
     run, load = next(((run, load) for run, load in loads if load is not None), ("", None))
     curves = {key: _mean_curve(label, slot, [*records.values()], key) for key in CURVES}
+    layered, layers = [by_layer(some) for some in records.values()], 0 if load is None else load.shape[0]
+    for key in (layer_key(name, layer) for name, _ in LAYERED for layer in shown_layers(layers)):
+        curves[key] = _mean_curve(label, slot, layered, key)
     summaries = {name: summary_of(name) for name in records}
     alarms = [summary.get("alarms") or [] for summary in summaries.values()]
     together = _cube((summaries.get(run, {}).get("routing") or {}).get("co_activation_cosine"))
     pair = study.analysis["against_baseline"].get(label)
-    return ShownArm(label, found, pair, slot, curves, load, run, together, alarms, ends)
+    return ShownArm(label, found, pair, slot, curves, load, layers, run, together, alarms, ends)
 
 
 def _cube(value: Any) -> Float[ndarray, "layers experts experts"] | None:

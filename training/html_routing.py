@@ -7,6 +7,7 @@ import numpy as np
 
 from training import html_pieces as h
 from training.html_arms import Group, ShownArm
+from training.html_layers import shown_layers
 from training.html_maps import NONE, UNKNOWN, heat_map, map_legend
 from training.html_pieces import Html, element, number, with_small
 
@@ -108,16 +109,17 @@ def _meetings(arms: Sequence[ShownArm]) -> Html:
         "other), in the first, the middle and the last layer of one run an arm."
     )
     names = [(f"{level / 6:.2f}", level) for level in range(7)]
-    maps = [_meeting_map(arm, layer) for arm in arms if arm.together is not None for layer in _some(len(arm.together))]
+    maps = [
+        _meeting_map(arm, layer)
+        for arm in arms
+        if arm.together is not None
+        for layer in shown_layers(len(arm.together))
+    ]
     return h.section(
         "Experts that are visited together", h.paragraph(note, class_="note"),
         h.table("Experts that are visited together", ["arm", "co-activation, nats"], rows),
         map_legend([*names, ("never", NONE)], "s") if maps else "", element("div", *maps, class_="maps"),
     )  # fmt: skip
-
-
-def _some(layers: int) -> list[int]:
-    return sorted({0, layers // 2, layers - 1})
 
 
 def _meeting_map(arm: ShownArm, layer: int) -> Html:

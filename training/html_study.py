@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from training import html_pieces as h
-from training.analysis import MATCHED_K
+from training.analysis import MATCHED
 from training.html_arms import Group, ShownArm, Study, arm_name, read_groups
 from training.html_pieces import Html, bounds, element, join, number, with_small
 from training.html_routing import routing_part
-from training.html_study_charts import curves, differences, loads
+from training.html_study_charts import curves, differences, layers, loads
 from training.html_tasks import tasks_part
 from training.series import Records
 from training.study_config import dotted
@@ -19,7 +19,8 @@ from training.study_results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
 
 HEAD = (
     "arm", "verdict", "nats per token", "difference to baseline", "avg K", "MaxVio", "dead experts",
-    "gating accuracy", "active parameters", "bits per byte", "p of no difference", "p of no equivalence",
+    "gating accuracy", "active parameters", "forward FLOPs per token", "bits per byte", "p of no difference",
+    "p of no equivalence",
 )  # fmt: skip
 
 
@@ -37,6 +38,7 @@ def study_page(
         differences(study, groups),
         tasks_part(study, groups, summary_of),
         curves(study, groups),
+        layers(groups),
         loads(groups),
         routing_part(groups),
         _settings(study),
@@ -113,7 +115,8 @@ def _results(study: Study, groups: Sequence[Group]) -> Html:
         "better, worse: a paired t-test at 5 % finds a difference (p of no difference, corrected for the number of "
         f"arms by Holm's method). equivalent: two one-sided tests at 5 % put it within ± {margin:g} nats (p of no "
         "equivalence). undecided: neither; that is no proof of equality.",
-        f"avg K is matched within {MATCHED_K:.0%} of the baseline's: only then was active compute equal.",
+        f"avg K and forward FLOPs are matched within {MATCHED:.0%} of the baseline's; active compute was equal where "
+        "the FLOPs are: two for every active weight that is multiplied, and those of attention.",
         "Gating accuracy says nothing without its trivial value, what a random choice among a token's experts scores.",
         "MaxVio is (max − mean) / mean load. Dead are (layer, expert) pairs without a row in the last records.",  # noqa: RUF001
     ]
@@ -135,21 +138,26 @@ def _result(arm: ShownArm) -> list[object]:
     seeds += f", {found['diverged']} diverged" if found["diverged"] else ""
     verdict = str(pair.get("verdict", "baseline"))
     beyond = "beyond the margin" if pair.get("beyond_margin") and verdict in ("better", "worse") else ""
-    matched = {True: "matched", False: "not matched"}.get(pair.get("k_matched", None), "")
+    k, flops = (_matched(pair.get(key)) for key in ("k_matched", "flops_matched"))
     return [
         with_small(arm_name(arm), seeds),
         with_small(h.badge(verdict), beyond),
         with_small(number(found["mean"]), bounds(found["low"], found["high"])),
         with_small(number(pair.get("difference"), "+.4f"), bounds(pair.get("low"), pair.get("high"), "+.4f")),
-        with_small(number(found["avg_k"], ".2f"), matched),
+        with_small(number(found["avg_k"], ".2f"), k),
         number(found["max_vio"], ".2f"),
         number(found["dead_experts"], ".1f"),
         with_small(number(found["gating_acc"], ".3f"), f"trivial {number(found['gating_trivial'], '.3f')}"),
         number(found["active_parameters"], ",.0f"),
+        with_small(number(found.get("flops_per_token"), ",.0f"), flops),
         number(found["bits_per_byte"]),
         number(pair.get("p_holm"), ".3g"),
         number(pair.get("tost_p"), ".3g"),
     ]
+
+
+def _matched(found: bool | None) -> str:
+    return "" if found is None else "matched" if found else "not matched"
 
 
 def _settings(study: Study) -> Html:

@@ -5,6 +5,7 @@ from typing import Any
 
 from training import html_pieces as h
 from training.html_arms import Group, ShownArm, Study, scores_by_seed
+from training.html_layers import LAYERED, layer_key, shown_layers
 from training.html_maps import alarm_counts, load_legend, load_map
 from training.html_pieces import Html, bounds, element, join, number, with_small
 from training.svg import Difference, forest, legend, line_chart
@@ -70,6 +71,30 @@ def curves(study: Study, groups: Sequence[Group]) -> Html:
     return h.section("Learning curves", h.paragraph(note, class_="note"), *parts)
 
 
+def layers(groups: Sequence[Group]) -> Html:
+    """The charts of LAYERED for every baseline and the first, the middle and the last layer."""
+    parts: list[Html] = []
+    for group in groups:
+        drawn = [arm for arm in sorted(group.arms, key=lambda arm: arm.slot) if arm.layers]
+        if not drawn:
+            continue
+        if len(groups) > 1:
+            parts.append(element("h3", f"compared with {group.baseline}"))
+        charts = []
+        for name, unit in LAYERED:
+            for layer in shown_layers(max(arm.layers for arm in drawn)):
+                key = layer_key(name, layer)
+                known = [arm.curves[key] for arm in drawn if key in arm.curves]
+                charts.append(line_chart(f"{key[0].upper()}{key[1:]}", unit, known, empty=_why_empty(name, {})))
+        parts += [legend([(arm.label, arm.slot) for arm in drawn]), element("div", *charts, class_="charts")]
+    note = (
+        "Means over seeds. Load entropy is 1 where all experts of the layer get equally many rows and 0 where one gets "
+        "all. Co-activation, measured on held-out text whenever the runs are scored, says how far the pairs of experts "
+        "that tokens visit together are from what the loads alone would give."
+    )
+    return h.section("Load over time, layer by layer", h.paragraph(note, class_="note"), *parts) if parts else Html("")
+
+
 def _lost(arm: ShownArm) -> Html:
     if not arm.ends:
         return Html("")
@@ -80,6 +105,8 @@ def _lost(arm: ShownArm) -> Html:
 def _why_empty(key: str, base: Mapping[str, Any]) -> str:
     if key == "held_out_nats" and not base.get("eval_every"):
         return "No score was made during the runs (eval_every: 0). The final ones are in the table."
+    if key == "co-activation":
+        return "Not measured: it wants eval_every, analysis_tokens, and tokens that visit two experts."
     if key == "routing_drift":
         return "Drift was not measured: it wants eval_every and analysis_tokens."
     return "No record yet."

@@ -63,6 +63,7 @@ figcaption small{display:inline;margin-left:.4rem}
 .grid{stroke:var(--grid)} .zero{stroke:var(--soft)} .band{fill:var(--band)}
 .line{fill:none;stroke-width:1.8;vector-effect:non-scaling-stroke;stroke-linejoin:round} .line:hover{stroke-width:4}
 .level{stroke:var(--soft);stroke-dasharray:2 3}
+.level+text{paint-order:stroke;stroke:var(--page);stroke-width:4px}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;padding:0;margin:.8rem 0;font-size:.85rem}
 .legend li{display:flex;align-items:center;gap:.45rem;min-width:0} .legend svg{flex:none} .legend small{display:inline}
 .row{display:grid;grid-template-columns:minmax(0,17rem) minmax(0,1fr) 13.5rem;column-gap:1rem}
@@ -76,9 +77,9 @@ figcaption small{display:inline;margin-left:.4rem}
 """
 PAPER = """
 @page{size:landscape;margin:12mm}
-@media print{body{font-size:10pt} main{max-width:none;padding:0} .box{overflow:visible;border:0}
+@media print{body{font-size:10pt} main{max-width:none;padding:0 3px} .box{overflow:visible;border:0}
  .tall{max-height:none} .tall pre{column-count:2;column-gap:8mm} pre{white-space:pre-wrap;padding:0;font-size:7.5pt}
- table{font-size:8pt} th,td{padding:.25em .4em} thead th,th:first-child{position:static}
+ table{font-size:7pt} th,td{padding:.25em .35em} thead th,th:first-child{position:static}
  table.every{font-size:6pt} .every :is(td,th){white-space:normal;overflow-wrap:anywhere;min-width:0}
  .every th:first-child{min-width:11em}
  tr,figure,.row,.plan,.warning,.legend{break-inside:avoid} h2,h3,.legend{break-after:avoid} h2{margin-top:1.2rem}

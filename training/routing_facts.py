@@ -76,23 +76,30 @@ def routing_facts(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, to
     return [facts_of(run, batch, sample, config.model) for run in unstack(whole)]
 
 
-def first_choices(
-    params: Tree, configs: Sequence[RunConfig], corpus: Corpus, tokens: int
-) -> Int[Tensor, "runs layers tokens"]:
-    """The expert that each run's router likes best for every token of the analysis batch; -1 on padding."""
+class Glance(NamedTuple):
+    """What the routers do with the analysis batch."""
+
+    first_choices: Int[Tensor, "runs layers tokens"]  # the expert that a router likes best; -1 on padding
+    co_activation: Float[Tensor, "runs layers"]  # as `excess_meetings` has it
+
+
+def glance(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, tokens: int) -> Glance:
+    """A look at every run, cheap enough to be taken during the training."""
     config = configs[0]
     batch, sample = analysis_batch(corpus, config, tokens)
 
-    def one(params: Tree, budget: Tensor, part: Batch) -> Tensor:
+    def one(params: Tree, budget: Tensor, part: Batch) -> tuple[Tensor, Tensor]:
         _, trace = forward(
             params, part.input_ids, config.model, attention_mask=part.attention_mask, surprise_budget=budget
         )
-        return torch.where(trace.active[..., 0], trace.expert_ids[..., 0], -1)
+        return trace.expert_ids, trace.active
 
     with torch.no_grad():
         parts = _parts(batch, sample, 2 * config.batch_size)
-        chosen = [vmap(one, in_dims=(0, 0, None))(params, _budgets(configs), part) for part, _ in parts]
-    return torch.cat(chosen, dim=-1)
+        seen = [vmap(one, in_dims=(0, 0, None))(params, _budgets(configs), part) for part, _ in parts]
+    ids, active = (torch.cat(part, dim=2) for part in zip(*seen, strict=True))
+    met = [excess_meetings(*run, config.model.num_experts)[0] for run in zip(ids, active, strict=True)]
+    return Glance(torch.where(active[..., 0], ids[..., 0], -1), torch.stack(met))
 
 
 def drift(
@@ -170,26 +177,32 @@ def agreement_facts(
 def co_activation_facts(
     ids: Int[Tensor, "layers tokens slots"], active: Bool[Tensor, "layers tokens slots"], experts: int
 ) -> Facts:
-    """`co_activation`: how far pairs of experts are from what their loads alone would give; `co_activation_cosine`.
+    """`co_activation`: how far pairs of experts are from what their loads alone would give, mean over layers, None
+    where no token visits two; `co_activation_cosine`: the table of every layer."""
+    excess, cosine = excess_meetings(ids, active, experts)
+    return {
+        "co_activation": _mean(excess, excess.isfinite()),
+        "co_activation_cosine": [[[round(x, 4) for x in row] for row in layer] for layer in cosine.tolist()],
+    }
 
-    cosine[l, e, f] = tokens that visit both / sqrt(tokens that visit e * tokens that visit f).
 
-    `co_activation` = sum_{e<f} q_ef log(q_ef / p_ef) in nats, mean over layers: q is the share of the layer's pairs of
-    visits, p the share that loads n give, p_ef ~ n_e n_f. 0: experts meet by chance; None: no token visits two.
+def excess_meetings(
+    ids: Int[Tensor, "layers tokens slots"], active: Bool[Tensor, "layers tokens slots"], experts: int
+) -> tuple[Float[Tensor, " layers"], Float[Tensor, "layers experts experts"]]:
+    """(sum_{e<f} q_ef log(q_ef / p_ef) in nats of every layer, NaN where no token visits two; cosines).
+
+    q is the share of the layer's pairs of visits, p the share that loads n give, p_ef ~ n_e n_f; 0: experts meet by
+    chance. cosine[l, e, f] = tokens that visit both / sqrt(tokens that visit e * tokens that visit f).
     """
     one_hot = torch.zeros(*ids.shape[:2], experts, dtype=torch.float64).scatter_add(-1, ids, active.double())
     both = one_hot.mT @ one_hot
     count = both.diagonal(dim1=-2, dim2=-1)
     expected = count.unsqueeze(-1) * count.unsqueeze(-2)
-    cosine = both / expected.sqrt().clamp_min(1)
     upper = torch.ones(experts, experts, dtype=torch.bool).triu(1)
     q, p = (_shares(pairs[:, upper]) for pairs in (both, expected))
     excess = torch.where(q > 0, q * (q / p).log(), 0.0).sum(dim=-1)
     met = both[:, upper].sum(dim=-1) > 0
-    return {
-        "co_activation": _mean(excess, met),
-        "co_activation_cosine": [[[round(x, 4) for x in row] for row in layer] for layer in cosine.tolist()],
-    }
+    return torch.where(met, excess, torch.nan), both / expected.sqrt().clamp_min(1)
 
 
 def _parts(batch: Batch, sample: Tensor, rows: int) -> Iterator[tuple[Batch, Tensor]]:

@@ -23,7 +23,7 @@ from training.first_state import first_state
 from training.guard import bad_runs, passed_over, where_runs
 from training.hyper_step import TrainState, init_state
 from training.recorder import FILE, Recorder, read_history
-from training.routing_facts import drift, first_choices, routing_facts
+from training.routing_facts import Glance, drift, glance, routing_facts
 from training.run_config import RunConfig
 from training.saver import Saver
 from training.step_metrics import Metrics
@@ -65,7 +65,9 @@ def run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: tqdm) -> list
     teacher = teacher_of(config, tokenizer)
     texts = {task: fingerprint(corpus) for task, corpus in corpora.items()}
     mapped = _start(chunk.runs, None if checkpoint else tokenizer)
-    mapped = mapped._replace(choices=_choices(study, mapped, [run.config for run in chunk.runs], corpora))
+    seen = _glance(study, mapped, [run.config for run in chunk.runs], corpora)
+    if seen is not None:
+        mapped = mapped._replace(choices=seen.first_choices)
     if checkpoint:
         check_same({"text": texts}, checkpoint.settings, folder)
         mapped = load_state(checkpoint, mapped)
@@ -193,12 +195,14 @@ def _score_ended(runs: Sequence[StudyRun], mapped: Mapped, corpora: Mapping[str,
 # Routing --------------------------------------------------------------------------------------------------------------
 
 
-def _choices(study: StudyConfig, mapped: Mapped, configs: Sequence[RunConfig], corpora: Mapping[str, Splits]) -> Tensor:
-    """Every run's first choices on held-out tokens, of a stream's first named task; none where no drift is measured."""
+def _glance(
+    study: StudyConfig, mapped: Mapped, configs: Sequence[RunConfig], corpora: Mapping[str, Splits]
+) -> Glance | None:
+    """A look at all routers on held-out tokens, of a stream's first named task; None where it is not wanted."""
     if not (study.analysis_tokens and configs[0].eval_every):
-        return mapped.choices
+        return None
     held_out = next(iter(corpora.values())).held_out
-    return first_choices(mapped.runs.params, configs, held_out, study.analysis_tokens)
+    return glance(mapped.runs.params, configs, held_out, study.analysis_tokens)
 
 
 def _routing_facts(
@@ -229,18 +233,19 @@ def _record(
     diverged = mapped.diverged_at.tolist()
     of_tasks = score_tasks(mapped.runs.params, runs, corpora, config.eval_bytes) if scored else []
     scores = [overall(some) for some in of_tasks]
-    choices = _choices(study, mapped, configs, corpora) if scored else mapped.choices
-    drifts = drift(mapped.choices, choices).to(torch.float64)
+    seen = _glance(study, mapped, configs, corpora) if scored else None
+    drifts = drift(mapped.choices, seen.first_choices).to(torch.float64) if seen is not None else None
     for i, run in enumerate(unstack(metrics)):
         if diverged[i] == step or (due and not diverged[i]):
             values = run._asdict()
             if scores:
                 values |= {"held_out_nats": scores[i].nats_per_token, "held_out_bits_per_byte": scores[i].bits_per_byte}
-                if choices.numel():
-                    values |= {"routing_drift": float(drifts[i].mean()), "routing_drift_layers": drifts[i]}
+            if seen is not None and drifts is not None:
+                values |= {"routing_drift": float(drifts[i].mean()), "routing_drift_layers": drifts[i]}
+                values |= {"co_activation_layers": seen.co_activation[i]}
             tokens = step * config.batch_size * config.sequence_length
             recorders[i].write(step, tokens, float(mapped.seconds) / len(configs), values)
-    return mapped._replace(choices=choices)
+    return mapped if seen is None else mapped._replace(choices=seen.first_choices)
 
 
 def _open_record(folder: Path, step: int) -> Recorder:

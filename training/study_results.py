@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tiny_onn_func.params import count_active_params, count_params
+from tiny_onn_func.params import count_active_flops, count_active_params, count_params
 from training.alarms import WINDOW, collapse_alarms
 from training.continual import Continual, Matrix, continual_measures
 from training.durable import write_text
@@ -23,8 +23,8 @@ from training.study_config import StudyRun
 RESULTS = "results.csv"
 MEASURES = (
     "nats_per_token", "bits_per_byte", "avg_k", "max_vio", "dead_experts", "gating_acc", "gating_trivial",
-    "active_parameters", "load_entropy", "regret", "regret_random", "regret_w2", "oracle_hits", "co_activation",
-    "routing_drift", "seconds", "status",
+    "active_parameters", "flops_per_token", "load_entropy", "regret", "regret_random", "regret_w2", "oracle_hits",
+    "co_activation", "routing_drift", "seconds", "status",
 )  # fmt: skip
 FINISHED, DIVERGED, UNFINISHED = "finished", "diverged", "unfinished"
 Row = dict[str, Any]
@@ -75,6 +75,7 @@ def finished_row(
         "load_entropy": _rounded(fmean(float(load_entropy(torch.from_numpy(load))) for load in loads)),
         "routing_drift": _mean([record for record in history if "routing_drift" in record][-1:], "routing_drift"),
         "active_parameters": round(count_active_params(run.config.model, score.avg_k)),
+        "flops_per_token": round(count_active_flops(run.config.model, score.avg_k, run.config.sequence_length)),
         "status": FINISHED,
         **{key: _rounded(value) for key, value in measures.items()},
     }  # fmt: skip
