@@ -443,6 +443,13 @@ def test_vmap_folds_all_runs_into_one_call_of_the_kernel(monkeypatch: pytest.Mon
     assert calls == [(RUNS * 7, 4)]
 
 
+def test_a_fallback_of_vmap_would_fail_these_tests() -> None:
+    """Negative twin: the library's own product has no batching rule, and its warning is an error here."""
+    rows, weights, offsets = mappable("matmul", torch.float32).inputs
+    with pytest.raises(UserWarning, match="performance drop"):
+        vmap(lambda r, w, o: F.grouped_mm(r, w, offs=o))(rows, weights, offsets)
+
+
 @pytest.mark.parametrize("name", ["matmul", "outer"])
 def test_the_library_kernel_and_the_loop_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, inputs, _ = mappable(name, torch.float32)

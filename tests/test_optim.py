@@ -14,7 +14,7 @@ from tiny_onn_func.tree import leaves, stack, unstack
 from training import HyperParams
 from training.hyper_step import balanced_bias
 from training.objectives import Targets, language_modelling, predictive_integrity, router_loss, router_targets
-from training.optim import adamw_init, adamw_update, clip_factor, global_norm, schedule
+from training.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
 
 
 def drawn_tree(seed: int) -> dict:
@@ -25,20 +25,31 @@ def drawn_tree(seed: int) -> dict:
     }
 
 
-def test_fifty_steps_equal_torch_adamw() -> None:
+@pytest.mark.parametrize("way", ["alone", "numbers as tensors", "mapped"])
+def test_fifty_steps_equal_torch_adamw(way: str) -> None:
+    """Alone, torch's fused kernel makes the step; a tensor among the numbers, or vmap, asks for the formula itself."""
     hyper = HyperParams(beta1=0.8, beta2=0.95, eps=1e-6)
     params, lr, decay = drawn_tree(0), 0.02, 0.3
     matrix, norm = (leaf.clone().requires_grad_() for leaf in leaves(params))
     groups = [{"params": [matrix], "weight_decay": decay}, {"params": [norm], "weight_decay": 0.0}]
     theirs = torch.optim.AdamW(groups, lr=lr, betas=(0.8, 0.95), eps=1e-6)
-    state = adamw_init(params)
+    if way != "alone":
+        hyper = hyper._replace(beta1=torch.tensor(0.8, dtype=torch.float64))
+
+    def update(params: dict, grads: dict, state: AdamWState) -> tuple[dict, AdamWState]:
+        return adamw_update(params, grads, state, lr=lr, weight_decay=decay, hyper=hyper, grad_scale=2.0)
+
+    ours, one_step = (params, adamw_init(params)), update
+    if way == "mapped":
+        ours, one_step = stack([ours] * 2), vmap(update, (0, None, 0))
     for step in range(50):
         grads = drawn_tree(step + 1)
         matrix.grad, norm.grad = (2 * leaf for leaf in leaves(grads))
         theirs.step()
-        params, state = adamw_update(params, grads, state, lr=lr, weight_decay=decay, hyper=hyper, grad_scale=2.0)
-    assert_close(params["w"], matrix.detach(), 1e-12, "matrix")
-    assert_close(params["in"]["norm"], norm.detach(), 1e-12, "norm, which has no decay")
+        ours = one_step(ours[0], grads, ours[1])
+    found = (ours if way != "mapped" else unstack(ours)[1])[0]
+    assert_close(found["w"], matrix.detach(), 1e-12, "matrix")
+    assert_close(found["in"]["norm"], norm.detach(), 1e-12, "norm, which has no decay")
 
 
 def test_an_update_leaves_its_inputs_alone() -> None:

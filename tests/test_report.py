@@ -112,6 +112,13 @@ def test_the_trivial_value_is_dashed_and_the_held_out_point_and_baseline_stand_w
     assert [text.get_text() for text in core.axes[0].texts] == ["gzip -9 1.50"]
 
 
+@pytest.mark.parametrize("ends", [1.5, 4.0])
+def test_the_name_of_a_baseline_does_not_stand_where_the_loss_ends(ends: float) -> None:
+    records = [record | {"main_loss": 5.0 - (5.0 - ends) * i / 99} for i, record in enumerate(history(100))]
+    (name,) = core_metrics_figure(records, baselines={"gzip -9": 1.5}).axes[0].texts
+    assert (name.get_position()[0] > 0.9) is (ends > 2)
+
+
 def test_every_panel_has_a_legend(core: Figure) -> None:
     names = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in core.axes[:6]]
     assert [len(labels) for labels in names] == [3, 3, 1, 1, 1, 3]

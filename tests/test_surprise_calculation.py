@@ -21,6 +21,7 @@ from tests.helpers import (
     real_tokens,
     relative_error,
     seeded,
+    shape_router,
     spread_params,
     tiny_batch,
     tiny_config,
@@ -278,6 +279,46 @@ def test_the_tokens_outer_products_add_up_to_the_gradient_of_w2(routing: str, dt
 @given(cases())
 def test_surprise_equals_both_oracles_on_uneven_routing(case: Case) -> None:
     found = closed_form(case)
+    assert_close(found, surprise_by_probe(case), 1e-10, "probe")
+    assert_close(found, surprise_by_private_w2(case), 1e-10, "private w2")
+
+
+class Uneven(NamedTuple):
+    """A situation by name: sizes, router, batch, and what must be true of its routes (L, T, E) for the name to fit."""
+
+    sizes: dict[str, Any]
+    router: str
+    batch: dict[str, Any]
+    fits: Callable[[Tensor, Tensor], bool]  # (routes, surprise)
+
+
+UNEVEN = {
+    "one expert takes all, the others are empty": Uneven(
+        dict(num_experts_per_tok=1), "one takes all", {}, lambda r, s: (r.sum((0, 1)) > 0).tolist() == [0, 0, 0, 1]
+    ),
+    "one token": Uneven({}, "spread", dict(batch=1, seq=1), lambda r, s: r.shape[1] == 1),
+    "E = 1": Uneven(dict(num_experts=1), "spread", {}, lambda r, s: r.shape[2] == 1 and bool(r.all())),
+    "K = E": Uneven(dict(num_experts_per_tok=4), "spread", {}, lambda r, s: bool(r.all())),
+    "K = 1": Uneven(dict(num_experts_per_tok=1), "spread", {}, lambda r, s: bool((r.sum(-1) == 1).all())),
+    "all padding": Uneven({}, "spread", dict(left=(5, 5)), lambda r, s: not r.any()),
+    "one row all padding": Uneven({}, "spread", dict(left=(5, 0)), lambda r, s: r.any((0, 2)).sum() == 5),
+    "tied logits": Uneven({}, "tied", {}, lambda r, s: bool((r.sum(-1) == 2).all())),
+    "huge logits": Uneven({}, "huge", {}, lambda r, s: bool((r.sum(-1) == 1).all())),
+    "tiny logits": Uneven({}, "tiny", {}, lambda r, s: bool((r.sum(-1) == 2).all())),
+    "no targets": Uneven({}, "spread", dict(unlabelled=1.0), lambda r, s: bool(r.any() and (s[r] == 0).all())),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_surprise_equals_both_oracles_in_each_uneven_situation_by_name(name: str) -> None:
+    """What hypothesis draws by chance, drawn for certain."""
+    sizes, router, shape, fits = UNEVEN[name]
+    config = tiny_config(**sizes)
+    params = shape_router(init_params(config, seeded(3), torch.float64), router)
+    case = Case(config, params, tiny_batch(config, **shape), HyperParams())
+    found, routes = closed_form(case), routed(case)
+    assert fits(routes, found)
+    assert torch.equal(found.isfinite(), routes)
     assert_close(found, surprise_by_probe(case), 1e-10, "probe")
     assert_close(found, surprise_by_private_w2(case), 1e-10, "private w2")
 

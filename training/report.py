@@ -122,14 +122,18 @@ def _losses(ax: Axes, history: Records, at: Columns, baselines: Mapping[str, flo
         ax.plot(at.x[column], held_out[known], color=GREEN, marker="o", ms=4, lw=1.0, label=last)
     right = twin(ax, "router loss, nats per informative token", ORANGE)
     curve(right, history, at, "router_loss", ORANGE, "router loss (right)")
-    for name, value in baselines.items():
+    for value in baselines.values():
         ax.axhline(value, color=GREY, lw=0.8, ls=":")
-        ax.text(  # below its line: curves come from above
-            0.99, value, printable(f"{name} {value:.2f}"), transform=ax.get_yaxis_transform(), fontsize=8.5, color=GREY,
-            ha="right", va="top", parse_math=False,
-        )  # fmt: skip
     low, high = ax.get_ylim()
     ax.set_ylim(low - 0.05 * (high - low), high)
+    losses = numbers(history, "main_loss")
+    last = losses[np.isfinite(losses)][-1:]
+    for name, value in baselines.items():
+        beside = (abs(last - value) < 0.12 * (high - low)).any()
+        ax.text(  # below its line, for curves come from above; where they end beside it, further to the left
+            0.4 if beside else 0.99, value, printable(f"{name} {value:.2f}"), transform=ax.get_yaxis_transform(),
+            fontsize=8.5, color=GREY, ha="right", va="top", parse_math=False,
+        )  # fmt: skip
     legend(ax, right)
 
 
