@@ -142,6 +142,7 @@ MISTAKES = {
     "missing data": (["train", "--data", "none.txt"], "none.txt"),
     "empty data": (["train", "--data", "empty.txt"], "empty.txt"),
     "short data": (["train", "--data", "short.txt"], "sequence"),
+    "below a file": (["train", "--data", "good.txt", "--out", "good.txt/run"], "good.txt: expected a folder, got a"),
     "resume of nothing": (["train", "--data", "good.txt", "--resume"], "--resume"),
     "no run": (["evaluate", "nowhere"], "nowhere"),
     "no number": (["generate", "nowhere", "--tokens", "x"], "--tokens"),
@@ -157,7 +158,8 @@ def test_a_mistake_gets_one_line_that_names_it_and_leaves_nothing_behind(
     for name, content in (("empty.txt", ""), ("short.txt", "tiny"), ("good.txt", TEXT)):
         (tmp_path / name).write_text(content, encoding="utf-8")
     arguments, named = MISTAKES[mistake]
-    assert main([*arguments, "--out", "new"] if arguments[0] == "train" else arguments) == 2
+    new = ["--out", "new"] if arguments[0] == "train" and "--out" not in arguments else []
+    assert main([*arguments, *new]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert len(printed.err.splitlines()) == 1

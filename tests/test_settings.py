@@ -182,7 +182,8 @@ def test_unreadable_files_are_one_line(tmp_path):
     assert complaint(load_settings, "no.yaml") == "no.yaml: expected a YAML file, got: No such file or directory"
     assert complaint(load_settings, str(tmp_path)).endswith("got: Is a directory")
     (tmp_path / "latin.yaml").write_bytes(b"prompt: \xff")
-    assert "can't decode byte 0xff" in complaint(load_settings, str(tmp_path / "latin.yaml"))
+    latin = complaint(load_settings, str(tmp_path / "latin.yaml"))
+    assert latin.endswith("latin.yaml: expected UTF-8 text, got byte 0xff at position 8; save it as UTF-8")
     for text in ("a: \x07", "[" * 400, "!!python/object/apply:os.getcwd []", "a: *b", "? [a]\n: 1"):
         complaint(load, tmp_path, text)
 

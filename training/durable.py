@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from training.errors import UserError
+
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """The file appears whole or not at all, and what it replaces stays until then.
@@ -39,10 +41,16 @@ def flush(path: str | os.PathLike[str]) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """The folder and its parents, their names on the disk; nothing where it is already."""
+    """The folder and its parents, their names on the disk; nothing where it is already.
+
+    Raises:
+        UserError: it, or a parent, is a file.
+    """
     folder = Path(path)
     if folder.is_dir():
         return
+    if folder.exists():
+        raise UserError(f"{folder}: expected a folder, got a file; name another one")
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     flush(folder.parent)

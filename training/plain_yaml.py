@@ -36,7 +36,10 @@ def read_yaml(path: str) -> dict[Any, Any]:
         document = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{path}: expected a YAML file, got: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        came = f"byte {error.object[error.start]:#04x} at position {error.start}"
+        raise UserError(f"{path}: expected UTF-8 text, got {came}; save it as UTF-8") from None
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise UserError(f"{path}: {f'line {mark.line + 1}: ' if mark else ''}{problem}") from None
