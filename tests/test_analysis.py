@@ -67,6 +67,19 @@ def test_interval_t_test_and_tost_agree_with_an_independent_program() -> None:
     assert tost(DIFFERENCES, 0.03) == pytest.approx(0.023710327792159806, rel=1e-12)
 
 
+def test_three_pairs_by_hand() -> None:
+    """1, 2, 3: mean 2, s = 1, se = 1 / sqrt 3, and P(T <= t) = 1/2 + t / (2 sqrt(2 + t^2)) with two degrees of freedom.
+
+    Paired t: t = 2 sqrt 3, so p = 1 - sqrt(12 / 14). TOST within 4: t = (2 - 4) sqrt 3 and (2 + 4) sqrt 3, and the larger
+    p is that of the first. The interval's t solves 2 P - 1 = 0.95: t^2 = 2 * 0.95^2 / (1 - 0.95^2).
+    """
+    values = [1.0, 2.0, 3.0]
+    assert t_test(values) == pytest.approx(1 - math.sqrt(12 / 14), rel=1e-12)
+    assert tost(values, 4.0) == pytest.approx((1 - math.sqrt(12 / 14)) / 2, rel=1e-12)
+    half = math.sqrt(2 * 0.95**2 / (1 - 0.95**2)) / math.sqrt(3)
+    assert t_interval(values) == pytest.approx((2.0, 2.0 - half, 2.0 + half), rel=1e-12)
+
+
 @settings(max_examples=25)
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=9), st.floats(0.01, 0.5))
 def test_tost_rejects_exactly_where_the_90_percent_interval_lies_within_the_margin(values, margin: float) -> None:

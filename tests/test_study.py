@@ -173,6 +173,12 @@ def run_counted(
     patch: pytest.MonkeyPatch, text: str, out: Path, last: int = 99, error: type = RuntimeError, **how: Any
 ) -> int:
     """Run the study until `last` steps are made, then raise; how many were made."""
+    return run_counted_study(patch, small_study(text), out, last, error, **how)
+
+
+def run_counted_study(
+    patch: pytest.MonkeyPatch, study: StudyConfig, out: Path, last: int = 0, error: type = RuntimeError, **how: Any
+) -> int:
     calls = []
 
     def counted(configs):
@@ -187,7 +193,7 @@ def run_counted(
         return stepped
 
     patch.setattr("training.study_group.mapped_step", counted)
-    run_study(small_study(text), out, **how)
+    run_study(study, out, **how)
     return len(calls)
 
 
@@ -231,6 +237,40 @@ def test_chunks_mix_no_static_settings_and_hold_every_run_once() -> None:
     assert [len(chunk.runs) for chunk in chunks] == [4, 4, 4, 3, 3, 2]
     for chunk in chunks:
         assert len({(run.config.model, run.config.steps) for run in chunk.runs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": replace(MODEL, num_experts=8)},
+            "model.num_experts: expected one value in a vmapped group, got 4 and 8",
+        ),
+        ({"batch_size": 3}, "batch_size: expected one value in a vmapped group, got 2 and 3"),
+        ({"surprise_kind": "benefit"}, "surprise_kind: expected one value in a vmapped group, got 'w2' and 'benefit'"),
+    ],
+)
+def test_a_static_key_mixed_into_a_vmapped_group_is_named_with_the_mend(changes: dict[str, Any], message: str) -> None:
+    base = small_study().base
+    with pytest.raises(UserError, match=message) as error:
+        mapped_step([base, replace(base, seed=1, hyper=replace(base.hyper, lr=1e-2)), replace(base, **changes)])
+    assert "plan_chunks" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_that_mixes_groups_is_refused_before_a_step(text: str, tmp_path: Path) -> None:
+    out = tmp_path / "mixed"
+    study = small_study(text, arms=(ARMS[0], ARMS[3]), seeds=(0,))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        run_counted_study(patch, study, out)
+    plan = out / "checkpoints" / "plan.json"
+    runs = [run for some in json.loads(plan.read_text(encoding="utf-8")).values() for run in some]
+    plan.write_text(json.dumps({"group_000": runs}), encoding="utf-8")
+    shutil.rmtree(out / "checkpoints" / "group_000", ignore_errors=True)
+    with pytest.raises(
+        UserError, match=r"plan\.json: model\.num_experts_per_tok: expected one value in a vmapped group"
+    ):
+        run_study(study, out, resume=True)
 
 
 def test_as_many_runs_at_once_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +356,8 @@ MISTAKES = {
     "seeds: 3": "seeds: expected a list, got 3",
     "axes: {hyper.lrr: [1]}": "axes.hyper.lrr: unknown key, did you mean hyper.lr?",
     "axes: {hyper.lr: []}": "axes.hyper.lr: expected at least one value",
-    "axes: {hyper.lr: 1e-3}": "axes.hyper.lr: expected a list, got 0.001",
+    "axes: {hyper.lr: 1e-3}": "axes.hyper.lr: expected a list, got 0.001; write it as [a, b]",
+    "axes: {hyper.lr: }": "axes.hyper.lr: expected a list, got none; write it as [a, b]",
     "axes: {hyper.lr: [fast]}": "axes.hyper.lr: expected a number, got 'fast'",
     "axes: {hyper.lr: [-1]}": "axes: hyper.lr: expected 0 or more, got -1",
     "axes: {hyper.lr: [1e-3, 1e-3]}": "axes.hyper.lr: expected each only once",

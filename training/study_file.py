@@ -124,5 +124,6 @@ def _kind(value: Any, kind: type, key: str) -> Any:
     if kind is float:
         fine = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
     if not fine:
-        raise UserError(f"{key}: expected {KINDS[kind]}, got {shown(value)}")
+        mend = "; write it as [a, b]" if kind is list else ""
+        raise UserError(f"{key}: expected {KINDS[kind]}, got {'none' if value is None else shown(value)}{mend}")
     return value

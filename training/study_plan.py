@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from tiny_onn_func.params import count_params
 from training.durable import make_folder, write_text
 from training.errors import UserError
 from training.run_config import DEFAULT_HYPER, RunConfig
-from training.study_config import StudyRun
+from training.study_config import StudyRun, dotted
 
 MOST_AT_ONCE = 64
 BUSY = (
@@ -34,6 +35,18 @@ def static_part(config: RunConfig) -> RunConfig:
     alpha = 0.0 if config.teacher is None else 1.0  # a teacher wants one
     hyper = replace(DEFAULT_HYPER, distill_alpha=alpha)
     return replace(config, hyper=hyper, seed=0, out=None, replay=0.0)
+
+
+def check_alike(configs: Sequence[RunConfig]) -> None:
+    """Refuse runs that cannot share a program; the message names the static key that differs."""
+    first, *others = (dotted(asdict(static_part(config))) for config in configs)
+    for key, value in first.items():
+        for other in others:
+            if other[key] != value:
+                raise UserError(
+                    f"{key}: expected one value in a vmapped group, got {value!r} and {other[key]!r}; seeds, replay and "
+                    "numbers of hyper may differ there, anything else wants its own group, as plan_chunks makes them"
+                )
 
 
 def plan_chunks(runs: list[StudyRun], runs_at_once: int | None = None) -> list[Chunk]:
@@ -81,6 +94,11 @@ def load_plan(runs: list[StudyRun], folder: Path) -> list[Chunk]:
         raise UserError(
             f"{folder / PLAN}: expected the plan of this study's runs, got another or none; name a new --out"
         )
+    for chunk in chunks:
+        try:
+            check_alike([run.config for run in chunk.runs])
+        except UserError as error:
+            raise UserError(f"{folder / PLAN}: {error}") from None
     return chunks
 
 

@@ -19,6 +19,7 @@ from training.metrics import average_k
 from training.objectives import language_modelling
 from training.run_config import RunConfig, hyper_params, statics
 from training.step_metrics import Metrics
+from training.study_plan import check_alike
 
 SCORED_ROWS = 32  # windows of a batch of held-out text, or as many as are trained on
 
@@ -30,7 +31,11 @@ def mapped_step(configs: Sequence[RunConfig]) -> Any:
 
     The runs may differ in seed and in the numbers of the hyper step. A number that is the same in all stays a Python
     number, so that terms which no run has cost nothing; one that differs is mapped.
+
+    Raises:
+        UserError: a static setting differs between the runs.
     """
+    check_alike(configs)
     numbers, varied = split_numbers([hyper_params(config) for config in configs])
     model, fixed = configs[0].model, statics(configs[0])
 
