@@ -68,10 +68,10 @@ def test_interval_t_test_and_tost_agree_with_an_independent_program() -> None:
 
 
 def test_three_pairs_by_hand() -> None:
-    """1, 2, 3: mean 2, s = 1, se = 1 / sqrt 3, and P(T <= t) = 1/2 + t / (2 sqrt(2 + t^2)) with two degrees of freedom.
+    """1, 2, 3: mean 2, s = 1, se = 1 / sqrt 3; with two degrees of freedom P(T <= t) = 1/2 + t / (2 sqrt(2 + t^2)).
 
-    Paired t: t = 2 sqrt 3, so p = 1 - sqrt(12 / 14). TOST within 4: t = (2 - 4) sqrt 3 and (2 + 4) sqrt 3, and the larger
-    p is that of the first. The interval's t solves 2 P - 1 = 0.95: t^2 = 2 * 0.95^2 / (1 - 0.95^2).
+    Paired t: t = 2 sqrt 3, so p = 1 - sqrt(12 / 14). TOST within 4: t = (2 - 4) sqrt 3 and (2 + 4) sqrt 3; the larger p
+    is that of the first. The interval's t solves 2 P - 1 = 0.95: t^2 = 2 * 0.95^2 / (1 - 0.95^2).
     """
     values = [1.0, 2.0, 3.0]
     assert t_test(values) == pytest.approx(1 - math.sqrt(12 / 14), rel=1e-12)

@@ -44,8 +44,8 @@ def check_alike(configs: Sequence[RunConfig]) -> None:
         for other in others:
             if other[key] != value:
                 raise UserError(
-                    f"{key}: expected one value in a vmapped group, got {value!r} and {other[key]!r}; seeds, replay and "
-                    "numbers of hyper may differ there, anything else wants its own group, as plan_chunks makes them"
+                    f"{key}: expected one value in a vmapped group, got {value!r} and {other[key]!r}; seeds, replay "
+                    "and numbers of hyper may differ there, anything else wants its own group, as plan_chunks makes them"
                 )
 
 
