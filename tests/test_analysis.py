@@ -160,6 +160,14 @@ def test_a_sentence_counts_the_arms_that_are_too_many_to_name() -> None:
     assert re.search(r"; 8 of 8 not told apart from base \(-0\.80\d to -0\.10\d\)\.$", answer)
 
 
+def test_a_sentence_does_not_take_arms_without_runs_for_arms_without_a_difference() -> None:
+    study, rows = study_of({"base": 0.0, "good": -0.1, "later": 0.0})
+    rows = [row | ({"status": "unfinished", "nats_per_token": None} if row["arm"] == "later" else {}) for row in rows]
+    answer = analyse_rows(study, rows)["answer"]
+    assert answer.endswith("; 1 of 2 without a finished pair of runs: later.")
+    assert "later (" not in answer
+
+
 def test_one_seed_decides_nothing() -> None:
     study, rows = study_of({"base": 0.0, "good": -0.5}, seeds=(0,))
     analysis = analyse_rows(study, rows)

@@ -17,7 +17,7 @@ from tests.test_study import small_study
 from training.analysis import analyse, study_table
 from training.cli import main
 from training.continual import continual_measures
-from training.html_arms import scores_by_seed
+from training.html_arms import scores_by_seed, shared_end
 from training.html_layers import by_layer, layer_key, measures
 from training.html_maps import NONE, UNKNOWN, heat_map, load_levels
 from training.html_pieces import MINUS, NOTHING, VOID, element, number, versions
@@ -286,9 +286,20 @@ def test_two_data_sets_are_two_groups_with_their_own_baselines(tmp_path: Path) -
     page = read_page(folder)
     heads = [row[0] for row in page.tables["Results of every arm"] if len(row) == 1]
     assert heads == ["compared with frozen data=a.txt", "compared with frozen data=b.txt"]
+    named = [row[0] for row in page.tables["Results of every arm"][1:] if len(row) > 1]
+    assert {name.removesuffix(" 5 seeds") for name in named} == {arm.name for arm in study.arms}, (
+        "the head says the rest"
+    )
     assert len(page.tables["Every run"]) == 1 + 40
     assert page.attributes.count(("class", "forest")) == 2
     assert report.text == study_table(json.loads((folder / "analysis.json").read_text(encoding="utf-8")))
+
+
+def test_what_all_labels_of_a_group_end_with_is_said_once() -> None:
+    assert shared_end(["a data=x", "b c data=x"]) == " data=x"
+    assert shared_end(["a lr=1 data=x", "b lr=1 data=x"]) == " lr=1 data=x"
+    assert shared_end(["a lr=1 data=x", "b lr=2 data=x"]) == " data=x"
+    assert shared_end(["data=x", "b data=x"]) == shared_end(["a b", "c b"]) == shared_end(["a data=x"]) == ""
 
 
 def test_curves_are_means_over_seeds(tmp_path: Path) -> None:

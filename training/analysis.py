@@ -243,7 +243,9 @@ def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: flo
         "undecided": "not told apart from",
     }.items():  # fmt: skip
         found = sorted(
-            (pair["difference"] or 0.0, name) for name, pair in against.items() if pair["verdict"] == verdict
+            (pair["difference"], name)
+            for name, pair in against.items()
+            if pair["verdict"] == verdict and pair["difference"] is not None
         )
         if len(found) > MENTIONED and verdict == "undecided":
             span = f"{found[0][0]:+.3f} to {found[-1][0]:+.3f}"
@@ -253,6 +255,9 @@ def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: flo
             parts.append(f"{verb} {baseline}: {names}")
         elif verdict == "better":
             parts.append(f"no arm is better than {baseline}")
+    if without := [name for name, pair in against.items() if pair["difference"] is None]:
+        named = ": " + ", ".join(without) if len(without) <= MENTIONED else ""
+        parts.append(f"{len(without)} of {len(against)} without a finished pair of runs{named}")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 

@@ -31,6 +31,7 @@ class ShownArm(NamedTuple):
     """One arm of the page."""
 
     label: str
+    short: str  # the label without the point of the axes that its whole group has
     found: Mapping[str, Any]  # of analysis["arms"]
     pair: Mapping[str, Any] | None  # of analysis["against_baseline"]; None is a baseline
     slot: int  # of colour and dashes: 0 for the baseline, then in the study's order
@@ -66,14 +67,36 @@ def read_groups(
     for baseline, some in labels.items():
         others = [label for label in some if label != baseline]
         slots = {baseline: 0} | {label: slot for slot, label in enumerate(others, 1)}
-        groups.append(Group(baseline, [_shown(study, label, slots[label], history_of, summary_of) for label in some]))
+        shown = [_shown(study, label, slots[label], history_of, summary_of) for label in some]
+        end = shared_end(some) if len(labels) > 1 else ""
+        shown = [arm._replace(short=arm.label.removesuffix(end)) for arm in shown]
+        groups.append(Group(baseline, [_named_shortly(arm) for arm in shown]))
     return groups
+
+
+def shared_end(labels: Sequence[str]) -> str:
+    """The words key=value with which all of several labels end, each label being longer; "" if there are none.
+
+    ["frozen data=a", "hash data=a"] -> " data=a"
+    """
+    words = [label.split(" ") for label in labels]
+    count = 0
+    while all(len(some) > count + 1 and "=" in some[-1 - count] for some in words) and len(labels) > 1:
+        if len({some[-1 - count] for some in words}) > 1:
+            break
+        count += 1
+    return "".join(f" {word}" for word in words[0][len(words[0]) - count :])
+
+
+def _named_shortly(arm: ShownArm) -> ShownArm:
+    """With curves that are called as the arm is within its group."""
+    return arm._replace(curves={key: curve._replace(name=arm.short) for key, curve in arm.curves.items()})
 
 
 def arm_name(arm: ShownArm) -> Html:
     """The arm's label, and the values that were chosen for it."""
     tuned = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in arm.found.get("tuned", {}).items())
-    return with_small(arm.label, f"chosen: {tuned}" if tuned else "")
+    return with_small(arm.short, f"chosen: {tuned}" if tuned else "")
 
 
 def scores_by_seed(study: Study, arm: ShownArm) -> dict[str, float]:
@@ -100,7 +123,7 @@ def _shown(
     alarms = [summary.get("alarms") or [] for summary in summaries.values()]
     together = _cube((summaries.get(run, {}).get("routing") or {}).get("co_activation_cosine"))
     pair = study.analysis["against_baseline"].get(label)
-    return ShownArm(label, found, pair, slot, curves, load, layers, run, together, alarms, ends)
+    return ShownArm(label, label, found, pair, slot, curves, load, layers, run, together, alarms, ends)
 
 
 def _cube(value: Any) -> Float[ndarray, "layers experts experts"] | None:

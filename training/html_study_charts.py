@@ -43,7 +43,7 @@ def differences(study: Study, groups: Sequence[Group]) -> Html:
 def _difference(arm: ShownArm, each: Sequence[float]) -> Difference:
     pair = arm.pair or {}
     interval = bounds(pair["low"], pair["high"], "+.4f") or "no interval"
-    name = join((element("span", arm.label, " "), h.badge(pair["verdict"])))
+    name = join((element("span", arm.short, " "), h.badge(pair["verdict"])))
     value = with_small(number(pair["difference"], "+.4f"), interval)
     return Difference(name, pair["difference"], pair["low"], pair["high"], each, pair["verdict"], value)
 
@@ -60,7 +60,7 @@ def curves(study: Study, groups: Sequence[Group]) -> Html:
             line_chart(title, unit, [arm.curves[key] for arm in drawn], empty=_why_empty(key, base))
             for title, unit, key in CHARTS
         ]
-        names = [(join((arm.label, _lost(arm))), arm.slot) for arm in drawn]
+        names = [(join((arm.short, _lost(arm))), arm.slot) for arm in drawn]
         parts += [legend(names), element("div", *charts, class_="charts")]
     note = "Means over seeds. The training loss is that of the step's own batch, before the update."
     if base.get("eval_every"):
@@ -86,7 +86,7 @@ def layers(groups: Sequence[Group]) -> Html:
                 key = layer_key(name, layer)
                 known = [arm.curves[key] for arm in drawn if key in arm.curves]
                 charts.append(line_chart(f"{key[0].upper()}{key[1:]}", unit, known, empty=_why_empty(name, {})))
-        parts += [legend([(arm.label, arm.slot) for arm in drawn]), element("div", *charts, class_="charts")]
+        parts += [legend([(arm.short, arm.slot) for arm in drawn]), element("div", *charts, class_="charts")]
     note = (
         "Means over seeds. Load entropy is 1 where all experts of the layer get equally many rows and 0 where one gets "
         "all. Co-activation, measured on held-out text whenever the runs are scored, says how far the pairs of experts "

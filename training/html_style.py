@@ -3,12 +3,12 @@
 DAY = """
 --page:#fff; --ink:#1b1f24; --soft:#57606a; --line:#d5d9df; --panel:#f5f7f9; --band:#dfe8f5; --grid:#e6e9ed;
 --better:#0a6b47; --worse:#a8201a; --equivalent:#0a5fa5; --undecided:#57606a; --alarm:#8a4b00; --alarm-page:#fff6e5;
---c0:#6e7781; --c1:#0072b2; --c2:#d55e00; --c3:#00805e; --c4:#a23b97; --c5:#8f6b00; --c6:#0b8097; --c7:#c4314b;
+--c0:#6e7781; --c1:#0072b2; --c2:#d55e00; --c3:#00805e; --c4:#a23b97; --c5:#8f6b00; --c6:#1b2a6b; --c7:#c4314b;
 """
 NIGHT = """
 --page:#14171b; --ink:#e6e9ed; --soft:#a3abb5; --line:#363c44; --panel:#1c2026; --band:#24344d; --grid:#2a2f36;
 --better:#5fd3a2; --worse:#ff8f87; --equivalent:#79b8ff; --undecided:#a3abb5; --alarm:#ffc266; --alarm-page:#33270f;
---c0:#a3abb5; --c1:#58b4ee; --c2:#ff9d5c; --c3:#4fd1a5; --c4:#e08fd8; --c5:#e3c454; --c6:#5fd0e3; --c7:#ff8f9f;
+--c0:#a3abb5; --c1:#58b4ee; --c2:#ff9d5c; --c3:#4fd1a5; --c4:#e08fd8; --c5:#e3c454; --c6:#c3caff; --c7:#ff8f9f;
 """
 # Heat maps have one scale by day and by night: h0 to h6 from an eighth to eight fair shares, s0 to s6 from low to high.
 CELLS = """

@@ -45,7 +45,7 @@ def check_alike(configs: Sequence[RunConfig]) -> None:
             if other[key] != value:
                 raise UserError(
                     f"{key}: expected one value in a vmapped group, got {value!r} and {other[key]!r}; seeds, replay "
-                    "and numbers of hyper may differ there, anything else wants its own group, as plan_chunks makes them"
+                    "and numbers of hyper may differ there, all else wants its own group, as plan_chunks makes them"
                 )
 
 
