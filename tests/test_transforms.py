@@ -374,6 +374,14 @@ def test_without_coupling_the_next_loss_has_exactly_no_slope_in_what_moves_the_r
     assert grad(next_loss(SMOOTH, COUPLED, name))(at) != 0
 
 
+def test_the_budget_moves_k_and_has_exactly_no_slope_because_k_is_a_count() -> None:
+    """It cannot be learned by gradient through the hyper step."""
+    dynamic = tiny_config(num_experts_per_tok=-1)
+    loss, at = next_loss(dynamic, COUPLED, "pi_alpha"), torch.tensor(0.6, dtype=torch.float64)
+    assert loss(at) != loss(torch.tensor(0.9, dtype=torch.float64))
+    assert grad(loss)(at) == 0
+
+
 @FORWARD_MODE
 @pytest.mark.parametrize("name", ["lr", "router_lr", "router_coupling"])
 def test_forward_mode_through_a_hyper_step_equals_reverse_mode(name: str) -> None:
