@@ -7,7 +7,7 @@ configs/studies/routers.yaml, all seeds in one vmapped program. Every some steps
 trained on, after `ahead` more steps) / d log(number), exact, by reverse mode through those steps. Positive: less of the
 number would have been better. Means over the seeds' own means, nats, with 95 % t-intervals over seeds.
 
-The budget `pi_alpha` decides by a count (K = 1 + #(cumulative mass < budget)), so under dynamic K its slope is exactly 0
+The budget `pi_alpha` decides by a count, K = 1 + #(cumulative mass < budget), so under dynamic K its slope is exactly 0
 and it cannot be learned by gradient. What it does is printed as a difference instead: the later loss after steps with a
 budget 10 % larger, minus that with one 10 % smaller; both are measured with the run's own budget.
 """
