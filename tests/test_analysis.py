@@ -168,6 +168,16 @@ def test_a_sentence_does_not_take_arms_without_runs_for_arms_without_a_differenc
     assert "later (" not in answer
 
 
+def test_an_arm_whose_change_has_no_effect_is_told() -> None:
+    study, rows = study_of({"base": 0.0, "idle": 0.0, "same": 0.001})
+    for row in rows:
+        if row["arm"] == "idle":
+            row["nats_per_token"] = next(r["nats_per_token"] for r in rows if r["run"] == f"base-seed{row['seed']}")
+    against = analyse_rows(study, rows)["against_baseline"]
+    assert (against["idle"]["identical"], against["same"]["identical"]) == (True, False)
+    assert against["idle"]["verdict"] == "equivalent"
+
+
 def test_one_seed_decides_nothing() -> None:
     study, rows = study_of({"base": 0.0, "good": -0.5}, seeds=(0,))
     analysis = analyse_rows(study, rows)

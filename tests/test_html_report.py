@@ -259,6 +259,17 @@ def _first_draw(arm: int) -> float:
     return float(np.random.default_rng([0, arm]).standard_normal())
 
 
+def test_an_arm_that_changed_nothing_is_told_at_the_top(tmp_path: Path) -> None:
+    folder = fake_study(tmp_path / "idle", small_study(question="Which?"))
+    analysis = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
+    write_report(folder)
+    assert "had no effect" not in read_page(folder).text
+    analysis["against_baseline"]["switch"]["identical"] = True
+    (folder / "analysis.json").write_text(json.dumps(analysis), encoding="utf-8")
+    write_report(folder)
+    assert "Every score of switch is its baseline" in read_page(folder).text
+
+
 def test_one_seed_has_no_intervals_and_no_verdict(tmp_path: Path) -> None:
     folder = fake_study(tmp_path / "one", small_study(seeds=(0,)))
     write_report(folder)

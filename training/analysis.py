@@ -7,6 +7,7 @@ end, and a pair has the same seed and the same order of the tasks.
 - better, worse: the paired t-test rejects no difference at 5 %, corrected for the number of arms (Holm), and the
   difference is not shown to be within the margin. `beyond_margin`: the whole interval is beyond the margin.
 - equivalent: two one-sided t-tests (TOST) at 5 % put the difference within the margin, which was set before the runs.
+- identical: every pair has the same score to the last digit, so what the arm changes had no effect.
 - undecided: neither; also with fewer than two pairs, or when a run of the arm diverged.
 """
 
@@ -193,12 +194,12 @@ def _compare(ours: Sequence[Row], theirs: Sequence[Row], margin: float) -> dict[
     mine, other = _scores(ours), _scores(theirs)
     differences = [score - other[seed] for seed, score in mine.items() if seed in other]
     if not differences:
-        return dict.fromkeys(("difference", "low", "high", "p", "tost_p", "beyond_margin")) | {"n": 0}
+        return dict.fromkeys(("difference", "low", "high", "p", "tost_p", "beyond_margin", "identical")) | {"n": 0}
     mean, low, high = t_interval(differences)
     beyond = None if low is None or high is None else high < -margin or low > margin
     return {
         "difference": mean, "low": low, "high": high, "n": len(differences), "p": t_test(differences),
-        "tost_p": tost(differences, margin), "beyond_margin": beyond,
+        "tost_p": tost(differences, margin), "beyond_margin": beyond, "identical": not any(differences),
     }  # fmt: skip
 
 

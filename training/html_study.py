@@ -67,6 +67,10 @@ def _opening(study: Study, name: str) -> Html:
             f"{states[DIVERGED]} of {len(rows)} runs diverged. An arm with such a run is never called better, worse or "
             "equivalent, and its mean is of the runs that are left."
         )
+    if same := [label for label, pair in analysis["against_baseline"].items() if pair.get("identical")]:
+        notes.append(
+            f"Every score of {', '.join(same)} is its baseline's to the last digit: what it changes had no effect."
+        )
     if seeds == 1:
         notes.append("One seed: no intervals, no verdicts. Five seeds or more can decide something.")
     elif seeds == 2:

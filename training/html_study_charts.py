@@ -85,12 +85,13 @@ def layers(groups: Sequence[Group]) -> Html:
             for layer in shown_layers(max(arm.layers for arm in drawn)):
                 key = layer_key(name, layer)
                 known = [arm.curves[key] for arm in drawn if key in arm.curves]
-                charts.append(line_chart(f"{key[0].upper()}{key[1:]}", unit, known, empty=_why_empty(name, {})))
+                if any(curve.x.size for curve in known):
+                    charts.append(line_chart(f"{key[0].upper()}{key[1:]}", unit, known))
         parts += [legend([(arm.short, arm.slot) for arm in drawn]), element("div", *charts, class_="charts")]
     note = (
         "Means over seeds. Load entropy is 1 where all experts of the layer get equally many rows and 0 where one gets "
-        "all. Co-activation, measured on held-out text whenever the runs are scored, says how far the pairs of experts "
-        "that tokens visit together are from what the loads alone would give."
+        "all. Co-activation, measured on held-out text when the runs are scored (eval_every, analysis_tokens), says "
+        "how far the pairs of experts that tokens visit together are from what the loads alone would give."
     )
     return h.section("Load over time, layer by layer", h.paragraph(note, class_="note"), *parts) if parts else Html("")
 
@@ -105,8 +106,6 @@ def _lost(arm: ShownArm) -> Html:
 def _why_empty(key: str, base: Mapping[str, Any]) -> str:
     if key == "held_out_nats" and not base.get("eval_every"):
         return "No score was made during the runs (eval_every: 0). The final ones are in the table."
-    if key == "co-activation":
-        return "Not measured: it wants eval_every, analysis_tokens, and tokens that visit two experts."
     if key == "routing_drift":
         return "Drift was not measured: it wants eval_every and analysis_tokens."
     return "No record yet."
