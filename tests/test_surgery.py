@@ -324,6 +324,26 @@ def test_a_calibration_text_that_is_too_short_is_refused(
     assert "at least 128 tokens, got 5" in refusal(capsys, dense, tmp_path / "out", *flags)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_weights_that_a_calibration_text_makes_overflow_are_refused_by_their_layer(
+    value: float, copy: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, name = copy / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    save_file(load_file(weights) | {name: torch.full((32, INNER), value)}, weights)
+    flags = ["--num-experts=8", "--split=clusters", "--calibration", str(text)]
+    told = refusal(capsys, copy, tmp_path / "out", *flags)
+    assert "model.layers.1" in told
+    assert "expected finite numbers" in told
+
+
+def test_a_layer_that_reads_nothing_is_cut_all_the_same(copy: Path, text: Path, tmp_path: Path) -> None:
+    weights, name = copy / "model.safetensors", "model.layers.1.post_attention_layernorm.weight"
+    save_file(load_file(weights) | {name: torch.zeros(32)}, weights)
+    cut_into_experts(copy, tmp_path / "out", num_experts=8, split="clusters", calibration=text)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(copy)
+    assert_close(our_logits(tmp_path / "out"), dense_logits(peer), 1e-4, "logits")
+
+
 @pytest.mark.parametrize(("changes", "match"), [
     (dict(model_type="qwen3_moe"), "this model has experts already"),
     (dict(model_type="qwen2"), "model_type: expected qwen3, got qwen2"),

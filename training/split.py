@@ -110,7 +110,7 @@ def fit_router(seen: Seen, order: Int[Tensor, " inner"], clusters: int) -> Float
     wanted = torch.stack(sizes, dim=-1)
     wanted = wanted - wanted.mean(dim=-1, keepdim=True)
     moment = seen.inputs.mT @ seen.inputs
-    damping = RIDGE * moment.diagonal().mean() * torch.eye(len(moment))
+    damping = RIDGE * moment.diagonal().mean().clamp_min(1e-30) * torch.eye(len(moment))
     return torch.linalg.solve(moment + damping, seen.inputs.mT @ wanted).mT
 
 

@@ -125,15 +125,28 @@ def _cut(
             yield tensors  # as they lie in the mapped file: a copy of the embedding could be as large as all the rest
             continue
         order = None
-        router = torch.randn(sizes.num_experts, sizes.hidden_size, generator=generator)
-        router = router / tensors[f"{prefix}.post_attention_layernorm.weight"].float().norm().clamp_min(1e-30)
-        if states is not None:
+        if states is None:
+            router = torch.randn(sizes.num_experts, sizes.hidden_size, generator=generator)
+            router = router / tensors[f"{prefix}.post_attention_layernorm.weight"].float().norm().clamp_min(1e-30)
+        else:
             layer = {name.removeprefix(f"{prefix}.").removesuffix(".weight"): t for name, t in tensors.items()}
-            states, seen = calibrate(states, layer, dense)
-            order = cluster_neurons(seen.activations, sizes.num_experts)
-            router = fit_router(seen, order, sizes.num_experts)
-            router = router / (seen.inputs @ router.mT).std().clamp_min(1e-30)
+            place = f"{shown(stored[f'{prefix}.mlp.down_proj.weight'].file)}: {prefix}"
+            states, order, router = _cluster(states, layer, dense, sizes.num_experts, place)
         yield _cut_layer(tensors, prefix, sizes, order, router * ROUTER_LOGIT_STD, factor)
+
+
+def _cluster(
+    states: Tensor, layer: Mapping[str, Tensor], dense: ModelConfig, experts: int, place: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the next layer sees of the calibration text; of this one the order of its neurons, and a router whose
+    logits have a standard deviation of 1."""
+    states, seen = calibrate(states, layer, dense)
+    order = cluster_neurons(seen.activations, experts)
+    router = fit_router(seen, order, experts)
+    router = router / (seen.inputs @ router.mT).std().clamp_min(1e-30)
+    if not all(bool(part.isfinite().all()) for part in (states, *seen, router)):
+        raise UserError(f"{place}: expected finite numbers on the calibration text, got others; fetch it again")
+    return states, order, router
 
 
 def _cut_layer(
