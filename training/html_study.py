@@ -19,8 +19,7 @@ from training.study_results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
 
 HEAD = (
     "arm", "verdict", "nats per token", "difference to baseline", "avg K", "MaxVio", "dead experts",
-    "gating accuracy", "active parameters", "forward FLOPs per token", "bits per byte", "p of no difference",
-    "p of no equivalence",
+    "gating accuracy", "active FLOPs of a token", "bits per byte", "p of no difference", "p of no equivalence",
 )  # fmt: skip
 
 
@@ -119,8 +118,8 @@ def _results(study: Study, groups: Sequence[Group]) -> Html:
         "better, worse: a paired t-test at 5 % finds a difference (p of no difference, corrected for the number of "
         f"arms by Holm's method). equivalent: two one-sided tests at 5 % put it within ± {margin:g} nats (p of no "
         "equivalence). undecided: neither; that is no proof of equality.",
-        f"avg K and forward FLOPs are matched within {MATCHED:.0%} of the baseline's; active compute was equal where "
-        "the FLOPs are: two for every active weight that is multiplied, and those of attention.",
+        f"avg K and active FLOPs are matched within {MATCHED:.0%} of the baseline's; compute was equal where the FLOPs "
+        "are: those of a forward pass, two for every active weight that is multiplied, and those of attention.",
         "Gating accuracy says nothing without its trivial value, what a random choice among a token's experts scores.",
         "MaxVio is (max − mean) / mean load. Dead are (layer, expert) pairs without a row in the last records.",  # noqa: RUF001
     ]
@@ -143,6 +142,7 @@ def _result(arm: ShownArm) -> list[object]:
     verdict = str(pair.get("verdict", "baseline"))
     beyond = "beyond the margin" if pair.get("beyond_margin") and verdict in ("better", "worse") else ""
     k, flops = (_matched(pair.get(key)) for key in ("k_matched", "flops_matched"))
+    weights = element("small", f"{number(found['active_parameters'], ',.0f')} weights")
     return [
         with_small(arm_name(arm), seeds),
         with_small(h.badge(verdict), beyond),
@@ -152,8 +152,7 @@ def _result(arm: ShownArm) -> list[object]:
         number(found["max_vio"], ".2f"),
         number(found["dead_experts"], ".1f"),
         with_small(number(found["gating_acc"], ".3f"), f"trivial {number(found['gating_trivial'], '.3f')}"),
-        number(found["active_parameters"], ",.0f"),
-        with_small(number(found.get("flops_per_token"), ",.0f"), flops),
+        join((number(found.get("flops_per_token"), ",.0f"), weights, element("small", flops) if flops else "")),
         number(found["bits_per_byte"]),
         number(pair.get("p_holm"), ".3g"),
         number(pair.get("tost_p"), ".3g"),
