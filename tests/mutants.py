@@ -157,9 +157,9 @@ OPTIM = [
     ("0.5 * (1 + torch.cos", "0.5 * (1 - torch.cos"),
     ("torch.finfo(nu.dtype).tiny", "0.0"),
     ('endswith("norm")', 'endswith("q_norm")'),
-    ("{name: grad * scale for", "{name: grad.clone() for"),
+    ("(grad * scale).contiguous()", "grad.contiguous()"),
     ("weight_decay=decays if decay else 0.0", "weight_decay=decays"),
-    ("{k: v.clone() for", "{k: v for"),
+    ("v.clone(memory_format=plain)", "v"),
     ("torch.where(total > 0, cosine, 1.0)", "cosine"),
 ]
 METRICS = [

@@ -60,6 +60,16 @@ def test_an_update_leaves_its_inputs_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, leaves((params, grads, state)), strict=True))
 
 
+def test_strides_change_nothing() -> None:
+    """The fused kernel reads memory in order, whatever a view says of it."""
+    params, grads = drawn_tree(0), drawn_tree(1)
+    views = [{**tree, "w": tree["w"].T.contiguous().T} for tree in (params, grads)]
+    wanted, _ = adamw_update(params, grads, adamw_init(params), lr=0.1, weight_decay=0.1, hyper=HyperParams())
+    for mine, theirs in ((params, views[1]), (views[0], grads)):
+        found, _ = adamw_update(mine, theirs, adamw_init(mine), lr=0.1, weight_decay=0.1, hyper=HyperParams())
+        assert torch.equal(found["w"], wanted["w"])
+
+
 def test_mapped_learning_rates_equal_single_runs() -> None:
     params, grads = drawn_tree(0), drawn_tree(1)
     rates = torch.tensor([0.0, 0.1], dtype=torch.float64)

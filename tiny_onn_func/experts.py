@@ -66,10 +66,15 @@ def apply_experts(
     layer: int,
     apply_w2: ApplyW2,
     apply_w13: ApplyW13 = apply_w13,
+    num_experts: int | None = None,
 ) -> Float[Tensor, "tokens dim"]:
-    """out_t = sum_e weight_te * (silu(x_t w1_e) * (x_t w3_e)) w2_e over the experts that token t visits."""
+    """out_t = sum_e weight_te * (silu(x_t w1_e) * (x_t w3_e)) w2_e over the experts that token t visits.
+
+    Args:
+        num_experts: of the layer, where `params` holds some of them only and the seams know where the others are.
+    """
     slots = routing.expert_ids.shape[-1]
-    rows, order, inverse = sort_by_expert(routing, params["w1"].shape[0])
+    rows, order, inverse = sort_by_expert(routing, num_experts or params["w1"].shape[0])
     gate_and_up = torch.cat((params["w1"], params["w3"]), dim=-1)  # one grouped matmul instead of two
     inputs = dispatch_rows(x, order, inverse, slots)
     gate, up = apply_w13(layer, inputs, gate_and_up, rows).chunk(2, dim=-1)

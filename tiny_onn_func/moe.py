@@ -63,5 +63,5 @@ def moe(
     if inputs.override is not None:
         routing = send_alone(routing, inputs.override[layer], inputs.real)
     routing = routing._replace(weights=scale_gradient(routing.weights, inputs.router_coupling))
-    out = apply_experts(x, routing, params, layer, apply_w2, apply_w13)
+    out = apply_experts(x, routing, params, layer, apply_w2, apply_w13, config.num_experts)
     return out, RouterTrace(seen.detach(), logits, *routing)

@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (UserError, ValueError) as error:
-        print(f"tiny-onn: {' '.join(str(error).split())}", file=sys.stderr)
+        if str(error):  # else another process says it
+            print(f"tiny-onn: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
         print(
@@ -66,15 +67,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _train(argv: Sequence[str]) -> None:
+    from training.distributed import open_team
     from training.settings import parse_train_args  # pydantic and tyro, wanted by this verb alone
 
-    config, resume = parse_train_args(argv)
-    _stop_politely()
-    from training.engine import train
-    from training.tables import summary_table
+    with open_team(lambda: parse_train_args(argv)) as (team, config, resume):
+        _stop_politely()
+        from training.engine import train
+        from training.tables import summary_table
 
-    summary = train(config, resume=resume)
-    print(summary_table(summary, str(config.out)))
+        summary = train(config, resume=resume, team=team)
+        if team.first:
+            print(summary_table(summary, str(config.out)))
 
 
 def _evaluate(argv: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from training.run_config import RunConfig
 FREE = {
     "data", "tokenizer", "out", "init", "teacher", "teacher_cache", "steps", "eval_every", "eval_bytes",
     "final_eval_bytes", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "picture_every", "sample_tokens",
-    "prompt", "threads",
+    "prompt", "threads", "shard_optimizer", "shard_experts",
 }  # fmt: skip
 WINDOWS, WINDOW = 256, 65_536  # of a text that are looked at, and tokens of each
 

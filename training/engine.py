@@ -13,34 +13,34 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.batch import Batch
-from training.checkpoint import Checkpoint, load_state, named_tensors, open_checkpoint, save_checkpoint
-from training.checkpoint_files import clean, remove_steps, steps_in
+from training.checkpoint import named_tensors, save_checkpoint
 from training.compiled import compile_step
-from training.continuity import check_same, deciding
-from training.data import baselines, batch_at, open_corpus, scored_span
+from training.continuity import check_same
+from training.data import batch_at
+from training.distributed import ALONE, Team
 from training.errors import UserError
-from training.first_state import first_state
 from training.folder_lock import locked
 from training.guard import bad_numbers, keep_evidence, passed_over
-from training.hyper_step import TrainState, hyper_step, init_state
+from training.hyper_step import TrainState, hyper_step
 from training.memory import keep_freed_memory
+from training.opening import begin, check_folder, newest_checkpoint, open_new, tokenizer_of
+from training.parallel_step import parallel_step
 from training.products import Run, about_of, alarms, best_step, draw, finish, held_out_score
-from training.recorder import Recorder, open_recorder, read_history, to_record
+from training.recorder import Recorder, no_recorder, open_recorder, to_record
 from training.run_config import RunConfig, hyper_params, statics
 from training.saver import Saver
-from training.settings import load_settings, save_settings
+from training.sharded_checkpoint import save_sharded
 from training.step_metrics import Metrics
-from training.teacher import open_teacher
-from training.tokenizer import BYTES, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer, save_tokenizer
 
 Program = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 ALARM_EVERY = 50  # steps between two looks at the router's health
 
 
-def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
+def train(config: RunConfig, *, resume: bool = False, team: Team = ALONE) -> dict[str, Any]:
     """Train as the configuration says, into its run folder; the summary that is also written there.
 
-    Progress goes to the terminal's error stream. Ctrl-C saves a checkpoint and ends with KeyboardInterrupt.
+    Progress goes to the terminal's error stream. Ctrl-C saves a checkpoint and ends with KeyboardInterrupt. Of a team,
+    process 0 alone writes, and has a summary; a team that torchrun has begun again goes on where there is a run.
 
     Raises:
         UserError: the data cannot be used, the folder holds a run and `resume` was not asked for (or the reverse), it
@@ -51,67 +51,42 @@ def train(config: RunConfig, *, resume: bool = False) -> dict[str, Any]:
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = Path(config.out)
-    _check_folder(folder, resume)
+    resume = team.world.tell(resume or (team.restarts > 0 and (folder / "config.yaml").exists()))
+    if not team.first:
+        return _train(config, folder, resume, team)
+    check_folder(folder, resume)
     with locked(folder):
-        _check_folder(folder, resume)  # once more: another process may have come first
+        check_folder(folder, resume)  # once more: another process may have come first
         try:
-            return _train(config, folder, resume)
+            return _train(config, folder, resume, team)
         except KeyboardInterrupt:
             if (folder / "config.yaml").exists():
                 print(f"stopped; go on with: tiny-onn train --out {folder} --resume", file=sys.stderr)
             raise
 
 
-def _train(config: RunConfig, folder: Path, resume: bool) -> dict[str, Any]:
-    clean(folder / "checkpoints")
-    checkpoint = open_checkpoint(folder) if steps_in(folder / "checkpoints") else None
-    tokenizer = _tokenizer(config, folder, checkpoint)
-    run = _open(config, folder, tokenizer)
-    if checkpoint is None:
-        state = first_state(config, tokenizer)
-        save_tokenizer(tokenizer, folder)
-    else:
+def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[str, Any]:
+    checkpoint = team.world.tell(newest_checkpoint(folder) if team.first else None)
+    tokenizer = tokenizer_of(config, folder, checkpoint)
+    run = team.one_by_one(lambda: open_new(config, folder, tokenizer, team))
+    if team.world.tell(run.settings["text"]) != run.settings["text"]:
+        raise UserError(f"data: expected the text of rank 0 on every rank, got another on rank {team.world.rank}")
+    if checkpoint is not None:
         check_same(run.settings, checkpoint.settings, folder)
-        state = load_state(checkpoint, init_state(config.model, torch.Generator().manual_seed(config.seed)))
-        run.history.extend(r for r in read_history(folder) if r["step"] <= int(state.step))
-        remove_steps(path for step, path in steps_in(folder / "checkpoints") if step > checkpoint.step)  # damaged ones
-    save_settings(config, folder / "config.yaml")
-    with open_recorder(folder, resume_step=int(state.step) if resume else None) as recorder:
+    state = begin(run, checkpoint, tokenizer)
+    run = run._replace(first_step=int(state.step))
+    resume_step = int(state.step) if resume else None
+    with open_recorder(folder, resume_step=resume_step) if team.first else no_recorder() as recorder:
         state, seconds = _loop(run, state, recorder)
-    return finish(run, state, seconds)
-
-
-def _tokenizer(config: RunConfig, folder: Path, checkpoint: Checkpoint | None) -> Tokenizer:
-    """What the settings name; of a run that goes on, the copy in its folder, which the settings may not contradict."""
-    if checkpoint is None:
-        tokenizer = open_tokenizer(config.tokenizer)
-    else:
-        tokenizer = kept_tokenizer(folder, config.tokenizer, checkpoint.tokenizer)
-        there = tokenizer is not BYTES and Path(config.tokenizer).expanduser().exists()
-        if there and open_tokenizer(config.tokenizer).fingerprint != tokenizer.fingerprint:
-            raise UserError(f"tokenizer: expected the one in {folder}, got another, {config.tokenizer}; leave it away")
-    check_vocab(tokenizer, config.model.vocab_size)
-    return tokenizer
-
-
-def _open(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> Run:
-    """The run with its data, before its first step."""
-    if config.replay:
-        raise UserError(f"replay: expected 0 outside a study with tasks, got {config.replay:g}; leave it away")
-    teacher = open_teacher(config, tokenizer)
-    corpus = open_corpus(
-        config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length, progress=True,
-        tokenizer=tokenizer,
-    )  # fmt: skip
-    span = scored_span(corpus.held_out, config.final_eval_bytes)
-    lines = baselines(corpus.train, corpus.held_out, config.final_eval_bytes)
-    bytes_per_token = 1.0 if tokenizer is BYTES else span.num_bytes / span.num_targets
-    return Run(config, folder, corpus, [], lines, deciding(config, corpus), bytes_per_token, teacher)
+    state = team.whole(state, config)
+    return finish(run, state, seconds) if team.first else {}
 
 
 def program(run: Run, state: TrainState) -> Program:
     """(state, batch) -> (state, metrics): the hyper step with the run's settings, its teacher, compiled if wanted."""
     config, hyper, teacher = run.config, hyper_params(run.config), run.teacher
+    if run.team.world.size > 1:
+        return _program_of_many(run)
 
     def taught(state: TrainState, batch: Batch, logits: Tensor | None) -> tuple[TrainState, Metrics]:
         return hyper_step(state, batch, hyper, config.model, **statics(config), teacher_logits=logits)
@@ -125,16 +100,31 @@ def program(run: Run, state: TrainState) -> Program:
     return lambda state, batch: compiled(state, batch, teacher(batch))
 
 
+def _program_of_many(run: Run) -> Program:
+    config, hyper, teacher = run.config, hyper_params(run.config), run.teacher
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        own = run.team.rows(batch)
+        logits = None if teacher is None else teacher(own)
+        return parallel_step(
+            state, own, hyper, config.model, run.team.layout, **statics(config), teacher_logits=logits
+        )  # fmt: skip
+
+    return step
+
+
 def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, float]:
     """The steps that are left. Time spent on scores, pictures and checkpoints is not training time."""
-    config = run.config
+    config, writes = run.config, run.team.first
     step_of = program(run, state)
     seconds = run.history[-1]["seconds"] if run.history else 0.0
     first = int(state.step)
-    saved, best, known_alarms = first if first else None, best_step(run.history), 0
+    saved, best, known_alarms = first if first else None, run.team.world.tell(best_step(run.history)), 0
     with (
         Saver(partial(_save, run, recorder)) as saver,
-        tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True, mininterval=0.5) as bar,
+        tqdm(
+            total=config.steps, initial=first, unit="step", dynamic_ncols=True, mininterval=0.5, disable=not writes
+        ) as bar,
     ):
         try:
             for step in range(first + 1, config.steps + 1):
@@ -142,8 +132,7 @@ def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, 
                 new_state, values = _step(run, step_of, state)
                 seconds += time.perf_counter() - start
                 if _due(step, config.eval_every) and step < config.steps:
-                    score = held_out_score(run, new_state, config.eval_bytes)
-                    values |= {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
+                    values |= _held_out(run, new_state)
                 run.history.append(recorder.write(step, step * run.tokens_a_step, seconds, values))
                 state = new_state
                 bar.update()
@@ -151,14 +140,14 @@ def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, 
                 if "held_out_nats" in values:
                     best = best_step(run.history)
                 if _due(step, config.checkpoint_every) or step in (best, config.steps):
-                    saver.save(named_tensors(state), best)
+                    _keep(run, saver, state, best)
                     saved = step
-                if _due(step, ALARM_EVERY):
+                if _due(step, ALARM_EVERY) and writes:
                     known_alarms = _ring(run, known_alarms)
-                if _due(step, config.picture_every) and step < config.steps:
+                if _due(step, config.picture_every) and step < config.steps and writes:
                     draw(run)
         except (KeyboardInterrupt, UserError):
-            if int(state.step) != saved:
+            if int(state.step) != saved and writes and not run.team.layout.is_sharded:
                 saver.save(named_tensors(state), best)
             saver.wait()
             raise
@@ -176,9 +165,14 @@ def _step(run: Run, step_of: Program, state: TrainState) -> tuple[TrainState, di
     new_state, metrics = step_of(state, batch)
     values = to_record(metrics)
     bad = bad_numbers(values, new_state)
+    if run.team.layout.is_sharded:  # each process sees its own part of the state
+        anywhere = int(run.team.world.sum(torch.tensor(len(bad)), "bad numbers"))
+        bad = bad or ["the state of another process"] * anywhere
     if not bad:
         return new_state, values
-    keep_evidence(run.folder, state, batch, **about_of(run))
+    whole = run.team.whole(state, config)
+    if run.team.first:
+        keep_evidence(run.folder, whole, batch, **about_of(run))
     if config.on_nonfinite == "stop":
         raise UserError(
             f"step {step + 1}: expected finite numbers, got NaN or inf in {', '.join(bad[:3])}; stopped before it; "
@@ -187,28 +181,30 @@ def _step(run: Run, step_of: Program, state: TrainState) -> tuple[TrainState, di
     return passed_over(state), values | {"skipped": True}
 
 
+def _held_out(run: Run, state: TrainState) -> dict[str, float]:
+    """The score during the run, made by process 0 and told to all."""
+    whole, found = run.team.whole(state, run.config), {}
+    if run.team.first:
+        score = held_out_score(run, whole, run.config.eval_bytes)
+        found = {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
+    return run.team.world.tell(found)
+
+
 def step_batch(run: Run, step: int) -> Batch:
     """The batch of a step, counted from 0; the seed decides it."""
     config = run.config
     return batch_at(run.corpus.train, config.seed, step, config.batch_size, config.sequence_length, config.pack)
 
 
-def open_past(folder: str | Path) -> tuple[Run, TrainState]:
-    """A run from its folder, without its records, and its first state.
-
-    Raises:
-        UserError: there is no run, or its data, tokenizer or first weights cannot be used any more.
-    """
-    home = Path(folder)
-    if not (home / "config.yaml").is_file():
-        raise UserError(f"{home}: expected a run folder with a config.yaml, found none; `tiny-onn train` makes one")
-    config = load_settings(str(home / "config.yaml"))
-    checkpoint = open_checkpoint(home) if steps_in(home / "checkpoints") else None
-    tokenizer = _tokenizer(config, home, checkpoint)
-    run = _open(config, home, tokenizer)
-    if checkpoint is not None:
-        check_same(run.settings, checkpoint.settings, home)
-    return run, first_state(config, tokenizer)
+def _keep(run: Run, saver: Saver, state: TrainState, best: int | None) -> None:
+    """A checkpoint: of a state in many parts one of many parts, and at the end of the run a whole one."""
+    config, team, step = run.config, run.team, int(state.step)
+    if team.layout.is_sharded and step < config.steps:
+        save_sharded(run.folder, state, config.model, team.layout, about_of(run), config.keep_checkpoints, best)
+        return
+    whole = team.whole(state, config)
+    if team.first:
+        saver.save(named_tensors(whole), best)
 
 
 def _save(run: Run, recorder: Recorder, tensors: dict[str, Tensor], best: int | None) -> None:
@@ -242,14 +238,3 @@ def _progress(run: Run, seconds: float) -> str:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _check_folder(folder: Path, resume: bool) -> None:
-    """Refuse a fresh start where a run is, and a resumed one where none is."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out: expected a folder or a new name, got the file {folder}; name another one")
-    begun = (folder / "config.yaml").exists()
-    if resume and not begun:
-        raise UserError(f"--resume: expected a run in {folder}, found none; leave --resume away")
-    if not resume and begun:
-        raise UserError(f"--out: expected a new folder, got {folder}, which holds a run; add --resume, or name another")

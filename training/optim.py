@@ -86,8 +86,11 @@ def _fused_update(
     scale: Number,
 ) -> tuple[Tree, AdamWState]:  # fmt: skip
     """The same step, each leaf read and written once; it works in place, on copies."""
-    p, mu, nu = ({k: v.clone() for k, v in flatten(tree).items()} for tree in (params, state.mu, state.nu))
-    g = {name: grad * scale for name, grad in flatten(grads).items()}
+    plain = torch.contiguous_format  # the kernel reads all four as if their strides were the same
+    p, mu, nu = (
+        {k: v.clone(memory_format=plain) for k, v in flatten(tree).items()} for tree in (params, state.mu, state.nu)
+    )
+    g = {name: (grad * scale).contiguous() for name, grad in flatten(grads).items()}
     updates = state.updates.to(torch.float32)
     beta1, beta2, eps, decays = float(hyper.beta1), float(hyper.beta2), float(hyper.eps), float(weight_decay)
 

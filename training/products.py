@@ -15,6 +15,7 @@ from tiny_onn_func.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
 from training.alarms import collapse_alarms
 from training.data import Splits, held_out_batches, scored_span
+from training.distributed import ALONE, Team
 from training.durable import write_text
 from training.evaluate import Score, evaluate
 from training.hyper_step import TrainState
@@ -34,6 +35,8 @@ class Run(NamedTuple):
     settings: dict[str, Any]  # what a run that goes on from here must have the same
     bytes_per_token: float = 1.0  # of held-out text
     teacher: Teacher | None = None
+    team: Team = ALONE
+    first_step: int = 0  # at which this process began
 
     @property
     def tokens_a_step(self) -> int:
@@ -61,6 +64,8 @@ def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "avg_k": score.avg_k,
         "parameters": count_params(config.model),
         "active_parameters": round(count_active_params(config.model, score.avg_k)),
+        "processes": run.team.world.size,
+        "bytes_sent_per_step": _sent_per_step(run, int(state.step)),
         "held_out_bytes": score.bytes,
         "held_out_tokens": score.tokens,
         "baselines": run.baselines,
@@ -69,6 +74,11 @@ def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
     }
     write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _sent_per_step(run: Run, step: int) -> dict[str, int]:
+    """Bytes that process 0 sent, by purpose; nothing where it is alone."""
+    return {purpose: round(n / max(1, step - run.first_step)) for purpose, n in run.team.world.sent.items()}
 
 
 def about_of(run: Run) -> dict[str, Any]:

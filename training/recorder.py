@@ -137,6 +137,11 @@ def open_recorder(folder: str | Path, *, resume_step: int | None = None) -> Reco
     return Recorder(file, _open_board(folder / "tensorboard", purge_step))
 
 
+def no_recorder() -> Recorder:
+    """Makes records and keeps none, as a process does whose records another one writes."""
+    return Recorder(open(os.devnull, "a", encoding="ascii"), None)
+
+
 def _is_upto(record: Mapping[str, Any], step: int) -> bool:
     return isinstance(record.get("step"), int) and record["step"] <= step
 

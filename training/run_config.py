@@ -15,7 +15,11 @@ BYTE_TOKENS = 257  # bytes 0 to 255 and the document boundary
 Rule = tuple[str, Callable[[Any], bool], str]  # (what is wanted, the test, the keys it holds for)
 RUN_RULES: tuple[Rule, ...] = (
     ("some text", lambda value: value != "", "data out tokenizer init teacher"),
-    ("1 or more", lambda value: value >= 1, "steps batch_size eval_bytes final_eval_bytes keep_checkpoints"),
+    (
+        "1 or more",
+        lambda value: value >= 1,
+        "steps batch_size eval_bytes final_eval_bytes keep_checkpoints shard_experts",
+    ),
     ("2 or more", lambda value: value >= 2, "sequence_length"),
     ("0 or more", lambda value: value >= 0, "eval_every checkpoint_every picture_every sample_tokens threads"),
     ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),  # what a torch.Generator takes
@@ -186,6 +190,10 @@ class RunConfig:
     """What the model computes in; parameters, moments, router and surprise are float32 either way."""
     compile: bool = False
     """Whether the step is compiled: minutes once, then faster steps. Wants a C++ compiler."""
+    shard_optimizer: bool = False
+    """Whether each of several processes (torchrun) keeps the optimizer's state of its share of the parameters only."""
+    shard_experts: int = 1
+    """Processes over which the experts of a layer are spread; divides both their number and the processes'."""
     surprise_kind: SurpriseKind = "w2"
     """What surprise is: w2, unweighted, experts, input or benefit, as training/surprise.py explains."""
     model: ModelConfig = DEFAULT_MODEL

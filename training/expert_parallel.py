@@ -1,0 +1,127 @@
+"""Experts on many processes: a row travels to the process that holds its expert, and its output comes back.
+
+    forward    rows' inputs to the owners -> w1, w3, w2 there -> outputs back
+    backward   outputs' gradients to the owners -> ... -> inputs' gradients back, each with a number more: surprise
+
+The owner has h and dLoss / dy of every row that came, so it measures surprise without any further message; what the
+token's own router must know of it is a number, which rides on the gradient that goes back anyway.
+
+Collectives run inside plain autograd's passes only: torch.func refuses these functions.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from tiny_onn_func.experts import Rows
+from training.collectives import Group
+from training.hooks import SurpriseHookManager
+from training.surprise import SurpriseKind
+
+ROWS, SURPRISE, SIZES = "rows of experts", "surprise of rows", "numbers of rows"  # purposes of messages
+
+
+class Journey(NamedTuple):
+    """How the rows of one layer travel between the processes."""
+
+    sent: list[int]  # rows to each process
+    received: list[int]  # rows from each process
+    order: Tensor  # received rows, sorted by expert
+    inverse: Tensor
+    rows: Rows  # the received ones; `token` is their number
+
+
+class TravellingRows(SurpriseHookManager):
+    """The hook manager where experts are spread over a group: wraps the seams, and moves the rows between them.
+
+    Args:
+        per_token_surprise, kind: as for `SurpriseHookManager`; the surface is that of this process's tokens.
+        group: who holds the experts of a layer together, equally many each, in the order of ranks.
+    """
+
+    def __init__(self, per_token_surprise: Tensor, kind: SurpriseKind = "w2", *, group: Group) -> None:
+        super().__init__(per_token_surprise, kind=kind)
+        self._group = group
+        self._journeys: dict[int, Journey] = {}
+        self._measured: dict[int, Tensor] = {}  # by layer: surprise of the received rows
+
+    def apply_w13(self, layer: int, x: Tensor, w13: Tensor, rows: Rows) -> Tensor:
+        """Gate and up of the rows that came here; fewer or more rows than went away."""
+        journey = self._journeys[layer] = plan(rows, w13.shape[0], self._group)
+
+        def came_back(surprise: Tensor) -> None:
+            sent = Rows(rows.token[: surprise.shape[0]], rows.expert[: surprise.shape[0]], rows.offsets)
+            super(TravellingRows, self)._fill(layer, surprise, sent)
+
+        there = _ToOwners.apply(x, journey, self._group, lambda: self._measured.pop(layer), came_back)
+        return super().apply_w13(layer, there, w13, journey.rows)
+
+    def apply_w2(self, layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
+        """Outputs of the rows that went away, in the order in which they went."""
+        journey = self._journeys.pop(layer)
+        y = super().apply_w2(layer, hidden, w2, journey.rows)
+        return _FromOwners.apply(y, journey, self._group, rows.token.shape[0])
+
+    def _fill(self, layer: int, values: Tensor, rows: Rows) -> None:
+        self._measured[layer] = values
+
+
+def plan(rows: Rows, own_experts: int, group: Group) -> Journey:
+    """Tell every process how many rows come for each of its experts, and sort what will come."""
+    counts = torch.diff(rows.offsets.long(), prepend=rows.offsets.new_zeros(1, dtype=torch.int64))
+    each = [own_experts] * group.size
+    came = group.exchange(counts, each, each, SIZES).reshape(group.size, own_experts)
+    sent = counts.reshape(group.size, own_experts).sum(dim=1).tolist()
+    expert = torch.arange(own_experts, device=counts.device).repeat(group.size).repeat_interleave(came.flatten())
+    expert, order = expert.sort(stable=True)
+    number = torch.arange(order.shape[0], device=order.device)
+    offsets = came.sum(dim=0).cumsum(dim=0).to(torch.int32)
+    inverse = torch.empty_like(order).scatter(0, order, number)
+    return Journey(sent, came.sum(dim=1).tolist(), order, inverse, Rows(number, expert, offsets))
+
+
+class _ToOwners(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        journey: Journey,
+        group: Group,
+        measured: Callable[[], Tensor],
+        came_back: Callable[[Tensor], None],
+    ) -> Tensor:
+        ctx.about, ctx.rows = (journey, group, measured, came_back), x.shape[0]
+        return group.exchange(x[: sum(journey.sent)], journey.sent, journey.received, ROWS)[journey.order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        journey, group, measured, came_back = ctx.about
+        surprise = measured()
+        # The bits of the number as columns: one of float32 or float64, two of bfloat16.
+        cargo = torch.cat((grad, surprise.unsqueeze(1).view(grad.dtype)), dim=1)[journey.inverse]
+        back = group.exchange(cargo, journey.received, journey.sent, ROWS)
+        extra = surprise.element_size() * (sum(journey.received) - journey.received[group.rank])
+        group.sent.update({ROWS: -extra, SURPRISE: extra})
+        came_back(back[:, grad.shape[1] :].contiguous().view(surprise.dtype).squeeze(1))
+        return _behind(back[:, : grad.shape[1]], ctx.rows), None, None, None, None
+
+
+class _FromOwners(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, journey: Journey, group: Group, rows: int) -> Tensor:
+        ctx.about = journey, group
+        return _behind(group.exchange(y[journey.inverse], journey.received, journey.sent, ROWS), rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        journey, group = ctx.about
+        there = group.exchange(grad[: sum(journey.sent)], journey.sent, journey.received, ROWS)
+        return there[journey.order], None, None, None
+
+
+def _behind(active: Tensor, rows: int) -> Tensor:
+    """With zeros for the inactive rows, which never travelled."""
+    return torch.cat((active, active.new_zeros(rows - active.shape[0], active.shape[1])))

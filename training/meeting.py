@@ -1,0 +1,272 @@
+"""How the processes of a run find each other: all are there, all are alike, or all end with one line that says why.
+
+torchrun, or whoever sets the same environment variables, tells each process its rank and where the others meet: at a
+key-value store, in which every process leaves a note of itself. Process 0 reads all notes and calls the round; who
+finds the own note in it answers. A store may hold notes of an earlier round, of processes that were killed: they never
+answer.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from training.checkpoint_files import version
+from training.errors import UserError
+from training.plain_yaml import shown
+from training.run_config import RunConfig
+
+PATIENCE = 20.0  # seconds in which all processes must have come
+ELSEWHERE = ("data", "init", "teacher_cache", "threads")  # settings that may differ: where things are on a machine
+PACKAGES = ("tiny_onn_func", "training")
+ROUND, CAUSE = "round", "cause"  # names of notes: that of process 0, that of who ends with an error
+
+
+class ToldElsewhere(UserError):
+    """Another process says what is wrong; this one ends without a word."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+
+class Place(NamedTuple):
+    """What the environment says of this process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+    hosted: bool  # whether somebody else, torchrun's agent, keeps the store
+    restarts: int
+
+    @property
+    def keeps_store(self) -> bool:
+        return self.rank == 0 and not self.hosted
+
+
+class Met(NamedTuple):
+    """All processes have met."""
+
+    store: Any  # of this round alone
+    restarts: int  # the most that any process knows of
+
+
+def find_place() -> Place | None:
+    """From the environment variables of torchrun; None where this process is the only one.
+
+    Raises:
+        UserError: a variable is missing or no number.
+    """
+    env = os.environ
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        return None
+    rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if not 0 <= rank < size:
+        raise UserError(f"RANK: expected 0 to WORLD_SIZE - 1 ({size - 1}), got {rank}; start with torchrun")
+    return Place(
+        rank, size, _number("LOCAL_RANK") if "LOCAL_RANK" in env else rank, env.get("MASTER_ADDR", ""), port,
+        env.get("TORCHELASTIC_USE_AGENT_STORE") == "True", int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )  # fmt: skip
+
+
+def meet(place: Place, facts: Mapping[str, Any] | UserError, begun: float) -> Met:
+    """Wait until all processes are there, and compare what decides their numbers.
+
+    Args:
+        facts: name -> value of what must be the same on all; or what is wrong with this process.
+        begun: time.monotonic() of the start, from which on `PATIENCE` counts.
+
+    Raises:
+        UserError: the store is out of reach or its port in use, a process is missing, fails or differs. It has a text
+            on one process only, unless they cannot talk to each other.
+    """
+    store = _store(place, begun + PATIENCE)
+    own: dict[str, Any] = {"nonce": uuid.uuid4().hex, "restarts": place.restarts}
+    if isinstance(facts, UserError):
+        own["wrong"] = str(facts)
+    else:
+        text = json.dumps(dict(facts), sort_keys=True, default=str)
+        own["digest"] = hashlib.sha256(text.encode()).hexdigest()
+        store.set(f"facts/{own['digest']}", text)
+    store.set(f"note/{place.rank}", json.dumps(own))
+    try:
+        rounds = _call(store, place, begun + PATIENCE) if place.rank == 0 else _answer(store, place, own, begun)
+        notes = rounds["notes"]
+        _check_notes(store, place, notes)
+    except UserError:
+        leave(store, place)
+        raise
+    except RuntimeError:
+        raise UserError("WORLD_SIZE: expected to meet rank 0, which has ended; see what it said, or start it") from None
+    own_store = dist.PrefixStore(rounds["id"], store)  # type: ignore[attr-defined]
+    return Met(own_store, max(note["restarts"] for note in notes))
+
+
+def facts_of(config: RunConfig, resume: bool) -> dict[str, Any]:
+    """What all processes of a run must share: settings, versions, and the program to the letter."""
+    settings = {key: value for key, value in asdict(config).items() if key not in ELSEWHERE}
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    versions = {"torch": torch.__version__, "tiny-onn-func": version(), "the program's files": _sources()}
+    return flat | versions | {"--resume": resume}
+
+
+def say_cause(store: Any) -> bool:
+    """Leave a note that this process says why it ends; whether it is the first to do so."""
+    try:
+        return bool(store.add(CAUSE, 1) == 1)
+    except RuntimeError:  # whoever kept the store is gone
+        return True
+
+
+def leave(store: Any, place: Place, seconds: float = 3.0) -> None:
+    """Say farewell before an end with an error: who keeps the store stays until the others have read in it."""
+    end = time.monotonic() + seconds
+    try:
+        store.set(f"farewell/{place.rank}", "")
+        while place.keeps_store and time.monotonic() < end:
+            if store.check([f"farewell/{rank}" for rank in range(place.size)]):
+                return
+            time.sleep(0.05)
+    except RuntimeError:
+        return
+
+
+def is_told(store: Any, seconds: float = 2.0) -> bool:
+    """Whether another process has said why it ended; waits a little for its note."""
+    end = time.monotonic() + seconds
+    try:
+        while not store.check([CAUSE]):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise UserError(
+            f"{name}: expected a number in the environment, got {text!r}; start with torchrun, which sets it"
+        )
+    return int(text)
+
+
+def _store(place: Place, deadline: float) -> Any:
+    """The store, once it can be reached; by plain sockets first, whose failures the library would tell at length."""
+    keeps, where = place.keeps_store, f"{place.address}:{place.port}"
+    try:
+        if keeps:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", place.port))
+        else:
+            _reach(place, deadline)
+        left = max(1.0, deadline - time.monotonic())
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            place.address, place.port, is_master=keeps, wait_for_workers=False, timeout=timedelta(seconds=left)
+        )
+    except OSError as error:
+        mend = "choose another port" if keeps else "is that process 0's address, is its port open, has it begun?"
+        raise UserError(f"{where}: expected to {'listen' if keeps else 'meet the others'} there, got: "
+                        f"{error.strerror or error}; {mend}") from None  # fmt: skip
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{where}: expected torch's store there, got: {reason}; choose another port") from None
+
+
+def _reach(place: Place, deadline: float) -> None:
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection((place.address, place.port), timeout=max(0.1, left)).close()
+            return
+        except OSError:
+            if left < 0.5:
+                raise
+            time.sleep(0.2)
+
+
+def _call(store: Any, place: Place, deadline: float) -> dict[str, Any]:
+    """Process 0: call rounds of those whose notes are there until all in one have answered."""
+    called: dict[str, Any] = {"notes": []}
+    names = [f"note/{rank}" for rank in range(place.size)]
+    while True:
+        there = [store.check([name]) for name in names]
+        notes = [json.loads(store.get(name)) if found else None for name, found in zip(names, there, strict=True)]
+        if all(there) and notes != called["notes"]:
+            called = {"id": uuid.uuid4().hex, "notes": notes}
+            store.set(ROUND, json.dumps(called))
+        answers = [f"{called.get('id')}/{rank}" for rank in range(1, place.size)]
+        answered = [all(there) and store.check([name]) for name in answers]
+        if all(there) and all(answered):
+            store.set(f"{called['id']}/go", "")
+            return called
+        if time.monotonic() > deadline:
+            missing = [rank for rank, found in enumerate(there) if not found]
+            missing = missing or [rank for rank, found in enumerate(answered, 1) if not found]
+            store.set(ROUND, json.dumps({"id": "", "notes": notes}))
+            raise UserError(
+                f"WORLD_SIZE: expected {place.size} processes within {PATIENCE:.0f} s, got none of rank "
+                f"{', '.join(map(str, missing[:8]))}; start all of them with the same command"
+            )
+        time.sleep(0.05)
+
+
+def _answer(store: Any, place: Place, own: Mapping[str, Any], begun: float) -> dict[str, Any]:
+    """The other processes: answer every round that knows the own note, until one is closed."""
+    while time.monotonic() < begun + PATIENCE + 3:  # process 0 says first who is missing
+        if store.check([ROUND]):
+            called: dict[str, Any] = json.loads(store.get(ROUND))
+            if own in called["notes"]:
+                if not called["id"]:
+                    raise ToldElsewhere
+                store.set(f"{called['id']}/{place.rank}", "")
+                if store.check([f"{called['id']}/go"]):
+                    return called
+        time.sleep(0.05)
+    raise UserError(
+        f"WORLD_SIZE: expected {place.size} processes within {PATIENCE:.0f} s, got none of rank 0; start it"
+    )
+
+
+def _check_notes(store: Any, place: Place, notes: list[dict[str, Any]]) -> None:
+    """The same verdict on every process; the one that it is about, or process 0, says it."""
+    for rank, note in enumerate(notes):
+        if "wrong" in note:
+            raise UserError(note["wrong"]) if rank == place.rank else ToldElsewhere
+    for rank, note in enumerate(notes):
+        if note["digest"] != notes[0]["digest"]:
+            if place.rank:
+                raise ToldElsewhere
+            first, other = (json.loads(store.get(f"facts/{n['digest']}")) for n in (notes[0], note))
+            name = next(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+            raise UserError(
+                f"{name}: expected {shown(first.get(name))}, as on rank 0, on every rank, got {shown(other.get(name))} "
+                f"on rank {rank}; start all with the same command and the same installation"
+            )
+
+
+def _sources() -> str:
+    """Hash of the files of both packages."""
+    seen = hashlib.sha256()
+    for package in PACKAGES:
+        home = Path(str(import_module(package).__file__)).parent
+        for path in sorted(home.glob("*.py")):
+            seen.update(path.name.encode() + path.read_bytes())
+    return seen.hexdigest()[:16]

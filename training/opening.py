@@ -1,0 +1,117 @@
+"""A run before its first step: its folder, its tokenizer, its data, its first state."""
+
+from pathlib import Path
+
+import torch
+
+from training.checkpoint import Checkpoint, load_state, open_checkpoint
+from training.checkpoint_files import clean, remove_steps, steps_in
+from training.continuity import check_same, deciding
+from training.data import baselines, open_corpus, scored_span
+from training.distributed import ALONE, Team
+from training.errors import UserError
+from training.first_state import first_state
+from training.hyper_step import TrainState, init_state
+from training.products import Run
+from training.recorder import read_history
+from training.run_config import RunConfig
+from training.settings import load_settings, save_settings
+from training.sharded_checkpoint import FOLDER, is_sharded, load_sharded, open_sharded
+from training.teacher import open_teacher
+from training.tokenizer import BYTES, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer, save_tokenizer
+
+KINDS = ("checkpoints", FOLDER)  # folders of whole checkpoints and of those in many parts
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Refuse a fresh start where a run is, and a resumed one where none is."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out: expected a folder or a new name, got the file {folder}; name another one")
+    begun = (folder / "config.yaml").exists()
+    if resume and not begun:
+        raise UserError(f"--resume: expected a run in {folder}, found none; leave --resume away")
+    if not resume and begun:
+        raise UserError(f"--out: expected a new folder, got {folder}, which holds a run; add --resume, or name another")
+
+
+def tokenizer_of(config: RunConfig, folder: Path, checkpoint: Checkpoint | None) -> Tokenizer:
+    """What the settings name; of a run that goes on, the copy in its folder, which the settings may not contradict."""
+    if checkpoint is None:
+        tokenizer = open_tokenizer(config.tokenizer)
+    else:
+        tokenizer = kept_tokenizer(folder, config.tokenizer, checkpoint.tokenizer)
+        there = tokenizer is not BYTES and Path(config.tokenizer).expanduser().exists()
+        if there and open_tokenizer(config.tokenizer).fingerprint != tokenizer.fingerprint:
+            raise UserError(f"tokenizer: expected the one in {folder}, got another, {config.tokenizer}; leave it away")
+    check_vocab(tokenizer, config.model.vocab_size)
+    return tokenizer
+
+
+def open_new(config: RunConfig, folder: Path, tokenizer: Tokenizer, team: Team = ALONE) -> Run:
+    """The run with its data, before its first step."""
+    if config.replay:
+        raise UserError(f"replay: expected 0 outside a study with tasks, got {config.replay:g}; leave it away")
+    teacher = open_teacher(config, tokenizer)
+    corpus = open_corpus(
+        config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length, progress=True,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    span = scored_span(corpus.held_out, config.final_eval_bytes)
+    lines = baselines(corpus.train, corpus.held_out, config.final_eval_bytes) if team.first else {}
+    bytes_per_token = 1.0 if tokenizer is BYTES else span.num_bytes / span.num_targets
+    return Run(config, folder, corpus, [], lines, deciding(config, corpus), bytes_per_token, teacher, team)
+
+
+def begin(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> TrainState:
+    """This process's part of the state to go on from; process 0 makes the folder ready for what comes."""
+    config, folder, team = run.config, run.folder, run.team
+    if checkpoint is not None and is_sharded(checkpoint):
+        state = load_sharded(checkpoint, config.model, team.layout)
+    else:
+        state = team.own(_whole(run, checkpoint, tokenizer), config)
+    if team.first:
+        if checkpoint is None:
+            save_tokenizer(tokenizer, folder)
+        else:
+            run.history.extend(r for r in read_history(folder) if r["step"] <= checkpoint.step)
+            later = [path for kind in KINDS for step, path in steps_in(folder / kind) if step > checkpoint.step]
+            remove_steps(later)  # damaged ones
+        save_settings(config, folder / "config.yaml")
+    return state
+
+
+def _whole(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> TrainState:
+    """The whole state on process 0, which tells the others; one of its shapes there."""
+    config, generator = run.config, torch.Generator().manual_seed(run.config.seed)
+    if checkpoint is None and run.team.first:
+        return first_state(config, tokenizer)
+    like = init_state(config.model, generator)
+    return load_state(checkpoint, like) if checkpoint is not None and run.team.first else like
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """What a run in the folder goes on from; None where it has no checkpoint."""
+    for kind in KINDS:
+        clean(folder / kind)
+    whole, sharded = (steps_in(folder / kind) for kind in KINDS)
+    if sharded and sharded[-1][0] > (whole[-1][0] if whole else 0):
+        return open_sharded(sharded[-1][1])
+    return open_checkpoint(folder) if whole else None
+
+
+def open_past(folder: str | Path) -> tuple[Run, TrainState]:
+    """A run from its folder, without its records, and its first state.
+
+    Raises:
+        UserError: there is no run, or its data, tokenizer or first weights cannot be used any more.
+    """
+    home = Path(folder)
+    if not (home / "config.yaml").is_file():
+        raise UserError(f"{home}: expected a run folder with a config.yaml, found none; `tiny-onn train` makes one")
+    config = load_settings(str(home / "config.yaml"))
+    checkpoint = open_checkpoint(home) if steps_in(home / "checkpoints") else None
+    tokenizer = tokenizer_of(config, home, checkpoint)
+    run = open_new(config, home, tokenizer)
+    if checkpoint is not None:
+        check_same(run.settings, checkpoint.settings, home)
+    return run, first_state(config, tokenizer)
