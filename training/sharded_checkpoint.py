@@ -48,6 +48,9 @@ def save_sharded(
 ) -> None:  # fmt: skip
     """Write `home`/sharded/step_NNNNNN, whole or not at all; all processes must call. Older ones are then removed.
 
+    Args:
+        about: keywords of `save_checkpoint`: sizes, tokenizer, settings.
+
     Raises:
         UserError: the disk refuses.
     """
@@ -213,7 +216,8 @@ def _library() -> Any:
 
 def _publish(draft: Path, target: Path, step: int, about: Mapping[str, Any]) -> None:
     files = {path.name: sha256(path) for path in sorted(draft.iterdir())}
-    meta = {"format": FORMAT, "step": step, **about, "files": files, "version": version()}
+    said = {"model": about["config_dict"], "tokenizer": about["tokenizer"], "settings": about["settings"]}
+    meta = {"format": FORMAT, "step": step, **said, "files": files, "version": version()}
     meta["checksum"] = digest(json.loads(json.dumps(meta)))
     (draft / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     for path in (*draft.iterdir(), draft):
