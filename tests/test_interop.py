@@ -480,6 +480,23 @@ def test_an_exported_run_writes_the_same_greedy_text_there(
     assert tokenizer.decode(tokens[0]) + "\n" == capsys.readouterr().out
 
 
+def test_a_trained_default_run_writes_the_same_greedy_text_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default preset and its text; few steps, little scoring."""
+    monkeypatch.setenv("TINY_ONN_CACHE", str(tmp_path / "cache"))
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    short = ["--steps=25", "--hyper.warmup-steps=5", "--final-eval-bytes=4096", "--sample-tokens=0", "--split=tail"]
+    assert main(["train", "--data", "stdlib:json/*.py", *short, "--out", run]) == 0
+    assert main(["export", run, "--out", out]) == 0
+    capsys.readouterr()
+    assert main(["generate", run, "--tokens", "60", "--temperature", "0", "--context", "0"]) == 0
+    peer = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    tokens = peer.generate(**tokenizer("def ", return_tensors="pt"), max_new_tokens=60)
+    assert tokenizer.decode(tokens[0]) + "\n" == capsys.readouterr().out
+
+
 def test_an_exported_run_loads_here_bitwise(run: Path, exported: Path) -> None:
     params, config = load_params(run)
     found, sizes = load_pretrained(exported)
