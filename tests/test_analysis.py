@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training.analysis import analyse_rows, holm, study_table, t_interval, t_test, tost
@@ -80,7 +80,6 @@ def test_three_pairs_by_hand() -> None:
     assert t_interval(values) == pytest.approx((2.0, 2.0 - half, 2.0 + half), rel=1e-12)
 
 
-@settings(max_examples=25)
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=9), st.floats(0.01, 0.5))
 def test_tost_rejects_exactly_where_the_90_percent_interval_lies_within_the_margin(values, margin: float) -> None:
     p, interval = tost(values, margin), t_interval(values, 0.90)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -92,7 +92,6 @@ branches = lambda inner: st.dictionaries(keys, inner, min_size=1, max_size=3) | 
 trees = st.recursive(tensors(), branches, max_leaves=6)
 
 
-@settings(deadline=None, max_examples=60)
 @given(params=st.dictionaries(keys, trees, min_size=1, max_size=3), opt=trees, step=st.integers(0, 10**7))
 def test_every_tree_comes_back_bit_for_bit(params, opt, step, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tree")

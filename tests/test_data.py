@@ -44,8 +44,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
-FEWER = settings(max_examples=40, deadline=None)
-SHARED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def opened(source: Path | str, tmp_path: Path, *, sequence_length: int = 4, **options: object) -> Splits:
@@ -587,7 +586,6 @@ def test_a_bar_is_drawn_on_the_error_stream_only_when_asked(
 ALPHABET = corpus(list(range(256)) * 4)
 
 
-@FEWER
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=6), st.integers(0, 2**63 - 1))
 def test_a_batch_depends_on_seed_and_step_alone(steps: list[int], seed: int):
     first = {step: batch_at(ALPHABET, seed, step, 3, 8) for step in steps}
@@ -617,7 +615,6 @@ def test_every_window_of_the_stream_is_drawn_equally_often():
     assert ((counts - 1000).abs() < 5 * math.sqrt(1000)).all()
 
 
-@FEWER
 @given(st.lists(st.integers(0, 1), min_size=30, max_size=60).filter(lambda flags: any(flags[1:])), st.integers(0, 99))
 def test_no_row_is_without_a_target_and_no_label_is_a_context_token(flags: list[int], step: int):
     stream = corpus(list(range(len(flags))), flags)
@@ -701,7 +698,6 @@ def test_packed_batches_stack_and_map_like_a_loop():
         assert_close(one, logits_of(params, batch), 1e-5, "logits")
 
 
-@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 3), st.integers(2, 20), st.none() | st.integers(1, 99), st.integers(1, 4))
 def test_held_out_rows_number_their_documents_and_score_the_same_targets(
     rows: int, length: int, max_bytes: int | None, stride: int
@@ -791,7 +787,6 @@ def test_spans_and_counts_do_not_depend_on_the_size_of_the_chunks(monkeypatch: p
 # Baselines ------------------------------------------------------------------------------------------------------------
 
 
-@FEWER
 @given(STREAMS, STREAMS.filter(has_text_to_score), st.none() | st.integers(1, 60))
 def test_baselines_are_the_cost_of_the_scored_targets(train: Corpus, held_out: Corpus, max_bytes: int | None):
     end, num_targets, num_bytes = scored_span(held_out, max_bytes)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -105,7 +105,6 @@ def test_logits_and_routes_with_a_cache_are_those_of_forward(routing: str, dtype
 
 
 @given(config=configs(), seed=st.integers(0, 99), batch=st.integers(1, 3), length=st.integers(1, 5))
-@settings(max_examples=25)
 def test_greedy_text_with_a_cache_is_that_without(config: ModelConfig, seed: int, batch: int, length: int) -> None:
     params = excited(shape_router(init_params(config, seeded(seed), torch.float64), "spread"))
     prompt = torch.randint(config.vocab_size, (batch, length), generator=seeded(seed))
@@ -114,7 +113,6 @@ def test_greedy_text_with_a_cache_is_that_without(config: ModelConfig, seed: int
 
 
 @given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), routing=st.sampled_from(list(ROUTINGS)))
-@settings(max_examples=25)
 def test_a_padded_row_becomes_what_it_would_be_alone(lengths: list[int], routing: str) -> None:
     config = tiny_config(**ROUTINGS[routing])
     params, width = wild(config), max(lengths)

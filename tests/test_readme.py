@@ -80,6 +80,12 @@ def test_every_extra_that_a_message_or_a_page_names_can_be_installed() -> None:
     assert {"dev", "hf", "data"} <= {*installed.split(",")}
 
 
+def test_no_property_sets_its_own_number_of_examples() -> None:
+    """The profiles do: 50 and 1,000, as the README says; a share of them, where an example takes seconds."""
+    pinned = re.compile(r"max_examples=\d")
+    assert not [path.name for path in (ROOT / "tests").glob("test_*.py") if pinned.search(path.read_text("utf-8"))]
+
+
 def test_every_picture_is_there() -> None:
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
     assert pictures

@@ -247,7 +247,7 @@ def test_edges_are_drawn_and_nothing_is_cut(name: str) -> None:
         assert_nothing_is_cut(figure)
 
 
-@settings(max_examples=2, phases=(Phase.explicit, Phase.generate))  # a figure takes a second
+@settings(max_examples=settings().max_examples // 25, phases=(Phase.explicit, Phase.generate))  # seconds each
 @given(st.lists(odd_record, min_size=1, max_size=6), st.lists(st.text(max_size=20), max_size=2), st.text(max_size=20))
 def test_odd_records_never_raise(records: list[dict[str, Any]], alarms: list[str], title: str) -> None:
     for figure in (core_metrics_figure(records, title=title), expert_dashboard_figure(records, alarms=alarms)):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_onn_func.config import ModelConfig
@@ -409,7 +409,6 @@ def run_values(draw) -> dict:
     }
 
 
-@settings(deadline=None, max_examples=40)
 @given(run=run_values(), model=model_values(), hyper=hyper_values())
 def test_config_to_yaml_to_config_is_the_identity(run, model, hyper, tmp_path_factory):
     taught = {"teacher": "folder", "pack": False} if hyper["distill_alpha"] else {}

@@ -50,7 +50,7 @@ SMALL = [
     "--model.num-key-value-heads=1", "--model.moe-intermediate-size=8", "--model.num-experts=4",
     "--model.num-experts-per-tok=2", "--hyper.warmup-steps=0", "--picture-every=0",
 ]  # fmt: skip
-SHARED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
