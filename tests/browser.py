@@ -15,7 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,7 @@ def chromium(profile: Path) -> Iterator[Browser]:
         yield Browser(to_it[1], from_it[0])
     finally:
         os.close(to_it[1])
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it went by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         os.close(from_it[0])

@@ -2,7 +2,9 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,24 @@ def test_the_look_finds_what_is_wrong_and_the_console_is_heard(browser: Browser,
         assert any(text in item for item in found[key]), key
     assert any("consoleAPICalled" in message for message in browser.said)
     assert any("nowhere" in message for message in browser.said)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are looked for in /proc")
+def test_nothing_of_a_browser_is_left_behind(tmp_path: Path) -> None:
+    def alive() -> list[str]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                found += [path.parent.name] * (str(tmp_path).encode() in path.read_bytes())
+        return found
+
+    with chromium(tmp_path / "profile") as found:
+        found.value("1 + 1")
+        assert alive()
+    until = time.monotonic() + 20
+    while alive() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not alive()
 
 
 def brightness(colour: str) -> int:
