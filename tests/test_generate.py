@@ -437,5 +437,11 @@ def test_the_context_of_a_run_is_that_of_its_training_and_zero_is_all(
     assert as_trained == written(run, capsys, *flags, "--context", "8")
     assert everything == written(run, capsys, *flags, "--context", "34")
     assert as_trained != everything
-    assert main(["generate", str(run), "--context", "-1"]) == 2
-    assert "context_length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--tokens", "--context"])
+def test_a_flag_out_of_range_is_refused_by_its_own_name(
+    flag: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(run), flag, "-1"]) == 2
+    assert capsys.readouterr().err.startswith(f"tiny-onn: {flag}: expected 0 ")

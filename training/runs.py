@@ -98,6 +98,10 @@ def stream_run(
         go_on: whether to write on after the end of a document or of a turn.
         show_experts: whether lines follow that say which experts every token visited, each of at most `width`.
     """
+    if tokens < 0:
+        raise UserError(f"--tokens: expected 0 or more, got {tokens}")
+    if context is not None and context < 0:
+        raise UserError(f"--context: expected 0 (all tokens) or more, got {context}")
     config, params, tokenizer = open_run(folder)
     ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))[None]
     read: list[TokenRoutes] = []
