@@ -480,6 +480,27 @@ def test_an_exported_run_writes_the_same_greedy_text_there(
     assert tokenizer.decode(tokens[0]) + "\n" == capsys.readouterr().out
 
 
+def test_a_folder_for_hugging_face_writes_here_too(
+    run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--tokens", "30", "--temperature", "0"]
+    capsys.readouterr()
+    assert main(["generate", str(run), *flags]) == 0
+    wanted = capsys.readouterr().out
+    assert main(["generate", str(exported), *flags]) == 0
+    assert capsys.readouterr().out == wanted
+    (tmp_path / "config.json").write_text("{}")
+    assert "model_type" in refusal(["generate", str(tmp_path)], capsys)
+
+
+def test_a_folder_without_a_tokenizer_writes_bytes_if_it_has_the_room(
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pretrained(spread_params(config_of(vocab_size=257), dtype=torch.bfloat16), config_of(vocab_size=257), tmp_path)
+    assert main(["generate", str(tmp_path), "--tokens", "3", "--no-stop"]) == 0
+    assert "vocab_size" in refusal(["generate", str(ours)], capsys)
+
+
 def test_a_trained_default_run_writes_the_same_greedy_text_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

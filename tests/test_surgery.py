@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing h
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -465,7 +466,7 @@ def test_the_commands_and_the_code_of_the_page_run(
     make_run(Path("runs/mine"))
     make_run(Path("runs/budget"), num_experts_per_tok=-1)
     blocks = re.findall(r"```(bash|python)\n(.*?)```", page, re.DOTALL)
-    commands = [line.split() for kind, block in blocks if kind == "bash" for line in block.splitlines()]
+    commands = [shlex.split(line) for kind, block in blocks if kind == "bash" for line in block.splitlines()]
     for command in commands:
         assert command[0] == "tiny-onn"
         assert main(command[1:]) == 0, capsys.readouterr().err
@@ -475,5 +476,5 @@ def test_the_commands_and_the_code_of_the_page_run(
     codes = [block for kind, block in blocks if kind == "python"]
     for code in codes:
         exec(compile(code, "huggingface.md", "exec"), {})
-    assert (len(commands), len(codes)) == (14, 2)
+    assert (len(commands), len(codes)) == (15, 2)
     assert "def " in capsys.readouterr().out

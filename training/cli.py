@@ -95,7 +95,7 @@ def _evaluate(argv: Sequence[str]) -> None:
 
 def _generate(argv: Sequence[str]) -> None:
     parser = _Parser("tiny-onn generate", description="Continue a text; the same seed gives the same text.")
-    parser.add_argument("run", help="run folder")
+    parser.add_argument("run", help="run folder, or a Qwen3-MoE folder of Hugging Face")
     parser.add_argument("--prompt", default="def ", help="text to continue")
     parser.add_argument("--tokens", type=int, default=400, help="tokens to sample")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")

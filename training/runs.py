@@ -8,17 +8,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.generate import stream
+from tiny_onn_func.hf_config import CONFIG
+from tiny_onn_func.interop import load_pretrained
 from tiny_onn_func.routing import Routing
-from tiny_onn_func.tree import Tree
+from tiny_onn_func.tree import Tree, tree_map
 from training.checkpoint import open_checkpoint, params_of
 from training.checkpoint_files import STEP_FOLDER
 from training.data import baselines, held_out_batches, open_corpus, scored_span
 from training.errors import UserError
 from training.evaluate import Score, evaluate
+from training.hyper import HyperParams
 from training.run_config import RunConfig
 from training.settings import load_settings
-from training.tokenizer import BYTES, TURN_END, Tokenizer, kept_tokenizer
+from training.tokenizer import BYTES, FILE, TURN_END, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer
 
 
 class FinishedRun(NamedTuple):
@@ -50,6 +54,33 @@ def open_run(folder: str | Path) -> FinishedRun:
         raise UserError(f"{settings}: expected the sizes of the checkpoint, got others; restore the file as it was")
     tokenizer = kept_tokenizer(home, config.tokenizer, checkpoint.tokenizer)
     return FinishedRun(config, params, tokenizer)
+
+
+class Writer(NamedTuple):
+    """What writing a text takes."""
+
+    model: ModelConfig
+    params: Tree
+    tokenizer: Tokenizer
+    context: int | None  # tokens that it saw together in training
+    surprise_budget: float
+
+
+def open_writer(folder: str | Path) -> Writer:
+    """A run, or a Qwen3-MoE folder: what surgery, `export`, `save_pretrained` and Hugging Face's tools write.
+
+    A folder is computed in float32; without a tokenizer.json its tokens are bytes, as for `init`.
+
+    Raises:
+        UserError, ValueError: neither of them, or a broken one.
+    """
+    if Path(folder, "config.yaml").exists() or not Path(folder, CONFIG).exists():
+        config, params, tokenizer = open_run(folder)
+        return Writer(config.model, params, tokenizer, config.sequence_length, config.hyper.pi_alpha)
+    params, model = load_pretrained(folder)
+    tokenizer = open_tokenizer(folder) if Path(folder, FILE).is_file() else BYTES
+    check_vocab(tokenizer, model.vocab_size)
+    return Writer(model, tree_map(lambda leaf: leaf.float(), params), tokenizer, None, float(HyperParams().pi_alpha))
 
 
 def evaluate_run(
@@ -90,9 +121,11 @@ def stream_run(
     """The prompt and then what the model adds to it, piece by piece; the same seed gives the same text.
 
     Args:
+        folder: RUN, a checkpoint in one, or a folder of Hugging Face (`open_writer`).
         tokens: how many to write at most.
         context: how many of the last tokens attention sees; None: as many as in training, `sequence_length`, because
-            the model never saw two tokens further apart; 0: all of them, as `transformers` does.
+            the model never saw two tokens further apart (all of them for a folder of Hugging Face); 0: all of them, as
+            `transformers` does.
         stops: texts of one token each that end the text, beside the end of a document and, where there is one, of a
             turn; what ended the text is its last token.
         go_on: whether to write on after the end of a document or of a turn.
@@ -102,14 +135,14 @@ def stream_run(
         raise UserError(f"--tokens: expected 0 or more, got {tokens}")
     if context is not None and context < 0:
         raise UserError(f"--context: expected 0 (all tokens) or more, got {context}")
-    config, params, tokenizer = open_run(folder)
+    model, params, tokenizer, trained_context, budget = open_writer(folder)
     ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))[None]
     read: list[TokenRoutes] = []
     sampled = stream(
-        params, ids, config.model, torch.Generator().manual_seed(seed), max_new_tokens=tokens,
-        context_length=config.sequence_length if context is None else context or None, temperature=temperature,
+        params, ids, model, torch.Generator().manual_seed(seed), max_new_tokens=tokens,
+        context_length=trained_context if context is None else context or None, temperature=temperature,
         top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
-        stop_tokens=stop_tokens(tokenizer, stops, go_on=go_on), surprise_budget=config.hyper.pi_alpha,
+        stop_tokens=stop_tokens(tokenizer, stops, go_on=go_on), surprise_budget=budget,
         watch=(lambda *step: read.extend(token_routes(*step))) if show_experts else None,
     )  # fmt: skip
     written = ids[0].tolist()
