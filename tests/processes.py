@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from training import Batch, TrainState, hyper_step, init_state
 from training.collectives import Group
 from training.distributed import layout_of
 from training.parallel_step import own_state, parallel_step, whole_state
+from training.sharded_checkpoint import load_sharded, open_sharded, save_sharded
 
 ROOT = Path(__file__).parent.parent
 FIXED, DYNAMIC = tiny_config(num_experts_per_tok=3), tiny_config()
@@ -43,6 +45,8 @@ CASES = {
     4: [("plain", layout) for layout in LAYOUTS] + [("budget, coupling, exploration", "both")],
 }  # fmt: skip
 STEPS, ROWS = 3, 4
+SAVED = ("optimizer", "experts", "both")
+ABOUT: dict = {"config_dict": asdict(FIXED), "tokenizer": "bytes", "settings": {}}
 
 
 def a_state(config: ModelConfig) -> TrainState:
@@ -85,6 +89,15 @@ def together(trick: str, layout_name: str, world: Group) -> tuple[TrainState, li
     return whole_state(state, config, layout), metrics, sent
 
 
+@cache
+def trained() -> TrainState:
+    """A state in float32, as runs have it, whose numbers all differ."""
+    state = init_state(FIXED, torch.Generator().manual_seed(0))
+    for number in range(STEPS):
+        state, _ = hyper_step(state, a_batch(number), HYPER, FIXED)
+    return state
+
+
 def _train(step, state, rows) -> tuple[TrainState, list]:
     metrics = []
     for number in range(STEPS):
@@ -101,6 +114,17 @@ def main(folder: Path, rank: int, size: int) -> None:
     for trick, layout in CASES[size]:
         world = Group(dist.group.WORLD, size=size, rank=rank)
         torch.save(together(trick, layout, world), folder / f"{trick} {layout} {rank}.pt")
+    world = Group(dist.group.WORLD, size=size, rank=rank)
+    for name, (zero, experts) in LAYOUTS.items():
+        layout = layout_of(world, zero, experts)
+        if layout.is_sharded:
+            save_sharded(folder / name, own_state(trained(), FIXED, layout), FIXED, layout, ABOUT, 2, None)
+    for name in SAVED if size == 4 else ():  # what two processes saved, read by four
+        for other, (zero, experts) in LAYOUTS.items():
+            layout = layout_of(world, zero, experts)
+            there = open_sharded(folder.parent / "2" / name / "sharded" / f"step_{STEPS:06d}")
+            state = whole_state(load_sharded(there, FIXED, layout), FIXED, layout)
+            torch.save(state, folder / f"{name} as {other} {rank}.pt")
     dist.destroy_process_group()
 
 

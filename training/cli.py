@@ -126,9 +126,14 @@ def _export(argv: Sequence[str]) -> None:
     parser.add_argument("run", help="run folder")
     parser.add_argument("--out", required=True, help="new or empty folder")
     parser.add_argument("--num-experts-per-tok", type=int, metavar="K", help="experts a token visits; the run's own")
+    parser.add_argument("--from-sharded", action="store_true", help="the newest sharded checkpoint; trust the run")
     given = parser.parse_args(argv)
     from training.export import export_run
 
+    if given.from_sharded:
+        from training.sharded_checkpoint import gather_sharded
+
+        gather_sharded(given.run)
     print(export_run(given.run, given.out, num_experts_per_tok=given.num_experts_per_tok))
 
 

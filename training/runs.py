@@ -22,6 +22,7 @@ from training.evaluate import Score, evaluate
 from training.hyper import HyperParams
 from training.run_config import RunConfig
 from training.settings import load_settings
+from training.sharded_checkpoint import check_whole
 from training.tokenizer import BYTES, FILE, TURN_END, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer
 
 
@@ -48,6 +49,8 @@ def open_run(folder: str | Path) -> FinishedRun:
     if not settings.is_file():
         raise UserError(f"{folder}: expected a run folder with a config.yaml, found none; `tiny-onn train` makes one")
     config = load_settings(str(settings))
+    if given == home:
+        check_whole(home)
     checkpoint = open_checkpoint(given)
     params, model = params_of(checkpoint)
     if model != config.model:

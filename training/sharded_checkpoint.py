@@ -15,31 +15,36 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.tree import Tree, flatten, merge, partition, tree_map, unflatten
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, save_checkpoint
 from training.checkpoint_files import DRAFT, META, clean, digest, remove_steps, sha256, steps_in, version
+from training.collectives import Group
 from training.durable import flush, make_folder
 from training.errors import UserError
-from training.hyper_step import TrainState, init_state
-from training.optim import AdamWState
-from training.parallel_step import Layout, gathered, shares
-from training.shards import Vectors, fast_shapes, from_vectors, joined_shares, named_shares, to_vectors
+from training.folder_lock import locked
+from training.hyper_step import TrainState
+from training.parallel_step import Layout
+from training.sharded_state import as_stored, empty_state, from_stored
 
 FOLDER, INDEX, FORMAT = "sharded", ".metadata", 1
 TRUST = "its .metadata is a pickle, which can run code: only from folders that you trust"
-PLAIN = {
-    "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "pathlib",
+NAMED = {  # what an index is made of; whole names, as a dot would reach from any module into others
+    "pathlib.PosixPath", "pathlib.WindowsPath", "torch.Size", "torch.serialization._get_layout",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    *(
+        f"torch.distributed.checkpoint.metadata.{name}"
+        for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+                     "StorageMeta", "_MEM_FORMAT_ENCODING")
+    ),
 }  # fmt: skip
-NAMED = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("torch", "device")}
 
 
 def save_sharded(
@@ -63,7 +68,7 @@ def save_sharded(
         draft.mkdir()
     layout.world.wait_for_all()
     try:
-        dcp.save(_as_stored(state, config, layout), checkpoint_id=draft)
+        dcp.save(as_stored(state, config, layout), checkpoint_id=draft)
         if layout.world.rank == 0:
             _publish(draft, target, step, about)
             older = [path for at, path in steps_in(folder) if at < step and at != best]
@@ -108,8 +113,8 @@ def load_sharded(checkpoint: Checkpoint, config: ModelConfig, layout: Layout) ->
     Raises:
         UserError: it holds another model.
     """
-    dcp, like = _library(), _empty_state(config, layout)
-    stored = _as_stored(like, config, layout)
+    dcp, like = _library(), empty_state(config, layout)
+    stored = as_stored(like, config, layout)
     try:
         with warnings.catch_warnings():  # that one process alone reads is meant so
             warnings.simplefilter("ignore")
@@ -117,91 +122,42 @@ def load_sharded(checkpoint: Checkpoint, config: ModelConfig, layout: Layout) ->
     except (dcp.CheckpointException, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{checkpoint.folder}: expected the model of config.yaml, got: {reason}") from None
-    return _from_stored(stored, like, config, layout)
+    return from_stored(stored, like, config, layout)
 
 
-# The six vectors ------------------------------------------------------------------------------------------------------
+def gather_sharded(run: str | Path) -> Path:
+    """Write a run's newest sharded checkpoint as a whole one, beside its others; the new folder.
+
+    Raises:
+        UserError: there is none, it is not whole, the run is in use, the disk refuses.
+    """
+    home = Path(run)
+    found = steps_in(home / FOLDER)
+    if not found:
+        raise UserError(f"{home}: expected {FOLDER}/step_NNNNNN in it, got none; its checkpoints are whole already")
+    with locked(home):
+        checkpoint = open_sharded(found[-1][1])
+        alone = Layout(Group(), Group(), Group())
+        state = load_sharded(checkpoint, ModelConfig(**checkpoint.model), alone)
+        return save_checkpoint(
+            home, state, checkpoint.model, keep=sys.maxsize, tokenizer=checkpoint.tokenizer,
+            settings=checkpoint.settings,
+        )  # fmt: skip
 
 
-def _as_stored(state: TrainState, config: ModelConfig, layout: Layout) -> dict[str, Any]:
-    """Dotted name -> ranges of vectors, and whole tensors of what is small."""
-    fast, router = partition(state.params)
-    stored: dict[str, Any] = {"step": state.step, "updates": state.expert_opt.updates}
-    stored |= {f"router.{name}": leaf for name, leaf in flatten(router).items()}
-    for name, leaf in flatten(state.router_opt._asdict()).items():
-        stored[f"router_opt.{name}"] = leaf
-    vectors = to_vectors(fast, config)
-    where = shares(vectors, layout)
+def check_whole(home: Path) -> None:
+    """Say where a run has a newer checkpoint that is sharded, which only `gather_sharded` makes readable for all.
 
-    def ranges(whole: Vectors) -> Vectors:
-        return Vectors(*(vector[part] for vector, part in zip(whole, where, strict=True)))
-
-    for name, moment in (("mu", state.expert_opt.mu), ("nu", state.expert_opt.nu)):
-        own = joined_shares(moment) if layout.shard_optimizer else ranges(to_vectors(moment, config))
-        stored |= _spread(name, own, vectors, layout)
-    return stored | _spread("params", ranges(vectors), vectors, layout)
-
-
-def _spread(name: str, mine: Vectors, own: Vectors, layout: Layout) -> dict[str, Tensor]:
-    """This process's ranges as parts of tensors that are spread over all; plain ones where there is one process."""
-    if layout.world.size == 1:
-        return {f"{name}.{key}": part.contiguous() for key, part in mine._asdict().items()}
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard
-
-    order = torch.arange(layout.world.size)
-    holders = order.reshape(layout.replicas.size, layout.experts.size).T.contiguous()
-    meshes = (
-        (DeviceMesh("cpu", order), [Shard(0)], 1),
-        (DeviceMesh("cpu", holders), [Shard(0)] * 2, layout.experts.size),
-    )
-    spread: dict[str, Tensor] = {}
-    for (key, part), vector, (mesh, placements, times) in zip(mine._asdict().items(), own, meshes, strict=True):
-        shape = torch.Size([len(vector) * times])
-        spread[f"{name}.{key}"] = DTensor.from_local(
-            part.contiguous(), mesh, placements, run_check=False, shape=shape, stride=(1,)
-        )
-    return spread
-
-
-def _from_stored(stored: Mapping[str, Any], like: TrainState, config: ModelConfig, layout: Layout) -> TrainState:
-    experts = layout.own_experts(config)
-    own = to_vectors(partition(like.params)[0], config)
-
-    def mine(name: str) -> Vectors:
-        parts = (stored[f"{name}.{key}"] for key in Vectors._fields)
-        return Vectors(*(part.to_local() if layout.world.size > 1 else part for part in parts))
-
-    def moment(name: str) -> Tree:
-        if layout.shard_optimizer:
-            return named_shares(mine(name), shares(own, layout)[0].start, config)
-        return from_vectors(gathered(mine(name), own, layout), config, experts)
-
-    router = unflatten({name[7:]: leaf for name, leaf in stored.items() if name.startswith("router.")})
-    fast = from_vectors(gathered(mine("params"), own, layout), config, experts)
-    router_opt = unflatten({name[11:]: leaf for name, leaf in stored.items() if name.startswith("router_opt.")})
-    return TrainState(
-        tree_map(lambda _, leaf: leaf, like.params, merge(fast, router)),
-        AdamWState(stored["updates"], moment("mu"), moment("nu")),
-        AdamWState(**router_opt),
-        stored["step"],
-    )
-
-
-def _empty_state(config: ModelConfig, layout: Layout) -> TrainState:
-    """A state of this process's shapes, of any content."""
-    fresh = init_state(config, torch.Generator().manual_seed(0))
-    router = partition(fresh.params)[1]
-    own = unflatten(
-        {name: torch.zeros(shape) for name, shape in fast_shapes(config, layout.own_experts(config)).items()}
-    )
-    vectors = to_vectors(own, config)
-    where = shares(vectors, layout)
-    zeros = Vectors(*(vector[part] for vector, part in zip(vectors, where, strict=True)))
-    moment = named_shares(zeros, where[0].start, config) if layout.shard_optimizer else own
-    params = tree_map(lambda _, leaf: leaf, fresh.params, merge(own, router))
-    copies = (tree_map(torch.clone, moment) for _ in range(2))
-    return TrainState(params, AdamWState(fresh.expert_opt.updates, *copies), fresh.router_opt, fresh.step)
+    Raises:
+        UserError: there is no other one.
+    """
+    sharded, whole = (steps_in(home / kind) for kind in (FOLDER, "checkpoints"))
+    if not sharded or (whole and whole[-1][0] >= sharded[-1][0]):
+        return
+    mend = f"make it whole with `tiny-onn export {home} --from-sharded --out DIR`; {TRUST}"
+    if not whole:
+        raise UserError(f"{home}: expected a whole checkpoint, got {FOLDER}/{sharded[-1][1].name} alone; {mend}")
+    print(f"warning: {FOLDER}/{sharded[-1][1].name} is newer than {whole[-1][1].name}; {mend}", file=sys.stderr)
 
 
 def _library() -> Any:
@@ -231,8 +187,8 @@ class _Looking(pickle.Unpickler):
     """Makes what the index of a checkpoint is made of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if name != "BytesStorageMetadata" and (dtype or module in PLAIN or (module, name) in NAMED):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if "." not in name and (is_dtype or f"{module}.{name}" in NAMED):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}")
 
