@@ -1,6 +1,7 @@
 """Many processes for tests: each runs the same function, and what goes wrong in one is said here."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -141,6 +142,13 @@ def ended(begun: "list[subprocess.Popen[str]]", seconds: float = 120.0) -> list[
         subprocess.CompletedProcess(process.args, process.returncode, *text)
         for process, text in zip(begun, texts, strict=True)
     ]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def spawn(folder: Path, size: int) -> None:

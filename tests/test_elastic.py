@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import assert_same_bits
-from tests.processes import ROOT, ended
+from tests.processes import ROOT, ended, free_port
 from tests.test_engine import SMALL
-from tests.test_meeting import free_port
 from training.checkpoint import load_checkpoint
 
 RUN = [*SMALL, "--batch-size=4", "--model.num-hidden-layers=2", "--eval-every=0", "--checkpoint-every=5"]

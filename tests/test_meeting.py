@@ -1,24 +1,138 @@
-"""Bad setups of many processes end all of them soon, with one line that names the cause, and status 2."""
+"""Bad setups of many processes end all of them soon, with one line that names the cause, and status 2.
+
+Threads meet as processes do, in less time; the slow tests are whole processes, as a launcher would start them.
+"""
 
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, ended
-from training.meeting import PATIENCE
+from tests.processes import ROOT, ended, free_port
+from training import meeting
+from training.distributed import check_sizes
+from training.errors import UserError
+from training.meeting import PATIENCE, Met, Place, ToldElsewhere, meet
+from training.run_config import HyperSettings, ModelConfig, RunConfig
 
 SOON = 30.0  # seconds
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def meeting_of(places: list[Place], facts: list) -> list:
+    """What becomes of each: where all met, or the error."""
+    ends: list = [None] * len(places)
+
+    def one(number: int) -> None:
+        try:
+            ends[number] = meet(places[number], facts[number], time.monotonic())
+        except UserError as error:
+            ends[number] = error
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(len(places))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return ends
+
+
+def places(size: int, port: int, restarts: int = 0) -> list[Place]:
+    return [Place(rank, size, rank, "127.0.0.1", port, False, restarts * rank) for rank in range(size)]
+
+
+def told(ends: list) -> list[str]:
+    """The one text that somebody says."""
+    assert all(isinstance(end, UserError) for end in ends), ends
+    return [str(end) for end in ends if not isinstance(end, ToldElsewhere)]
+
+
+def test_all_meet_in_one_store_and_know_of_the_restarts() -> None:
+    ends = meeting_of(places(3, free_port(), restarts=2), [{"seed": 1}] * 3)
+    assert all(isinstance(end, Met) for end in ends), ends
+    ends[0].store.set("word", "here")
+    assert ends[2].store.get("word") == b"here"
+    assert [end.restarts for end in ends] == [4, 4, 4]
+
+
+def test_notes_of_an_earlier_round_disturb_nobody() -> None:
+    """The store of torchrun's agent outlives the processes: those that were killed have left their notes in it."""
+    port = free_port()
+    store = meeting.dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    hosted = [place._replace(hosted=True) for place in places(2, port)]
+    for attempt in range(3):
+        ends = meeting_of(hosted, [{"seed": attempt}] * 2)
+        assert all(isinstance(end, Met) for end in ends), ends
+    store.delete_key("note/1")
+    store.set("note/1", '{"nonce": "of a dead one", "restarts": 0, "wrong": "nothing that matters now"}')
+    assert all(isinstance(end, Met) for end in meeting_of(hosted, [{"seed": 9}] * 2))
+
+
+def test_who_differs_is_named_by_one() -> None:
+    facts = [{"seed": 1, "steps": 2}, {"seed": 1, "steps": 2}, {"seed": 1, "steps": 3}]
+    (text,) = told(meeting_of(places(3, free_port()), facts))
+    assert text.startswith("steps: expected 2, as on rank 0, on every rank, got 3 on rank 2; start all with the same")
+
+
+def test_a_mistake_of_one_is_said_by_it_alone() -> None:
+    ends = meeting_of(places(2, free_port()), [{"seed": 1}, UserError("--steps: expected a whole number")])
+    assert told(ends) == ["--steps: expected a whole number"]
+    assert str(ends[1]) == "--steps: expected a whole number"
+
+
+def test_who_is_missing_is_named_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "PATIENCE", 1.0)
+    (text,) = told(meeting_of(places(3, free_port())[:2], [{"seed": 1}] * 2))
+    assert "expected 3 processes within 1 s, got none of rank 2; start all of them with the same command" in text
+
+
+def test_a_port_in_use_and_an_address_out_of_reach_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "PATIENCE", 1.0)
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        (text,) = told(meeting_of(places(2, port)[:1], [{}]))
+    assert text.startswith(
+        f"127.0.0.1:{port}: expected to listen there, got: Address already in use; choose another port"
+    )
+    (text,) = told(meeting_of(places(2, port := free_port())[1:], [{}]))
+    assert text.startswith(f"127.0.0.1:{port}: expected to meet the others there, got: Connection refused;")
+
+
+REFUSED = {
+    "batch_size": (RunConfig(batch_size=3), "a multiple of the processes (2), got 3"),
+    "shard_experts": (RunConfig(shard_experts=3), "a divisor of the processes (2), got 3"),
+    "model.num_experts": (
+        RunConfig(shard_experts=2, model=ModelConfig(257, 8, 1, 2, 1, 4, 8, 5)),
+        "a multiple of shard_experts (2), got 5",
+    ),
+    "compile": (RunConfig(compile=True), "false on several processes, got True"),
+    "hyper.expert_norm": (RunConfig(hyper=HyperSettings(expert_norm=1.0)), "0 on several processes, got 1.0"),
+    "hyper.shuffle_targets": (RunConfig(hyper=HyperSettings(shuffle_targets=1.0)), "0 on several processes, got 1.0"),
+    "surprise_kind": (RunConfig(surprise_kind="oracle"), "no oracle on several processes, got oracle"),
+    "hyper.regenerate_below": (
+        RunConfig(shard_optimizer=True, hyper=HyperSettings(regenerate_below=0.1)),
+        "0 with shard_optimizer or shard_experts, got 0.1",
+    ),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_many_processes_cannot_do_is_refused_by_its_key(key: str) -> None:
+    config, wanted = REFUSED[key]
+    with pytest.raises(UserError) as caught:
+        check_sizes(config, 2)
+    assert str(caught.value).startswith(f"{key}: expected {wanted};")
+    if not key.startswith(("shard", "model")):
+        check_sizes(config, 1)  # one process can
+
+
+# Whole processes ------------------------------------------------------------------------------------------------------
 
 
 def start(rank: int, size: int, port: int, folder: Path, *flags: str, **variables: str) -> "subprocess.Popen[str]":
@@ -45,6 +159,7 @@ def lines_of(processes: "list[subprocess.Popen[str]]") -> list[str]:
     return [line for process in done for line in process.stderr.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_named_once(tmp_path: Path) -> None:
     port = free_port()
     (line,) = lines_of([start(rank, 2, port, tmp_path, "--batch-size", "3") for rank in range(2)])
@@ -52,25 +167,29 @@ def test_a_batch_that_does_not_divide_is_named_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_experts_that_do_not_divide_are_named_once(tmp_path: Path) -> None:
     port, flags = free_port(), ("--shard-experts", "2", "--model.num-experts", "5")
     (line,) = lines_of([start(rank, 2, port, tmp_path, *flags) for rank in range(2)])
     assert "model.num_experts: expected a multiple of shard_experts (2), got 5" in line
 
 
+@pytest.mark.slow
 def test_another_setting_on_a_rank_is_named_once(tmp_path: Path) -> None:
     port = free_port()
     (line,) = lines_of([start(rank, 2, port, tmp_path, "--seed", str(rank)) for rank in range(2)])
     assert "seed: expected 0, as on rank 0, on every rank, got 1 on rank 1" in line
 
 
-def test_a_mistake_of_one_rank_is_said_by_it_alone(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_mistake_on_a_command_line_is_said_by_its_rank_alone(tmp_path: Path) -> None:
     port = free_port()
     flags = [("--steps", "3"), ("--steps", "many")]
     (line,) = lines_of([start(rank, 2, port, tmp_path, *flags[rank]) for rank in range(2)])
     assert "--steps" in line
 
 
+@pytest.mark.slow
 def test_another_version_on_a_rank_is_named_once(tmp_path: Path) -> None:
     """A copy of the program in which one byte differs."""
     other = tmp_path / "other"
@@ -88,12 +207,14 @@ def test_another_version_on_a_rank_is_named_once(tmp_path: Path) -> None:
     assert "on rank 1" in line
 
 
+@pytest.mark.slow
 def test_a_missing_rank_is_named_once(tmp_path: Path) -> None:
     port = free_port()
     (line,) = lines_of([start(rank, 3, port, tmp_path) for rank in range(2)])
     assert f"expected 3 processes within {PATIENCE:.0f} s, got none of rank 2" in line
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
@@ -103,21 +224,17 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     assert f"127.0.0.1:{port}: expected to listen there, got: Address already in use" in line
 
 
+@pytest.mark.slow
 def test_an_address_out_of_reach_is_named(tmp_path: Path) -> None:
     port = free_port()
     (line,) = lines_of([start(1, 2, port, tmp_path)])
     assert f"127.0.0.1:{port}: expected to meet the others there, got: Connection refused" in line
 
 
+@pytest.mark.slow
 def test_a_name_of_no_machine_is_named(tmp_path: Path) -> None:
     (line,) = lines_of([start(1, 2, free_port(), tmp_path, MASTER_ADDR="nowhere.invalid")])
     assert line.startswith("tiny-onn: nowhere.invalid:")
-
-
-def test_rules_of_one_batch_are_refused_on_many(tmp_path: Path) -> None:
-    port = free_port()
-    (line,) = lines_of([start(rank, 2, port, tmp_path, "--hyper.shuffle-targets", "1") for rank in range(2)])
-    assert "hyper.shuffle_targets: expected 0 on several processes, got 1" in line
 
 
 @pytest.mark.parametrize("flags", [("--shard-experts", "2"), ("--shard-experts", "0")])
