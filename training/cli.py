@@ -176,15 +176,22 @@ def _study(argv: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="the short version that the file's `quick` describes")
     parser.add_argument("--resume", action="store_true", help="go on with the study in --out")
     parser.add_argument("--runs-at-once", type=int, metavar="N", help="runs of one program; automatic by default")
+    parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="where its groups are trained")
+    parser.add_argument("--address", help="for ray: HOST:PORT of a cluster, or auto; without, one of its own")
     given = parser.parse_args(argv)
+    if given.address and given.launcher != "ray":
+        raise UserError("--address: expected --launcher ray with it, got --launcher local; add it, or leave --address")
     from training.study_file import load_study, named_study
 
     file, out = named_study(given.file, given.out, quick=given.quick, resume=given.resume)
     study = load_study(file, quick=given.quick)
     _stop_politely()
     from training.study import run_study
+    from training.study_launch import here
+    from training.study_ray import on_ray
 
-    results = run_study(study, out, resume=given.resume, runs_at_once=given.runs_at_once)
+    launcher = on_ray(given.address) if given.launcher == "ray" else here
+    results = run_study(study, out, resume=given.resume, runs_at_once=given.runs_at_once, launcher=launcher)
     print(f"{results.table}\n\nstudy folder: {results.folder}\nreport: {results.folder / 'report.html'}")
 
 

@@ -7,6 +7,7 @@ nothing any more: a file without a living holder is no lock, and is taken over.
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,15 @@ from training.durable import make_folder
 from training.errors import UserError
 
 LOCK = ".lock"
+POLL = 0.2  # seconds
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path, *, patience: float = 0.0) -> Iterator[None]:
     """Hold the folder, made if need be; a folder that was made here and is empty in the end is removed again.
+
+    Args:
+        patience: seconds to wait for another process to end.
 
     Raises:
         UserError: another process holds it; the message says which.
@@ -28,7 +33,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     made = [path for path in (home, *home.parents) if not path.exists()]
     make_folder(home)
     try:
-        descriptor = _take(home)
+        descriptor = _take(home, time.monotonic() + patience)
         try:
             yield
         finally:
@@ -62,8 +67,8 @@ def _name_in(descriptor: int) -> str:
     return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
 
 
-def _take(home: Path) -> int:
-    """A descriptor that holds the lock."""
+def _take(home: Path, until: float) -> int:
+    """A descriptor that holds the lock; another process may hold it `until` then."""
     path = home / LOCK
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -76,6 +81,9 @@ def _take(home: Path) -> int:
         except BlockingIOError:
             who = _name_in(descriptor)
             os.close(descriptor)
+            if time.monotonic() < until:
+                time.sleep(POLL)
+                continue
             raise UserError(f"{home}: expected a folder at rest, got one in use by {who}; end it or wait") from None
         except BaseException:
             os.close(descriptor)

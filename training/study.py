@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ from training.folder_lock import locked
 from training.html_report import write_report
 from training.memory import keep_freed_memory
 from training.study_config import StudyConfig, StudyRun, expand, study_values
-from training.study_group import corpora_of, run_chunk, teacher_of
+from training.study_group import corpora_of, teacher_of
+from training.study_launch import Launch, Launcher, here
 from training.study_plan import Chunk, load_plan, plan_chunks, save_plan
 from training.study_results import (
     UNFINISHED,
@@ -38,7 +40,12 @@ class StudyResults(NamedTuple):
 
 
 def run_study(
-    study: StudyConfig, out: str | Path, *, resume: bool = False, runs_at_once: int | None = None
+    study: StudyConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    runs_at_once: int | None = None,
+    launcher: Launcher = here,
 ) -> StudyResults:
     """Make every run of a study, score it on the held-out text, and compare the arms.
 
@@ -48,6 +55,7 @@ def run_study(
         out: the study's folder.
         resume: go on with the study in that folder: finished runs stay, the others go on from their checkpoints.
         runs_at_once: most runs of one vmapped program; None takes what memory allows.
+        launcher: where the groups are trained; `training.study_ray.on_ray` hands them to a cluster.
 
     Raises:
         UserError: the data cannot be used, or the folder holds a study and `resume` was not asked for (or the reverse).
@@ -59,27 +67,35 @@ def run_study(
     with locked(out):
         _check_folder(Path(out), resume)  # once more: another process may have come first
         try:
-            return _run_study(study, Path(out), resume, runs_at_once)
+            with launcher(Path(out)) as launch:
+                return _run_study(study, Path(out), resume, runs_at_once, launch)
         except KeyboardInterrupt:
             if (Path(out) / "study.yaml").exists():
                 print(f"stopped; go on with: tiny-onn study --resume --out {out}", file=sys.stderr)
             raise
 
 
-def _run_study(study: StudyConfig, folder: Path, resume: bool, runs_at_once: int | None) -> StudyResults:
+def _run_study(
+    study: StudyConfig, folder: Path, resume: bool, runs_at_once: int | None, launch: Launch
+) -> StudyResults:
     runs = expand(study)
     chunks = _begin(study, runs, folder, resume, runs_at_once)
     rows = {run.id: empty_row(run) for run in runs} | {row["run"]: row for row in read_results(folder)}
     write_results([*rows.values()], folder)
+    left = [chunk for chunk in chunks if any(rows[run.id]["status"] == UNFINISHED for run in chunk.runs)]
+    for chunk in chunks:
+        if chunk not in left:
+            _forget(folder, chunk)
     done = [run for run in runs if rows[run.id]["status"] != UNFINISHED]
     total, made = (sum(run.config.steps for run in some) for some in (runs, done))
-    with tqdm(total=total, initial=made, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05) as bar:
-        for number, chunk in enumerate(chunks, 1):
-            if any(rows[run.id]["status"] == UNFINISHED for run in chunk.runs):
-                bar.set_description(f"group {number}/{len(chunks)}, {len(chunk.runs)} runs")
-                rows |= {row["run"]: row for row in run_chunk(study, chunk, folder, bar)}
-                write_results([*rows.values()], folder)
-            rmtree(folder / "checkpoints" / chunk.name, ignore_errors=True)
+    with (
+        tqdm(total=total, initial=made, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05) as bar,
+        closing(launch(study, left, folder, bar)) as finished,
+    ):
+        for chunk, found in finished:
+            rows |= {row["run"]: row for row in found}
+            write_results([*rows.values()], folder)
+            _forget(folder, chunk)
     analysis = analyse(folder)
     write_report(folder)
     return StudyResults(folder, [*rows.values()], analysis, study_table(analysis))
@@ -114,6 +130,11 @@ def _begin(
     save_plan(chunks, home)
     save_study(study, described)
     return chunks
+
+
+def _forget(folder: Path, chunk: Chunk) -> None:
+    """Remove what a group needed only to go on."""
+    rmtree(folder / "checkpoints" / chunk.name, ignore_errors=True)
 
 
 def _check_folder(folder: Path, resume: bool) -> None:

@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tiny_onn_func.tree import stack, unstack
 from training.checkpoint import load_state, named_tensors, open_checkpoint, save_checkpoint
@@ -50,7 +49,18 @@ class Mapped(NamedTuple):
     scores: Tensor  # (R, T - 1, T) float64, nats per token of all tasks after each but the last; NaN while unknown
 
 
-def run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: tqdm) -> list[Row]:
+@runtime_checkable
+class Bar(Protocol):
+    """What a group tells of its progress: of tqdm, all that it uses."""
+
+    def update(self, n: float) -> object:
+        """So many more steps of runs are made."""
+
+    def set_postfix_str(self, s: str, refresh: bool) -> object:
+        """How it goes, in a few words."""
+
+
+def run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: Bar) -> list[Row]:
     """Train and score the runs of a chunk; their rows."""
     config = chunk.runs[0].config
     home = folder / "checkpoints" / chunk.name
@@ -103,7 +113,7 @@ def _train(
     teacher: Teacher | None,
     recorders: Sequence[Recorder],
     save: Callable[[dict[str, Tensor]], None],
-    bar: tqdm,
+    bar: Bar,
 ) -> Mapped:
     """The steps that are left. Time spent on scores and checkpoints is not training time."""
     configs = [run.config for run in chunk.runs]

@@ -1,0 +1,125 @@
+"""What a Ray worker does: look whether it is in the right place, train a group, and say how far it is."""
+
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from training.errors import UserError
+from training.folder_lock import LOCK
+from training.study_config import StudyConfig
+from training.study_plan import Chunk
+from training.study_results import Row
+
+PROGRESS, EVERY = "progress.json", 0.5  # a group's file beside its checkpoints, and seconds between two versions
+
+
+class Place(NamedTuple):
+    """Where the driver works; plain values, which any version of this program can read."""
+
+    folder: str  # absolute
+    holder: str  # what the lock of the study's folder says
+    cwd: str  # relative paths in the study start here
+    versions: dict[str, str]
+
+
+class Job(NamedTuple):
+    """All that a group needs to be trained on another machine."""
+
+    study: StudyConfig
+    chunk: Chunk
+    place: Place
+    threads: int
+    variables: Mapping[str, str]  # of the environment
+
+
+class Progress(NamedTuple):
+    """How far a group is."""
+
+    made: int = 0  # steps of all its runs together
+    said: str = ""
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on all nodes."""
+    found = {name: metadata.version(name) for name in ("tiny-onn-func", "torch", "numpy")}
+    return {"python": platform.python_version(), **found}
+
+
+def check_place(folder: str, holder: str, cwd: str, theirs: Mapping[str, str]) -> str | None:
+    """What is wrong with this node; None if it sees what the driver sees."""
+    for name, mine in versions().items():
+        if mine != theirs[name]:
+            return f"expected {name} {theirs[name]} as on the driver, got {mine}; install the same on every node"
+    try:
+        shared = (Path(folder) / LOCK).read_text() == holder
+    except OSError:
+        shared = False
+    if not shared:
+        return f"expected to see the study's folder {folder}, got another or none; put --out on a shared file system"
+    if not Path(cwd).is_dir():
+        return f"expected the working folder {cwd}, found none; start the study from a folder that every node has"
+    return None
+
+
+def train_remotely(job: Job) -> list[Row]:
+    """Train a group in this process, as the local launcher would.
+
+    Raises:
+        UserError: this node, which may have come after the study began, does not see what the driver sees.
+    """
+    import torch
+
+    from training.memory import keep_freed_memory
+    from training.study_launch import train_group
+
+    folder = Path(job.place.folder)
+    if fault := check_place(*job.place):
+        raise UserError(f"node {socket.gethostname()}: {fault}")
+    os.environ.update(job.variables)
+    os.chdir(job.place.cwd)
+    keep_freed_memory()
+    torch.set_num_threads(job.threads)
+    with _Teller(folder, job.chunk.name) as teller:
+        return train_group(job.study, job.chunk, folder, teller)
+
+
+def progress_of(folder: Path, name: str) -> Progress:
+    """The last that a group told of itself."""
+    try:
+        found = json.loads((folder / "checkpoints" / name / PROGRESS).read_text(encoding="utf-8"))
+        return Progress(int(found["made"]), str(found["said"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Progress()
+
+
+class _Teller:
+    """A progress bar whose screen is a file."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._path = folder / "checkpoints" / name / PROGRESS
+        self._progress = Progress(0, "starting")
+        self._told = -EVERY
+
+    def __enter__(self) -> "_Teller":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def update(self, n: float) -> None:
+        self._progress = self._progress._replace(made=self._progress.made + int(n))
+
+    def set_postfix_str(self, s: str, refresh: bool) -> None:
+        self._progress = self._progress._replace(said=s)
+        now = time.monotonic()
+        if refresh or now - self._told >= EVERY:
+            self._told = now
+            draft = self._path.with_name(f".{PROGRESS}.tmp")  # no flush: it may be lost
+            draft.write_text(json.dumps(self._progress._asdict()), encoding="utf-8")
+            draft.replace(self._path)

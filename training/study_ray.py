@@ -1,0 +1,156 @@
+"""A study's groups as Ray tasks: as many at once as the cluster has processors and memory for.
+
+Every node sees the study's folder, on a file system that all share, which is checked before anything is written. So a
+group that was lost with its worker goes on elsewhere from its own checkpoint, and `--resume` works with either
+launcher. Rows come back as values, and the driver alone writes results.csv. Ray is imported only when asked for.
+"""
+
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from training.errors import UserError
+from training.folder_lock import LOCK
+from training.ray_node import Job, Place, check_place, progress_of, train_remotely, versions
+from training.ray_session import session
+from training.study_config import StudyConfig
+from training.study_launch import Finished, Launch, Launcher
+from training.study_plan import Chunk, memory_of_a_run
+from training.study_results import Row
+
+RETRIES = 3  # of a group whose worker was lost
+POLL = 0.5  # seconds between two looks at the tasks
+GRACE = 20.0  # seconds in which interrupted workers save their checkpoints
+ANSWER = 25.0  # seconds in which every node must have answered
+PROCESS_MEMORY = 1 << 29  # bytes of a worker before its first run: Python and torch
+KEPT_VARIABLES = ("TINY_ONN_CACHE",)
+
+
+def on_ray(address: str | None = None) -> Launcher:
+    """A launcher that hands groups to the Ray cluster at an address, or to a Ray of this machine, ended with the study.
+
+    Args:
+        address: HOST:PORT of a cluster's head, or `auto` for the one that this machine belongs to; None takes
+            $RAY_ADDRESS, else a Ray of this machine alone.
+
+    Raises (the launcher):
+        UserError: Ray is not installed, nothing answers, a node has other versions or does not see the folder.
+    """
+
+    @contextmanager
+    def launcher(folder: Path) -> Iterator[Launch]:
+        with session(address or os.environ.get("RAY_ADDRESS") or None) as ray:
+            place = Place(str(folder.resolve()), (folder / LOCK).read_text(), os.getcwd(), versions())
+            _check_nodes(ray, place)
+            yield partial(_launch, ray, place)
+
+    return launcher
+
+
+def _launch(ray: Any, place: Place, study: StudyConfig, chunks: Sequence[Chunk], folder: Path, bar: tqdm) -> Finished:
+    """All groups at once; Ray starts those for which there is room."""
+    before, made = bar.n, dict.fromkeys((chunk.name for chunk in chunks), 0)
+    tasks: dict[Any, Chunk] = {}
+    lost: list[str] = []
+    try:
+        for chunk in chunks:
+            tasks[_submit(ray, place, study, chunk)] = chunk
+        while tasks:
+            ready, _ = ray.wait([*tasks], timeout=POLL)
+            for task in ready:
+                chunk = tasks.pop(task)
+                if (rows := _rows(ray, task)) is None:
+                    lost.append(chunk.name)
+                    continue
+                made[chunk.name] = sum(run.config.steps for run in chunk.runs)
+                yield chunk, rows
+            said = [_look(folder, chunk, made) for chunk in tasks.values()]
+            running = [text for text in said if text]
+            bar.n = before + sum(made.values())
+            bar.set_description(f"{len(chunks) - len(tasks)}/{len(chunks)} groups, {len(running)} running", False)
+            bar.set_postfix_str(running[0] if running else "", refresh=True)
+    finally:
+        _end(ray, [*tasks])
+    if lost:
+        raise UserError(
+            f"{', '.join(lost)}: expected to end, lost {RETRIES + 1} workers each, of memory or of a machine; all "
+            f"other groups are done; go on with: tiny-onn study --resume --out {folder}"
+        )
+
+
+def _submit(ray: Any, place: Place, study: StudyConfig, chunk: Chunk) -> Any:
+    """The group as a task that asks for its threads and its memory."""
+    config = chunk.runs[0].config
+    threads = config.threads or 1  # groups, not threads, fill the processors
+    need = PROCESS_MEMORY + len(chunk.runs) * memory_of_a_run(config)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = max(node.get("memory", 0) for node in nodes)
+    if need > room:
+        raise UserError(
+            f"{chunk.name}: expected a node with {need / 2**30:.1f} GiB for its {len(chunk.runs)} runs, the largest "
+            f"has {room / 2**30:.1f}; begin anew with a smaller --runs-at-once"
+        )
+    cpus = min(threads, max(node.get("CPU", 0) for node in nodes))
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    job = Job(study, chunk, place, threads, kept)
+    task = ray.remote(train_remotely)
+    return task.options(name=chunk.name, num_cpus=cpus, memory=need, max_retries=RETRIES).remote(job)
+
+
+def _rows(ray: Any, task: Any) -> list[Row] | None:
+    """What a finished task found; None if its workers were lost.
+
+    Raises:
+        Exception: what the group itself raised.
+    """
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError | OSError) else error) from None
+    except ray.exceptions.RayError:
+        return None
+
+
+def _look(folder: Path, chunk: Chunk, made: dict[str, int]) -> str:
+    """How a group that runs is going, its steps put on record; "" where it does not run yet."""
+    progress = progress_of(folder, chunk.name)
+    made[chunk.name] = max(made[chunk.name], progress.made)
+    return progress.said
+
+
+def _end(ray: Any, tasks: Sequence[Any]) -> None:
+    """Interrupt what still runs, as Ctrl-C does here: it saves a checkpoint; what has not begun does not begin."""
+    for task in tasks:
+        ray.cancel(task)
+    if tasks:
+        ray.wait([*tasks], num_returns=len(tasks), timeout=GRACE)
+
+
+def _check_nodes(ray: Any, place: Place) -> None:
+    """Every node must have our versions, and see the folder that this process holds, and the working folder."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(check_place)
+    asked: dict[Any, Mapping[str, Any]] = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[task.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(*place)] = node
+    ready, late = ray.wait([*asked], num_returns=len(asked), timeout=ANSWER)
+    names = {task: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for task, node in asked.items()}
+    if late:
+        raise UserError(f"{names[late[0]]}: expected an answer within {ANSWER:.0f} s, got none; restart the node")
+    for task in ready:
+        try:
+            fault = ray.get(task)
+        except ray.exceptions.RayError as error:
+            last = str(error).strip().splitlines()[-1]
+            fault = f"expected tiny-onn, installed as on {socket.gethostname()}, got: {last}"
+        if fault:
+            raise UserError(f"node {names[task]}: {fault}")
