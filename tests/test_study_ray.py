@@ -30,7 +30,7 @@ from training.study_step import mapped_step
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra cluster is not installed")
 TEXT = "the router sends each token to the expert that it surprises least.\n" * 60
-STEPS, AT_ONCE = 24, 3  # three groups: three and three runs with fixed K, two with a budget
+STEPS, AT_ONCE = 16, 3  # three groups: three and three runs with fixed K, two with a budget
 
 
 @pytest.fixture(scope="module")
