@@ -28,7 +28,7 @@ from tiny_onn_func.config import DYNAMIC_K
 from tiny_onn_func.decoder import unstack_layers
 from tiny_onn_func.experts import Rows, apply_experts, apply_w2
 from tiny_onn_func.moe import RoutingInputs, moe
-from tiny_onn_func.routing import Routing, route
+from tiny_onn_func.routing import Routing, route, send_alone
 from tiny_onn_func.tree import flatten, unflatten
 from training import HyperParams
 from training.draws import draw_exploration
@@ -247,6 +247,23 @@ def test_an_explored_expert_is_visited_and_displaces_the_last_one_at_most(asked:
             assert after == before
         else:
             assert after == [*before[: slots - 1], wanted]
+
+
+@given(questions(with_bias=True, with_explore=True))
+@example(question([[0.0, 1.0, 2.0]], explore=[1])._replace(real=torch.tensor([False])))
+def test_a_token_that_is_sent_alone_visits_that_expert_alone_and_padding_none(asked: Question) -> None:
+    routed = asked._replace(explore=None).answer
+    alone = send_alone(routed, asked.explore, asked.real)
+    assert all(len(set(row)) == len(row) for row in alone.expert_ids.tolist()), "experts of a token are distinct"
+    for token, wanted in enumerate(asked.explore.tolist()):
+        now, before = (Routing(*(part[token] for part in routing)) for routing in (alone, routed))
+        if wanted == -1:
+            assert_same_bits(now, before)
+            continue
+        only = [asked.real[token].item()] + [False] * (asked.config.routes_per_token - 1)
+        assert now.expert_ids[0] == wanted
+        assert now.active.tolist() == only
+        assert now.weights.tolist() == [float(on) for on in only]
 
 
 @given(questions(with_bias=True))
