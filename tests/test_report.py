@@ -2,6 +2,7 @@
 
 import os
 import struct
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,8 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: py
     path.write_bytes(b"old")
 
     class Broken(Figure):
-        def savefig(self, file: Path, **_: object) -> None:
-            Path(file).write_bytes(b"half")
+        def savefig(self, file: BytesIO, **_: object) -> None:
+            file.write(b"half")
             raise OSError("no space left")
 
     monkeypatch.setattr(report, "core_metrics_figure", lambda *_, **__: Broken())

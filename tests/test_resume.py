@@ -1,5 +1,6 @@
 """A run goes on where it stopped: from the newest whole checkpoint, alone in its folder, with the same settings."""
 
+import errno
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from training.engine import train as train_run
 from training.errors import UserError
 from training.folder_lock import LOCK, holder, locked
 from training.saver import Saver
-from training.settings import load_settings
+from training.settings import load_settings, parse_train_args
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,8 +103,31 @@ def test_when_all_are_damaged_the_oldest_is_named_and_nothing_is_trained(
     before = (run / "metrics.jsonl").read_bytes()
     capsys.readouterr()
     assert resume(run) == 2
-    assert capsys.readouterr().err.split("\n")[-2].startswith(f"tiny-onn: {run}/checkpoints/step_000002/state")
+    said = capsys.readouterr().err.split("\n")[-2]
+    assert said.startswith(f"tiny-onn: {run}/checkpoints/step_000002/state")
+    assert said.endswith("there is none before it: remove its folder, and --resume begins anew")
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_fresh_run_never_goes_on_from_checkpoints_that_lie_in_its_folder(
+    run: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run / name).unlink()
+    assert train(text, run, "--steps=8") == 2
+    assert "with checkpoints and no config.yaml" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_file_that_did_not_fit(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("training.durable.os.fsync", full)
+    assert train(text, tmp_path / "run", "--steps=1") == 2
+    said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert said.startswith(f"tiny-onn: {tmp_path}: No space left")
 
 
 def test_a_checkpoint_of_another_version_is_refused_not_passed_over(
@@ -327,6 +351,29 @@ def test_a_polite_signal_saves_says_how_to_go_on_and_the_end_is_the_same(
     train_run(load_settings(str(out / "config.yaml")), resume=True)
     assert_same_bits(load_checkpoint(out), load_checkpoint(whole))
     assert [r["step"] for r in records(out)] == list(range(1, 41))
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error", "picture"), BrokenPipeError(), RuntimeError("odd")])
+def test_whatever_stops_a_run_the_last_whole_step_is_saved(
+    error: Exception, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(run: object) -> None:
+        raise error
+
+    monkeypatch.setattr("training.engine.draw", fails)
+    flags = ["--data", str(text), "--out", str(tmp_path / "run"), *SMALL, "--steps=9", "--picture-every=3"]
+    config, _ = parse_train_args(flags)
+    with pytest.raises(type(error)):
+        train_run(config)
+    assert latest_checkpoint(tmp_path / "run").name == "step_000003"
+
+
+def test_nobody_reading_the_output_is_no_mistake_of_a_file() -> None:
+    command = [sys.executable, "-m", "training", "train", "--help"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 141
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread has a niceness of its own on Linux only")

@@ -1,21 +1,22 @@
 """The routing facts of an arm: means over its runs, whose summaries hold them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from training.regular_file import read_object
 
 OWN = ("co_activation_cosine",)  # tables of one run's experts: those of other seeds are strangers, so no mean is made
 
 
 def read_facts(folder: Path, runs: Sequence[str]) -> dict[str, Mapping[str, Any]]:
     """Run -> `routing` of its summary.json, for the runs that have one."""
-    found = {}
+    found: dict[str, Mapping[str, Any]] = {}
     for run in runs:
         path = folder / "runs" / run / "summary.json"
-        facts = json.loads(path.read_text(encoding="utf-8")).get("routing") if path.exists() else None
-        if facts:
+        facts = read_object(path).get("routing") if path.exists() else None
+        if isinstance(facts, dict):
             found[run] = facts
     return found
 

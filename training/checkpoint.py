@@ -17,6 +17,7 @@ from torch import Tensor
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.tree import Tree, tree_map, unflatten, walk
 from training.checkpoint_files import (
+    ALONE,
     MEND,
     META,
     STATE,
@@ -107,7 +108,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             return _opened(folder)
         except Damaged as error:
             print(f"warning: {error}; using {before.name}", file=sys.stderr)
-    return _opened(folders[-1])
+    try:
+        return _opened(folders[-1])
+    except Damaged as error:
+        raise Damaged(str(error).replace(MEND, ALONE)) from None
 
 
 def load_checkpoint(path: str | Path, like: Any = None) -> Any:

@@ -20,12 +20,15 @@ from torch import Tensor
 
 from training.durable import flush, make_folder
 from training.errors import UserError
+from training.regular_file import open_regular, read_small
 
 FORMAT = 1  # raise it when an older program could not read what is written
 STATE, META, ORDER = "state.safetensors", "meta.json", "leaves"
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
 DRAFT = ".draft-"  # begins the names of folders that are being written or removed
+MOST_META, DEEPEST = 1 << 24, 32  # bytes of meta.json, dots in a leaf's name
 MEND = "remove this step's folder to go on from the one before"
+ALONE = "there is none before it: remove its folder, and --resume begins anew"
 
 
 class Damaged(UserError):
@@ -82,7 +85,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     path = folder / META
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(read_small(path, MOST_META))
         actual = sha256(folder / STATE)
     except OSError as error:
         raise Damaged(f"{error.filename}: expected a file of a checkpoint, got: {error.strerror}; {MEND}") from None
@@ -109,10 +112,14 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
     """The leaves whose names begin with `prefix`, in the order of the state; copies: the file may be removed."""
     try:
         with safe_open(folder / STATE, framework="pt") as file:
-            order = json.loads((file.metadata() or {}).get(ORDER, "[]"))
+            order = [str(name) for name in json.loads((file.metadata() or {}).get(ORDER, "[]"))]
             flat = {name: file.get_tensor(name).clone() for name in order if name.startswith(prefix)}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise Damaged(f"{folder / STATE}: expected safetensors, got: {error}; {MEND}") from None
+    paths = [name.split(".") for name in flat if name.count(".") <= DEEPEST]
+    inner = {".".join(path[:end]) for path in paths for end in range(1, len(path))}
+    if len(paths) < len(flat) or inner & flat.keys():
+        raise Damaged(f"{folder / STATE}: expected names of leaves, got one below another, or too deep; {MEND}")
     if not flat:
         raise Damaged(f"{folder / STATE}: expected tensors called {prefix}*, got none; {MEND}")
     return flat
@@ -128,7 +135,7 @@ def version() -> str:
 
 def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,13 +1,14 @@
 """The command line: verbs, no logic. One line and exit status 2 for every mistake of the user."""
 
 import argparse
+import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from training.errors import UserError
+from training.errors import UserError, one_line
 
 USAGE = """usage: tiny-onn VERB ...
 
@@ -26,7 +27,7 @@ USAGE = """usage: tiny-onn VERB ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit status: 0 well, 1 the doctor found something, 2 a mistake of the user, 130 Ctrl-C."""
+    """Run one verb; the exit status: 0 well, 1 the doctor found something, 2 a mistake, 130 Ctrl-C, 141 no reader."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbs: dict[str, Callable[[Sequence[str]], int | None]] = {
         "train": _train,
@@ -49,15 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verbs[arguments[0]](arguments[1:]) or 0
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (UserError, ValueError) as error:
         if str(error):  # else another process says it
-            print(f"tiny-onn: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"tiny-onn: {one_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"tiny-onn: {error.filename}: {error.strerror}; make room or rights for it, or name another",
-            file=sys.stderr,
-        )
+        place = "" if error.filename is None else f"{error.filename}: "
+        said = one_line(f"{place}{error.strerror or error}; make room or rights for it, or name another")
+        print(f"tiny-onn: {said}", file=sys.stderr)
         return 2
 
 

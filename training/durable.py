@@ -1,6 +1,8 @@
 """Files that survive a power cut: flushed as a draft, renamed, then the folder's list of names flushed, too."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from training.errors import UserError
@@ -20,7 +22,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     target = Path(path)
     draft = target.with_name(f".{target.name}.tmp")
     try:
-        with draft.open("wb") as file:
+        with _naming(target), draft.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -35,9 +37,20 @@ def flush(path: str | os.PathLike[str]) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with _naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What a write or a flush of an open file raises does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:

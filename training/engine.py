@@ -21,11 +21,12 @@ from training.distributed import ALONE, Team
 from training.errors import UserError
 from training.folder_lock import locked
 from training.guard import bad_numbers, keep_evidence, passed_over
+from training.history import best_step, remember
 from training.hyper_step import TrainState, hyper_step
 from training.memory import keep_freed_memory
 from training.opening import begin, check_folder, newest_checkpoint, open_new, tokenizer_of
 from training.parallel_step import parallel_step
-from training.products import Run, about_of, alarms, best_step, draw, finish, held_out_score
+from training.products import Run, about_of, alarms, draw, finish, held_out_score
 from training.recorder import Recorder, no_recorder, open_recorder, to_record
 from training.run_config import RunConfig, hyper_params, statics
 from training.saver import Saver
@@ -133,7 +134,7 @@ def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, 
                 seconds += time.perf_counter() - start
                 if _due(step, config.eval_every) and step < config.steps:
                     values |= _held_out(run, new_state)
-                run.history.append(recorder.write(step, step * run.tokens_a_step, seconds, values))
+                remember(run.history, recorder.write(step, step * run.tokens_a_step, seconds, values))
                 state = new_state
                 bar.update()
                 bar.set_postfix_str(_progress(run, seconds), refresh=False)
@@ -146,7 +147,7 @@ def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, 
                     known_alarms = _ring(run, known_alarms)
                 if _due(step, config.picture_every) and step < config.steps and writes:
                     draw(run)
-        except (KeyboardInterrupt, UserError):
+        except BaseException:  # whatever it is, the state after the last whole step is good
             if int(state.step) != saved and writes and not run.team.layout.is_sharded:
                 saver.save(named_tensors(state), best)
             saver.wait()

@@ -10,6 +10,7 @@ from tiny_onn_func.hf_folder import check_target
 from tiny_onn_func.interop import inexpressible, save_model
 from training.bpe import tokenizer_settings
 from training.errors import UserError
+from training.regular_file import read_object
 from training.runs import open_run
 from training.tokenizer import (
     BOUNDARY,
@@ -105,9 +106,9 @@ def _advice(run: str | Path, num_experts_per_tok: int) -> str:
 def _average(run: str | Path) -> str:
     """What the run's own summary says of its average K, if it does."""
     try:
-        average = json.loads(Path(run, "summary.json").read_text(encoding="utf-8"))["avg_k"]
+        average = read_object(Path(run, "summary.json"))["avg_k"]
         return f" (this run visited {float(average):.1f} on average)"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return ""
 
 

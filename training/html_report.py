@@ -1,6 +1,5 @@
 """`tiny-onn report`: the folder of a study or of a run -> report.html in it, and a few lines for the terminal."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +11,12 @@ from training.html_run import RunFiles, run_page
 from training.html_study import study_page
 from training.plain_yaml import read_yaml
 from training.recorder import FILE, read_history
+from training.regular_file import read_object, read_small
 from training.series import Records
 from training.study_results import UNFINISHED, Row, read_results
 
 REPORT = "report.html"
+ODD = (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)  # what a forged value of a file causes
 NEEDED = ("arms", "against_baseline", "baseline", "margin", "question", "falsifier", "answer")  # of analysis.json
 
 
@@ -33,15 +34,18 @@ def write_report(folder: str | Path) -> Report:
         UserError: the folder holds neither, or a file in it is damaged.
     """
     home = Path(folder)
-    if (home / "study.yaml").is_file():
-        page, text = _study(str(folder), home)
-    elif (home / "config.yaml").is_file():
-        page, text = _run(str(folder), home)
-    else:
+    make = _study if (home / "study.yaml").is_file() else _run if (home / "config.yaml").is_file() else None
+    if make is None:
         raise UserError(
             f"{folder}: expected the folder of a study (study.yaml) or of a run (config.yaml), found neither; "
             "`tiny-onn study` and `tiny-onn train` make them"
         )
+    try:
+        page, text = make(str(folder), home)
+    except ODD as error:
+        came = f"values that they do not write ({type(error).__name__}: {error})"
+        wanted = "results, summaries and records as `tiny-onn study` and `tiny-onn train` write them"
+        raise UserError(f"{folder}: expected {wanted}, got {came}; restore or remove those files") from error
     write_text(home / REPORT, page)
     return Report(home / REPORT, text)
 
@@ -72,7 +76,7 @@ def _analysis(home: Path, rows: list[Row]) -> Mapping[str, Any]:
         from training.analysis import analyse
 
         return analyse(home)
-    analysis = _json(path)
+    analysis = read_object(path)
     if missing := [key for key in NEEDED if key not in analysis]:
         raise UserError(f"{path}: expected {missing[0]}, found none; remove the file, it is made anew")
     return analysis
@@ -96,18 +100,8 @@ def _history(folder: Path) -> Records:
 def _summary(folder: Path) -> dict[str, Any]:
     """The summary of a run; {} where it is not done."""
     path = folder / "summary.json"
-    return _json(path) if path.exists() else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a JSON object, got something else; restore the file or remove it")
-    return found
+    return read_object(path) if path.exists() else {}
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+    return read_small(path).decode("utf-8", "replace")

@@ -11,9 +11,10 @@ from training.data import baselines, open_corpus, scored_span
 from training.distributed import ALONE, Team
 from training.errors import UserError
 from training.first_state import first_state
+from training.history import remember
 from training.hyper_step import TrainState, init_state
 from training.products import Run
-from training.recorder import read_history
+from training.recorder import records_upto
 from training.run_config import RunConfig
 from training.settings import load_settings, save_settings
 from training.sharded_checkpoint import FOLDER, is_sharded, load_sharded, open_sharded
@@ -32,6 +33,8 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise UserError(f"--resume: expected a run in {folder}, found none; leave --resume away")
     if not resume and begun:
         raise UserError(f"--out: expected a new folder, got {folder}, which holds a run; add --resume, or name another")
+    if not begun and any(steps_in(folder / kind) for kind in KINDS):
+        raise UserError(f"--out: expected a new folder, got {folder} with checkpoints and no config.yaml; name another")
 
 
 def tokenizer_of(config: RunConfig, folder: Path, checkpoint: Checkpoint | None) -> Tokenizer:
@@ -73,7 +76,8 @@ def begin(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> Trai
         if checkpoint is None:
             save_tokenizer(tokenizer, folder)
         else:
-            run.history.extend(r for r in read_history(folder) if r["step"] <= checkpoint.step)
+            for record in records_upto(folder, checkpoint.step):
+                remember(run.history, record)
             later = [path for kind in KINDS for step, path in steps_in(folder / kind) if step > checkpoint.step]
             remove_steps(later)  # damaged ones
         save_settings(config, folder / "config.yaml")

@@ -7,14 +7,15 @@ false the only booleans, null (also ~ and none) the only null, and all else is t
 import os
 import re
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from training.durable import write_text
 from training.errors import UserError
+from training.regular_file import read_small
 
+MOST_BYTES, MOST_VALUES = 1 << 18, 100_000  # of a file; in it, with its aliases written out
 PLAIN = {
     None: [  # whatever the first character is; the first pattern that matches decides
         ("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|none|None|)\Z")),
@@ -33,7 +34,7 @@ def read_yaml(path: str) -> dict[Any, Any]:
         UserError: the file cannot be read, is no YAML, gives a key twice, or holds no mapping.
     """
     try:
-        document = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        document = yaml.load(read_small(path, MOST_BYTES).decode("utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{path}: expected a YAML file, got: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -69,12 +70,30 @@ def shown(value: object, limit: int = 60) -> str:
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = PLAIN
 
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _values(node, {}) > MOST_VALUES:  # nine lines can stand for a billion
+            problem = f"expected at most {MOST_VALUES:,} values, got more, or an alias that holds itself"
+            raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for position, key in enumerate(keys):
-            if key.value in {earlier.value for earlier in keys[:position]}:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
         return super().construct_mapping(node, deep)
+
+
+def _values(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node stands for with its aliases written out; infinity where one holds itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+        inner = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        known[id(node)] = 1.0 + sum(_values(part, known) for part in inner)
+    return known[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from training.data import Splits, held_out_batches, scored_span
 from training.distributed import ALONE, Team
 from training.durable import write_text
 from training.evaluate import Score, evaluate
+from training.history import best_step
 from training.hyper_step import TrainState
 from training.report import draw_core_metrics, draw_expert_dashboard
 from training.run_config import RunConfig
@@ -30,7 +30,7 @@ class Run(NamedTuple):
     config: RunConfig
     folder: Path
     corpus: Splits
-    history: list[dict[str, Any]]  # every record so far, oldest first
+    history: list[dict[str, Any]]  # the records that `training.history` keeps, oldest first
     baselines: dict[str, float]  # bits per byte on the held-out bytes of the final score
     settings: dict[str, Any]  # what a run that goes on from here must have the same
     bytes_per_token: float = 1.0  # of held-out text
@@ -110,12 +110,6 @@ def sample_text(run: Run, state: TrainState, prompt: str, tokens: int) -> str:
         temperature=0.8, surprise_budget=config.hyper.pi_alpha,
     )  # fmt: skip
     return tokenizer.decode(out[0].tolist())
-
-
-def best_step(history: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step of the lowest held-out loss that was scored during the run; the first of equals."""
-    scored = [record for record in history if record.get("held_out_nats") is not None]
-    return min(scored, key=lambda record: record["held_out_nats"])["step"] if scored else None
 
 
 def draw(run: Run) -> None:

@@ -4,7 +4,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from training.board import Board
 from training.durable import flush, make_folder, write_text
 from training.errors import UserError
+from training.regular_file import MOST, open_regular
 
 FILE = "metrics.jsonl"
 SCALAR_DIGITS, TABLE_DIGITS = 6, 4  # significant digits kept of scalars, and of entries of tensors with axes
@@ -39,23 +41,37 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: there is no record, or a line before the last is no JSON object.
     """
+    return [*iter_history(folder)]
+
+
+def iter_history(folder: str | Path) -> Iterator[dict[str, Any]]:
+    """The same, one by one."""
     path = Path(folder) / FILE
+    torn = ""  # what is wrong with the last line, if something is
     try:
-        lines = path.read_bytes().split(b"\n")
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(partial(file.readline, MOST + 1), b""), 1):
+                if not line.strip():
+                    continue
+                if torn:
+                    raise UserError(torn)
+                record = _parse(line) if len(line) <= MOST else None
+                if record is None:
+                    came = line[:40].decode(errors="replace")
+                    torn = f"{path}, line {number}: expected a JSON object, got {came!r}; remove the line"
+                else:
+                    yield record
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: expected the record of a run, found no such file; name a run folder") from None
-    last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
-    history = []
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        record = _parse(line)
-        if record is not None:
-            history.append(record)
-        elif number != last:
-            came = line[:40].decode(errors="replace")
-            raise UserError(f"{path}, line {number + 1}: expected a JSON object, got {came!r}; remove the line")
-    return history
+
+
+def records_upto(folder: str | Path, step: int) -> Iterator[dict[str, Any]]:
+    """The records of a run folder up to and including a step; those that say no step and no seconds are passed over.
+
+    Raises:
+        UserError: as `read_history`.
+    """
+    return (record for record in iter_history(folder) if _is_upto(record, step))
 
 
 class Recorder:
@@ -130,7 +146,7 @@ def open_recorder(folder: str | Path, *, resume_step: int | None = None) -> Reco
     if resume_step is None and path.exists() and path.stat().st_size:
         raise UserError(f"{path}: expected no record of an earlier run, found one; use --resume or another --out")
     if resume_step is not None and path.exists():
-        _rewrite(path, [record for record in read_history(folder) if _is_upto(record, resume_step)])
+        rewrite_records(folder, resume_step)
     purge_step = None if resume_step is None else resume_step + 1
     file = path.open("a", encoding="ascii")
     flush(folder)  # the name, too, must be there after a power cut
@@ -143,12 +159,13 @@ def no_recorder() -> Recorder:
 
 
 def _is_upto(record: Mapping[str, Any], step: int) -> bool:
-    return isinstance(record.get("step"), int) and record["step"] <= step
+    return type(record.get("step")) is int and record["step"] <= step and isinstance(record.get("seconds"), int | float)
 
 
-def _rewrite(path: Path, history: list[dict[str, Any]]) -> None:
-    """Replace the file in one move: a process killed here leaves the old record or the new one, nothing between."""
-    write_text(path, "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in history))
+def rewrite_records(folder: Path, step: int) -> None:
+    """Let go of what came after a step, in one move: a process killed here leaves the old record or the new one."""
+    lines = (json.dumps(record, separators=(",", ":")) + "\n" for record in records_upto(folder, step))
+    write_text(folder / FILE, "".join(lines))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

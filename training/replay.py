@@ -18,7 +18,7 @@ from training.hyper_step import TrainState
 from training.main_gradients import main_gradients
 from training.opening import open_past
 from training.products import Run
-from training.recorder import FILE, read_history, to_record
+from training.recorder import FILE, iter_history, to_record
 from training.run_config import hyper_params, statics
 
 
@@ -82,7 +82,7 @@ def _before(run: Run, first: TrainState, step: int) -> tuple[TrainState, Batch |
 def _differences(folder: Path, step: int, record: dict[str, Any]) -> list[str] | None:
     if not (folder / FILE).exists():
         return None
-    past = [line for line in read_history(folder) if line["step"] == step]
+    past = [line for line in iter_history(folder) if line.get("step") == step]
     return [key for key, value in record.items() if past[0].get(key) != value] if past else None
 
 

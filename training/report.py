@@ -4,8 +4,8 @@ Figures are made by `*_figure` and saved by `draw_*`. No pyplot, so nothing is g
 None (nothing is drawn there); any number of them is drawn in at most COLUMNS columns.
 """
 
-import os
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from training import plots
+from training.durable import write_bytes
 from training.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, curve, legend, panel, printable, twin
 from training.series import Columns, Records, column_tables, columns, gather, numbers, table_shape, tables
 
@@ -192,10 +193,7 @@ def _mean(table: np.ndarray) -> np.ndarray:
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with plots.quiet_glyphs():
-            figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    picture = BytesIO()
+    with plots.quiet_glyphs():
+        figure.savefig(picture, format="png")
+    write_bytes(path, picture.getvalue())

@@ -12,8 +12,9 @@ from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.generate import stream
 from tiny_onn_func.hf_config import CONFIG
 from tiny_onn_func.interop import load_pretrained
+from tiny_onn_func.params import check_params
 from tiny_onn_func.routing import Routing
-from tiny_onn_func.tree import Tree, tree_map
+from tiny_onn_func.tree import Tree, flatten, tree_map
 from training.checkpoint import open_checkpoint, params_of
 from training.checkpoint_files import STEP_FOLDER
 from training.data import baselines, held_out_batches, open_corpus, scored_span
@@ -24,6 +25,8 @@ from training.run_config import RunConfig
 from training.settings import load_settings
 from training.sharded_checkpoint import check_whole
 from training.tokenizer import BYTES, FILE, TURN_END, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer
+
+PARAMETER_DTYPES = (torch.float32, torch.float64)  # what a run keeps them in
 
 
 class FinishedRun(NamedTuple):
@@ -55,6 +58,7 @@ def open_run(folder: str | Path) -> FinishedRun:
     params, model = params_of(checkpoint)
     if model != config.model:
         raise UserError(f"{settings}: expected the sizes of the checkpoint, got others; restore the file as it was")
+    _check_leaves(params, config, checkpoint.folder)
     tokenizer = kept_tokenizer(home, config.tokenizer, checkpoint.tokenizer)
     return FinishedRun(config, params, tokenizer)
 
@@ -84,6 +88,17 @@ def open_writer(folder: str | Path) -> Writer:
     tokenizer = open_tokenizer(folder) if Path(folder, FILE).is_file() else BYTES
     check_vocab(tokenizer, model.vocab_size)
     return Writer(model, tree_map(lambda leaf: leaf.float(), params), tokenizer, None, float(HyperParams().pi_alpha))
+
+
+def _check_leaves(params: Tree, config: RunConfig, folder: Path) -> None:
+    """Refuse a checkpoint whose checksums are right and whose tensors are not those of its model."""
+    try:
+        check_params(params, config.model)
+        for name, leaf in flatten(params).items():
+            if leaf.dtype not in PARAMETER_DTYPES:
+                raise ValueError(f"params.{name}: expected a floating point tensor, got {leaf.dtype}")
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; use another checkpoint of the run") from None
 
 
 def evaluate_run(

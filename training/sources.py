@@ -30,6 +30,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -41,6 +42,7 @@ STDLIB = "stdlib"
 COLUMNS = ("messages", "text")  # of a Parquet file, the first that it has is read
 ROWS = 16  # of a Parquet file that are unpacked at a time
 PIECE = 1 << 20  # bytes of a text that are read at a time
+LINE = 1 << 24  # most bytes of a line of JSON
 LONG = 1 << 24  # bytes of a text that are held in memory; of a longer one, a piece
 SEAM = re.compile(r"(?<=\S\n)(?=\w)")  # where no byte-level tokenizer joins what is left and right
 
@@ -289,8 +291,10 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
     A line with both is a chat. Other keys are of no interest.
     """
     name = printable(path)
-    with _unpacked(path) as lines:
-        for number, line in enumerate(lines, 1):
+    with _unpacked(path) as file:
+        for number, line in enumerate(iter(partial(file.readline, LINE + 1), b""), 1):
+            if len(line) > LINE:
+                raise UserError(f"{name}, line {number}: expected at most {LINE:,} bytes, got more; cut the document")
             if line.strip():
                 yield _parse(line, f"{name}, line {number}", "utf-8" if number > 1 else "utf-8-sig")
 

@@ -1,6 +1,7 @@
 """Which neurons of a dense MLP belong together, and which tokens want them: what a calibration text tells."""
 
 from collections.abc import Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from tiny_onn_func.hf_folder import Stored, read_tensors
 from tiny_onn_func.hf_layout import EMBEDDING
 from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu
 from training.errors import UserError
+from training.regular_file import open_regular
 from training.sources import printable, refuse
 from training.tokens import VOCAB_SIZE, encode
 
@@ -43,7 +45,7 @@ def read_calibration(
     """
     name = printable(text)
     try:
-        with text.open(encoding="utf-8", errors="surrogateescape") as file:
+        with TextIOWrapper(open_regular(text), encoding="utf-8", errors="surrogateescape") as file:
             content = file.read(CHARACTERS)
     except OSError as error:
         refuse(name, error)

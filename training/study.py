@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from training.analysis import analyse, study_table
+from training.durable import make_folder
 from training.errors import UserError
 from training.first_state import first_state
 from training.folder_lock import locked
@@ -124,7 +125,7 @@ def _begin(
         teacher_of(config, tokenizers[config.tokenizer])
         corpora_of(study, config, tokenizers[config.tokenizer])
     for run in runs:
-        (folder / "runs" / run.id).mkdir(parents=True, exist_ok=True)
+        make_folder(folder / "runs" / run.id)
         save_tokenizer(tokenizers[run.config.tokenizer], folder / "runs" / run.id)
         save_settings(run.config, folder / "runs" / run.id / "config.yaml")
     save_plan(chunks, home)

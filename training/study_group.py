@@ -17,11 +17,10 @@ from training.continual import batches_at, overall, score_tasks, task_that_ends,
 from training.continuity import check_same, fingerprint
 from training.data import Splits, open_corpus
 from training.durable import write_text
-from training.errors import UserError
 from training.first_state import first_state
 from training.guard import bad_runs, passed_over, where_runs
 from training.hyper_step import TrainState, init_state
-from training.recorder import FILE, Recorder, read_history
+from training.recorder import FILE, Recorder, rewrite_records
 from training.routing_facts import Glance, drift, glance, routing_facts
 from training.run_config import RunConfig
 from training.saver import Saver
@@ -138,7 +137,7 @@ def _train(
                 if number == config.steps or (config.checkpoint_every and number % config.checkpoint_every == 0):
                     saver.save(named_tensors(mapped))
                     saved = number
-        except (KeyboardInterrupt, UserError):
+        except BaseException:  # whatever it is, the states after the last whole step are good
             if int(mapped.step) > saved:
                 saver.save(named_tensors(mapped))
             saver.wait()
@@ -260,11 +259,11 @@ def _record(
 
 def _open_record(folder: Path, step: int) -> Recorder:
     """The run's metrics.jsonl for appending, without what came after `step`. No TensorBoard: there may be hundreds."""
-    import json
-
     path = folder / FILE
-    history = [record for record in read_history(folder) if record["step"] <= step] if path.exists() else []
-    write_text(path, "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in history))
+    if path.exists():
+        rewrite_records(folder, step)
+    else:
+        write_text(path, "")
     return Recorder(path.open("a", encoding="ascii"), None)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from tiny_onn_func.params import count_params
 from training.durable import make_folder, write_text
 from training.errors import UserError
+from training.regular_file import read_small
 from training.run_config import DEFAULT_HYPER, RunConfig
 from training.study_config import StudyRun, dotted
 
@@ -20,7 +22,7 @@ BUSY = (
 )  # tokens * width * layers of a step, beyond which runs have no overhead left to share (docs/benchmarks.md)
 MEMORY_SHARE = 0.5  # of what is available
 UNKNOWN_MEMORY = 4 << 30  # bytes, where the system does not say
-PLAN = "plan.json"
+PLAN, CHUNK = "plan.json", re.compile(r"group_\d{3,}")  # a chunk's name is that of a folder, which goes in the end
 
 
 class Chunk(NamedTuple):
@@ -86,9 +88,9 @@ def load_plan(runs: list[StudyRun], folder: Path) -> list[Chunk]:
     """
     by_id = {run.id: run for run in runs}
     try:
-        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        chunks = [Chunk(name, [by_id.pop(run) for run in ids]) for name, ids in plan.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        plan = json.loads(read_small(folder / PLAN))
+        chunks = [Chunk(name, [by_id.pop(run) for run in ids]) for name, ids in plan.items() if CHUNK.fullmatch(name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         chunks = []
     if by_id or not chunks:
         raise UserError(

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,12 +16,15 @@ from tiny_onn_func.params import count_active_flops, count_active_params, count_
 from training.alarms import WINDOW, collapse_alarms
 from training.continual import Continual, Matrix, continual_measures
 from training.durable import write_text
+from training.errors import UserError
 from training.evaluate import Score
 from training.metrics import load_entropy
 from training.recorder import read_history
+from training.regular_file import read_small
 from training.study_config import StudyRun
 
-RESULTS = "results.csv"
+RESULTS, NEEDED = "results.csv", ("run", "arm", "seed", "status")
+MEND = "remove the file, --resume makes it anew"
 MEASURES = (
     "nats_per_token", "bits_per_byte", "avg_k", "max_vio", "dead_experts", "gating_acc", "gating_trivial",
     "active_parameters", "flops_per_token", "load_entropy", "regret", "regret_random", "regret_w2", "oracle_hits",
@@ -130,12 +134,25 @@ def write_results(rows: Sequence[Row], folder: Path) -> None:
 
 
 def read_results(folder: Path) -> list[Row]:
-    """The rows of results.csv as text; none when there is no such file."""
+    """The rows of results.csv as text; none when there is no such file.
+
+    Raises:
+        UserError: no table, a row without a name, arm, seed or status, or one that names a place outside the study.
+    """
     path = folder / RESULTS
     if not path.exists():
         return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    text = read_small(path).decode("utf-8", "replace")
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="more", restval=""))
+    except csv.Error as error:
+        raise UserError(f"{path}: expected a table, got: {error}; {MEND}") from None
+    for number, row in enumerate(rows, 2):
+        if missing := [key for key in NEEDED if not row.get(key)]:
+            raise UserError(f"{path}, line {number}: expected {missing[0]}, got none; {MEND}")
+        if not re.fullmatch(r"[^/\\\x00-\x1f]+", row["run"]) or row["run"] in (".", ".."):
+            raise UserError(f"{path}, line {number}: run: expected the name of a folder, got {row['run']!r}; {MEND}")
+    return rows
 
 
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:

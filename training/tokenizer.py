@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from training.durable import write_bytes
 from training.errors import UserError
+from training.regular_file import read_small
 from training.sources import printable
 
 BOUNDARY = 256
@@ -26,7 +27,7 @@ BOUNDARY_TEXT = "<|endoftext|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 257
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-MOST_TOKENS = 1 << 24
+MOST_TOKENS, MOST_BYTES = 1 << 24, 1 << 27  # ids, and bytes of a file
 HALF_PAIRS = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that do not stand for a byte
 LONE_BYTES = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as `surrogateescape` spells them
 PROBE = (  # a tokenizer that changes case, spaces, digits, ligatures or rare bytes does not give this back
@@ -140,9 +141,9 @@ def open_tokenizer(spec: str | Path) -> Tokenizer:
         came = f"a folder without {FILE}" if given.is_dir() else "no such file"
         raise UserError(f"tokenizer: {printable(given)}: expected bytes, a {FILE} or a folder with one, got {came}")
     try:
-        data = path.read_bytes()
+        data = read_small(path, MOST_BYTES)
         beside = path.with_name(SETTINGS)
-        settings = beside.read_bytes() if given.is_dir() and beside.is_file() else None
+        settings = read_small(beside, MOST_BYTES) if given.is_dir() and beside.is_file() else None
     except OSError as error:
         _refuse(path, "a file that can be read", error.strerror or str(error))
     parsed = None if settings is None else _settings(beside, settings)

@@ -1,0 +1,120 @@
+"""Does a long run stay flat? 20,000 small steps in a process of its own, whose memory, speed and folder are watched.
+
+    python -m benchmarks.long_run [--steps N] [--data SPEC] [--out DIR] [--json FILE]
+
+Checkpoints every 500 steps, a score every 100, pictures every 2,000, as the default run has them but for their sizes.
+The slope of memory is the line of least squares through the samples of the second half.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from benchmarks.timing import machine
+
+SIZES = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8, "num_key_value_heads": 1,
+    "moe_intermediate_size": 8, "num_experts": 4,
+}  # fmt: skip
+FLAGS = {
+    "batch_size": 2, "sequence_length": 16, "checkpoint_every": 500, "eval_every": 100, "eval_bytes": 1000,
+    "final_eval_bytes": 1000, "picture_every": 2000, "sample_tokens": 0, "threads": 1,
+}  # fmt: skip
+EVERY = 0.5  # seconds between two samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--data", default="stdlib:email/*.py")
+    parser.add_argument("--out", help="where the run is made; by default in a folder that goes in the end")
+    parser.add_argument("--json", help="where to write the figures")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(given.out or f"{folder}/run")
+        samples = watched(command(given.steps, given.data, out), out)
+        found = {**machine(), **memory(samples), **speed(out), **disk(out, given.steps)}
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    if given.json:
+        Path(given.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def command(steps: int, data: str, out: Path) -> list[str]:
+    values = FLAGS | {f"model.{key}": value for key, value in SIZES.items()}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+    return [sys.executable, "-m", "training", "train", f"--data={data}", f"--out={out}", f"--steps={steps}", *flags]
+
+
+def watched(argv: list[str], out: Path) -> list[tuple[int, int]]:
+    """(step, bytes of resident memory) now and then while the command runs."""
+    samples = []
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            time.sleep(EVERY)
+            step = last_step(out / "metrics.jsonl")
+            try:
+                pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            except (FileNotFoundError, IndexError):
+                continue
+            if step and pages:
+                samples.append((step, pages * os.sysconf("SC_PAGE_SIZE")))
+    if process.returncode:
+        raise SystemExit(f"the run ended with status {process.returncode}")
+    return samples
+
+
+def last_step(path: Path) -> int:
+    """Of the last whole record; 0 before there is one."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(-min(8192, path.stat().st_size), os.SEEK_END)
+        lines = file.read().rsplit(b"\n", 2)
+    return int(json.loads(lines[-2])["step"]) if len(lines) == 3 else 0
+
+
+def memory(samples: list[tuple[int, int]]) -> dict[str, object]:
+    steps, sizes = np.array(samples, dtype=float).T
+    sizes /= 1e6
+    late = steps > steps[-1] / 2
+    slope = np.polyfit(steps[late], sizes[late], 1)[0] * 1000
+    return {
+        "samples": len(samples),
+        "memory, MB at the begin, at half, at the end": [round(float(sizes[at]), 1) for at in (0, late.argmax(), -1)],
+        "memory, slope over the second half, MB per 1,000 steps": round(float(slope), 3),
+    }
+
+
+def speed(out: Path) -> dict[str, object]:
+    """Median milliseconds of a step in each quarter."""
+    lines = (out / "metrics.jsonl").read_text(encoding="ascii").splitlines()
+    seconds = [0.0, *(json.loads(line)["seconds"] for line in lines)]
+    quarter = len(lines) // 4
+    spans = [range(start, start + quarter - 99, 100) for start in range(0, 4 * quarter, quarter)]
+    each = [median((seconds[at + 100] - seconds[at]) * 10 for at in span) for span in spans]  # ms a step of a hundred
+    return {"ms a step, by quarters": [round(value, 2) for value in each], "records": len(lines)}
+
+
+def disk(out: Path, steps: int) -> dict[str, object]:
+    def size(pattern: str) -> int:
+        return sum(path.stat().st_size for path in out.glob(pattern) if path.is_file())
+
+    return {
+        "metrics.jsonl, bytes a step": round(size("metrics.jsonl") / steps, 1),
+        "TensorBoard, bytes a step": round(size("tensorboard/*") / steps, 1),
+        "checkpoints": len([*out.glob("checkpoints/step_*")]),
+        "all else, bytes": size("**/*") - size("metrics.jsonl") - size("tensorboard/*"),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The records in memory: all of a short run, few of a long one, and the same whether it was stopped or not."""
+
+from training.history import ENDS, MOST, best_step, remember
+
+
+def held(steps: int, scored: dict[int, float] | None = None, first: list[dict] | None = None, begin: int = 1) -> list:
+    history = [] if first is None else first
+    for step in range(begin, steps + 1):
+        nats = (scored or {}).get(step)
+        remember(history, {"step": step} | ({} if nats is None else {"held_out_nats": nats}))
+    return history
+
+
+def test_a_short_run_holds_every_record() -> None:
+    assert [one["step"] for one in held(MOST)] == list(range(1, MOST + 1))
+
+
+def test_a_long_run_holds_few_records_its_ends_and_its_best() -> None:
+    history = held(100_000, {50_001: 1.5, 60_001: 1.5, 70_001: 1.6})
+    steps = [one["step"] for one in history]
+    assert len(steps) <= MOST + 3 * ENDS
+    assert steps == sorted({*steps})
+    assert steps[:ENDS] == list(range(1, ENDS + 1))
+    assert steps[-ENDS:] == list(range(100_001 - ENDS, 100_001))
+    assert best_step(history) == 50_001
+    gaps = {b - a for a, b in zip(steps[ENDS:-ENDS], steps[ENDS + 1 : -ENDS], strict=False)} - {32 - 1, 1}
+    assert max(gaps) == 32, "evenly spaced between the ends"
+
+
+def test_a_run_that_goes_on_holds_what_it_would_have_held() -> None:
+    whole = held(30_000, {4_321: 2.0})
+    stopped = held(17_123, {4_321: 2.0})
+    read_again: list[dict] = []
+    for step in range(1, 17_124):
+        remember(read_again, {"step": step} | ({"held_out_nats": 2.0} if step == 4_321 else {}))
+    assert read_again == stopped
+    assert held(30_000, first=read_again, begin=17_124) == whole
