@@ -111,9 +111,9 @@ def spoilt(subject: Subject, clean: Measured, points: list[tuple[int, int]], wha
     for number, mode in points:
         subject.wipe()
         outcome, wrong = outcome_of(subject.start(spoil=(number, mode + what)))
-        have = {name: value for name, value in subject.result().items() if value != "left over"}  # refused removals
-        if outcome == "went on" and have != clean.want:
-            wrong = [*wrong, f"call {number}: it went on to another end"]
+        if outcome == "went on":
+            have = {name: value for name, value in subject.result().items() if value != "left over"}  # refused removals
+            wrong = wrong if have == clean.want else [*wrong, f"call {number}: it went on to another end"]
         where = f"{'TensorBoard' if what else 'a call'} {names[mode]}, {subject.name}"
         yield Try(where, outcome, [f"call {number}: {one}" for one in wrong + subject.resumed(clean.want)])
 

@@ -32,7 +32,8 @@ from tests.fuzz_readers import Reader, readers
 from tests.hostile import spoil_file
 from training.errors import UserError
 
-TOO_LONG, TOO_MUCH = 5.0, 300  # seconds of one input, on a loaded machine; MiB that a reader may grow by, over all
+TOO_LONG, HANGS = 5.0, 60.0  # seconds of one input: of the processor, and on the clock, whoever else is busy
+TOO_MUCH = 300  # MiB that a reader may grow by, over all
 LIMIT = 8 << 30  # bytes of data that the whole process may have: what asks for more meets a MemoryError
 COLUMNS = ("reader", "inputs", "accepted", "refused by name", "refused plainly", "MiB", "s", "faults")
 
@@ -65,19 +66,23 @@ class Watch:
 
 
 @contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError when the body takes longer."""
+def limited(busy: float, waiting: float) -> Iterator[None]:
+    """Raise Hung when the body takes longer: seconds of the processor, and seconds on the clock."""
 
     def late(*_: object) -> None:
         raise Hung
 
-    old = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, busy), (signal.SIGALRM, signal.ITIMER_REAL, waiting))
+    before = [signal.signal(number, late) for number, _, _ in timers]
+    for _, timer, seconds in timers:
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, old)
+        for _, timer, _ in timers:
+            signal.setitimer(timer, 0)
+        for (number, _, _), old in zip(timers, before, strict=True):
+            signal.signal(number, old)
 
 
 class Hung(BaseException):
@@ -147,7 +152,7 @@ def judged(read: Callable[[], object], watch: Watch, allowed: Path) -> tuple[str
     """accepted, refused, plain or fault, and the fault in words."""
     watch.allowed, watch.seen = allowed, []
     try:
-        with limited(TOO_LONG), warnings.catch_warnings(), redirect_stderr(StringIO()):
+        with limited(TOO_LONG, HANGS), warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("error")
             read()
         verdict, fault = "accepted", ""
@@ -159,7 +164,7 @@ def judged(read: Callable[[], object], watch: Watch, allowed: Path) -> tuple[str
         if isinstance(error, OSError) and error.errno is None:
             verdict, fault = "fault", f"{type(error).__name__} that says nothing: {error}"
     except Hung:
-        verdict, fault = "fault", f"took more than {TOO_LONG} s"
+        verdict, fault = "fault", f"took more than {TOO_LONG} s of the processor, or {HANGS} s"
     except BaseException as error:
         verdict, fault = "fault", f"{type(error).__name__}: {str(error)[:200]!r}{_place(error)}"
     finally:

@@ -45,10 +45,10 @@ def fuzzed(tmp_path: Path, *flags: str) -> dict[str, dict]:
 
 
 def test_a_sample_of_hostile_input_to_every_reader_is_a_value_or_one_line(tmp_path: Path) -> None:
-    found = fuzzed(tmp_path, "--inputs", "25", "--seed", "7")
+    found = fuzzed(tmp_path, "--inputs", "15", "--seed", "7")
     assert {name: one["faults"] for name, one in found.items() if one["faults"]} == {}
     assert len(found) >= 17
-    assert sum(one["refused"] + one["plain"] for one in found.values()) > 100
+    assert sum(one["refused"] + one["plain"] for one in found.values()) > 60
 
 
 @pytest.mark.slow

@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import re
+import sys
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -271,7 +273,8 @@ def _load(path: Path, data: bytes) -> Any:
     """The library's tokenizer, with nothing that adds or drops tokens."""
     hf = library("tokenizer")
     try:
-        inner = hf.Tokenizer.from_buffer(data)
+        with _mute():
+            inner = hf.Tokenizer.from_buffer(data)
         inner.no_padding()
         inner.no_truncation()
         inner.encode_special_tokens = True  # a text that spells a special token is only text
@@ -282,12 +285,29 @@ def _load(path: Path, data: bytes) -> Any:
     return inner
 
 
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Nothing on the error stream: a library that panics writes pages there before Python hears of it."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _probe(path: Path, encode: Callable[[str], Tokens], pieces: list[bytes], lengths: Any, added: list[str]) -> None:
     """Refuse a tokenizer whose tokens are not the bytes of the text, up to its Unicode normal form (NFC)."""
     for text in (PROBE, "".join(f" x {content} \n" for content in added)):
         try:
-            ids = encode(text).tolist()
-        except Exception as error:  # the library raises nothing narrower
+            with _mute():
+                ids = encode(text).tolist()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises nothing narrower, and its panics are no Exception
             _refuse(path, "a tokenizer that takes any text", error)
         spelled = b"".join(pieces[token] for token in ids)
         same = spelled in (text.encode(), unicodedata.normalize("NFC", text).encode())
