@@ -1,11 +1,15 @@
-"""What a run that goes on must share with its past: the settings and the text that decide its numbers."""
+"""What a run that goes on must share with its past, and the processes of a run with each other."""
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from training.checkpoint_files import version
 from training.corpus import Splits
 from training.errors import UserError
 from training.plain_yaml import shown
@@ -17,6 +21,8 @@ FREE = {
     "final_eval_bytes", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "picture_every", "sample_tokens",
     "prompt", "threads", "shard_optimizer", "shard_experts",
 }  # fmt: skip
+ELSEWHERE = ("data", "init", "teacher_cache", "threads")  # may differ between processes: where things are on a machine
+PACKAGES = ("tiny_onn_func", "training")
 WINDOWS, WINDOW = 256, 65_536  # of a text that are looked at, and tokens of each
 
 
@@ -56,3 +62,23 @@ def fingerprint(corpus: Splits) -> str:
         for start in range(0, total, stride):
             digest.update(side.tokens[start : start + WINDOW].tobytes())
     return digest.hexdigest()
+
+
+def facts_of(config: RunConfig, resume: bool) -> dict[str, Any]:
+    """What all processes of a run must share: settings, versions, and the program to the letter."""
+    settings = {key: value for key, value in asdict(config).items() if key not in ELSEWHERE}
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    versions = {"torch": torch.__version__, "tiny-onn-func": version(), "the program's files": _sources()}
+    return flat | versions | {"--resume": resume}
+
+
+def _sources() -> str:
+    """Hash of the files of both packages."""
+    seen = hashlib.sha256()
+    for package in PACKAGES:
+        home = Path(str(import_module(package).__file__)).parent
+        for path in sorted(home.glob("*.py")):
+            seen.update(path.name.encode() + path.read_bytes())
+    return seen.hexdigest()[:16]

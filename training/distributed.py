@@ -18,10 +18,11 @@ import torch.distributed as dist
 
 from training.batch import Batch
 from training.collectives import Group, Lost
+from training.continuity import facts_of
 from training.errors import UserError
 from training.hyper import is_off
 from training.hyper_step import TrainState
-from training.meeting import Place, ToldElsewhere, facts_of, find_place, is_told, leave, meet, say_cause
+from training.meeting import Place, ToldElsewhere, find_place, is_told, leave, meet, say_cause
 from training.parallel_step import Layout, own_state, whole_state
 from training.run_config import RunConfig, hyper_params
 

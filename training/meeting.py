@@ -13,23 +13,15 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import timedelta
-from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 
-from training.checkpoint_files import version
 from training.errors import UserError
 from training.plain_yaml import shown
-from training.run_config import RunConfig
 
 PATIENCE = 20.0  # seconds in which all processes must have come
-ELSEWHERE = ("data", "init", "teacher_cache", "threads")  # settings that may differ: where things are on a machine
-PACKAGES = ("tiny_onn_func", "training")
 ROUND, CAUSE = "round", "cause"  # names of notes: that of process 0, that of who ends with an error
 
 
@@ -112,16 +104,6 @@ def meet(place: Place, facts: Mapping[str, Any] | UserError, begun: float) -> Me
         raise UserError("WORLD_SIZE: expected to meet rank 0, which has ended; see what it said, or start it") from None
     own_store = dist.PrefixStore(rounds["id"], store)  # type: ignore[attr-defined]
     return Met(own_store, max(note["restarts"] for note in notes))
-
-
-def facts_of(config: RunConfig, resume: bool) -> dict[str, Any]:
-    """What all processes of a run must share: settings, versions, and the program to the letter."""
-    settings = {key: value for key, value in asdict(config).items() if key not in ELSEWHERE}
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
-    versions = {"torch": torch.__version__, "tiny-onn-func": version(), "the program's files": _sources()}
-    return flat | versions | {"--resume": resume}
 
 
 def say_cause(store: Any) -> bool:
@@ -260,13 +242,3 @@ def _check_notes(store: Any, place: Place, notes: list[dict[str, Any]]) -> None:
                 f"{name}: expected {shown(first.get(name))}, as on rank 0, on every rank, got {shown(other.get(name))} "
                 f"on rank {rank}; start all with the same command and the same installation"
             )
-
-
-def _sources() -> str:
-    """Hash of the files of both packages."""
-    seen = hashlib.sha256()
-    for package in PACKAGES:
-        home = Path(str(import_module(package).__file__)).parent
-        for path in sorted(home.glob("*.py")):
-            seen.update(path.name.encode() + path.read_bytes())
-    return seen.hexdigest()[:16]
