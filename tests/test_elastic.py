@@ -92,15 +92,20 @@ def test_a_killed_worker_changes_no_bit(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("flags", [(), ("--shard-optimizer=true",), ("--shard-experts=2", "--shard-optimizer=true")])
-def test_kills_at_random_moments_change_no_bit(tmp_path: Path, seed: int, flags: tuple[str, ...]) -> None:
-    """Four processes, three kills."""
+@pytest.mark.parametrize(
+    ("workers", "kills", "flags"),
+    [(4, 3, ()), (2, 1, ("--shard-optimizer=true",)), (2, 1, ("--shard-experts=2", "--shard-optimizer=true"))],
+    ids=["data", "optimizer", "both"],
+)
+def test_kills_at_random_moments_change_no_bit(
+    tmp_path: Path, seed: int, workers: int, kills: int, flags: tuple[str, ...]
+) -> None:
     chance = random.Random(seed)
-    finished(torchrun(tmp_path, "whole", "--steps=60", *flags, workers=4))
-    killed = torchrun(tmp_path, "killed", "--steps=60", *flags, workers=4, options=("--max-restarts=9",))
-    for after in sorted(chance.sample(range(1, 55), 3)):
+    whole = torchrun(tmp_path, "whole", "--steps=60", *flags, workers=workers)
+    killed = torchrun(tmp_path, "killed", "--steps=60", *flags, workers=workers, options=("--max-restarts=9",))
+    for after in sorted(chance.sample(range(1, 50), kills)):
         kill_one(tmp_path / "killed", [killed], after, chance)
-    finished(killed)
+    finished(whole, killed)
     assert_same_bits(load_checkpoint(tmp_path / "killed"), load_checkpoint(tmp_path / "whole"))
     assert_whole_record(tmp_path / "killed", 60)
 
