@@ -397,6 +397,18 @@ def test_the_gradient_passes_straight_through_the_gates() -> None:
     torch.testing.assert_close(found[1], wanted.sum(dim=0))
 
 
+def test_padding_opens_no_gate_and_weighs_nothing() -> None:
+    config = tiny_config(num_experts_per_tok=-1, routing="thresholds")
+    logits = torch.ones(3, config.num_experts, dtype=torch.float64, requires_grad=True)
+    real = torch.tensor([True, False, False])
+    routing = route(logits, real, config, 0.5, torch.zeros(config.num_experts, dtype=torch.float64))
+    assert torch.equal(routing.active.any(dim=-1), real)
+    assert routing.weights.sum(dim=-1).tolist() == pytest.approx([1.0, 0.0, 0.0], abs=1e-15)
+    (slope,) = torch.autograd.grad(routing.weights[:, 0].sum(), logits)
+    assert slope.isfinite().all()
+    assert not slope[~real].any()
+
+
 def test_thresholds_are_learned_by_the_main_loss_and_map() -> None:
     state, config = threshold_state()
     batch = tiny_batch(config, 4, 9)

@@ -1,5 +1,6 @@
 """Surprise is what DESIGN says it is. Oracles use plain autograd and share no code with the closed form."""
 
+import gc
 import math
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import grad_and_value, vmap
+from torch.utils.hooks import RemovableHandle
 
 from tests.helpers import (
     Case,
@@ -601,7 +603,7 @@ def test_hooks_fire_in_a_plain_backward_and_remove_hooks_really_removes_them() -
             assert (surprise == torch.inf).all()
 
 
-def test_remove_hooks_drops_the_saved_rows() -> None:
+def test_remove_hooks_drops_the_saved_rows_and_the_handles() -> None:
     case = situation("K=2")
     params = tree_map(lambda leaf: leaf.clone().requires_grad_(), case.params)
     hooks = SurpriseHookManager(torch.full(routed(case).shape, torch.inf, dtype=torch.float64))
@@ -611,10 +613,16 @@ def test_remove_hooks_drops_the_saved_rows() -> None:
         saved.append(weakref.ref(rows.token))  # the graph needs the offsets, not this
         return hooks.apply_w2(layer, hidden, w2, rows)
 
+    def handles() -> int:
+        return sum(type(thing) is RemovableHandle for thing in gc.get_objects())
+
+    before = handles()
     loss = summed_loss(case, seen, params)
     assert all(token() is not None for token in saved)
+    assert handles() == before + case.config.num_hidden_layers
     hooks.remove_hooks()
     assert all(token() is None for token in saved)
+    assert handles() == before
     loss.backward()
 
 
