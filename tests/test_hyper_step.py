@@ -154,6 +154,20 @@ def test_steps_equal_two_torch_optimizers_on_plain_gradients(hyper: HyperParams)
     assert int(state.step) == int(state.expert_opt.updates) == int(state.router_opt.updates) == 5
 
 
+@pytest.mark.parametrize("what", ["no targets", "all padding"])
+def test_a_batch_that_predicts_nothing_moves_nothing_and_leaves_every_number_finite(what: str) -> None:
+    state, batch = init_state(CONFIG, torch.Generator().manual_seed(0)), a_batch(0)
+    batch = batch._replace(labels=torch.full_like(batch.labels, -100))
+    if what == "all padding":
+        batch = batch._replace(attention_mask=torch.zeros_like(batch.attention_mask))
+    after, metrics = hyper_step(state, batch, HyperParams(weight_decay=0.0), CONFIG)
+    for name, leaf in flatten(after.params).items():
+        assert torch.equal(leaf, flatten(state.params)[name]), name
+    for name, value in metrics._asdict().items():
+        assert value.isfinite().all(), name
+    assert float(metrics.main_loss) == float(metrics.router_loss) == float(metrics.surprise) == 0.0
+
+
 def test_per_token_surprise_never_explores() -> None:
     state, batch = a_state(CONFIG), a_batch(0)
     found = per_token_surprise(state.params, batch, CONFIG, HYPER._replace(explore_prob=1.0))

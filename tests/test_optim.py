@@ -130,11 +130,15 @@ def test_the_target_is_the_least_surprised_expert_of_informative_tokens() -> Non
     assert targets.informative.tolist() == [[True, False, False, False, False]]
     assert targets.tied.tolist() == [[False, True, False, False, False]]
     assert int(targets.expert[0, 0]) == 1
-    assert int(router_targets(SURPRISES, REAL, 2, sign=-1.0).expert[0, 0]) == 0
+    turned = router_targets(SURPRISES, REAL, 2, sign=-1.0)
+    assert int(turned.expert[0, 0]) == 0
+    assert turned.informative.tolist() == targets.informative.tolist()
+    assert turned.tied.tolist() == targets.tied.tolist()
 
 
-def test_a_lone_candidate_teaches_only_where_one_is_enough() -> None:
-    targets = router_targets(SURPRISES, REAL, min_candidates=1)
+@pytest.mark.parametrize("enough", [0, 1])
+def test_a_lone_candidate_teaches_only_where_one_is_enough_and_none_never_teaches(enough: int) -> None:
+    targets = router_targets(SURPRISES, REAL, min_candidates=enough)
     assert targets.informative.tolist() == [[True, False, True, False, False]]
     assert int(targets.expert[0, 2]) == 1
 
