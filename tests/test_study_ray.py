@@ -233,6 +233,23 @@ def test_without_ray_one_line_says_what_to_install(
     assert not (home / "none").exists()
 
 
+@needs_ray
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise Exception("a long story\nThe current node timed out during startup.")
+
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with (
+        pytest.raises(UserError, match=r"^--launcher ray: expected Ray to start, got: The current node timed out"),
+        session(None),
+    ):
+        pass
+
+
 def test_an_address_without_ray_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--address: expected --launcher ray" in refused(capsys, "study.yaml", "--address", "auto")
 

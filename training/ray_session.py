@@ -41,16 +41,15 @@ def session(address: str | None) -> Iterator[Any]:
         _check_address(address)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        if address is None:
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **QUIET)
-        else:
-            ray.init(address=address, **QUIET)
+        try:
+            if address is None:
+                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **QUIET)
+            else:
+                ray.init(address=address, **QUIET)
+        except Exception as error:  # Ray raises that class itself, too
+            raise UserError(f"--launcher ray: expected Ray to start, got: {_last_line(str(error))}") from None
         _give_back(handler)
         yield ray
-    except (ConnectionError, RuntimeError) as error:
-        if ray.is_initialized():
-            raise
-        raise UserError(f"--launcher ray: expected Ray to start, got: {_last_line(str(error))}") from None
     finally:
         ray.shutdown()
         _give_back(handler)
