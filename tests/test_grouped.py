@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from tests.helpers import assert_close, seeded
-from tiny_onn_func import grouped
-from tiny_onn_func.grouped import combine_rows, dispatch_rows, grouped_matmul, grouped_outer
+from tiny_onn_func import grouped, native
+from tiny_onn_func.dispatch import combine_rows, dispatch_rows
+from tiny_onn_func.gated import activate, gate_and_up
+from tiny_onn_func.grouped import grouped_matmul, grouped_outer
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}
 # torch itself warns once, when forward mode is used for the first time in a process
@@ -247,6 +249,19 @@ def test_gradcheck_and_gradgradcheck_of_matmul_and_outer(sizes: Sizes) -> None:
 
 
 @FORWARD_MODE
+@pytest.mark.parametrize("sizes", AWKWARD[:4], ids=str)
+def test_gradcheck_and_gradgradcheck_of_gate_up_and_activation(sizes: Sizes) -> None:
+    rows = normal(sizes.rows, sizes.width).requires_grad_()
+    w1, w3 = (normal(len(sizes.counts), sizes.width, sizes.out, seed=seed).requires_grad_() for seed in (1, 2))
+
+    def hidden(*inputs: Tensor) -> Tensor:
+        return activate(*gate_and_up(*inputs, sizes.offsets))
+
+    assert torch.autograd.gradcheck(hidden, (rows, w1, w3), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(hidden, (rows, w1, w3), check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@FORWARD_MODE
 @pytest.mark.parametrize("case", [Shuffle(3, 2, 2, 0), Shuffle(1, 1, 1, 0), Shuffle(2, 3, 1, 1)], ids=str)
 def test_gradcheck_and_gradgradcheck_of_dispatch_and_combine(case: Shuffle) -> None:
     tokens, slots, dim, _ = case
@@ -285,19 +300,27 @@ def mappable(name: str, dtype: torch.dtype = torch.float64) -> Mappable:
         return Mappable(grouped_matmul, (rows, weights, offsets), 2)
     if name == "outer":
         return Mappable(grouped_outer, (rows, grads, offsets), 2)
+    if name == "gated":
+        both = weights.split(4, dim=-1)
+        return Mappable(lambda *inputs: torch.cat(gate_and_up(*inputs), dim=-1), (rows, *both, offsets), 3)
+    if name == "activate":
+        return Mappable(activate, (grads, grads.flip(0)), 2)
     if name == "dispatch":
         return Mappable(lambda x, o, i: dispatch_rows(x, o, i, 2), (rows[:, :3], order, inverse), 1)
     combine_weights = normal(RUNS, 3, 2, seed=3, dtype=dtype)
     return Mappable(combine_rows, (rows[:, :6], combine_weights, order, inverse), 2)
 
 
+PLACES = {"matmul": 3, "outer": 3, "gated": 4, "activate": 2, "dispatch": 2, "combine": 3}
+
+
 def combinations() -> list[Any]:
     """Each function with every combination of mapped inputs; an order and its inverse go together."""
     every = []
-    for name, places in (("matmul", 3), ("outer", 3), ("dispatch", 2), ("combine", 3)):
+    for name, places in PLACES.items():
         for mapped in itertools.product((True, False), repeat=places):
             if any(mapped):
-                dims = mapped if name in ("matmul", "outer") else (*mapped, mapped[-1])
+                dims = (*mapped, mapped[-1]) if name in ("dispatch", "combine") else mapped
                 every.append(pytest.param(name, dims, id=f"{name} {''.join('M' if m else '-' for m in dims)}"))
     return every
 
@@ -350,7 +373,7 @@ def test_grad_of_vmap_equals_grad_of_a_loop(name: str, mapped: tuple[bool, ...])
         assert_close(grad(through_vmap, argnum)(*tensors), grad(through_loop, argnum)(*tensors), 1e-13)
 
 
-@pytest.mark.parametrize("name", ["matmul", "outer", "dispatch", "combine"])
+@pytest.mark.parametrize("name", PLACES)
 def test_nested_vmap_equals_two_loops_with_either_axis_outside(name: str) -> None:
     function, inputs, smooth = mappable(name)
     doubled = [torch.stack((t, t.flip(0))) for t in inputs]  # (2, RUNS, ...)
@@ -372,7 +395,7 @@ def test_nested_vmap_equals_two_loops_with_either_axis_outside(name: str) -> Non
 
 
 @FORWARD_MODE
-@pytest.mark.parametrize("name", ["matmul", "outer", "dispatch", "combine"])
+@pytest.mark.parametrize("name", PLACES)
 def test_forward_mode_equals_reverse_mode_alone_mapped_and_nested(name: str) -> None:
     function, inputs, smooth = mappable(name)
     places = tuple(range(smooth))
@@ -427,7 +450,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return calls
 
 
-def test_aligned_float32_takes_the_library_kernel_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "can_take", lambda *_: False)
+
+
+def test_without_our_kernels_aligned_float32_takes_the_librarys_forward_and_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_our_kernels(monkeypatch)
     calls = counted(monkeypatch)
     function, inputs, _ = mappable("matmul", torch.float32)
     one = tuple(t[0] for t in inputs)
@@ -436,7 +466,8 @@ def test_aligned_float32_takes_the_library_kernel_forward_and_backward(monkeypat
     assert calls == [(7, 4), (7, 8), (4, 7)]  # out, gradient of the rows, gradient of the weights
 
 
-def test_vmap_folds_all_runs_into_one_call_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vmap_folds_all_runs_into_one_call_of_the_librarys_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_our_kernels(monkeypatch)
     calls = counted(monkeypatch)
     function, inputs, _ = mappable("matmul", torch.float32)
     vmap(function)(*inputs)
@@ -452,6 +483,7 @@ def test_a_fallback_of_vmap_would_fail_these_tests() -> None:
 
 @pytest.mark.parametrize("name", ["matmul", "outer"])
 def test_the_library_kernel_and_the_loop_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_our_kernels(monkeypatch)
     function, inputs, _ = mappable(name, torch.float32)
     for run in range(RUNS):
         one = tuple(t[run] for t in inputs)

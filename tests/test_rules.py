@@ -40,9 +40,10 @@ def by_plain_autograd(case: Case) -> dict[str, Tensor]:
     def private(weights: Tensor, rows: Rows) -> Tensor:
         return torch.cat((weights, torch.zeros_like(weights[:1])))[rows.expert].detach().requires_grad_()
 
-    def gate_and_up(layer: int, x: Tensor, w13: Tensor, rows: Rows) -> Tensor:
-        own[layer] |= {"w13": private(w13, rows), "x": torch.zeros_like(x).requires_grad_()}
-        return torch.einsum("nd,ndf->nf", x + own[layer]["x"], own[layer]["w13"])
+    def gate_and_up(layer: int, x: Tensor, w1: Tensor, w3: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        own[layer] |= {"w1": private(w1, rows), "w3": private(w3, rows), "x": torch.zeros_like(x).requires_grad_()}
+        gate, up = (torch.einsum("nd,ndf->nf", x + own[layer]["x"], own[layer][name]) for name in ("w1", "w3"))
+        return gate, up
 
     def down(layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
         rows_of.append(rows)
@@ -65,7 +66,7 @@ def by_plain_autograd(case: Case) -> dict[str, Tensor]:
             weight = weights[at[1:]]
             found["w2"][at] = grads["w2"][row].norm()
             found["unweighted"][at] = grads["w2"][row].norm() / weight
-            found["experts"][at] = (grads["w2"][row].square().sum() + grads["w13"][row].square().sum()).sqrt()
+            found["experts"][at] = sum(grads[name][row].square().sum() for name in ("w1", "w2", "w3")).sqrt()
             found["input"][at] = grads["x"][row].norm()
             found["benefit"][at] = grads["scale"][row] / weight
     return found

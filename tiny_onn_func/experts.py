@@ -8,8 +8,9 @@ from einops import rearrange
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from tiny_onn_func.grouped import combine_rows, dispatch_rows, grouped_matmul
-from tiny_onn_func.ops import swiglu
+from tiny_onn_func.dispatch import combine_rows, dispatch_rows
+from tiny_onn_func.gated import activate, gate_and_up
+from tiny_onn_func.grouped import grouped_matmul
 from tiny_onn_func.routing import Routing
 
 
@@ -22,7 +23,7 @@ class Rows(NamedTuple):
 
 
 ApplyW2 = Callable[[int, Tensor, Tensor, Rows], Tensor]
-ApplyW13 = Callable[[int, Tensor, Tensor, Rows], Tensor]
+ApplyW13 = Callable[[int, Tensor, Tensor, Tensor, Rows], tuple[Tensor, Tensor]]
 
 
 def apply_w2(
@@ -33,10 +34,14 @@ def apply_w2(
 
 
 def apply_w13(
-    layer: int, x: Float[Tensor, "rows dim"], w13: Float[Tensor, "experts dim both"], rows: Rows
-) -> Float[Tensor, "rows both"]:
-    """Gate and up of each row's expert, side by side; the second seam, before the activation."""
-    return grouped_matmul(x, w13, rows.offsets)
+    layer: int,
+    x: Float[Tensor, "rows dim"],
+    w1: Float[Tensor, "experts dim inner"],
+    w3: Float[Tensor, "experts dim inner"],
+    rows: Rows,
+) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows inner"]]:
+    """Gate and up of each row's expert; the second seam, before the activation."""
+    return gate_and_up(x, w1, w3, rows.offsets)
 
 
 class Sorted(NamedTuple):
@@ -75,8 +80,7 @@ def apply_experts(
     """
     slots = routing.expert_ids.shape[-1]
     rows, order, inverse = sort_by_expert(routing, num_experts or params["w1"].shape[0])
-    gate_and_up = torch.cat((params["w1"], params["w3"]), dim=-1)  # one grouped matmul instead of two
     inputs = dispatch_rows(x, order, inverse, slots)
-    gate, up = apply_w13(layer, inputs, gate_and_up, rows).chunk(2, dim=-1)
-    y = apply_w2(layer, swiglu(gate, up), params["w2"], rows)
+    gate, up = apply_w13(layer, inputs, params["w1"], params["w3"], rows)
+    y = apply_w2(layer, activate(gate, up), params["w2"], rows)
     return combine_rows(y, routing.weights.to(y.dtype), order, inverse)

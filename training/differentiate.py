@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch.func import vjp
 
-from tiny_onn_func.tiles import is_traced
 from tiny_onn_func.tree import leaves, tree_map
 from training.mapped import only_vmaps, peel, with_all_axes, wrap
 
@@ -36,13 +34,6 @@ def gradients(objective: Objective, *trees: Any, reads: Any = ()) -> tuple[tuple
         flat = torch.autograd.grad(peel(value)[0].sum(), [plain for plain, _ in inside], materialize_grads=True)
     grads = iter([wrap(grad, axes) for grad, (_, axes) in zip(flat, inside, strict=True)])
     return tree_map(lambda _: next(grads), trees), tree_map(lambda leaf: leaf.detach(), aux)
-
-
-def is_transformed(trees: Any) -> bool:
-    """Whether a transform is at work, or a tracer, or somebody else's autograd follows the leaves."""
-    plain = [peel(leaf)[0] for leaf in leaves(trees) if isinstance(leaf, Tensor)]
-    at_work = functorch.peek_interpreter_stack() is not None or any(map(is_traced, plain))
-    return at_work or any(leaf.requires_grad for leaf in plain)
 
 
 def _is_followed(trees: Any) -> bool:

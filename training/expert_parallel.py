@@ -48,16 +48,16 @@ class TravellingRows(SurpriseHookManager):
         self._journeys: dict[int, Journey] = {}
         self._measured: dict[int, Tensor] = {}  # by layer: surprise of the received rows
 
-    def apply_w13(self, layer: int, x: Tensor, w13: Tensor, rows: Rows) -> Tensor:
+    def apply_w13(self, layer: int, x: Tensor, w1: Tensor, w3: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Gate and up of the rows that came here; fewer or more rows than went away."""
-        journey = self._journeys[layer] = plan(rows, w13.shape[0], self._group)
+        journey = self._journeys[layer] = plan(rows, w1.shape[0], self._group)
 
         def came_back(surprise: Tensor) -> None:
             sent = Rows(rows.token[: surprise.shape[0]], rows.expert[: surprise.shape[0]], rows.offsets)
             super(TravellingRows, self)._fill(layer, surprise, sent)
 
         there = _ToOwners.apply(x, journey, self._group, lambda: self._measured.pop(layer), came_back)
-        return super().apply_w13(layer, there, w13, journey.rows)
+        return super().apply_w13(layer, there, w1, w3, journey.rows)
 
     def apply_w2(self, layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
         """Outputs of the rows that went away, in the order in which they went."""

@@ -42,7 +42,7 @@ class SurpriseHookManager:
         self._handles: list[RemovableHandle] = []
         self._saved: dict[int, tuple[Tensor, Rows]] = {}  # by layer: what w2's gradient is measured with
         self._inputs: dict[int, tuple[Tensor, Rows]] = {}  # by layer: what comes into w1 and w3
-        self._of_w2: dict[int, Tensor] = {}  # by layer: w2's part, until that of w1 and w3 is known
+        self._so_far: dict[int, list[Tensor]] = {}  # by layer: the parts of the three matrices, until all are known
 
     def apply_w2(self, layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
         """The wrapped application; saves w2's inputs and the rows' indices and hooks its output."""
@@ -51,12 +51,12 @@ class SurpriseHookManager:
             self._saved[layer] = ((y if self._kind == "benefit" else hidden).detach(), rows)
         return y
 
-    def apply_w13(self, layer: int, x: Tensor, w13: Tensor, rows: Rows) -> Tensor:
-        """The wrapped application of gate and up together."""
-        out = self._apply_w13(layer, x, w13, rows)
-        hooked = {"experts": out, "input": x}.get(self._kind)
-        if hooked is not None and self._hook(hooked, lambda grad: self._record_w13(layer, grad)):
-            self._inputs[layer] = (x.detach(), rows)
+    def apply_w13(self, layer: int, x: Tensor, w1: Tensor, w3: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The wrapped application of gate and up."""
+        out = self._apply_w13(layer, x, w1, w3, rows)
+        for hooked in {"experts": out, "input": (x,)}.get(self._kind, ()):
+            if self._hook(hooked, lambda grad: self._record_w13(layer, grad)):
+                self._inputs[layer] = (x.detach(), rows)
         return out
 
     def remove_hooks(self) -> None:
@@ -64,7 +64,7 @@ class SurpriseHookManager:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for saved in (self._saved, self._inputs, self._of_w2):
+        for saved in (self._saved, self._inputs, self._so_far):
             saved.clear()
 
     def _hook(self, seen: Tensor, record: Callable[[Tensor], None]) -> bool:
@@ -79,7 +79,7 @@ class SurpriseHookManager:
         saved, rows = self._saved[layer]
         measured = row_dot(saved, grad) if self._kind == "benefit" else row_surprise(saved, grad)
         if self._kind == "experts":
-            self._of_w2[layer] = measured
+            self._so_far[layer] = [measured]
         else:
             self._fill(layer, measured, rows)
 
@@ -87,8 +87,12 @@ class SurpriseHookManager:
         x, rows = self._inputs[layer]
         if self._kind == "input":
             self._fill(layer, row_norm(grad), rows)
-        else:  # the squares of all three matrices add up
-            self._fill(layer, self._of_w2.pop(layer).hypot(row_surprise(x, grad)), rows)
+            return
+        parts = self._so_far[layer]
+        parts.append(row_surprise(x, grad))
+        if len(parts) == 3:  # the squares of all three matrices add up
+            del self._so_far[layer]
+            self._fill(layer, parts[0].hypot(parts[1]).hypot(parts[2]), rows)
 
     def _fill(self, layer: int, values: Tensor, rows: Rows) -> None:
         surface = self.per_token_surprise[layer]

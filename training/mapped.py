@@ -46,5 +46,24 @@ def with_all_axes(t: Tensor) -> Tensor:
     return t
 
 
+def fold_runs(t: Tensor) -> Tensor:
+    """(runs, ...) plain: all mapped axes in front as one, those of outer vmaps first; one run where there is none."""
+    shape = t.shape
+    t = with_all_axes(t)
+    while functorch.is_batchedtensor(t):
+        t = functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0)
+    return t.reshape(-1, *shape)
+
+
+def unfold_runs(plain: Tensor) -> Tensor:
+    """What `fold_runs` folded."""
+    levels = list(_levels())
+    sizes = [functorch.CVmapInterpreterPtr(level).batchSize() for level in levels]
+    t = plain.reshape(*sizes, *plain.shape[1:])
+    for level in levels:  # the outermost first: its axis lies in front
+        t = functorch._add_batch_dim(t, 0, level.level())
+    return t
+
+
 def _levels() -> Iterator[functorch.CInterpreter]:
     yield from functorch.get_interpreter_stack() or ()

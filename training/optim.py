@@ -1,16 +1,17 @@
 """AdamW as a pair of pure functions, clipping, and the learning-rate schedule."""
 
 import math
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tiny_onn_func import native
+from tiny_onn_func.tiles import is_traced
 from tiny_onn_func.tree import Tree, flatten, leaves, tree_map, unflatten
-from training.differentiate import is_transformed
 from training.hyper import HyperParams, Number
+from training.mapped import fold_runs, only_vmaps, peel, unfold_runs
 
 
 class AdamWState(NamedTuple):
@@ -44,67 +45,71 @@ def adamw_update(
     mu = b1 mu + (1 - b1) g;  nu = b2 nu + (1 - b2) g^2
     p = p (1 - lr wd) - lr / (1 - b1^t) * mu / (sqrt(nu / (1 - b2^t)) + eps)
 
-    Decay acts on matrices; norms, one number a channel, have none. PyTorch's fused kernel makes the step
-    where no transform, no autograd and no mapped number asks for the formula itself. `backbone_scale` multiplies the
-    rate, and so the decay, of every leaf that is no expert's.
+    Decay acts on matrices; norms, one number a channel, have none. Where nobody follows derivatives, a kernel makes the
+    step for all runs of a vmap at once. `backbone_scale` multiplies the rate, and so the decay, of every leaf that is
+    no expert's.
     """
     updates = state.updates + 1
-    if _may_fuse((params, grads, lr, weight_decay, hyper, grad_scale), weight_decay, hyper):
-        rates = {True: float(lr * backbone_scale), False: float(lr)}
-        return _fused_update(params, grads, state._replace(updates=updates), rates, weight_decay, hyper, grad_scale)
     t = updates.to(torch.float64)  # as Python's own numbers: in float32 the corrections would lose half of their digits
     step_size = lr / (1 - hyper.beta1**t)
     root_correction = (1 - hyper.beta2**t).sqrt()
-    p, g, mu, nu = (flatten(tree) for tree in (params, grads, state.mu, state.nu))
-    new_p: dict[str, Tensor] = {}
     # step / (sqrt(nu) / root + eps) = (step root) / (sqrt(nu) + eps root): one pass less over each leaf
     numbers = grad_scale, 1 - hyper.beta1, 1 - hyper.beta2, hyper.eps * root_correction
-    steps = {
-        backbone: (1 - lr * share * weight_decay, step_size * share * root_correction)
-        for backbone, share in ((True, backbone_scale), (False, 1.0))
-    }
+    steps: Steps = {
+        (backbone, decays): (
+            *numbers, 1 - lr * share * weight_decay if decays else 1.0, step_size * share * root_correction,
+        )
+        for backbone, share in ((True, backbone_scale), (False, 1.0)) for decays in (True, False)
+    }  # fmt: skip
+    p, g, mu, nu = (flatten(tree) for tree in (params, grads, state.mu, state.nu))
+    update = _native_update if _may_take_kernel((p, g, mu, nu), [*steps.values()]) else _update
+    new = update(p, g, mu, nu, {name: (is_backbone(name), has_decay(name)) for name in p}, steps)
+    made = [unflatten({name: leaf[place] for name, leaf in new.items()}) for place in range(3)]
+    return made[0], AdamWState(updates, made[1], made[2])
+
+
+Leaves = dict[str, Tensor]
+Kind = tuple[bool, bool]  # whether the leaf is of the backbone, and whether it decays
+Steps = dict[Kind, tuple[Number, ...]]  # scale, 1 - beta1, 1 - beta2, eps, decay, step
+
+
+def _update(
+    p: Leaves, g: Leaves, mu: Leaves, nu: Leaves, kinds: dict[str, Kind], steps: Steps
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The formula."""
+    new = {}
     for name, value in p.items():
-        own = (*numbers, *steps[is_backbone(name)])
-        scale, new_in_mu, new_in_nu, eps, decay, step = (_in_dtype(number, value) for number in own)
+        scale, into_mu, into_nu, eps, decay, step = (_in_dtype(number, value) for number in steps[kinds[name]])
         grad = g[name] * scale
-        mu[name] = torch.lerp(mu[name], grad, new_in_mu)
-        nu[name] = torch.lerp(nu[name], grad.square(), new_in_nu)
-        update = mu[name] / (_root(nu[name]) + eps)
-        decayed = value * decay if has_decay(name) else value
-        new_p[name] = decayed - step * update
-    return unflatten(new_p), AdamWState(updates, unflatten(mu), unflatten(nu))
+        m, v = torch.lerp(mu[name], grad, into_mu), torch.lerp(nu[name], grad.square(), into_nu)
+        new[name] = value * decay - step * (m / (_root(v) + eps)), m, v
+    return new
 
 
-def _may_fuse(reads: Any, weight_decay: Number, hyper: HyperParams) -> bool:
-    """Whether nobody watches the step, and what the kernel takes as Python numbers is given so."""
-    numbers = (weight_decay, hyper.beta1, hyper.beta2, hyper.eps)
-    return not is_transformed(reads) and all(isinstance(number, float | int) for number in numbers)
+def _native_update(
+    p: Leaves, g: Leaves, mu: Leaves, nu: Leaves, kinds: dict[str, Kind], steps: Steps
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The same, each leaf read and written once."""
+    numbers = {kind: _stacked(steps[kind]) for kind in set(kinds.values())}
+    new = {}
+    for name in p:
+        leaf = (fold_runs(tree[name]) for tree in (p, g, mu, nu))
+        made = native.adamw(numbers[kinds[name]], *leaf)
+        new[name] = unfold_runs(made[0]), unfold_runs(made[1]), unfold_runs(made[2])
+    return new
 
 
-def _fused_update(
-    params: Tree, grads: Tree, state: AdamWState, rates: dict[bool, float], weight_decay: Number, hyper: HyperParams,
-    scale: Number,
-) -> tuple[Tree, AdamWState]:  # fmt: skip
-    """The same step, each leaf read and written once; it works in place, on copies."""
-    plain = torch.contiguous_format  # the kernel reads all four as if their strides were the same
-    p, mu, nu = (
-        {k: v.clone(memory_format=plain) for k, v in flatten(tree).items()} for tree in (params, state.mu, state.nu)
+def _may_take_kernel(trees: Any, numbers: Any) -> bool:
+    """Whether the kernel takes the leaves, and nobody asks for derivatives or is tracing."""
+    inside = [peel(leaf)[0] for leaf in leaves((trees, numbers)) if isinstance(leaf, Tensor)]
+    followed = not only_vmaps() or any(t.requires_grad or is_traced(t) for t in inside)
+    return not followed and native.can_take(*(peel(leaf)[0] for leaf in leaves(trees)))
+
+
+def _stacked(numbers: tuple[Number, ...]) -> Float[Tensor, "runs numbers"]:
+    return fold_runs(torch.stack([torch.as_tensor(number, dtype=torch.float64) for number in numbers])).to(
+        torch.float32
     )
-    g = {name: (grad * scale).contiguous() for name, grad in flatten(grads).items()}
-    updates = state.updates.to(torch.float32)
-    beta1, beta2, eps, decays = float(hyper.beta1), float(hyper.beta2), float(hyper.eps), float(weight_decay)
-
-    def kind(name: str) -> tuple[bool, bool]:
-        return has_decay(name), is_backbone(name) and rates[True] != rates[False]
-
-    for (decay, backbone), group in groupby(sorted(p, key=kind), key=kind):
-        names = list(group)
-        torch._fused_adamw_(
-            [p[n] for n in names], [g[n] for n in names], [mu[n] for n in names], [nu[n] for n in names], [],
-            [updates] * len(names), lr=rates[backbone], beta1=beta1, beta2=beta2, eps=eps,
-            weight_decay=decays if decay else 0.0, amsgrad=False, maximize=False,
-        )  # fmt: skip
-    return unflatten(p), AdamWState(state.updates, unflatten(mu), unflatten(nu))
 
 
 def _root(nu: Tensor) -> Tensor:

@@ -1,0 +1,186 @@
+"""The compiled kernels: right to rounding, the same bits whatever the threads and the batch, and never needed."""
+
+import ctypes
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.helpers import assert_close, seeded, tiny_batch, tiny_config
+from tiny_onn_func import native
+from tiny_onn_func.tree import leaves
+from training import HyperParams, hyper_step, init_state
+from training.optim import adamw_init, adamw_update
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler to make the kernels with")
+EPS = torch.finfo(torch.float32).eps
+COUNTS = st.lists(st.integers(0, 70), min_size=1, max_size=5)
+WIDTHS = st.sampled_from([1, 3, 15, 16, 17, 31, 32, 33, 48, 64, 65])
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def offsets_of(counts: list[int], runs: int = 1) -> Tensor:
+    return torch.tensor([list(itertools.accumulate(counts))] * runs, dtype=torch.int32)
+
+
+def product(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Row by row, in float64."""
+    out = rows.new_zeros(*rows.shape[:2], weights.shape[-1], dtype=torch.float64)
+    for run, ends in enumerate(offsets.tolist()):
+        start = 0
+        for expert, end in enumerate(ends):
+            out[run, start:end] = rows[run, start:end].double() @ weights[run, expert].double()
+            start = end
+    return out
+
+
+def assert_within_rounding(found: Tensor, wanted: Tensor, size: Tensor, terms: int) -> None:
+    """|error| <= terms * eps * sum of the terms' sizes: what adding `terms` products in any order may cost."""
+    assert bool(((found - wanted).abs() <= (terms + 1) * EPS * size + 1e-30).all())
+
+
+@example(counts=[0, 0], inner=16, outer=32, nobody=3, transposed=False)
+@example(counts=[130], inner=33, outer=65, nobody=0, transposed=True)
+@given(counts=COUNTS, inner=WIDTHS, outer=WIDTHS, nobody=st.integers(0, 9), transposed=st.booleans())
+def test_products_are_right_to_rounding_at_every_edge_of_a_tile(
+    counts: list[int], inner: int, outer: int, nobody: int, transposed: bool
+) -> None:
+    runs, count = 2, sum(counts) + nobody
+    offsets = offsets_of(counts, runs)
+    rows, others = drawn(runs, count, inner), drawn(runs, count, inner, seed=1)
+    shape = (runs, len(counts), outer, inner) if transposed else (runs, len(counts), inner, outer)
+    pair = [drawn(*shape, seed=seed) for seed in (2, 3)]
+    weights, more = (w.mT if transposed else w for w in pair)
+    grads = drawn(runs, count, outer, seed=4)
+    rows[:, sum(counts) :] = others[:, sum(counts) :] = grads[:, sum(counts) :] = torch.nan  # nobody's
+
+    one = native.matmul([(rows, weights)], offsets)
+    assert_within_rounding(one, product(rows, weights, offsets), product(rows.abs(), weights.abs(), offsets), inner)
+    two = native.matmul([(rows, weights), (others, more)], offsets)
+    wanted = product(rows, weights, offsets) + product(others, more, offsets)
+    size = product(rows.abs(), weights.abs(), offsets) + product(others.abs(), more.abs(), offsets)
+    assert_within_rounding(two, wanted, size, 2 * inner)
+    assert not one[:, sum(counts) :].any()
+
+    outer_product = native.outer(rows, grads, offsets)
+    for run, expert in itertools.product(range(runs), range(len(counts))):
+        start, end = sum(counts[:expert]), sum(counts[: expert + 1])
+        left, right = rows[run, start:end].double(), grads[run, start:end].double()
+        size = left.abs().mT @ right.abs()
+        assert_within_rounding(outer_product[run, expert], left.mT @ right, size, end - start)
+
+
+def test_the_bits_depend_neither_on_threads_nor_on_who_else_is_there() -> None:
+    counts = [70, 0, 9, 64, 1]
+    rows, grads, weights = drawn(3, 150, 40), drawn(3, 150, 72, seed=1), drawn(3, 5, 40, 72, seed=2)
+    offsets = offsets_of(counts, 3)
+    alone = native.matmul([(rows, weights)], offsets), native.outer(rows, grads, offsets)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        shared = native.matmul([(rows, weights)], offsets), native.outer(rows, grads, offsets)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    for run in range(3):
+        one = slice(run, run + 1)
+        assert torch.equal(native.matmul([(rows[one], weights[one])], offsets[one]), alone[0][one])
+        assert torch.equal(native.outer(rows[one], grads[one], offsets[one]), alone[1][one])
+    for expert, start in ((0, 0), (2, 70), (4, 143)):  # a row alone is the row among others
+        single = native.matmul([(rows[:1, start : start + 1], weights[:1, expert : expert + 1])], offsets_of([1]))
+        assert torch.equal(single[0, 0], alone[0][0, start])
+
+
+@given(st.lists(st.floats(-120, 120, width=32), min_size=1, max_size=70), st.integers(0, 9))
+def test_the_activation_and_its_gradient_are_right_to_a_few_units_in_the_last_place(
+    values: list[float], seed: int
+) -> None:
+    gate, up, grad = torch.tensor(values), drawn(len(values), seed=seed), drawn(len(values), seed=seed + 1)
+    wide = [t.double().requires_grad_() for t in (gate, up)]
+    wanted = torch.nn.functional.silu(wide[0]) * wide[1]
+    assert torch.allclose(native.swiglu(gate, up).double(), wanted, rtol=1e-6, atol=1e-30)
+    slopes = torch.autograd.grad(wanted, wide, grad.double())
+    for found, slope, size in zip(native.swiglu_grad(grad, gate, up), slopes, (grad * up, grad), strict=True):
+        assert bool(((found - slope).abs() <= 1e-6 * slope.abs() + 1e-6 * size.abs()).all())
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    bad = torch.tensor([torch.nan, 1.0] * 20)
+    assert native.swiglu(bad, torch.ones(40)).isnan().tolist() == [True, False] * 20
+    assert native.swiglu_grad(torch.ones(40), bad, torch.ones(40))[0].isnan().tolist() == [True, False] * 20
+    rows, weights = torch.full((1, 3, 16), torch.nan), torch.zeros(1, 1, 16, 16)
+    assert native.matmul([(rows, weights)], offsets_of([2])).isnan().any(dim=-1).tolist() == [[True, True, False]]
+
+
+def test_rows_are_sent_back_with_their_weights() -> None:
+    x, weights = drawn(5, 7), drawn(5, 3, seed=1)
+    order = torch.randperm(15, generator=seeded(2))
+    wanted = x[order // 3] * weights.flatten()[order, None]
+    assert torch.equal(native.scaled_rows(x, weights, order), wanted)
+
+
+def test_the_optimizers_kernel_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = {"w": drawn(40, 500), "in": {"norm": drawn(33)}, "moe": {"w1": drawn(7)}}
+    hyper, state = HyperParams(), adamw_init(params)
+    for step in range(3):
+        grads = {"w": drawn(40, 500, seed=step), "in": {"norm": drawn(33, seed=step)}, "moe": {"w1": torch.zeros(7)}}
+        told = {"lr": 0.01, "weight_decay": 0.1, "hyper": hyper, "grad_scale": 0.3, "backbone_scale": 0.5}
+        found = adamw_update(params, grads, state, **told)
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "can_take", lambda *_: False)
+            wanted = adamw_update(params, grads, state, **told)
+        for one, other in zip(leaves(found), leaves(wanted), strict=True):
+            assert_close(one, other, 1e-6)
+        params, state = found
+
+
+def test_a_step_without_the_kernels_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(num_experts_per_tok=-1)
+    state, batch = init_state(config, seeded(0)), tiny_batch(config, 3, 8, right=(0, 2, 5))
+    (with_them, told) = hyper_step(state, batch, HyperParams(), config)
+    monkeypatch.setattr(native, "can_take", lambda *_: False)
+    (without, told_too) = hyper_step(state, batch, HyperParams(), config)
+    assert_close(told.main_loss, told_too.main_loss, 1e-6)
+    assert_close(told.surprise, told_too.surprise, 1e-5)
+    assert_close(with_them.expert_opt.mu["layers"]["moe"]["w2"], without.expert_opt.mu["layers"]["moe"]["w2"], 1e-4)
+
+
+@pytest.mark.parametrize("compiler", ["", "/nowhere/cc", "/bin/false"])
+def test_without_a_compiler_nothing_is_missing(compiler: str, tmp_path: Path) -> None:
+    program = (
+        "import torch; from tiny_onn_func import native; from tiny_onn_func.grouped import grouped_matmul\n"
+        "assert native.library() is None\n"
+        "print(grouped_matmul(torch.ones(2, 3), torch.ones(1, 3, 5), torch.tensor([2], dtype=torch.int32)).sum())"
+    )
+    environment = {"TINY_ONN_CACHE": str(tmp_path), "CC": compiler, "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (ended.stdout.strip(), ended.stderr) == ("tensor(30.)", "")
+    assert [*tmp_path.rglob("*.so")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("-O3", "-mavx2", "-mfma"), ("-O2",), ("-O3", "-march=native", "-fopenmp")], ids=str)
+def test_the_kernels_of_lesser_processors_compute_the_same(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "kernels.so"
+    subprocess.run(["cc", *flags, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-shared", "-fPIC", "-o", made,
+                    native.SOURCE, "-lm"], check=True)  # fmt: skip
+    rows, weights, offsets = drawn(2, 90, 37), drawn(2, 3, 37, 70, seed=1), offsets_of([20, 0, 63], 2)
+    here = native.matmul([(rows, weights)], offsets), native.matmul([(rows, weights.mT.contiguous().mT)], offsets)
+    kernels = native.typed(ctypes.CDLL(str(made)))
+    monkeypatch.setattr(native, "_kernels", lambda: kernels)
+    there = native.matmul([(rows, weights)], offsets), native.matmul([(rows, weights.mT.contiguous().mT)], offsets)
+    for a, b in zip(here, there, strict=True):
+        assert_close(a, b, 2e-6)

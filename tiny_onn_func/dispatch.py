@@ -1,0 +1,113 @@
+"""Tokens to the rows of their experts and back: gather and weighted sum, with gradients and vmap rules of their own."""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd import Function
+
+from tiny_onn_func import native
+from tiny_onn_func.grouped import batch_first, fold, sum_of, unfold
+
+
+def dispatch_rows(
+    x: Float[Tensor, "tokens dim"], order: Int[Tensor, " rows"], inverse: Int[Tensor, " rows"], slots: int
+) -> Float[Tensor, "rows dim"]:
+    """rows[n] = x[order[n] // slots]: a copy of its token for every row, in the order of the experts."""
+    return _Dispatch.apply(x, order, inverse, slots)
+
+
+def combine_rows(
+    y: Float[Tensor, "rows dim"],
+    weights: Float[Tensor, "tokens slots"],
+    order: Int[Tensor, " rows"],
+    inverse: Int[Tensor, " rows"],
+) -> Float[Tensor, "tokens dim"]:
+    """out[t] = sum over slots m of weights[t, m] * y[inverse[t * slots + m]]."""
+    return _Combine.apply(y, weights, order, inverse)
+
+
+class _Dispatch(Function):
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, inverse: Tensor, slots: int) -> Tensor:
+        return x.index_select(0, order // slots)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, order, inverse, ctx.slots = inputs
+        ctx.save_for_backward(order, inverse)
+        ctx.save_for_forward(order, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        order, inverse = ctx.saved_tensors
+        ones = grad.new_ones(grad.shape[0] // ctx.slots, ctx.slots)
+        return combine_rows(grad, ones, order, inverse), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x_dot: Tensor, *_: None) -> Tensor:
+        order, inverse = ctx.saved_tensors
+        return dispatch_rows(x_dot, order, inverse, ctx.slots)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, order: Tensor, inverse: Tensor, slots: int) -> Any:
+        x, order, inverse = batch_first(info.batch_size, in_dims, x, order, inverse)
+        rows = dispatch_rows(fold(x), _fold_index(order), _fold_index(inverse), slots)
+        return unfold(rows, info.batch_size), 0
+
+
+class _Combine(Function):
+    @staticmethod
+    def forward(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        bags = rearrange(inverse, "(tokens slots) -> tokens slots", slots=weights.shape[-1])
+        return F.embedding_bag(bags, y, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        y, weights, order, inverse = ctx.saved_tensors
+        slots = weights.shape[-1]
+        if not ctx.needs_input_grad[1] and native.may_run(grad, weights):
+            return native.scaled_rows(grad, weights, order), None, None, None
+        rows = _Dispatch.apply(grad, order, inverse, slots)
+        grad_weights = grad_y = None
+        if ctx.needs_input_grad[1]:
+            dots = reduce(y * rows, "rows dim -> rows", "sum").index_select(0, inverse)
+            grad_weights = rearrange(dots, "(tokens slots) -> tokens slots", slots=slots)
+        if ctx.needs_input_grad[0]:
+            grad_y = rows * rearrange(weights, "tokens slots -> (tokens slots) 1").index_select(0, order)
+        return grad_y, grad_weights, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, y_dot: Tensor | None, weights_dot: Tensor | None, *_: None) -> Tensor:
+        y, weights, order, inverse = ctx.saved_tensors
+        return sum_of(
+            None if y_dot is None else combine_rows(y_dot, weights, order, inverse),
+            None if weights_dot is None else combine_rows(y, weights_dot, order, inverse),
+        )
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor
+    ) -> Any:
+        y, weights, order, inverse = batch_first(info.batch_size, in_dims, y, weights, order, inverse)
+        out = combine_rows(fold(y), fold(weights), _fold_index(order), _fold_index(inverse))
+        return unfold(out, info.batch_size), 0
+
+
+for function in (_Dispatch, _Combine):
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[union-attr]  # see grouped.py
+
+
+def _fold_index(index: Tensor) -> Tensor:
+    """Indices into each run's rows -> indices into all rows."""
+    runs, rows = index.shape
+    return fold(index + rearrange(torch.arange(runs, device=index.device) * rows, "runs -> runs 1"))
