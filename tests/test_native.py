@@ -175,8 +175,8 @@ def test_the_kernels_of_lesser_processors_compute_the_same(
     flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = tmp_path / "kernels.so"
-    subprocess.run(["cc", *flags, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-shared", "-fPIC", "-o", made,
-                    native.SOURCE, "-lm"], check=True)  # fmt: skip
+    quiet = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter")
+    subprocess.run(["cc", *flags, *quiet, "-shared", "-fPIC", "-o", made, native.SOURCE, "-lm"], check=True)
     rows, weights, offsets = drawn(2, 90, 37), drawn(2, 3, 37, 70, seed=1), offsets_of([20, 0, 63], 2)
     here = native.matmul([(rows, weights)], offsets), native.matmul([(rows, weights.mT.contiguous().mT)], offsets)
     kernels = native.typed(ctypes.CDLL(str(made)))
