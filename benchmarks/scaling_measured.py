@@ -34,6 +34,7 @@ CASES = (
     (1, Layout()), (2, Layout()), (4, Layout()), (4, Layout(1, True)), (2, Layout(2)), (4, Layout(2, True)),
 )  # fmt: skip
 LINK_BYTES = 32 << 20
+MOMENTS = 4  # gathered in the end, in messages as large as those of a step's parameters
 
 
 class Found(NamedTuple):
@@ -96,9 +97,9 @@ def run(model: ModelConfig, size: int, layout: Layout) -> Found:
 
 
 def _in_steps(sent: dict[str, float]) -> float:
-    """Bytes of a step, without those of the checkpoint in the end: the whole state, and two moments as parameters."""
+    """Bytes of a step, without those of the end: whole states, and the moments of both of them as parameters."""
     steps = {purpose: nbytes for purpose, nbytes in sent.items() if purpose != "whole state"}
-    return sum(steps.values()) - steps.get("parameters", 0.0) * 2 / (STEPS + 2)
+    return sum(steps.values()) - steps.get("parameters", 0.0) * MOMENTS / (STEPS + MOMENTS)
 
 
 def given(model: ModelConfig) -> dict[str, int]:
