@@ -24,6 +24,7 @@ from training.checkpoint_files import digest, sha256
 from training.cli import main
 from training.data import open_corpus
 from training.errors import LONGEST, UserError, one_line
+from training.html_report import write_report
 from training.plain_yaml import MOST_VALUES, read_yaml
 from training.recorder import read_history
 from training.regular_file import open_regular, read_object, read_small
@@ -280,6 +281,18 @@ def test_a_report_of_a_run_with_a_forged_summary_is_one_line(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.startswith("tiny-onn: ")
+
+
+def test_a_baseline_that_no_chart_can_hold_is_left_out(run: Path) -> None:
+    right = (run / "summary.json").read_text(encoding="utf-8")
+    forged = json.loads(right) | {"baselines": {"huge": 1e308, "bigram": 3.5}}
+    (run / "summary.json").write_text(json.dumps(forged), encoding="utf-8")
+    try:
+        page = write_report(run).path.read_text(encoding="utf-8")
+    finally:
+        (run / "summary.json").write_text(right, encoding="utf-8")
+    assert "bigram" in page
+    assert "1e+308" not in page
 
 
 def test_a_forged_checkpoint_whose_checksums_are_right_is_refused_with_the_leaf(run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from training import html_pieces as h
 from training.html_maps import last_tables, load_legend, load_map, surprise_map
 from training.html_pieces import Html, element, join, number
-from training.series import Records, columns, gather, numbers
+from training.series import LARGEST, Records, columns, gather, numbers
 from training.svg import Curve, legend, line_chart
 
 POINTS = 500  # most of a curve
@@ -84,7 +84,7 @@ def _opening(run: RunFiles, name: str) -> Html:
 
 def _ranking(summary: Mapping[str, Any]) -> Html:
     """The model among the baselines, best first."""
-    bits = {name: value for name, value in (summary.get("baselines") or {}).items() if isinstance(value, int | float)}
+    bits = _baselines(summary)
     if not bits or summary.get("bits_per_byte") is None:
         return Html("")
     ranked = sorted(({"this model": summary["bits_per_byte"]} | bits).items(), key=lambda pair: pair[1])
@@ -94,9 +94,14 @@ def _ranking(summary: Mapping[str, Any]) -> Html:
     )
 
 
+def _baselines(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Bits per byte of the baselines that have a number, and one that can be drawn."""
+    given = summary.get("baselines") or {}
+    return {name: value for name, value in given.items() if isinstance(value, int | float) and abs(value) < LARGEST}
+
+
 def _charts(run: RunFiles) -> Html:
-    baselines = run.summary.get("baselines") or {}
-    nats = {name: bits * math.log(2) for name, bits in baselines.items() if isinstance(bits, int | float)}
+    nats = {name: bits * math.log(2) for name, bits in _baselines(run.summary).items()}
     charts = []
     for title, unit, lines in CHARTS:
         curves = [_curve(run.history, key, name or title, slot) for slot, (key, name) in _slotted(lines)]
