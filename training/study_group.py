@@ -17,6 +17,7 @@ from training.continual import batches_at, overall, score_tasks, task_that_ends,
 from training.continuity import check_same, fingerprint
 from training.data import Splits, open_corpus
 from training.durable import write_text
+from training.errors import UserError
 from training.first_state import first_state
 from training.guard import bad_runs, passed_over, where_runs
 from training.hyper_step import TrainState, init_state
@@ -137,7 +138,7 @@ def _train(
                 if number == config.steps or (config.checkpoint_every and number % config.checkpoint_every == 0):
                     saver.save(named_tensors(mapped))
                     saved = number
-        except BaseException:  # whatever it is, the states after the last whole step are good
+        except (KeyboardInterrupt, UserError):
             if int(mapped.step) > saved:
                 saver.save(named_tensors(mapped))
             saver.wait()
