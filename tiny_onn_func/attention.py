@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from tiny_onn_func.attend import attend
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.ops import rms_norm, rotate
 
@@ -47,7 +48,5 @@ def attention(
     qk = rms_norm(qk, None, config.rms_norm_eps) * rearrange(norms, "heads dim -> heads 1 dim")
     q, k = rotate(qk, *rotary).split((heads, groups), dim=1)
     q = rearrange(q, "batch (groups share) seq dim -> batch groups share seq dim", groups=groups)
-    scores = einsum(q, k, "b groups share i dim, b groups j dim -> b groups share i j")
-    weights = (scores + rearrange(bias, "batch i j -> batch 1 1 i j")).softmax(dim=-1)
-    out = einsum(weights, v, "b groups share i j, b groups j dim -> b i groups share dim")
-    return rearrange(out, "batch seq groups share dim -> batch seq (groups share dim)") @ params["o_proj"]
+    out = attend(q, k, v, bias)
+    return rearrange(out, "batch groups share seq dim -> batch seq (groups share dim)") @ params["o_proj"]

@@ -73,22 +73,22 @@ INLINE void tile_of(int high, const int wide, int64_t depth, const float *const 
 
 /* c (n x m) = a (n x depth) b (depth x m), plus c if `more`, with a[i][k] at a[i * row + k * step]. */
 static void product(int64_t n, int64_t m, int64_t depth, const float *a, int64_t row, int64_t step, const float *b,
-                    float *c, int more) {
+                    int64_t ldb, float *c, int64_t ldc, int more) {
     for (int64_t j = 0; j < m;) {
         int wide = m - j >= WIDE * LANES ? WIDE : m - j >= LANES;
         for (int64_t i = 0; i < n; i += HIGH) {
             int high = n - i < HIGH ? (int)(n - i) : HIGH;
             const float *rows[HIGH];
             for (int r = 0; r < high; r++) rows[r] = a + (i + r) * row;
-            float *out = c + i * m + j;
-            if (wide == WIDE) tile_of(high, WIDE, depth, rows, step, b + j, m, out, m, more);
-            else if (wide) tile_of(high, 1, depth, rows, step, b + j, m, out, m, more);
+            float *out = c + i * ldc + j;
+            if (wide == WIDE) tile_of(high, WIDE, depth, rows, step, b + j, ldb, out, ldc, more);
+            else if (wide) tile_of(high, 1, depth, rows, step, b + j, ldb, out, ldc, more);
             else
                 for (int r = 0; r < high; r++)
                     for (int64_t q = 0; q < m - j; q++) {
-                        double sum = more ? out[r * m + q] : 0; /* no vector here, so no price for a better sum */
-                        for (int64_t k = 0; k < depth; k++) sum += (double)rows[r][k * step] * b[k * m + j + q];
-                        out[r * m + q] = (float)sum;
+                        double sum = more ? out[r * ldc + q] : 0; /* no vector here, so no price for a better sum */
+                        for (int64_t k = 0; k < depth; k++) sum += (double)rows[r][k * step] * b[k * ldb + j + q];
+                        out[r * ldc + q] = (float)sum;
                     }
         }
         j += wide ? wide * LANES : m - j;
@@ -170,7 +170,7 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
                 const float *weight = rights[term] + task.group * size;
                 if (transposed && group != task.group) turn(out, in, weight, turned + term * size);
                 if (transposed) weight = turned + term * size;
-                product(task.rows, out, in, lefts[term] + task.row * in, in, 1, weight, result + task.row * out, term);
+                product(task.rows, out, in, lefts[term] + task.row * in, in, 1, weight, out, result + task.row * out, out, term);
             }
             group = task.group;
         }
@@ -194,7 +194,8 @@ void grouped_outer(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
         if (some <= 0) continue;
         float *part = result + (group * in + from) * out;
         if (depth)
-            product(some, out, depth, rows + (first + start) * in + from, 1, in, grads + (first + start) * out, part, 0);
+            product(some, out, depth, rows + (first + start) * in + from, 1, in, grads + (first + start) * out, out, part, out,
+                    0);
         else memset(part, 0, sizeof(float) * (size_t)(some * out));
     }
 }
@@ -227,6 +228,127 @@ void swiglu_grad(int64_t count, const float *grad, const float *gate, const floa
         grad_up[i] = grad[i] * gate[i] * share;
         grad_gate[i] = grad[i] * up[i] * share * (1 + gate[i] * (1 - share));
     }
+}
+
+/* Largest, sum, and sum of products: as many partial ones as a vector has lanes, then those. */
+#define REDUCE(name, arguments, start, term, join)                     \
+    INLINE float name arguments {                                      \
+        float part[LANES], all = start;                                \
+        for (int l = 0; l < LANES; l++) part[l] = start;               \
+        int64_t j = 0;                                                 \
+        for (; j + LANES <= n; j += LANES)                             \
+            for (int l = 0; l < LANES; l++) {                          \
+                float a = part[l], b = term(j + l);                    \
+                part[l] = join;                                        \
+            }                                                          \
+        for (int l = 0; l < LANES; l++) {                              \
+            float a = all, b = part[l];                                \
+            all = join;                                                \
+        }                                                              \
+        for (; j < n; j++) {                                           \
+            float a = all, b = term(j);                                \
+            all = join;                                                \
+        }                                                              \
+        return all;                                                    \
+    }
+#define OF_X(j) x[j]
+#define OF_XY(j) x[j] * y[j]
+REDUCE(largest, (int64_t n, const float *x), -INFINITY, OF_X, a > b ? a : b)
+REDUCE(total, (int64_t n, const float *x), 0, OF_X, a + b)
+REDUCE(dot, (int64_t n, const float *x, const float *y), 0, OF_XY, a + b)
+
+/* Probabilities (high x width) of queries first .. first + high: softmax(q k^T + bias), zeros on later keys; `keys` is
+   k turned. If `log_sums` are known they are used, else they are made. */
+INLINE void probabilities(int64_t seq, int64_t dim, int64_t first, int64_t high, int64_t width, const float *q,
+                          const float *keys, const float *bias, float *p, float *log_sums, int known) {
+    product(high, width, dim, q + first * dim, dim, 1, keys, seq, p, seq, 0);
+    for (int64_t i = first; i < first + high; i++, p += seq) {
+        int64_t n = i + 1;
+        const float *mask = bias + i * seq;
+        for (int64_t j = 0; j < n; j++) p[j] += mask[j];
+        float from = known ? log_sums[i] : largest(n, p);
+        for (int64_t j = 0; j < n; j++) p[j] = expo(p[j] - from);
+        if (!known) {
+            float sum = total(n, p), share = 1 / sum;
+            log_sums[i] = from + logf(sum);
+            for (int64_t j = 0; j < n; j++) p[j] *= share;
+        }
+        for (int64_t j = n; j < width; j++) p[j] = 0;
+    }
+}
+
+/* Keys that the queries before `end` may see, up to whole vectors. */
+INLINE int64_t seen(int64_t end, int64_t seq) {
+    int64_t width = (end + WIDE * LANES - 1) / (WIDE * LANES) * (WIDE * LANES);
+    return width < seq ? width : seq;
+}
+
+/* out (batch, groups, share, seq, dim) = softmax(q k^T + bias) v, causal, and the log of each softmax's sum; q like out,
+   k and v (batch, groups, seq, dim), bias (1 or batch, seq, seq) with `own_bias` 0 or 1. 1 if there is no memory. */
+int attention(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t dim, const float *q, const float *k,
+              const float *v, const float *bias, int own_bias, float *out, float *log_sums, int threads) {
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && batch * groups * seq * seq * dim > SMALL)
+    for (int64_t t = 0; t < batch * groups; t++) {
+        float *keys = malloc(sizeof(float) * (size_t)(seq * dim + HIGH * seq)), *p = keys + seq * dim;
+        if (!keys) {
+#pragma omp atomic write
+            failed = 1;
+            continue;
+        }
+        const float *mask = bias + (own_bias ? t / groups * seq * seq : 0);
+        turn(seq, dim, k + t * seq * dim, keys);
+        for (int64_t h = t * share; h < (t + 1) * share; h++)
+            for (int64_t i = 0; i < seq; i += HIGH) {
+                int64_t high = seq - i < HIGH ? seq - i : HIGH, width = seen(i + high, seq);
+                probabilities(seq, dim, i, high, width, q + h * seq * dim, keys, mask, p, log_sums + h * seq, 0);
+                product(high, dim, i + high, p, seq, 1, v + t * seq * dim, dim, out + (h * seq + i) * dim, dim, 0);
+            }
+        free(keys);
+    }
+    return failed;
+}
+
+/* Its gradients in q, k and v. */
+int attention_grad(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t dim, const float *q,
+                   const float *k, const float *v, const float *bias, int own_bias, const float *out, float *log_sums,
+                   const float *grad, float *grad_q, float *grad_k, float *grad_v, int threads) {
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && batch * groups * seq * seq * dim > SMALL)
+    for (int64_t t = 0; t < batch * groups; t++) {
+        float *keys = malloc(sizeof(float) * (size_t)(2 * seq * dim + 2 * seq * seq));
+        if (!keys) {
+#pragma omp atomic write
+            failed = 1;
+            continue;
+        }
+        float *values = keys + seq * dim, *p = values + seq * dim, *s = p + seq * seq; /* s: slope in the scores */
+        const float *mask = bias + (own_bias ? t / groups * seq * seq : 0);
+        turn(seq, dim, k + t * seq * dim, keys);
+        turn(seq, dim, v + t * seq * dim, values);
+        for (int64_t h = t * share; h < (t + 1) * share; h++) {
+            const float *head = q + h * seq * dim, *up = grad + h * seq * dim, *made = out + h * seq * dim;
+            for (int64_t i = 0; i < seq; i += HIGH) {
+                int64_t high = seq - i < HIGH ? seq - i : HIGH, width = seen(i + high, seq);
+                probabilities(seq, dim, i, high, width, head, keys, mask, p + i * seq, log_sums + h * seq, 1);
+                product(high, width, dim, up + i * dim, dim, 1, values, seq, s + i * seq, seq, 0);
+                for (int64_t r = i; r < i + high; r++) {
+                    float mean = dot(dim, up + r * dim, made + r * dim);
+                    for (int64_t j = 0; j < width; j++) s[r * seq + j] = p[r * seq + j] * (s[r * seq + j] - mean);
+                }
+                product(high, dim, i + high, s + i * seq, seq, 1, k + t * seq * dim, dim, grad_q + (h * seq + i) * dim, dim,
+                        0);
+            }
+            for (int64_t j = 0; j < seq; j += HIGH) { /* keys are seen by the queries from j on */
+                int64_t high = seq - j < HIGH ? seq - j : HIGH, at = j * seq + j, depth = seq - j;
+                int more = h > t * share;
+                product(high, dim, depth, s + at, 1, seq, head + j * dim, dim, grad_k + (t * seq + j) * dim, dim, more);
+                product(high, dim, depth, p + at, 1, seq, up + j * dim, dim, grad_v + (t * seq + j) * dim, dim, more);
+            }
+        }
+        free(keys);
+    }
+    return failed;
 }
 
 /* rows (n, dim): the token order[i] / slots of x, times weights[order[i]]: what a weighted sum sends back to its terms. */

@@ -104,6 +104,41 @@ def scaled_rows(
     return rows
 
 
+def attention(
+    q: Float[Tensor, "batch groups share seq dim"],
+    k: Float[Tensor, "batch groups seq dim"],
+    v: Float[Tensor, "batch groups seq dim"],
+    bias: Float[Tensor, "#batch seq seq"],
+) -> tuple[Float[Tensor, "batch groups share seq dim"], Float[Tensor, "batch groups share seq"]]:
+    """Causal softmax(q k^T + bias) v, and the logarithm of each softmax's sum."""
+    given = [t.contiguous() for t in (q, k, v, bias)]
+    out, log_sums = torch.empty_like(given[0]), given[0].new_empty(q.shape[:-1])
+    pointers = [t.data_ptr() for t in given]
+    made = (out.data_ptr(), log_sums.data_ptr(), torch.get_num_threads())
+    if _kernels().attention(*q.shape, *pointers, int(bias.shape[0] > 1), *made):
+        raise MemoryError("attention: expected memory for one head's scores, got none; use a smaller sequence_length")
+    return out, log_sums
+
+
+def attention_grad(
+    q: Float[Tensor, "batch groups share seq dim"],
+    k: Float[Tensor, "batch groups seq dim"],
+    v: Float[Tensor, "batch groups seq dim"],
+    bias: Float[Tensor, "#batch seq seq"],
+    out: Float[Tensor, "batch groups share seq dim"],
+    log_sums: Float[Tensor, "batch groups share seq"],
+    grad: Float[Tensor, "batch groups share seq dim"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention` in q, k and v."""
+    given = [t.contiguous() for t in (q, k, v, bias)]
+    known = [t.contiguous() for t in (out, log_sums, grad)]
+    made = torch.empty_like(given[0]), torch.empty_like(given[1]), torch.empty_like(given[2])
+    pointers, more = [t.data_ptr() for t in given], [t.data_ptr() for t in (*known, *made)]
+    if _kernels().attention_grad(*q.shape, *pointers, int(bias.shape[0] > 1), *more, torch.get_num_threads()):
+        raise MemoryError("attention: expected memory for one head's scores, got none; use a smaller sequence_length")
+    return made
+
+
 def adamw(
     numbers: Float[Tensor, "runs 6"],
     params: Float[Tensor, "runs *shape"],
@@ -154,6 +189,8 @@ def typed(kernels: Any) -> Any:
     kernels.swiglu.argtypes = [SIZE] + [POINTER] * 3 + [INT]
     kernels.swiglu_grad.argtypes = [SIZE] + [POINTER] * 5 + [INT]
     kernels.scaled_rows.argtypes = [SIZE] * 3 + [POINTER] * 4 + [INT]
+    kernels.attention.argtypes = [SIZE] * 5 + [POINTER] * 4 + [INT] + [POINTER] * 2 + [INT]
+    kernels.attention_grad.argtypes = [SIZE] * 5 + [POINTER] * 4 + [INT] + [POINTER] * 6 + [INT]
     kernels.adamw.argtypes = [SIZE] * 2 + [POINTER, FLOAT] + [POINTER] * 7 + [INT]
     return kernels
 

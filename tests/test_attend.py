@@ -1,0 +1,135 @@
+"""Attention: its kernel and its formula against each other and against PyTorch, in every transform."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+from tests.helpers import assert_close, seeded
+from tiny_onn_func import native
+from tiny_onn_func.attend import attend
+from tiny_onn_func.attention import causal_bias
+
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
+
+
+def inputs(
+    batch: int, groups: int, share: int, seq: int, dim: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
+    q, k, v = (
+        drawn(batch, groups, share, seq, dim),
+        drawn(batch, groups, seq, dim, seed=1),
+        drawn(batch, groups, seq, dim, seed=2),
+    )
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def by_torch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    share = q.shape[2]
+    keys, values = (t.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(1, 2) for t in (k, v))
+    out = F.scaled_dot_product_attention(q.flatten(1, 2), keys, values, attn_mask=bias.unsqueeze(1), scale=1.0)
+    return out.view_as(q)
+
+
+def mask_of(batch: int, seq: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A bias with padding on the right of each row, documents apart, and which queries are real."""
+    ends = torch.randint(1, seq + 1, (batch, 1), generator=seeded(seed))
+    real = (torch.arange(seq) < ends).long()
+    documents = real * (1 + (torch.arange(seq) >= seq // 2).long())
+    return causal_bias(documents, seq, torch.device("cpu"), dtype), real
+
+
+@example(batch=2, groups=2, share=2, seq=33, dim=5, masked=True)
+@example(batch=1, groups=1, share=1, seq=1, dim=1, masked=False)
+@given(
+    batch=st.integers(1, 2), groups=st.integers(1, 2), share=st.integers(1, 3), seq=st.integers(1, 70),
+    dim=st.sampled_from([1, 4, 16, 17, 32]), masked=st.booleans(),
+)  # fmt: skip
+def test_values_and_gradients_equal_torchs_attention(
+    batch: int, groups: int, share: int, seq: int, dim: int, masked: bool
+) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        q, k, v = (t.requires_grad_() for t in inputs(batch, groups, share, seq, dim, dtype))
+        bias, real = mask_of(batch, seq, dim, dtype)
+        if not masked:
+            bias, real = causal_bias(None, seq, torch.device("cpu"), dtype), torch.ones(batch, seq, dtype=torch.long)
+        upstream = drawn(*q.shape, seed=3, dtype=dtype) * real[:, None, None, :, None]
+        found, wanted = attend(q, k, v, bias), by_torch(q, k, v, bias)
+        kept = real[:, None, None, :, None]
+        assert_close((found * kept).detach(), (wanted * kept).detach(), tolerance)
+        pairs = zip(*(torch.autograd.grad(out, (q, k, v), upstream) for out in (found, wanted)), strict=True)
+        for name, (ours, theirs) in zip("qkv", pairs, strict=True):
+            size = max(float(theirs.abs().max()), 1.0)
+            assert float((ours - theirs).abs().max()) <= 10 * tolerance * size, name
+
+
+@FORWARD_MODE
+def test_gradcheck_gradgradcheck_and_forward_mode() -> None:
+    q, k, v = (t.requires_grad_() for t in inputs(1, 1, 2, 3, 2))
+    bias = causal_bias(None, 3, torch.device("cpu"), torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: attend(*t, bias), (q, k, v), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda *t: attend(*t, bias), (q, k, v))
+
+
+@pytest.mark.parametrize(
+    "mapped", [(0, 0, 0, None), (0, None, 0, None), (None, 1, None, None), (0, 0, 0, 0), (1, 0, 0, 0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("own", [True, False])
+def test_vmap_equals_a_loop(mapped: tuple[int | None, ...], dtype: torch.dtype, own: bool) -> None:
+    runs, batch, seq = 3, 2, 5
+    stacked = [
+        torch.stack([inputs(batch, 1, 2, seq, 4, dtype)[i] + 0.1 * run for run in range(runs)]) for i in range(3)
+    ]
+    biases = torch.stack([mask_of(batch if own else 1, seq, run, dtype)[0] for run in range(runs)])
+    given = [t.movedim(0, dim) if dim is not None else t[0] for t, dim in zip([*stacked, biases], mapped, strict=True)]
+    picked = [
+        [t[run] if dim is not None else t[0] for t, dim in zip([*stacked, biases], mapped, strict=True)]
+        for run in range(runs)
+    ]
+    assert_close(vmap(attend, mapped)(*given), torch.stack([attend(*one) for one in picked]), 1e-6)
+
+    def slope(*t: Tensor) -> Tensor:
+        return grad(lambda k: (attend(t[0], k, *t[2:]) ** 2).sum())(t[1])
+
+    assert_close(vmap(slope, mapped)(*given), torch.stack([slope(*one) for one in picked]), 1e-5)
+
+
+@FORWARD_MODE
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_tangent_of_one_input_is_its_difference_quotient(place: int) -> None:
+    given, bias = list(inputs(1, 2, 1, 4, 3)), causal_bias(None, 4, torch.device("cpu"), torch.float64)
+    tangent = drawn(*given[place].shape, seed=9)
+
+    def of_place(t: Tensor) -> Tensor:
+        return attend(*given[:place], t, *given[place + 1 :], bias)
+
+    _, found = jvp(of_place, (given[place],), (tangent,))
+    step = 1e-6
+    quotient = (of_place(given[place] + step * tangent) - of_place(given[place] - step * tangent)) / (2 * step)
+    assert_close(found, quotient, 1e-7)
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler to make the kernels with")
+def test_the_kernels_bits_depend_on_no_thread_and_no_neighbour_and_it_keeps_what_is_no_number() -> None:
+    q, k, v = inputs(3, 2, 2, 40, 16, torch.float32)
+    bias, _ = mask_of(3, 40, 0, torch.float32)
+    out, log_sums = native.attention(q, k, v, bias)
+    alone = native.attention(q[1:2], k[1:2], v[1:2], bias[1:2])
+    assert torch.equal(out[1:2], alone[0])
+    assert torch.equal(log_sums[1:2], alone[1])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(native.attention(q, k, v, bias)[0], out)
+    finally:
+        torch.set_num_threads(threads)
+    k[1, 0, 0, 0] = torch.nan
+    assert native.attention(q, k, v, bias)[0][1, 0].isnan().all()
