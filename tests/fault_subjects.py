@@ -161,7 +161,7 @@ def _be_child(argv: Sequence[str], disk: Path, spoil: tuple[int, int], log: Path
 def subjects(home: Path) -> list[Subject]:
     """A run, a study of four vmapped runs, and a run whose cache of tokens is what fails."""
     (home / "text.txt").write_text(TEXT, encoding="utf-8")
-    os.environ["TINY_ONN_CACHE"] = str(home / "cache")
+    os.environ |= {"TINY_ONN_CACHE": str(home / "cache"), "TINY_ONN_NATIVE": "0"}  # no compiler beside the faults
     disk = home / "disk"
     run = _a_run(home, disk)
     return [run, _a_study(home, disk), run._replace(name="cache", disk=home / "cache")]

@@ -53,7 +53,8 @@ class Watch:
             self.seen.append(event)
         elif event == "open" and isinstance(arguments[0], str) and isinstance(arguments[2], int):
             writes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            if writes and not Path(arguments[0]).absolute().is_relative_to(self.allowed):
+            outside = not Path(arguments[0]).absolute().is_relative_to(self.allowed)
+            if writes and outside and arguments[0] != os.devnull:
                 self.seen.append(f"writes {arguments[0]}")
         elif event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.symlink", "os.truncate"):
             path = arguments[1] if event == "os.rename" else arguments[0]
@@ -194,7 +195,7 @@ def main() -> int:
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder).resolve()
-        os.environ["TINY_ONN_CACHE"] = str(home / "cache")
+        os.environ |= {"TINY_ONN_CACHE": str(home / "cache"), "TINY_ONN_NATIVE": "0"}
         for name, reader in readers(home).items():
             if given.only and name not in given.only:
                 continue
