@@ -161,7 +161,7 @@ def test_without_a_compiler_nothing_is_missing(compiler: str, tmp_path: Path) ->
         "assert native.library() is None\n"
         "print(grouped_matmul(torch.ones(2, 3), torch.ones(1, 3, 5), torch.tensor([2], dtype=torch.int32)).sum())"
     )
-    environment = {"TINY_ONN_CACHE": str(tmp_path), "CC": compiler, "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+    environment = {"TINY_ONN_NATIVE_CACHE": str(tmp_path), "CC": compiler, "PATH": "", "PYTHONPATH": ":".join(sys.path)}
     ended = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
     )

@@ -196,17 +196,19 @@ def test_ctrl_c_saves_checkpoints_ends_every_process_and_leaves_a_study_that_goe
     command = [sys.executable, "-m", "training", "study", str(home / "study.yaml"), "--out", str(out)]
     command += ["--runs-at-once", str(AT_ONCE), "--launcher", "ray"]
     plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=plain)
+    errors, progress = home / "errors.txt", re.compile(r"\d/3 groups, [12] running: .* loss \d")
+    with errors.open("w") as stream:
+        child = subprocess.Popen(command, stderr=stream, start_new_session=True, env=plain)
     try:
-        wait_for(lambda: worker_of(out, "group_000"))
+        wait_for(lambda: worker_of(out, "group_000") and progress.search(errors.read_text()))
         os.killpg(child.pid, signal.SIGINT)  # as the terminal does
-        said = child.communicate(timeout=60)[1]
+        child.wait(timeout=60)
     finally:
         child.kill()
-        child.communicate()
+        child.wait()
+    said = errors.read_text()
     assert child.returncode == 130
     assert f"stopped; go on with: tiny-onn study --resume --out {out}" in said
-    assert re.search(r"\d/3 groups, [12] running: .* loss \d", said)
     wait_for(lambda: not processes_of(child.pid), 20)
     run_study(study, out, resume=True)
     assert_same_study(out, local)

@@ -168,7 +168,7 @@ def library() -> Path | None:
     if os.environ.get("TINY_ONN_NATIVE") == "0":
         return None
     with suppress(OSError, subprocess.SubprocessError):
-        home = Path(os.environ.get("TINY_ONN_CACHE") or "~/.cache/tiny-onn").expanduser() / "native"
+        home = Path(os.environ.get("TINY_ONN_NATIVE_CACHE") or "~/.cache/tiny-onn/native").expanduser()
         path = home / f"kernels-{_fingerprint()}.so"
         if not path.is_file():
             _compile(path)
