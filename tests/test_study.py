@@ -366,7 +366,7 @@ MISTAKES = {
     "combine: both": "combine: expected grid or zip, got 'both'",
     "arms: [{name: a}, {name: a, set: {steps: 3}}]": "arms: expected each only once, got 'a'",
     "arms: [{name: a}, {name: b}]": "arms: expected arms that differ, got the same run for 'a' and 'b'",
-    "arms: [{name: a}, {name: b, set: {steps: 2000}}]": "expected arms that differ",
+    f"arms: [{{name: a}}, {{name: b, set: {{steps: {RunConfig().steps}}}}}]": "expected arms that differ",
     "arms: [{set: {steps: 3}}]": "arms[1].name: expected text, got none",
     "arms: [{name: a, sett: {steps: 3}}]": "arms[1].sett: unknown key",
     "arms: [{name: a, set: {model.hiden_size: 3}}]": "arms.a.set.model.hiden_size: unknown key, did you mean",
