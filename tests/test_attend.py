@@ -10,9 +10,11 @@ from torch.func import grad, jvp, vmap
 
 from tests.helpers import assert_close, seeded
 from tiny_onn_func import native
-from tiny_onn_func.attend import attend
+from tiny_onn_func.attend import Attend, attend
 from tiny_onn_func.attention import causal_bias
 
+WAYS = {"as called": attend, "with its own gradients": lambda *inputs: Attend.apply(*inputs)[0]}
+BOTH_WAYS = pytest.mark.parametrize("way", WAYS)
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
@@ -61,7 +63,7 @@ def test_values_and_gradients_equal_torchs_attention(
         if not masked:
             bias, real = causal_bias(None, seq, torch.device("cpu"), dtype), torch.ones(batch, seq, dtype=torch.long)
         upstream = drawn(*q.shape, seed=3, dtype=dtype) * real[:, None, None, :, None]
-        found, wanted = attend(q, k, v, bias), by_torch(q, k, v, bias)
+        found, wanted = Attend.apply(q, k, v, bias)[0], by_torch(q, k, v, bias)
         kept = real[:, None, None, :, None]
         assert_close((found * kept).detach(), (wanted * kept).detach(), tolerance)
         pairs = zip(*(torch.autograd.grad(out, (q, k, v), upstream) for out in (found, wanted)), strict=True)
@@ -71,11 +73,12 @@ def test_values_and_gradients_equal_torchs_attention(
 
 
 @FORWARD_MODE
-def test_gradcheck_gradgradcheck_and_forward_mode() -> None:
+@BOTH_WAYS
+def test_gradcheck_gradgradcheck_and_forward_mode(way: str) -> None:
     q, k, v = (t.requires_grad_() for t in inputs(1, 1, 2, 3, 2))
     bias = causal_bias(None, 3, torch.device("cpu"), torch.float64)
-    assert torch.autograd.gradcheck(lambda *t: attend(*t, bias), (q, k, v), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(lambda *t: attend(*t, bias), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *t: WAYS[way](*t, bias), (q, k, v), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda *t: WAYS[way](*t, bias), (q, k, v))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,9 @@ def test_gradcheck_gradgradcheck_and_forward_mode() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("own", [True, False])
-def test_vmap_equals_a_loop(mapped: tuple[int | None, ...], dtype: torch.dtype, own: bool) -> None:
+@BOTH_WAYS
+def test_vmap_equals_a_loop(mapped: tuple[int | None, ...], dtype: torch.dtype, own: bool, way: str) -> None:
+    attend = WAYS[way]
     runs, batch, seq = 3, 2, 5
     stacked = [
         torch.stack([inputs(batch, 1, 2, seq, 4, dtype)[i] + 0.1 * run for run in range(runs)]) for i in range(3)
@@ -104,12 +109,13 @@ def test_vmap_equals_a_loop(mapped: tuple[int | None, ...], dtype: torch.dtype, 
 
 @FORWARD_MODE
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_tangent_of_one_input_is_its_difference_quotient(place: int) -> None:
+@BOTH_WAYS
+def test_a_tangent_of_one_input_is_its_difference_quotient(place: int, way: str) -> None:
     given, bias = list(inputs(1, 2, 1, 4, 3)), causal_bias(None, 4, torch.device("cpu"), torch.float64)
     tangent = drawn(*given[place].shape, seed=9)
 
     def of_place(t: Tensor) -> Tensor:
-        return attend(*given[:place], t, *given[place + 1 :], bias)
+        return WAYS[way](*given[:place], t, *given[place + 1 :], bias)
 
     _, found = jvp(of_place, (given[place],), (tangent,))
     step = 1e-6

@@ -15,7 +15,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 from tests.helpers import assert_close, seeded
 from tiny_onn_func import grouped, native
 from tiny_onn_func.dispatch import combine_rows, dispatch_rows
-from tiny_onn_func.gated import activate, gate_and_up
+from tiny_onn_func.gated import Activate, gate_and_up
 from tiny_onn_func.grouped import grouped_matmul, grouped_outer
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -255,7 +255,7 @@ def test_gradcheck_and_gradgradcheck_of_gate_up_and_activation(sizes: Sizes) -> 
     w1, w3 = (normal(len(sizes.counts), sizes.width, sizes.out, seed=seed).requires_grad_() for seed in (1, 2))
 
     def hidden(*inputs: Tensor) -> Tensor:
-        return activate(*gate_and_up(*inputs, sizes.offsets))
+        return Activate.apply(*gate_and_up(*inputs, sizes.offsets))
 
     assert torch.autograd.gradcheck(hidden, (rows, w1, w3), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(hidden, (rows, w1, w3), check_fwd_over_rev=True, check_rev_over_rev=True)
@@ -304,7 +304,7 @@ def mappable(name: str, dtype: torch.dtype = torch.float64) -> Mappable:
         both = weights.split(4, dim=-1)
         return Mappable(lambda *inputs: torch.cat(gate_and_up(*inputs), dim=-1), (rows, *both, offsets), 3)
     if name == "activate":
-        return Mappable(activate, (grads, grads.flip(0)), 2)
+        return Mappable(Activate.apply, (grads, grads.flip(0)), 2)
     if name == "dispatch":
         return Mappable(lambda x, o, i: dispatch_rows(x, o, i, 2), (rows[:, :3], order, inverse), 1)
     combine_weights = normal(RUNS, 3, 2, seed=3, dtype=dtype)

@@ -1,4 +1,4 @@
-"""softmax(q k^T + bias) v with gradients and a vmap rule of its own: runs are more sequences of the batch."""
+"""softmax(q k^T + bias) v: where a kernel takes the tensors with gradients and a vmap rule for it, else plainly."""
 
 import inspect
 from typing import Any
@@ -23,10 +23,12 @@ def attend(
     Args:
         bias: added to the scores, the dtype's minimum on what may not be seen; later keys never are.
     """
-    return _Attend.apply(q, k, v, bias)[0]
+    if native.can_take(q, k, v, bias):
+        return Attend.apply(q, k, v, bias)[0]
+    return einsum(_scores(q, k, bias).softmax(dim=-1), v, f"{SCORES}, {KEYS} -> {QUERIES}")
 
 
-class _Attend(Function):
+class Attend(Function):
     """The second output, logarithms of the softmaxes' sums, saves the kernel's backward a pass; it has no gradient."""
 
     @staticmethod
@@ -85,11 +87,11 @@ class _Attend(Function):
         if not shared:
             (bias,) = batch_first(runs, in_dims[3:], bias)
             bias = fold(bias.expand(-1, batch, -1, -1))
-        out = _Attend.apply(fold(q), fold(k), fold(v), bias)
+        out = Attend.apply(fold(q), fold(k), fold(v), bias)
         return tuple(unfold(t, runs) for t in out), (0, 0)
 
 
-_Attend.forward.__signature__ = inspect.signature(_Attend.forward)  # type: ignore[attr-defined]  # see grouped.py
+Attend.forward.__signature__ = inspect.signature(Attend.forward)  # type: ignore[attr-defined]  # see grouped.py
 
 QUERIES, KEYS = "b groups share i dim", "b groups j dim"
 SCORES = "b groups share i j"

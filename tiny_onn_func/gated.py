@@ -25,8 +25,8 @@ def gate_and_up(
 
 
 def activate(gate: Float[Tensor, "rows inner"], up: Float[Tensor, "rows inner"]) -> Float[Tensor, "rows inner"]:
-    """silu(gate) * up, forward and backward in one pass each."""
-    return _Activate.apply(gate, up)
+    """silu(gate) * up, forward and backward in one pass each where a kernel takes them."""
+    return Activate.apply(gate, up) if native.can_take(gate, up) else swiglu(gate, up)
 
 
 class _GateAndUp(Function):
@@ -68,7 +68,7 @@ class _GateAndUp(Function):
         return _GateAndUp.apply(*batch_first(info.batch_size, in_dims, rows, w1, w3, offsets)), (0, 0)
 
 
-class _Activate(Function):
+class Activate(Function):
     @staticmethod
     def forward(gate: Tensor, up: Tensor) -> Tensor:
         return native.swiglu(gate, up) if native.may_run(gate, up) else swiglu(gate, up)
@@ -95,10 +95,10 @@ class _Activate(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], gate: Tensor, up: Tensor) -> Any:
-        return _Activate.apply(*batch_first(info.batch_size, in_dims, gate, up)), 0
+        return Activate.apply(*batch_first(info.batch_size, in_dims, gate, up)), 0
 
 
-for function in (_GateAndUp, _Activate):
+for function in (_GateAndUp, Activate):
     function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[union-attr]  # see grouped.py
 
 
