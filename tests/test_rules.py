@@ -20,7 +20,7 @@ from tiny_onn_func.tree import flatten, stack, unflatten, unstack
 from training import HyperParams, TrainState, hyper_step, init_state, per_token_surprise
 from training.draws import Stream, draw_normal, draw_words
 from training.objectives import Targets, router_targets, shuffled
-from training.surprise import MEASURED, beside_own_mean
+from training.surprise import MEASURED, beside_own_mean, per_weight
 
 ROUTINGS = {"K=2": {"num_experts_per_tok": 2}, "dynamic": {}, "K=E": {"num_experts_per_tok": 4}}
 BIAS = "layers.moe.router_bias"
@@ -141,6 +141,17 @@ def test_a_mapped_temperature_of_zero_is_the_hard_target() -> None:
     wanted = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]])
     assert torch.equal(shares[0], wanted)
     assert_close(shares[1], wanted, 1e-6)
+
+
+def test_a_weight_that_underflowed_divides_nothing() -> None:
+    surprise, ids = torch.tensor([[[0.0, 4.0, torch.inf]]]), torch.tensor([[[1, 0, 2]]])
+    weights, active = torch.tensor([[[0.5, 0.0, 0.0]]]), torch.tensor([[[True, True, False]]])
+    assert per_weight(surprise, ids, weights, active).tolist() == [[[0.0, 8.0, math.inf]]]
+
+
+def test_an_expert_that_surprises_nobody_keeps_its_zeros() -> None:
+    surprise = torch.tensor([[[0.0], [0.0], [torch.inf]]])
+    assert beside_own_mean(surprise, 1.0).flatten().tolist() == [0.0, 0.0, math.inf]
 
 
 def test_values_of_both_signs_are_divided_by_their_mean_size() -> None:

@@ -18,7 +18,7 @@ from training.folder_lock import locked
 from training.html_report import write_report
 from training.memory import keep_freed_memory
 from training.study_config import StudyConfig, StudyRun, expand, study_values
-from training.study_group import corpora_of, teacher_of
+from training.study_group import check_texts, corpora_of, teacher_of
 from training.study_launch import Launch, Launcher, here
 from training.study_plan import Chunk, load_plan, plan_chunks, save_plan
 from training.study_results import (
@@ -87,6 +87,7 @@ def _run_study(
     for chunk in chunks:
         if chunk not in left:
             _forget(folder, chunk)
+    check_texts(study, left, folder)
     done = [run for run in runs if rows[run.id]["status"] != UNFINISHED]
     total, made = (sum(run.config.steps for run in some) for some in (runs, done))
     with (

@@ -105,6 +105,21 @@ def run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: Bar) -> list[
     return rows
 
 
+def check_texts(study: StudyConfig, chunks: Sequence[Chunk], folder: Path) -> None:
+    """Refuse to go on when a begun group's text has changed, before a group that has not begun starts with the new one.
+
+    Raises:
+        UserError: it has.
+    """
+    for chunk in chunks:
+        home, first = folder / "checkpoints" / chunk.name, chunk.runs[0]
+        if steps_in(home / "checkpoints"):
+            checkpoint = open_checkpoint(home)
+            tokenizer = kept_tokenizer(folder / "runs" / first.id, first.config.tokenizer, checkpoint.tokenizer)
+            corpora = corpora_of(study, first.config, tokenizer)
+            check_same({"text": {task: fingerprint(one) for task, one in corpora.items()}}, checkpoint.settings, folder)
+
+
 def _train(
     study: StudyConfig,
     chunk: Chunk,

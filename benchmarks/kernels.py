@@ -1,0 +1,79 @@
+"""The compiled kernels beside PyTorch's: products of rows and experts beside `grouped_mm`, attention beside its own.
+
+python -m benchmarks.kernels [--repetitions N] [--threads N] [--json FILE]
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.timing import interleaved, machine, table, write_json
+from tiny_onn_func import native
+from tiny_onn_func.attend import attend
+from tiny_onn_func.attention import causal_bias
+from training.memory import keep_freed_memory
+
+Subject = Callable[[], object]
+PRODUCTS = ((8192, 32, 256, 128), (3072, 16, 128, 128), (8192, 512, 128, 32), (8192, 512, 16, 128), (4096, 128, 32, 32))
+HEADS = {"A": (12, 2, 2, 64, 32), "B": (8, 2, 2, 128, 64), "16 runs of w64": (128, 1, 2, 64, 32)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=31)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", help="where to write the figures")
+    given = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(given.threads)
+    print(machine())
+    results = {}
+    for sizes in PRODUCTS:
+        title = "{} rows of {} experts, {} x {}".format(*sizes)
+        results[title] = interleaved(products(*sizes), given.repetitions)
+        print(table(title, results[title], "product"), flush=True)
+    for name, heads in HEADS.items():
+        results[name] = interleaved(attentions(*heads), given.repetitions)
+        print(table(f"attention, {name}", results[name], "kernel"), flush=True)
+    if given.json:
+        write_json(given.json, results)
+
+
+def products(rows: int, experts: int, inner: int, outer: int) -> dict[str, Subject]:
+    """Ours and the library's, with rows spread at random."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.bincount(torch.randint(0, experts, (rows,), generator=generator), minlength=experts)
+    offsets = counts.cumsum(0).to(torch.int32)
+    x, grad, w = torch.randn(rows, inner), torch.randn(rows, outer), torch.randn(experts, inner, outer)
+    one = offsets[None]
+    return {
+        "product": lambda: native.matmul([(x[None], w[None])], one),
+        "product, grouped_mm": lambda: F.grouped_mm(x, w, offs=offsets),
+        "transposed": lambda: native.matmul([(grad[None], w[None].mT)], one),
+        "transposed, grouped_mm": lambda: F.grouped_mm(grad, w.mT, offs=offsets),
+        "outer": lambda: native.outer(x[None], grad[None], one),
+        "outer, grouped_mm": lambda: F.grouped_mm(x.mT, grad, offs=offsets),
+    }
+
+
+def attentions(batch: int, groups: int, share: int, seq: int, dim: int) -> dict[str, Subject]:
+    """Forward and backward: the kernel, and the library's fused one."""
+    q = torch.randn(batch, groups, share, seq, dim, requires_grad=True)
+    k, v = (torch.randn(batch, groups, seq, dim, requires_grad=True) for _ in range(2))
+    bias, upstream = causal_bias(None, seq, torch.device("cpu"), torch.float32), torch.randn(q.shape)
+
+    def library() -> object:
+        keys, values = (t.repeat_interleave(share, dim=1) for t in (k, v))
+        out = F.scaled_dot_product_attention(q.flatten(1, 2), keys, values, is_causal=True, scale=1.0)
+        return torch.autograd.grad(out, (q, k, v), upstream.flatten(1, 2))
+
+    return {
+        "kernel": lambda: torch.autograd.grad(attend(q, k, v, bias), (q, k, v), upstream),
+        "scaled_dot_product_attention": library,
+    }
+
+
+if __name__ == "__main__":
+    main()
