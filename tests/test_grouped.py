@@ -16,7 +16,7 @@ from tests.helpers import assert_close, seeded
 from tiny_onn_func import grouped, native
 from tiny_onn_func.dispatch import combine_rows, dispatch_rows
 from tiny_onn_func.gated import Activate, gate_and_up
-from tiny_onn_func.grouped import grouped_matmul, grouped_outer
+from tiny_onn_func.grouped import GroupedSum, grouped_matmul, grouped_outer
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}
 # torch itself warns once, when forward mode is used for the first time in a process
@@ -262,6 +262,20 @@ def test_gradcheck_and_gradgradcheck_of_gate_up_and_activation(sizes: Sizes) -> 
 
 
 @FORWARD_MODE
+@pytest.mark.parametrize("sizes", AWKWARD[:4], ids=str)
+def test_gradcheck_and_gradgradcheck_of_a_sum_of_two_products(sizes: Sizes) -> None:
+    rows = [normal(sizes.rows, sizes.width, seed=seed).requires_grad_() for seed in (0, 1)]
+    weights = [normal(len(sizes.counts), sizes.width, sizes.out, seed=seed).requires_grad_() for seed in (2, 3)]
+    inputs = rows[0], weights[0], rows[1], weights[1]
+
+    def added(*inputs: Tensor) -> Tensor:
+        return GroupedSum.apply(*inputs, sizes.offsets)
+
+    assert torch.autograd.gradcheck(added, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(added, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@FORWARD_MODE
 @pytest.mark.parametrize("case", [Shuffle(3, 2, 2, 0), Shuffle(1, 1, 1, 0), Shuffle(2, 3, 1, 1)], ids=str)
 def test_gradcheck_and_gradgradcheck_of_dispatch_and_combine(case: Shuffle) -> None:
     tokens, slots, dim, _ = case
@@ -303,6 +317,8 @@ def mappable(name: str, dtype: torch.dtype = torch.float64) -> Mappable:
     if name == "gated":
         both = weights.split(4, dim=-1)
         return Mappable(lambda *inputs: torch.cat(gate_and_up(*inputs), dim=-1), (rows, *both, offsets), 3)
+    if name == "sum":
+        return Mappable(GroupedSum.apply, (rows, weights, rows.flip(0), weights.flip(0), offsets), 4)
     if name == "activate":
         return Mappable(Activate.apply, (grads, grads.flip(0)), 2)
     if name == "dispatch":
@@ -311,7 +327,7 @@ def mappable(name: str, dtype: torch.dtype = torch.float64) -> Mappable:
     return Mappable(combine_rows, (rows[:, :6], combine_weights, order, inverse), 2)
 
 
-PLACES = {"matmul": 3, "outer": 3, "gated": 4, "activate": 2, "dispatch": 2, "combine": 3}
+PLACES = {"matmul": 3, "outer": 3, "gated": 4, "sum": 5, "activate": 2, "dispatch": 2, "combine": 3}
 
 
 def combinations() -> list[Any]:
