@@ -81,7 +81,6 @@ NATIVE = [
     ("and any(t.requires_grad for t in tensors)", "and False"),
     ("is_functorch_wrapped_tensor(t) or is_traced(t)", "is_traced(t)"),
     ("t.dtype == torch.float32 and", ""),
-    ("not weights.is_contiguous() and weights.mT.is_contiguous()", "weights.mT.is_contiguous()"),
     ("given = [t.contiguous() for t in (x, weights, order)]", "given = [x, weights, order]"),
     ("given = [t.contiguous() for t in (params, grads, mu, nu)]", "given = [params, grads, mu, nu]"),
 ]

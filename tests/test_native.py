@@ -11,9 +11,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.func import jvp, vmap
 
 from tests.helpers import assert_close, seeded, tiny_batch, tiny_config
 from tiny_onn_func import native
+from tiny_onn_func.dispatch import combine_rows, dispatch_rows
+from tiny_onn_func.gated import activate, gate_and_up
+from tiny_onn_func.grouped import grouped_matmul
 from tiny_onn_func.tree import leaves
 from training import HyperParams, hyper_step, init_state
 from training.optim import adamw_init, adamw_update
@@ -126,6 +130,49 @@ def test_rows_are_sent_back_with_their_weights() -> None:
     order = torch.randperm(15, generator=seeded(2))
     wanted = x[order // 3] * weights.flatten()[order, None]
     assert torch.equal(native.scaled_rows(x, weights, order), wanted)
+
+
+def test_tensors_that_lie_otherwise_are_read_right() -> None:
+    x, weights = drawn(7, 5).mT, drawn(3, 5, seed=1).mT
+    order = torch.randperm(30, generator=seeded(2))[::2]
+    assert torch.equal(
+        native.scaled_rows(x, weights, order % 15), x[order % 15 // 3] * weights.flatten()[order % 15, None]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_kernels_keep_away_from_what_is_mapped_followed_or_differentiated() -> None:
+    plain, leaf = drawn(3), drawn(3).requires_grad_()
+    assert native.may_run(plain)
+    assert not native.may_run(plain, leaf)
+    with torch.no_grad():
+        assert native.may_run(plain, leaf)
+    seen = []
+    vmap(lambda t: seen.append(native.may_run(t)) or t)(plain)
+    jvp(lambda t: seen.append(native.may_run(t)) or t, (plain,), (plain,))
+    assert seen == [False, False]
+    assert not native.may_run(plain.double())
+
+
+def test_first_and_second_derivatives_by_plain_autograd_are_those_of_float64() -> None:
+    """The way of a step that nobody transforms: here the kernels run forward and backward."""
+    routing_order = torch.randperm(12, generator=seeded(3))
+    inverse = torch.empty_like(routing_order).scatter(0, routing_order, torch.arange(12))
+    offsets = torch.tensor([5, 5, 11], dtype=torch.int32)
+    drawn_leaves = [drawn(6, 20), drawn(3, 20, 18, seed=1), drawn(3, 20, 18, seed=2), drawn(3, 18, 20, seed=3),
+                    drawn(6, 2, seed=4)]  # fmt: skip
+
+    def slopes(dtype: torch.dtype, order: int) -> tuple[Tensor, ...]:
+        x, w1, w3, w2, weights = own = [t.to(dtype).requires_grad_() for t in drawn_leaves]
+        rows = dispatch_rows(x, routing_order, inverse, 2)
+        y = grouped_matmul(activate(*gate_and_up(rows, w1, w3, offsets)), w2, offsets)
+        out = (combine_rows(y, weights, routing_order, inverse) ** 2).sum()
+        first = torch.autograd.grad(out, own, create_graph=order == 2)
+        return first if order == 1 else torch.autograd.grad(sum((g**2).sum() for g in first), own)
+
+    for order, tolerance in ((1, 1e-5), (2, 1e-4)):
+        for found, wanted in zip(slopes(torch.float32, order), slopes(torch.float64, order), strict=True):
+            assert_close(found, wanted, tolerance)
 
 
 def test_the_optimizers_kernel_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:

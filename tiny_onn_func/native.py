@@ -48,7 +48,7 @@ def matmul(
 ) -> Float[Tensor, "runs rows out_dim"]:
     """Each row times the weights of its expert, summed over one or two pairs of the same sizes; zeros behind the last
     offset. Transposed weights are taken as they lie."""
-    transposed = all(not weights.is_contiguous() and weights.mT.is_contiguous() for _, weights in pairs)
+    transposed = all(weights.mT.is_contiguous() for _, weights in pairs)
     dense = [(rows.contiguous(), weights if transposed else weights.contiguous()) for rows, weights in pairs]
     (rows, weights), (others, other_weights) = dense[0], (*dense, (None, None))[1]
     runs, experts, in_dim, out_dim = weights.shape
