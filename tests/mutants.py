@@ -248,7 +248,7 @@ TESTS = {
     "tiny_onn_func/experts.py": ("dynmoe", "surprise_calculation"),
     "tiny_onn_func/grouped.py": ("grouped", "native", "transforms"),
     "tiny_onn_func/gated.py": ("grouped", "rules", "transforms"),
-    "tiny_onn_func/dispatch.py": ("grouped", "transforms"),
+    "tiny_onn_func/dispatch.py": ("grouped", "native", "transforms"),
     "tiny_onn_func/native.py": ("native", "grouped", "optim", "hyper_step", "transforms"),
     "training/hooks.py": ("rules", "surprise_calculation", "isolation"),
     "training/objectives.py": (
