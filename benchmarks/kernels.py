@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import interleaved, machine, table, write_json
-from tiny_onn_func import native
+from tiny_onn_func import kernels
 from tiny_onn_func.attend import attend
 from tiny_onn_func.attention import causal_bias
 from training.memory import keep_freed_memory
@@ -49,11 +49,11 @@ def products(rows: int, experts: int, inner: int, outer: int) -> dict[str, Subje
     x, grad, w = torch.randn(rows, inner), torch.randn(rows, outer), torch.randn(experts, inner, outer)
     one = offsets[None]
     return {
-        "product": lambda: native.matmul([(x[None], w[None])], one),
+        "product": lambda: kernels.matmul([(x[None], w[None])], one),
         "product, grouped_mm": lambda: F.grouped_mm(x, w, offs=offsets),
-        "transposed": lambda: native.matmul([(grad[None], w[None].mT)], one),
+        "transposed": lambda: kernels.matmul([(grad[None], w[None].mT)], one),
         "transposed, grouped_mm": lambda: F.grouped_mm(grad, w.mT, offs=offsets),
-        "outer": lambda: native.outer(x[None], grad[None], one),
+        "outer": lambda: kernels.outer(x[None], grad[None], one),
         "outer, grouped_mm": lambda: F.grouped_mm(x.mT, grad, offs=offsets),
     }
 

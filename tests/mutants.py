@@ -31,6 +31,7 @@ ROUTING = [
     ("kept | (new & (rank == slot))", "kept"),
     ("router_logits.to(wide_dtype(router_logits.dtype))", "router_logits"),
     ("topk(slots, dim=-1)", "topk(slots, dim=-1, largest=False)"),
+    ("kernels.top(scores, slots)", "kernels.top(-scores, slots)"),
     ("torch.where(routing.expert_ids == wanted, first, routing.expert_ids)", "routing.expert_ids"),
     ("slot_0 & real[:, None]", "slot_0"),
     ("active.sum(dim=-1, keepdim=True).clamp_min(1)", "active.sum(dim=-1, keepdim=True)"),
@@ -44,6 +45,8 @@ EXPERTS = [
     ("gate, up = apply", "up, gate = apply"),
     ("routing.weights.to(y.dtype)", "routing.active.to(y.dtype)"),
     ("torch.zeros_like(order).scatter(0, order, positions)", "order"),
+    ("rows._replace(order=number, inverse=number)", "rows._replace(order=number)"),
+    ("rows.order // (rows.order.shape[0] // x.shape[0])", "rows.token"),
 ]
 GROUPED = [
     ("grad_rows = GroupedMatmul.apply(grad, weights.mT,", "grad_rows = GroupedMatmul.apply(grad, weights.mT.detach(),"),
@@ -64,14 +67,20 @@ GROUPED = [
 ]  # fmt: skip
 GATED = [
     ("offsets), matmul_kernel(rows, w3", "offsets), matmul_kernel(rows, w1"),
+    ("for w in (w1, w3))\n            return", "for w in (w3, w1))\n            return"),
+    ("for grad in (gate, up))", "for grad in (up, gate))"),
+    ("undo_dispatch(grad_rows, order, inverse,", "undo_dispatch(grad_rows, order, order,"),
+    ("if native.may_run(x, gate, up):", "if native.can_take(x, gate, up):"),
     ("GroupedSum.apply(gate, w1.mT, up, w3.mT, offsets)", "GroupedSum.apply(gate, w1.mT, up, w1.mT, offsets)"),
     ("GroupedOuter.apply(rows, up, offsets)", "GroupedOuter.apply(rows, gate, offsets)"),
-    ("return grad * up * _slope(gate), grad * F.silu(gate)", "return grad * up * _slope(gate), grad * gate"),
-    ("share * (1 + gate * (1 - share))", "share * (1 - gate * (1 - share))"),
 ]  # fmt: skip
 DISPATCH = [
     ("(torch.arange(runs, device=index.device) * rows,", "(torch.arange(runs, device=index.device) * 0,"),
-    ("grad.new_ones(", "grad.new_zeros("),
+    ("rows.new_ones(", "rows.new_zeros("),
+    (
+        "weights.flatten(0, -2), _fold_index(order), _fold_index(inverse)",
+        "weights.flatten(0, -2), _fold_index(inverse), _fold_index(order)",
+    ),
     ("x.index_select(0, order // slots)", "x.index_select(0, order % x.shape[0])"),
     ("reduce(y * rows", "reduce(rows * rows"),
     ('1").index_select(0, order)', '1").index_select(0, inverse)'),
@@ -81,16 +90,97 @@ NATIVE = [
     ("and any(t.requires_grad for t in tensors)", "and False"),
     ("is_functorch_wrapped_tensor(t) or is_traced(t)", "is_traced(t)"),
     ("t.dtype == torch.float32 and", ""),
+]
+KERNELS = [
     ("given = [t.contiguous() for t in (x, weights, order)]", "given = [x, weights, order]"),
     ("given = [t.contiguous() for t in (params, grads, mu, nu)]", "given = [params, grads, mu, nu]"),
+    ("return grad_x, partial[:, 0]", "return grad_x, partial[:, -1]"),
+    ("grad_qkv, grad_norms.sum(dim=1)", "grad_qkv, grad_norms[:, 0]"),
+    ("int(bias.shape[0] > 1), *made", "0, *made"),
+]
+TWINS = [
+    ("if native.may_run(*slopes, *inputs[: twin.differentiable]):", "if native.can_take(*slopes):"),
+    ("torch.zeros_like(t) if dot is None else dot", "torch.ones_like(t) if dot is None else dot"),
+    ("tuple(t.clone() for t in twin.plain(*inputs))", "twin.plain(*inputs)"),
+    ("ctx.mark_non_differentiable(*output[twin.smooth :])", "pass"),
+    ("return out, (0,) * len(out)", "return out, (0,) + (None,) * (len(out) - 1)"),
+]
+HEADS = [
+    ("rotary[0].ndim == 2", "True"),
+    ("turned = rotate(qk, cosines, sines)", "turned = qk"),
+    ("rms_norm(qk, None, eps)", "qk"),
+    ("t.flatten(0, -3)[0]", "t.flatten(0, -3)[-1] * 1.01"),
+]
+MAPPED = [
+    ("if level.level() not in found:", "if True:"),
+    ("or not only_vmaps():\n        return function", "or False:\n        return function"),
+    ("stack or _LEFT.get()", "[]"),
+    ("_LEFT.get() or []", "[]"),
+    ("t = functorch._add_batch_dim(t, 0, level.level())", "t = functorch._add_batch_dim(t, -1, level.level())"),
+    (".movedim(functorch.maybe_get_bdim(t), 0)  # those", ".movedim(0, 0)  # those"),
+]
+CROSS_ENTROPY = [
+    ("is_target = labels != IGNORE_INDEX", "is_target = labels != -101"),
+    ("for x in (-picked, entropy))", "for x in (-picked, picked))"),
+    ("-reduce(seen.exp() * seen", "-reduce(seen"),
+    ("seen.argmax(dim=-1)", "seen.argmin(dim=-1)"),
+    ("grads[0], logits, labels, outputs[3]", "grads[0], logits, labels, outputs[0]"),
+]
+GROUPED_C = [
+    ("memset(result + (run * n + start) * out, 0,", "memset(result + (run * n + start) * out, 1,"),
+    ("int64_t start = group % experts ?", "int64_t start = group ?"),
+    ("rows + task.row / n * tokens * in", "rows"),
+    ("group != task.group", "group == -1"),
+    ("else memset(part, 0,", "else memset(part, 1,"),
+    ("rows + group / experts * tokens * in + from", "rows + from"),
+    (
+        "sums + j * LANES, LANES,\n                    term ? MORE : NEW",
+        "sums + j * LANES, LANES,\n                    NEW",
+    ),
+]
+NORMS_C = [
+    ("factor * along * x[j]", "along * x[j]"),
+    ("t / n * dim", "0"),
+    ("first * c[j] + second * s[j];", "first * c[j] - second * s[j];"),
+    ("grad[j] * c[j] + grad[j + half] * s[j + half]", "grad[j] * c[j] + grad[j + half] * s[j]"),
+    ("weight + run * dim", "weight"),
+    ("for (int64_t part = 1; part < parts;", "for (int64_t part = 2; part < parts;"),
+]
+LOSSES_C = [
+    ("logf(sums[0]) - sums[1] / sums[0]", "logf(sums[0])"),
+    ("to[labels[i]] -= grad;", ";"),
+    ("if (labels[i] < 0) memset", "if (0) memset"),
+    ("x[first] != most", "x[first] < most - 1"),
+]
+ROWS_C = [
+    ("share * (1 + gate[i] * (1 - share))", "share"),
+    ("while (taken < rank &&", "while (taken < 0 &&"),
+    ("order[i] / slots * dim", "order[i] % slots * dim"),
+    ("left[j] = -INFINITY;", ";"),
+    ("x[i * width + j] == x[i * width + j] ?", "1 ?"),
+]
+ATTENTION_C = [
+    ("p[r * seq + j] * (s[r * seq + j] - mean)", "p[r * seq + j] * s[r * seq + j]"),
+    ("for (int64_t j = n; j < width; j++) p[j] = 0;", ";"),
+    ("int how = h > t * share ? MORE : NEW;", "int how = NEW;"),
+    ("(h / heads * seq + i) * heads + h % heads", "(h / heads * seq + i) * heads"),
+]
+ADAMW_C = [
+    ("params[i] * decay", "params[i]"),
+    ("grads[i] * scale", "grads[i]"),
+    ("numbers + 6 * (t / parts)", "numbers"),
+    ("into_nu * (grad * grad - nu[i])", "into_mu * (grad * grad - nu[i])"),
 ]
 HOOKS = [
     ("handle.remove()", "pass"),
     ("saved.clear()", "pass"),
     ("self.per_token_surprise[layer]", "self.per_token_surprise[0]"),
     ("if inside.requires_grad:", "if True:"),
-    ("wrap(grad.detach(), axes)", "grad"),
-    ("record(wrap(grad.detach(), axes))", "record(wrap(grad, axes))"),
+    ("record, grad.detach(), axes", "record, grad, axes"),
+    ("record(wrap(grad, axes))", "record(grad)"),
+    ("with inside_again():", "if True:"),
+    ("x, rows = spread(x, rows)", "spread(x, rows)"),
+    ("row_norm(x).gather(0, input_of(x, rows)) * row_norm(grad)", "row_norm(grad)"),
     ('(y if self._kind == "benefit" else hidden)', "hidden"),
     (".hypot(parts[1]).hypot(parts[2])", ".hypot(parts[1])"),
     ("if len(parts) == 3:", "if len(parts) == 2:"),
@@ -99,12 +189,13 @@ HOOKS = [
     ("else hidden).detach()", "else hidden)"),
 ]
 OBJECTIVES = [
-    ("is_target = labels != IGNORE_INDEX", "is_target = labels != -101"),
+    ("(labels != IGNORE_INDEX).sum()", "(labels != -101).sum()"),
+    ("(best == labels)", "(best != labels)"),
     ("where(labels != IGNORE_INDEX, kl", "where(labels != -101, kl"),
     ("(x / temperature).log_softmax", "x.log_softmax"),
     ("(teacher_logits.to(logits.dtype), logits)", "(logits, teacher_logits.to(logits.dtype))"),
-    ("-torch.where(is_target, picked, 0.0).sum()", "-torch.where(is_target, picked, 0.0).mean()"),
-    ("torch.where(is_target, entropy, 0.0).sum()", "entropy.sum()"),
+    ("losses.sum()", "losses.mean()"),
+    ("entropies.detach().sum()", "losses.detach().sum()"),
     ("main_loss / tau.clamp", "main_loss * tau.clamp"),
     ("+ pi_gamma * surprise))\n", "- pi_gamma * surprise))\n"),
     ("per_token_surprise * sign", "per_token_surprise"),
@@ -229,6 +320,17 @@ MUTANTS = [
         "tiny_onn_func/gated.py": GATED,
         "tiny_onn_func/dispatch.py": DISPATCH,
         "tiny_onn_func/native.py": NATIVE,
+        "tiny_onn_func/kernels.py": KERNELS,
+        "tiny_onn_func/twins.py": TWINS,
+        "tiny_onn_func/heads.py": HEADS,
+        "tiny_onn_func/mapped.py": MAPPED,
+        "training/cross_entropy.py": CROSS_ENTROPY,
+        "tiny_onn_func/csrc/grouped.c": GROUPED_C,
+        "tiny_onn_func/csrc/norms.c": NORMS_C,
+        "tiny_onn_func/csrc/losses.c": LOSSES_C,
+        "tiny_onn_func/csrc/rows.c": ROWS_C,
+        "tiny_onn_func/csrc/attention.c": ATTENTION_C,
+        "tiny_onn_func/csrc/adamw.c": ADAMW_C,
         "training/hooks.py": HOOKS,
         "training/objectives.py": OBJECTIVES,
         "training/hyper_step.py": HYPER_STEP,
@@ -247,9 +349,20 @@ TESTS = {
     "tiny_onn_func/routing.py": ("dynmoe", "rules", "oracle", "surprise_calculation", "transforms"),
     "tiny_onn_func/experts.py": ("dynmoe", "surprise_calculation"),
     "tiny_onn_func/grouped.py": ("grouped", "native", "transforms"),
-    "tiny_onn_func/gated.py": ("grouped", "rules", "transforms"),
+    "tiny_onn_func/gated.py": ("grouped", "native", "rules", "transforms"),
     "tiny_onn_func/dispatch.py": ("grouped", "native", "transforms"),
-    "tiny_onn_func/native.py": ("native", "grouped", "optim", "hyper_step", "transforms"),
+    "tiny_onn_func/native.py": ("native", "twins", "grouped", "optim", "hyper_step", "transforms"),
+    "tiny_onn_func/kernels.py": ("native", "twins", "attend"),
+    "tiny_onn_func/twins.py": ("twins", "attend", "transforms"),
+    "tiny_onn_func/heads.py": ("twins", "parity", "oracle"),
+    "tiny_onn_func/mapped.py": ("twins", "grouped", "transforms"),
+    "training/cross_entropy.py": ("twins", "optim", "hyper_step"),
+    "tiny_onn_func/csrc/grouped.c": ("native",),
+    "tiny_onn_func/csrc/norms.c": ("twins",),
+    "tiny_onn_func/csrc/losses.c": ("twins",),
+    "tiny_onn_func/csrc/rows.c": ("native", "twins"),
+    "tiny_onn_func/csrc/attention.c": ("twins", "attend"),
+    "tiny_onn_func/csrc/adamw.c": ("native", "transforms"),
     "training/hooks.py": ("rules", "surprise_calculation", "isolation"),
     "training/objectives.py": (
         "optim",

@@ -103,6 +103,8 @@ def start(mutant: Mutant, folder: Path) -> int:
     pid = os.fork()
     if pid == 0:
         status = BROKEN
+        if mutant.file.endswith(".c"):
+            os.environ["TINY_ONN_NATIVE_CACHE"] = str(folder / "native")  # compiled for this run alone
         try:
             status = run_tests(folder, [f"tests/test_{name}.py" for name in TESTS[mutant.file]])
         finally:

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from tests.helpers import assert_close, seeded
-from tiny_onn_func import native
-from tiny_onn_func.attend import Attend, attend
+from tiny_onn_func import kernels, native
+from tiny_onn_func.attend import ATTEND, attend
 from tiny_onn_func.attention import causal_bias
+from tiny_onn_func.twins import function_of
 
-WAYS = {"as called": attend, "with its own gradients": lambda *inputs: Attend.apply(*inputs)[0]}
+OWN = function_of(ATTEND)
+WAYS = {"as called": attend, "with its own gradients": lambda *inputs: OWN.apply(*inputs)[0]}
 BOTH_WAYS = pytest.mark.parametrize("way", WAYS)
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
@@ -37,7 +39,7 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     share = q.shape[2]
     keys, values = (t.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(1, 2) for t in (k, v))
     out = F.scaled_dot_product_attention(q.flatten(1, 2), keys, values, attn_mask=bias.unsqueeze(1), scale=1.0)
-    return out.view_as(q)
+    return out.view_as(q).movedim(3, 1)
 
 
 def mask_of(batch: int, seq: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -62,9 +64,9 @@ def test_values_and_gradients_equal_torchs_attention(
         bias, real = mask_of(batch, seq, dim, dtype)
         if not masked:
             bias, real = causal_bias(None, seq, torch.device("cpu"), dtype), torch.ones(batch, seq, dtype=torch.long)
-        upstream = drawn(*q.shape, seed=3, dtype=dtype) * real[:, None, None, :, None]
-        found, wanted = Attend.apply(q, k, v, bias)[0], by_torch(q, k, v, bias)
-        kept = real[:, None, None, :, None]
+        upstream = drawn(batch, seq, groups, share, dim, seed=3, dtype=dtype) * real[:, :, None, None, None]
+        found, wanted = OWN.apply(q, k, v, bias)[0], by_torch(q, k, v, bias)
+        kept = real[:, :, None, None, None]
         assert_close((found * kept).detach(), (wanted * kept).detach(), tolerance)
         pairs = zip(*(torch.autograd.grad(out, (q, k, v), upstream) for out in (found, wanted)), strict=True)
         for name, (ours, theirs) in zip("qkv", pairs, strict=True):
@@ -127,15 +129,15 @@ def test_a_tangent_of_one_input_is_its_difference_quotient(place: int, way: str)
 def test_the_kernels_bits_depend_on_no_thread_and_no_neighbour_and_it_keeps_what_is_no_number() -> None:
     q, k, v = inputs(3, 2, 2, 40, 16, torch.float32)
     bias, _ = mask_of(3, 40, 0, torch.float32)
-    out, log_sums = native.attention(q, k, v, bias)
-    alone = native.attention(q[1:2], k[1:2], v[1:2], bias[1:2])
+    out, log_sums = kernels.attention(q, k, v, bias)
+    alone = kernels.attention(q[1:2], k[1:2], v[1:2], bias[1:2])
     assert torch.equal(out[1:2], alone[0])
     assert torch.equal(log_sums[1:2], alone[1])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert torch.equal(native.attention(q, k, v, bias)[0], out)
+        assert torch.equal(kernels.attention(q, k, v, bias)[0], out)
     finally:
         torch.set_num_threads(threads)
     k[1, 0, 0, 0] = torch.nan
-    assert native.attention(q, k, v, bias)[0][1, 0].isnan().all()
+    assert kernels.attention(q, k, v, bias)[0][1, :, 0].isnan().all()

@@ -437,12 +437,14 @@ def test_the_seam_gets_rows_sorted_by_expert_with_inactive_ones_last(case: Case)
     config = case.config
     seen, trace = watch(case)
     assert [s.layer for s in seen] == list(range(config.num_hidden_layers))
-    for (layer, hidden, w2, (token, expert, offsets)), active, ids in zip(
+    for (layer, hidden, w2, (token, expert, offsets, order, inverse)), active, ids in zip(
         seen, trace.active, trace.expert_ids, strict=True
     ):
         tokens, slots = active.shape
         assert (token.dtype, expert.dtype, offsets.dtype) == (torch.int64, torch.int64, torch.int32)
         assert token.shape == expert.shape == (tokens * slots,)
+        assert torch.equal(token, order // slots)
+        assert torch.equal(order[inverse], torch.arange(tokens * slots))
         assert w2.shape == (config.num_experts, config.moe_intermediate_size, config.hidden_size)
         assert torch.equal(w2, case.params["layers"]["moe"]["w2"][layer])
         assert torch.equal(expert, expert.sort().values)

@@ -15,9 +15,11 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 from tests.helpers import assert_close, seeded
 from tiny_onn_func import grouped, native
 from tiny_onn_func.dispatch import combine_rows, dispatch_rows
-from tiny_onn_func.gated import Activate, gate_and_up
+from tiny_onn_func.gated import ACTIVATE, gate_and_up
 from tiny_onn_func.grouped import GroupedSum, grouped_matmul, grouped_outer
+from tiny_onn_func.twins import function_of
 
+ACTIVATED = function_of(ACTIVATE)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}
 # torch itself warns once, when forward mode is used for the first time in a process
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -254,8 +256,11 @@ def test_gradcheck_and_gradgradcheck_of_gate_up_and_activation(sizes: Sizes) -> 
     rows = normal(sizes.rows, sizes.width).requires_grad_()
     w1, w3 = (normal(len(sizes.counts), sizes.width, sizes.out, seed=seed).requires_grad_() for seed in (1, 2))
 
+    order = torch.randperm(sizes.rows, generator=seeded(3))
+    inverse = torch.empty_like(order).scatter(0, order, torch.arange(sizes.rows))
+
     def hidden(*inputs: Tensor) -> Tensor:
-        return Activate.apply(*gate_and_up(*inputs, sizes.offsets))
+        return ACTIVATED.apply(*gate_and_up(*inputs, order, inverse, sizes.offsets))[0]
 
     assert torch.autograd.gradcheck(hidden, (rows, w1, w3), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(hidden, (rows, w1, w3), check_fwd_over_rev=True, check_rev_over_rev=True)
@@ -316,18 +321,24 @@ def mappable(name: str, dtype: torch.dtype = torch.float64) -> Mappable:
         return Mappable(grouped_outer, (rows, grads, offsets), 2)
     if name == "gated":
         both = weights.split(4, dim=-1)
-        return Mappable(lambda *inputs: torch.cat(gate_and_up(*inputs), dim=-1), (rows, *both, offsets), 3)
+        shuffles = [Shuffle(4, 2, 4, seed) for seed in range(RUNS)]  # the last row is nobody's in every run
+        order, inverse = torch.stack([s.order for s in shuffles]), torch.stack([s.inverse for s in shuffles])
+
+        def gated(x: Tensor, w1: Tensor, w3: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> Tensor:
+            return torch.cat(gate_and_up(x, w1, w3, order, inverse, offsets), dim=-1)
+
+        return Mappable(gated, (rows[:, :4], *both, order, inverse, offsets), 3)
     if name == "sum":
         return Mappable(GroupedSum.apply, (rows, weights, rows.flip(0), weights.flip(0), offsets), 4)
     if name == "activate":
-        return Mappable(Activate.apply, (grads, grads.flip(0)), 2)
+        return Mappable(lambda *t: ACTIVATED.apply(*t)[0], (grads, grads.flip(0)), 2)
     if name == "dispatch":
         return Mappable(lambda x, o, i: dispatch_rows(x, o, i, 2), (rows[:, :3], order, inverse), 1)
     combine_weights = normal(RUNS, 3, 2, seed=3, dtype=dtype)
     return Mappable(combine_rows, (rows[:, :6], combine_weights, order, inverse), 2)
 
 
-PLACES = {"matmul": 3, "outer": 3, "gated": 4, "sum": 5, "activate": 2, "dispatch": 2, "combine": 3}
+PLACES = {"matmul": 3, "outer": 3, "gated": 5, "sum": 5, "activate": 2, "dispatch": 2, "combine": 3}
 
 
 def combinations() -> list[Any]:
@@ -337,6 +348,7 @@ def combinations() -> list[Any]:
         for mapped in itertools.product((True, False), repeat=places):
             if any(mapped):
                 dims = (*mapped, mapped[-1]) if name in ("dispatch", "combine") else mapped
+                dims = (*mapped[:4], mapped[3], mapped[4]) if name == "gated" else dims
                 every.append(pytest.param(name, dims, id=f"{name} {''.join('M' if m else '-' for m in dims)}"))
     return every
 

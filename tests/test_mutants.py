@@ -13,7 +13,10 @@ def test_every_mutant_changes_one_place_and_is_still_python(file: str) -> None:
     source = (ROOT / file).read_text()
     for mutant in (m for m in MUTANTS if m.file == file):
         changed = apply(mutant, source)
-        assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)), describe(mutant)
+        if file.endswith(".c"):  # a mutant that does not compile leaves the kernels out, and would count as survived
+            assert changed != source
+        else:
+            assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)), describe(mutant)
 
 
 def test_a_mutant_whose_text_is_gone_is_refused() -> None:

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from tests.helpers import assert_close, seeded, tiny_batch, tiny_config
-from tiny_onn_func import native
-from tiny_onn_func.dispatch import combine_rows, dispatch_rows
+from tests.test_twins import CASES, single, slopes
+from tiny_onn_func import kernels, native
+from tiny_onn_func.dispatch import combine_rows
 from tiny_onn_func.gated import activate, gate_and_up
 from tiny_onn_func.grouped import grouped_matmul
 from tiny_onn_func.tree import leaves
+from tiny_onn_func.twins import function_of
 from training import HyperParams, hyper_step, init_state
 from training.optim import adamw_init, adamw_update
 
@@ -67,15 +69,15 @@ def test_products_are_right_to_rounding_at_every_edge_of_a_tile(
     grads = drawn(runs, count, outer, seed=4)
     rows[:, sum(counts) :] = others[:, sum(counts) :] = grads[:, sum(counts) :] = torch.nan  # nobody's
 
-    one = native.matmul([(rows, weights)], offsets)
+    one = kernels.matmul([(rows, weights)], offsets)
     assert_within_rounding(one, product(rows, weights, offsets), product(rows.abs(), weights.abs(), offsets), inner)
-    two = native.matmul([(rows, weights), (others, more)], offsets)
+    two = kernels.matmul([(rows, weights), (others, more)], offsets)
     wanted = product(rows, weights, offsets) + product(others, more, offsets)
     size = product(rows.abs(), weights.abs(), offsets) + product(others.abs(), more.abs(), offsets)
     assert_within_rounding(two, wanted, size, 2 * inner)
     assert not one[:, sum(counts) :].any()
 
-    outer_product = native.outer(rows, grads, offsets)
+    outer_product = kernels.outer(rows, grads, offsets)
     for run, expert in itertools.product(range(runs), range(len(counts))):
         start, end = sum(counts[:expert]), sum(counts[: expert + 1])
         left, right = rows[run, start:end].double(), grads[run, start:end].double()
@@ -87,20 +89,20 @@ def test_the_bits_depend_neither_on_threads_nor_on_who_else_is_there() -> None:
     counts = [70, 0, 9, 64, 1]
     rows, grads, weights = drawn(3, 150, 40), drawn(3, 150, 72, seed=1), drawn(3, 5, 40, 72, seed=2)
     offsets = offsets_of(counts, 3)
-    alone = native.matmul([(rows, weights)], offsets), native.outer(rows, grads, offsets)
+    alone = kernels.matmul([(rows, weights)], offsets), kernels.outer(rows, grads, offsets)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        shared = native.matmul([(rows, weights)], offsets), native.outer(rows, grads, offsets)
+        shared = kernels.matmul([(rows, weights)], offsets), kernels.outer(rows, grads, offsets)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
     for run in range(3):
         one = slice(run, run + 1)
-        assert torch.equal(native.matmul([(rows[one], weights[one])], offsets[one]), alone[0][one])
-        assert torch.equal(native.outer(rows[one], grads[one], offsets[one]), alone[1][one])
+        assert torch.equal(kernels.matmul([(rows[one], weights[one])], offsets[one]), alone[0][one])
+        assert torch.equal(kernels.outer(rows[one], grads[one], offsets[one]), alone[1][one])
     for expert, start in ((0, 0), (2, 70), (4, 143)):  # a row alone is the row among others
-        single = native.matmul([(rows[:1, start : start + 1], weights[:1, expert : expert + 1])], offsets_of([1]))
+        single = kernels.matmul([(rows[:1, start : start + 1], weights[:1, expert : expert + 1])], offsets_of([1]))
         assert torch.equal(single[0, 0], alone[0][0, start])
 
 
@@ -111,32 +113,32 @@ def test_the_activation_and_its_gradient_are_right_to_a_few_units_in_the_last_pl
     gate, up, grad = torch.tensor(values), drawn(len(values), seed=seed), drawn(len(values), seed=seed + 1)
     wide = [t.double().requires_grad_() for t in (gate, up)]
     wanted = torch.nn.functional.silu(wide[0]) * wide[1]
-    assert torch.allclose(native.swiglu(gate, up).double(), wanted, rtol=1e-6, atol=1e-30)
+    assert torch.allclose(kernels.swiglu(gate, up).double(), wanted, rtol=1e-6, atol=1e-30)
     slopes = torch.autograd.grad(wanted, wide, grad.double())
-    for found, slope, size in zip(native.swiglu_grad(grad, gate, up), slopes, (grad * up, grad), strict=True):
+    for found, slope, size in zip(kernels.swiglu_grad(grad, gate, up), slopes, (grad * up, grad), strict=True):
         assert bool(((found - slope).abs() <= 1e-6 * slope.abs() + 1e-6 * size.abs()).all())
 
 
 def test_what_is_not_a_number_stays_so() -> None:
     bad = torch.tensor([torch.nan, 1.0] * 20)
-    assert native.swiglu(bad, torch.ones(40)).isnan().tolist() == [True, False] * 20
-    assert native.swiglu_grad(torch.ones(40), bad, torch.ones(40))[0].isnan().tolist() == [True, False] * 20
+    assert kernels.swiglu(bad, torch.ones(40)).isnan().tolist() == [True, False] * 20
+    assert kernels.swiglu_grad(torch.ones(40), bad, torch.ones(40))[0].isnan().tolist() == [True, False] * 20
     rows, weights = torch.full((1, 3, 16), torch.nan), torch.zeros(1, 1, 16, 16)
-    assert native.matmul([(rows, weights)], offsets_of([2])).isnan().any(dim=-1).tolist() == [[True, True, False]]
+    assert kernels.matmul([(rows, weights)], offsets_of([2])).isnan().any(dim=-1).tolist() == [[True, True, False]]
 
 
 def test_rows_are_sent_back_with_their_weights() -> None:
     x, weights = drawn(5, 7), drawn(5, 3, seed=1)
     order = torch.randperm(15, generator=seeded(2))
     wanted = x[order // 3] * weights.flatten()[order, None]
-    assert torch.equal(native.scaled_rows(x, weights, order), wanted)
+    assert torch.equal(kernels.scaled_rows(x, weights, order), wanted)
 
 
 def test_tensors_that_lie_otherwise_are_read_right() -> None:
     x, weights = drawn(7, 5).mT, drawn(3, 5, seed=1).mT
     order = torch.randperm(30, generator=seeded(2))[::2]
     assert torch.equal(
-        native.scaled_rows(x, weights, order % 15), x[order % 15 // 3] * weights.flatten()[order % 15, None]
+        kernels.scaled_rows(x, weights, order % 15), x[order % 15 // 3] * weights.flatten()[order % 15, None]
     )
 
 
@@ -164,8 +166,8 @@ def test_first_and_second_derivatives_by_plain_autograd_are_those_of_float64() -
 
     def slopes(dtype: torch.dtype, order: int) -> tuple[Tensor, ...]:
         x, w1, w3, w2, weights = own = [t.to(dtype).requires_grad_() for t in drawn_leaves]
-        rows = dispatch_rows(x, routing_order, inverse, 2)
-        y = grouped_matmul(activate(*gate_and_up(rows, w1, w3, offsets)), w2, offsets)
+        gate, up = gate_and_up(x, w1, w3, routing_order, inverse, offsets)
+        y = grouped_matmul(activate(gate, up), w2, offsets)
         out = (combine_rows(y, weights, routing_order, inverse) ** 2).sum()
         first = torch.autograd.grad(out, own, create_graph=order == 2)
         return first if order == 1 else torch.autograd.grad(sum((g**2).sum() for g in first), own)
@@ -201,6 +203,40 @@ def test_a_step_without_the_kernels_is_the_step(monkeypatch: pytest.MonkeyPatch)
     assert_close(with_them.expert_opt.mu["layers"]["moe"]["w2"], without.expert_opt.mu["layers"]["moe"]["w2"], 1e-4)
 
 
+def test_products_of_tokens_are_those_of_their_rows_and_the_best_are_the_librarys() -> None:
+    x, token = drawn(2, 30, 33), torch.randint(0, 30, (2, 100), generator=seeded(1))
+    weights, grads, offsets = drawn(2, 3, 33, 65, seed=2), drawn(2, 100, 65, seed=3), offsets_of([70, 0, 9], 2)
+    rows = torch.stack([x[run][token[run]] for run in range(2)])
+    assert torch.equal(kernels.token_matmul(x, token, weights, offsets), kernels.matmul([(rows, weights)], offsets))
+    assert torch.equal(kernels.token_outer(x, token, grads, offsets), kernels.outer(rows, grads, offsets))
+    for width in (1, 5, 16, 33, 300):
+        scores = drawn(7, width, seed=width)
+        for k in {1, min(3, width), width}:
+            assert torch.equal(kernels.top(scores, k), scores.topk(k).indices)
+    tied = torch.tensor([[1.0, 2.0, 2.0, torch.nan, -torch.inf], [torch.nan] * 5, [-torch.inf] * 5])
+    assert kernels.top(tied, 5).tolist() == [[1, 2, 0, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+
+
+def test_a_transpose_of_few_rows_has_the_bits_of_one_of_many() -> None:
+    rows, weights, offsets = drawn(1, 40, 48), drawn(1, 1, 70, 48, seed=1).mT, offsets_of([40])
+    whole = kernels.matmul([(rows, weights), (rows.flip(1), weights)], offsets)
+    for count in (1, 7, 16):
+        few = rows[:, :count].contiguous(), rows.flip(1)[:, :count].contiguous()
+        found = kernels.matmul([(few[0], weights), (few[1], weights)], offsets_of([count]))
+        assert_close(found, whole[:, :count], 1e-6)
+
+
+def test_a_large_outer_product_is_written_past_the_caches_and_is_the_same() -> None:
+    experts, counts = 600, [3] * 600
+    rows, grads = drawn(1, 1800, 64), drawn(1, 1800, 64, seed=1)
+    whole = kernels.outer(rows, grads, offsets_of(counts))
+    assert whole.numel() * whole.element_size() > 8 << 20
+    for expert in (0, 300, experts - 1):
+        part = slice(3 * expert, 3 * expert + 3)
+        alone = kernels.outer(rows[:, part].contiguous(), grads[:, part].contiguous(), offsets_of([3]))
+        assert torch.equal(whole[0, expert], alone[0, 0])
+
+
 @pytest.mark.parametrize("compiler", ["", "/nowhere/cc", "/bin/false"])
 def test_without_a_compiler_nothing_is_missing(compiler: str, tmp_path: Path) -> None:
     program = (
@@ -223,11 +259,29 @@ def test_the_kernels_of_lesser_processors_compute_the_same(
 ) -> None:
     made = tmp_path / "kernels.so"
     quiet = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter")
-    subprocess.run(["cc", *flags, *quiet, "-shared", "-fPIC", "-o", made, native.SOURCE, "-lm"], check=True)
-    rows, weights, offsets = drawn(2, 90, 37), drawn(2, 3, 37, 70, seed=1), offsets_of([20, 0, 63], 2)
-    here = native.matmul([(rows, weights)], offsets), native.matmul([(rows, weights.mT.contiguous().mT)], offsets)
-    kernels = native.typed(ctypes.CDLL(str(made)))
-    monkeypatch.setattr(native, "_kernels", lambda: kernels)
-    there = native.matmul([(rows, weights)], offsets), native.matmul([(rows, weights.mT.contiguous().mT)], offsets)
+    sources = [path for path in native.SOURCES if path.suffix == ".c"]
+    subprocess.run(["cc", *flags, *quiet, "-shared", "-fPIC", "-o", made, *sources, "-lm"], check=True)
+    here = every_kernel()
+    lesser = kernels.typed(ctypes.CDLL(str(made)))
+    monkeypatch.setattr(kernels, "_kernels", lambda: lesser)
+    there = every_kernel()
+    assert len(here) == len(there) > 30
     for a, b in zip(here, there, strict=True):
-        assert_close(a, b, 2e-6)
+        assert_close(a.double(), b.double(), 4e-6)
+
+
+def every_kernel() -> list[Tensor]:
+    """What they give: products plain, transposed, of few and of many rows, of tokens; twins with their gradients."""
+    rows, weights, offsets = drawn(2, 90, 37), drawn(2, 3, 37, 70, seed=1), offsets_of([20, 7, 63], 2)
+    token, grads = torch.randint(0, 90, (2, 90), generator=seeded(2)), drawn(2, 90, 70, seed=3)
+    made = [
+        kernels.matmul([(rows, weights)], offsets), kernels.matmul([(rows, weights.mT.contiguous().mT)], offsets),
+        kernels.outer(rows, grads, offsets), kernels.token_matmul(rows, token, weights, offsets),
+        kernels.token_outer(rows, token, grads, offsets), kernels.top(grads, 5),
+        kernels.scaled_rows(rows[0], drawn(90, 1), token[0]),
+        *kernels.adamw(torch.full((2, 6), 0.1), rows, rows, rows, rows.abs()),
+    ]  # fmt: skip
+    for twin, draw in CASES.values():
+        out, slopes_ = slopes(twin, function_of(twin).apply, single(draw(0, 40, 24)))
+        made += [*out, *slopes_]
+    return made

@@ -41,6 +41,7 @@ def by_plain_autograd(case: Case) -> dict[str, Tensor]:
         return torch.cat((weights, torch.zeros_like(weights[:1])))[rows.expert].detach().requires_grad_()
 
     def gate_and_up(layer: int, x: Tensor, w1: Tensor, w3: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        x = x[rows.token]
         own[layer] |= {"w1": private(w1, rows), "w3": private(w3, rows), "x": torch.zeros_like(x).requires_grad_()}
         gate, up = (torch.einsum("nd,ndf->nf", x + own[layer]["x"], own[layer][name]) for name in ("w1", "w3"))
         return gate, up

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiny_onn_func.attend import attend
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.ops import rms_norm, rotate
+from tiny_onn_func.heads import split_heads
 
 
 def causal_bias(
@@ -40,13 +40,16 @@ def attention(
     A query that sees no key at all (padding on the left) gets a finite value that nobody reads.
     """
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    qkv = x @ torch.cat([params[name] for name in ("q_proj", "k_proj", "v_proj")], dim=1)
-    qkv = rearrange(qkv, "batch seq (heads dim) -> batch heads seq dim", dim=config.head_dim)
-    qk, v = qkv.split((heads + groups, groups), dim=1)
+    batch = x.shape[0]
+    tokens = rearrange(
+        x, "batch seq dim -> (batch seq) dim"
+    )  # vmap makes one batched product of two matrices as they lie
+    qkv = tokens @ torch.cat([params[name] for name in ("q_proj", "k_proj", "v_proj")], dim=1)
     q_norm = params["q_norm"] / math.sqrt(config.head_dim)  # a few numbers to scale, where the scores are many
     norms = torch.cat((q_norm.expand(heads, -1), params["k_norm"].expand(groups, -1)))
-    qk = rms_norm(qk, None, config.rms_norm_eps) * rearrange(norms, "heads dim -> heads 1 dim")
-    q, k = rotate(qk, *rotary).split((heads, groups), dim=1)
+    by_head = rearrange(qkv, "(batch seq) (heads dim) -> batch seq heads dim", batch=batch, dim=config.head_dim)
+    q, k, v = split_heads(by_head, norms, rotary, config.rms_norm_eps)
     q = rearrange(q, "batch (groups share) seq dim -> batch groups share seq dim", groups=groups)
     out = attend(q, k, v, bias)
-    return rearrange(out, "batch groups share seq dim -> batch seq (groups share dim)") @ params["o_proj"]
+    out = rearrange(out, "batch seq groups share dim -> (batch seq) (groups share dim)") @ params["o_proj"]
+    return rearrange(out, "(batch seq) dim -> batch seq dim", batch=batch)

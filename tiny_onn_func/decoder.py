@@ -73,7 +73,8 @@ def forward(
         x = x + rearrange(out, "(b s) dim -> b s dim", b=batch)
         traces.append(trace)
     head = params["embed_tokens"].mT if config.tie_word_embeddings else params["lm_head"]
-    logits = rms_norm(x, params["norm"], config.rms_norm_eps) @ head
+    normed = rearrange(rms_norm(x, params["norm"], config.rms_norm_eps), "b s dim -> (b s) dim")
+    logits = rearrange(normed @ head, "(b s) vocab -> b s vocab", b=batch)
     return logits.to(wide_dtype(logits.dtype)), RouterTrace(*map(torch.stack, zip(*traces, strict=True)))
 
 

@@ -10,25 +10,55 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd import Function
 
-from tiny_onn_func import native
-from tiny_onn_func.grouped import batch_first, fold, sum_of, unfold
+from tiny_onn_func import kernels, native
+from tiny_onn_func.folding import batch_first, fold, one_axis
+from tiny_onn_func.grouped import sum_of
+from tiny_onn_func.mapped import over_runs
 
 
 def dispatch_rows(
-    x: Float[Tensor, "tokens dim"], order: Int[Tensor, " rows"], inverse: Int[Tensor, " rows"], slots: int
-) -> Float[Tensor, "rows dim"]:
+    x: Float[Tensor, "*runs tokens dim"],
+    order: Int[Tensor, "*runs rows"],
+    inverse: Int[Tensor, "*runs rows"],
+    slots: int,
+) -> Float[Tensor, "*runs rows dim"]:
     """rows[n] = x[order[n] // slots]: a copy of its token for every row, in the order of the experts."""
-    return _Dispatch.apply(x, order, inverse, slots)
+    return over_runs(lambda *plain: (_dispatch(*plain),), x, order, inverse, slots)[0]
 
 
 def combine_rows(
-    y: Float[Tensor, "rows dim"],
-    weights: Float[Tensor, "tokens slots"],
-    order: Int[Tensor, " rows"],
-    inverse: Int[Tensor, " rows"],
-) -> Float[Tensor, "tokens dim"]:
+    y: Float[Tensor, "*runs rows dim"],
+    weights: Float[Tensor, "*runs tokens slots"],
+    order: Int[Tensor, "*runs rows"],
+    inverse: Int[Tensor, "*runs rows"],
+) -> Float[Tensor, "*runs tokens dim"]:
     """out[t] = sum over slots m of weights[t, m] * y[inverse[t * slots + m]]."""
-    return _Combine.apply(y, weights, order, inverse)
+    return over_runs(lambda *plain: (_combine(*plain),), y, weights, order, inverse)[0]
+
+
+def undo_dispatch(
+    rows: Float[Tensor, "*runs rows dim"],
+    order: Int[Tensor, "*runs rows"],
+    inverse: Int[Tensor, "*runs rows"],
+    slots: int,
+) -> Float[Tensor, "*runs tokens dim"]:
+    """Each token's rows added up: what flows back through `dispatch_rows`."""
+    return combine_rows(rows, rows.new_ones(*order.shape[:-1], order.shape[-1] // slots, slots), order, inverse)
+
+
+def _dispatch(x: Tensor, order: Tensor, inverse: Tensor, slots: int) -> Tensor:
+    """Of one run, or of several, with axes of them in front, as one."""
+    if x.ndim == 2:
+        return _Dispatch.apply(x, order, inverse, slots)
+    rows = _Dispatch.apply(x.flatten(0, -2), _fold_index(order), _fold_index(inverse), slots)
+    return rows.view(*order.shape, -1)
+
+
+def _combine(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    if y.ndim == 2:
+        return _Combine.apply(y, weights, order, inverse)
+    out = _Combine.apply(y.flatten(0, -2), weights.flatten(0, -2), _fold_index(order), _fold_index(inverse))
+    return out.view(*weights.shape[:-1], -1)
 
 
 class _Dispatch(Function):
@@ -45,8 +75,7 @@ class _Dispatch(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         order, inverse = ctx.saved_tensors
-        ones = grad.new_ones(grad.shape[0] // ctx.slots, ctx.slots)
-        return combine_rows(grad, ones, order, inverse), None, None, None
+        return undo_dispatch(grad, order, inverse, ctx.slots), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x_dot: Tensor, *_: None) -> Tensor:
@@ -56,8 +85,7 @@ class _Dispatch(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, order: Tensor, inverse: Tensor, slots: int) -> Any:
         x, order, inverse = batch_first(info.batch_size, in_dims, x, order, inverse)
-        rows = dispatch_rows(fold(x), _fold_index(order), _fold_index(inverse), slots)
-        return unfold(rows, info.batch_size), 0
+        return _dispatch(x, order, inverse, slots), 0
 
 
 class _Combine(Function):
@@ -76,7 +104,7 @@ class _Combine(Function):
         y, weights, order, inverse = ctx.saved_tensors
         slots = weights.shape[-1]
         if not ctx.needs_input_grad[1] and native.may_run(grad, weights):
-            return native.scaled_rows(grad, weights, order), None, None, None
+            return kernels.scaled_rows(grad, weights, order), None, None, None
         rows = _Dispatch.apply(grad, order, inverse, slots)
         grad_weights = grad_y = None
         if ctx.needs_input_grad[1]:
@@ -98,9 +126,7 @@ class _Combine(Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor
     ) -> Any:
-        y, weights, order, inverse = batch_first(info.batch_size, in_dims, y, weights, order, inverse)
-        out = combine_rows(fold(y), fold(weights), _fold_index(order), _fold_index(inverse))
-        return unfold(out, info.batch_size), 0
+        return _combine(*batch_first(info.batch_size, in_dims, y, weights, order, inverse)), 0
 
 
 for function in (_Dispatch, _Combine):
@@ -109,5 +135,6 @@ for function in (_Dispatch, _Combine):
 
 def _fold_index(index: Tensor) -> Tensor:
     """Indices into each run's rows -> indices into all rows."""
+    index = one_axis(index, 1)
     runs, rows = index.shape
     return fold(index + rearrange(torch.arange(runs, device=index.device) * rows, "runs -> runs 1"))

@@ -20,6 +20,8 @@ class Rows(NamedTuple):
     token: Int[Tensor, " rows"]  # original token index
     expert: Int[Tensor, " rows"]  # E on inactive rows
     offsets: Int32[Tensor, " experts"]  # row behind the last one of each expert
+    order: Int[Tensor, " rows"]  # the permutation that made them: flat (input, slot) index of each row
+    inverse: Int[Tensor, " rows"]  # undoes it
 
 
 ApplyW2 = Callable[[int, Tensor, Tensor, Rows], Tensor]
@@ -35,24 +37,28 @@ def apply_w2(
 
 def apply_w13(
     layer: int,
-    x: Float[Tensor, "rows dim"],
+    x: Float[Tensor, "tokens dim"],
     w1: Float[Tensor, "experts dim inner"],
     w3: Float[Tensor, "experts dim inner"],
     rows: Rows,
 ) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows inner"]]:
-    """Gate and up of each row's expert; the second seam, before the activation."""
-    return gate_and_up(x, w1, w3, rows.offsets)
+    """Gate and up of each row's token and expert; the second seam, before the activation."""
+    return gate_and_up(x, w1, w3, rows.order, rows.inverse, rows.offsets)
 
 
-class Sorted(NamedTuple):
-    """Rows, and the permutation that made them: `order[row]` is a flat (token, slot) index, `inverse` undoes it."""
+def spread(x: Float[Tensor, "tokens dim"], rows: Rows) -> tuple[Float[Tensor, "rows dim"], Rows]:
+    """A copy of its token for every row, and the rows with these as inputs: for seams that look at a row's input."""
+    copies = dispatch_rows(x, rows.order, rows.inverse, rows.order.shape[0] // x.shape[0])
+    number = torch.arange(copies.shape[0], device=x.device)
+    return copies, rows._replace(order=number, inverse=number)
 
-    rows: Rows
-    order: Int[Tensor, " rows"]
-    inverse: Int[Tensor, " rows"]
+
+def input_of(x: Float[Tensor, "inputs dim"], rows: Rows) -> Int[Tensor, " rows"]:
+    """Which of the inputs each row is made of."""
+    return rows.order // (rows.order.shape[0] // x.shape[0])
 
 
-def sort_by_expert(routing: Routing, num_experts: int) -> Sorted:
+def sort_by_expert(routing: Routing, num_experts: int) -> Rows:
     """Sort the (token, slot) pairs by expert, stably, inactive ones last, with static shapes."""
     slots = routing.expert_ids.shape[-1]
     expert = torch.where(routing.active, routing.expert_ids, num_experts)
@@ -61,7 +67,7 @@ def sort_by_expert(routing: Routing, num_experts: int) -> Sorted:
     inverse = torch.zeros_like(order).scatter(0, order, positions)
     counts = order.new_zeros(num_experts + 1).scatter_add(0, expert, torch.ones_like(expert))
     offsets = counts[:num_experts].cumsum(dim=0).to(torch.int32)
-    return Sorted(Rows(order // slots, expert, offsets), order, inverse)
+    return Rows(order // slots, expert, offsets, order, inverse)
 
 
 def apply_experts(
@@ -78,9 +84,7 @@ def apply_experts(
     Args:
         num_experts: of the layer, where `params` holds some of them only and the seams know where the others are.
     """
-    slots = routing.expert_ids.shape[-1]
-    rows, order, inverse = sort_by_expert(routing, num_experts or params["w1"].shape[0])
-    inputs = dispatch_rows(x, order, inverse, slots)
-    gate, up = apply_w13(layer, inputs, params["w1"], params["w3"], rows)
+    rows = sort_by_expert(routing, num_experts or params["w1"].shape[0])
+    gate, up = apply_w13(layer, x, params["w1"], params["w3"], rows)
     y = apply_w2(layer, activate(gate, up), params["w2"], rows)
-    return combine_rows(y, routing.weights.to(y.dtype), order, inverse)
+    return combine_rows(y, routing.weights.to(y.dtype), rows.order, rows.inverse)

@@ -4,34 +4,53 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 from torch.autograd import Function
 
-from tiny_onn_func import native
-from tiny_onn_func.grouped import GroupedMatmul, GroupedOuter, GroupedSum, batch_first, matmul_kernel, sum_of
+from tiny_onn_func import kernels, native
+from tiny_onn_func.dispatch import dispatch_rows, undo_dispatch
+from tiny_onn_func.folding import batch_first, one_axis
+from tiny_onn_func.grouped import GroupedMatmul, GroupedOuter, GroupedSum, matmul_kernel, sum_of
+from tiny_onn_func.mapped import over_runs
 from tiny_onn_func.ops import swiglu
+from tiny_onn_func.tiles import is_traced
+from tiny_onn_func.twins import Twin, with_kernel
 
 
 def gate_and_up(
-    rows: Float[Tensor, "rows dim"],
+    x: Float[Tensor, "tokens dim"],
     w1: Float[Tensor, "experts dim inner"],
     w3: Float[Tensor, "experts dim inner"],
+    order: Int[Tensor, " rows"],
+    inverse: Int[Tensor, " rows"],
     offsets: Int32[Tensor, " experts"],
 ) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows inner"]]:
-    """Two grouped matmuls of the same rows, whose gradients in the rows are added where they are made."""
-    return _GateAndUp.apply(rows, w1, w3, offsets)
+    """Two grouped matmuls of the rows x[order // slots], read from their tokens where a kernel can.
+
+    Args:
+        order, inverse: of the rows, as `sort_by_expert` gives them: what flows back is added up token by token.
+    """
+    token = order // (order.shape[0] // x.shape[0])
+    gate, up = over_runs(_GateAndUp.apply, x, w1, w3, token, order, inverse, offsets)
+    return gate, up
 
 
 def activate(gate: Float[Tensor, "rows inner"], up: Float[Tensor, "rows inner"]) -> Float[Tensor, "rows inner"]:
     """silu(gate) * up, forward and backward in one pass each where a kernel takes them."""
-    return Activate.apply(gate, up) if native.can_take(gate, up) else swiglu(gate, up)
+    return _activate(gate, up)[0]
 
 
 class _GateAndUp(Function):
     @staticmethod
-    def forward(rows: Tensor, w1: Tensor, w3: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        x: Tensor, w1: Tensor, w3: Tensor, token: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if not is_traced(offsets) and native.can_take(x, w1, w3):
+            plain = one_axis(x, 2), one_axis(token, 1)
+            gate, up = (kernels.token_matmul(*plain, one_axis(w, 3), one_axis(offsets, 1)) for w in (w1, w3))
+            return gate.view(*token.shape, -1), up.view(*token.shape, -1)
+        rows = dispatch_rows(x, order, inverse, order.shape[-1] // x.shape[-2])
         return matmul_kernel(rows, w1, offsets), matmul_kernel(rows, w3, offsets)
 
     @staticmethod
@@ -41,19 +60,23 @@ class _GateAndUp(Function):
 
     @staticmethod
     def backward(ctx: Any, gate: Tensor, up: Tensor) -> tuple[Tensor | None, ...]:
-        rows, w1, w3, offsets = ctx.saved_tensors
-        return (
-            GroupedSum.apply(gate, w1.mT, up, w3.mT, offsets) if ctx.needs_input_grad[0] else None,
-            GroupedOuter.apply(rows, gate, offsets) if ctx.needs_input_grad[1] else None,
-            GroupedOuter.apply(rows, up, offsets) if ctx.needs_input_grad[2] else None,
-            None,
-        )
+        x, w1, w3, token, order, inverse, offsets = ctx.saved_tensors
+        grad_x = grad_w1 = grad_w3 = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = GroupedSum.apply(gate, w1.mT, up, w3.mT, offsets)
+            grad_x = undo_dispatch(grad_rows, order, inverse, order.shape[-1] // x.shape[-2])
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_w1, grad_w3 = _outer_products(x, gate, up, token, order, inverse, offsets)
+        return grad_x, grad_w1, grad_w3, None, None, None, None
 
     @staticmethod
     def jvp(
-        ctx: Any, rows_dot: Tensor | None, w1_dot: Tensor | None, w3_dot: Tensor | None, _: None
+        ctx: Any, x_dot: Tensor | None, w1_dot: Tensor | None, w3_dot: Tensor | None, *_: None
     ) -> tuple[Tensor, Tensor]:
-        rows, w1, w3, offsets = ctx.saved_tensors
+        x, w1, w3, _, order, inverse, offsets = ctx.saved_tensors
+        slots = order.shape[-1] // x.shape[-2]
+        rows = dispatch_rows(x, order, inverse, slots)
+        rows_dot = None if x_dot is None else dispatch_rows(x_dot, order, inverse, slots)
         gate, up = (
             sum_of(
                 None if rows_dot is None else GroupedMatmul.apply(rows_dot, w, offsets),
@@ -64,45 +87,29 @@ class _GateAndUp(Function):
         return gate, up
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], rows: Tensor, w1: Tensor, w3: Tensor, offsets: Tensor) -> Any:
-        return _GateAndUp.apply(*batch_first(info.batch_size, in_dims, rows, w1, w3, offsets)), (0, 0)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+        return _GateAndUp.apply(*batch_first(info.batch_size, in_dims, *inputs)), (0, 0)
 
 
-class Activate(Function):
-    @staticmethod
-    def forward(gate: Tensor, up: Tensor) -> Tensor:
-        return native.swiglu(gate, up) if native.may_run(gate, up) else swiglu(gate, up)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        if native.may_run(grad, gate, up):
-            return native.swiglu_grad(grad, gate, up)
-        return grad * up * _slope(gate), grad * F.silu(gate)
-
-    @staticmethod
-    def jvp(ctx: Any, gate_dot: Tensor | None, up_dot: Tensor | None) -> Tensor:
-        gate, up = ctx.saved_tensors
-        return sum_of(
-            None if gate_dot is None else gate_dot * up * _slope(gate),
-            None if up_dot is None else F.silu(gate) * up_dot,
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], gate: Tensor, up: Tensor) -> Any:
-        return Activate.apply(*batch_first(info.batch_size, in_dims, gate, up)), 0
+def _outer_products(
+    x: Tensor, gate: Tensor, up: Tensor, token: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of w1 and w3 from those of gate and up."""
+    if native.may_run(x, gate, up):
+        plain = one_axis(x, 2), one_axis(token, 1)
+        made = (kernels.token_outer(*plain, one_axis(grad, 2), one_axis(offsets, 1)) for grad in (gate, up))
+        grad_w1, grad_w3 = (t.view(*offsets.shape, *t.shape[2:]) for t in made)
+        return grad_w1, grad_w3
+    rows = dispatch_rows(x, order, inverse, order.shape[-1] // x.shape[-2])
+    return GroupedOuter.apply(rows, gate, offsets), GroupedOuter.apply(rows, up, offsets)
 
 
-for function in (_GateAndUp, Activate):
-    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[union-attr]  # see grouped.py
-
-
-def _slope(gate: Tensor) -> Tensor:
-    """Derivative of silu."""
-    share = gate.sigmoid()
-    return share * (1 + gate * (1 - share))
+ACTIVATE = Twin(
+    lambda gate, up: (swiglu(gate, up),),
+    lambda gate, up: (kernels.swiglu(gate, up),),
+    lambda grads, inputs, _: kernels.swiglu_grad(*grads, *inputs),
+    differentiable=2,
+    smooth=1,
+)
+_activate = with_kernel(ACTIVATE)
+_GateAndUp.forward.__signature__ = inspect.signature(_GateAndUp.forward)  # type: ignore[attr-defined]  # see twins.py

@@ -17,7 +17,9 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.autograd import Function
 
-from tiny_onn_func import native
+from tiny_onn_func import kernels, native
+from tiny_onn_func.folding import batch_first, fold, one_axis, unfold
+from tiny_onn_func.mapped import over_runs
 from tiny_onn_func.tiles import is_traced, tiled_matmul, tiled_outer
 
 
@@ -27,14 +29,14 @@ def grouped_matmul(
     offsets: Int32[Tensor, " experts"],
 ) -> Float[Tensor, "rows out_dim"]:
     """out[n] = rows[n] @ weights[e] for offsets[e-1] <= n < offsets[e]; rows behind offsets[-1] give zeros."""
-    return GroupedMatmul.apply(rows, weights, offsets)
+    return over_runs(lambda *plain: (GroupedMatmul.apply(*plain),), rows, weights, offsets)[0]
 
 
 def grouped_outer(
     rows: Float[Tensor, "rows in_dim"], grads: Float[Tensor, "rows out_dim"], offsets: Int32[Tensor, " experts"]
 ) -> Float[Tensor, "experts in_dim out_dim"]:
     """out[e] = sum of rows[n]^T grads[n] over offsets[e-1] <= n < offsets[e]: the weight gradient of the matmul."""
-    return GroupedOuter.apply(rows, grads, offsets)
+    return over_runs(lambda *plain: (GroupedOuter.apply(*plain),), rows, grads, offsets)[0]
 
 
 class GroupedMatmul(Function):
@@ -152,8 +154,8 @@ def matmul_kernel(
     transform is in sight and tensors are plain."""
     pairs = [(rows, weights)] if others is None or other_weights is None else [(rows, weights), (others, other_weights)]
     if not is_traced(offsets) and native.can_take(*itertools.chain(*pairs)):
-        folded = [(_one_axis(left, 2), _one_axis(right, 3)) for left, right in pairs]
-        out = native.matmul(folded, _one_axis(offsets, 1))
+        folded = [(one_axis(left, 2), one_axis(right, 3)) for left, right in pairs]
+        out = kernels.matmul(folded, one_axis(offsets, 1))
         return out.reshape(*rows.shape[:-1], -1)
     first, *more = (_matmul_fallback(*pair, offsets) for pair in pairs)
     return first + more[0] if more else first
@@ -161,7 +163,7 @@ def matmul_kernel(
 
 def _matmul_fallback(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     runs = rows.shape[:-2]
-    rows, weights, offsets = (_one_axis(t, dims) for t, dims in ((rows, 2), (weights, 3), (offsets, 1)))
+    rows, weights, offsets = (one_axis(t, dims) for t, dims in ((rows, 2), (weights, 3), (offsets, 1)))
     if rows.shape[0] == 1:
         out = _matmul_of_one_run(rows[0], weights[0], offsets[0])[None]
     else:
@@ -191,9 +193,9 @@ def _outer_kernel(
     offsets: Int32[Tensor, "*runs experts"],
 ) -> Float[Tensor, "*runs experts in_dim out_dim"]:
     runs = rows.shape[:-2]
-    rows, grads, offsets = (_one_axis(t, dims) for t, dims in ((rows, 2), (grads, 2), (offsets, 1)))
+    rows, grads, offsets = (one_axis(t, dims) for t, dims in ((rows, 2), (grads, 2), (offsets, 1)))
     if not is_traced(offsets) and native.can_take(rows, grads):
-        out = native.outer(rows, grads, offsets)
+        out = kernels.outer(rows, grads, offsets)
     elif rows.shape[0] == 1:
         out = _outer_of_one_run(rows[0], grads[0], offsets[0])[None]
     else:
@@ -212,11 +214,6 @@ def _outer_of_one_run(rows: Tensor, grads: Tensor, offsets: Tensor) -> Tensor:
     for start, end, block in _groups(offsets, out):
         torch.mm(rows[start:end].mT, grads[start:end], out=block)
     return out
-
-
-def _one_axis(t: Tensor, dims: int) -> Tensor:
-    """All axes but the last `dims` as one axis of runs; one run where there is none."""
-    return t.reshape(-1, *t.shape[t.ndim - dims :])
 
 
 def _has_fast_path(left: Tensor, right: Tensor) -> bool:
@@ -247,21 +244,6 @@ def sum_of(first: Tensor | None, second: Tensor | None) -> Tensor:
         assert only is not None, "a tangent is asked for only when an input has one"
         return only
     return first + second
-
-
-def batch_first(runs: int, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Every tensor with the mapped axis first; those that are not mapped are repeated without a copy."""
-    return tuple(
-        t.expand(runs, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims, strict=False)
-    )
-
-
-def fold(t: Tensor) -> Tensor:
-    return rearrange(t, "runs first ... -> (runs first) ...")
-
-
-def unfold(t: Tensor, runs: int) -> Tensor:
-    return rearrange(t, "(runs first) ... -> runs first ...", runs=runs)
 
 
 def _fold_offsets(offsets: Tensor, rows: int) -> Tensor:

@@ -6,6 +6,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tiny_onn_func import kernels
+from tiny_onn_func.twins import Twin, Values, with_kernel
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of decisions and losses: float32, or the parameters' own if that is wider."""
@@ -16,7 +19,34 @@ def rms_norm(
     x: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"] | None, eps: float
 ) -> Float[Tensor, "*batch dim"]:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467)."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps) if weight is None else _rms_norm(x, weight, eps)[0]
+
+
+def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> Values:
+    if weight.ndim == 1:
+        return (F.rms_norm(x, x.shape[-1:], weight, eps),)
+    ones = (1,) * (x.ndim - weight.ndim)
+    return (F.rms_norm(x, x.shape[-1:], None, eps) * weight.reshape(*weight.shape[:-1], *ones, -1),)
+
+
+def _norm_kernel(x: Tensor, weight: Tensor, eps: float) -> Values:
+    return (kernels.rms_norm(*_rows(x, weight), eps).view(x.shape),)
+
+
+def _norm_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
+    x, weight, eps = inputs
+    grad_x, grad_weight = kernels.rms_norm_grad(_rows(grads[0], weight)[0], *_rows(x, weight), eps)
+    return grad_x.view(x.shape), grad_weight.view(weight.shape)
+
+
+def _rows(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(runs, rows, dim) and (runs, dim)."""
+    weight = weight.reshape(-1, weight.shape[-1])
+    return x.reshape(weight.shape[0], -1, x.shape[-1]), weight
+
+
+RMS_NORM = Twin(_plain_norm, _norm_kernel, _norm_kernel_grad, differentiable=2, smooth=1)
+_rms_norm = with_kernel(RMS_NORM)
 
 
 def rotary_angles(
@@ -33,10 +63,10 @@ def rotary_angles(
 
 
 def rotate(
-    x: Float[Tensor, "batch heads seq dim"],
+    x: Float[Tensor, "*batch0 heads seq dim"],
     cos: Float[Tensor, "*batch1 seq dim"],
     sin: Float[Tensor, "*batch1 seq dim"],
-) -> Float[Tensor, "batch heads seq dim"]:
+) -> Float[Tensor, "*batch0 heads seq dim"]:
     """Rotary embedding with the two halves of a head as pairs, as Qwen3 and Llama store them."""
     cos, sin = (rearrange(t, "... seq dim -> ... 1 seq dim").to(x.dtype) for t in (cos, sin))
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin

@@ -8,7 +8,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tiny_onn_func import kernels, native
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
+from tiny_onn_func.mapped import over_runs
 from tiny_onn_func.ops import wide_dtype
 
 
@@ -50,7 +52,7 @@ def route(
     p = logits.softmax(dim=-1)
     ranked = logits if config.routing == "thresholds" else p
     above = ranked if bias is None else ranked + bias
-    expert_ids = above.detach().topk(slots, dim=-1).indices
+    (expert_ids,) = over_runs(lambda scores: (_best(scores, slots),), above.detach())
     rank = torch.arange(slots, device=p.device)
     if config.routing == "thresholds":
         kept = (above.detach().gather(-1, expert_ids) > 0) | (rank < config.min_experts_per_tok)
@@ -77,6 +79,11 @@ def send_alone(routing: Routing, expert: Int[Tensor, " tokens"], real: Bool[Tens
     ids = torch.where(slot_0, wanted, torch.where(routing.expert_ids == wanted, first, routing.expert_ids))
     alone = Routing(ids, slot_0.to(routing.weights.dtype) * real[:, None], slot_0 & real[:, None])
     return Routing(*(torch.where(wanted >= 0, new, old) for new, old in zip(alone, routing, strict=True)))
+
+
+def _best(scores: Tensor, slots: int) -> Tensor:
+    """Indices of the highest scores."""
+    return kernels.top(scores, slots) if native.may_run(scores) else scores.topk(slots, dim=-1).indices
 
 
 def _open_gates(above: Tensor, active: Tensor) -> Tensor:

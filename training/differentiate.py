@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch.func import vjp
 
+from tiny_onn_func.mapped import only_vmaps, outside, peel, with_all_axes, wrap
 from tiny_onn_func.tree import leaves, tree_map
-from training.mapped import only_vmaps, peel, with_all_axes, wrap
 
 Objective = Callable[..., tuple[Tensor, Any]]
 
@@ -31,7 +31,9 @@ def gradients(objective: Objective, *trees: Any, reads: Any = ()) -> tuple[tuple
         own = tree_map(_leaf_of_its_own, trees)
         value, aux = objective(*own)
         inside = [peel(leaf) for leaf in leaves(own)]
-        flat = torch.autograd.grad(peel(value)[0].sum(), [plain for plain, _ in inside], materialize_grads=True)
+        total, plain = peel(value)[0], [leaf for leaf, _ in inside]
+        with outside():  # a backward pass of plain tensors, without the dispatch of the vmaps
+            flat = torch.autograd.grad(total.sum(), plain, materialize_grads=True)
     grads = iter([wrap(grad, axes) for grad, (_, axes) in zip(flat, inside, strict=True)])
     return tree_map(lambda _: next(grads), trees), tree_map(lambda leaf: leaf.detach(), aux)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tiny_onn_func.experts import Rows
+from tiny_onn_func.experts import Rows, spread
 from training.collectives import Group
 from training.hooks import SurpriseHookManager
 from training.surprise import SurpriseKind
@@ -31,7 +31,7 @@ class Journey(NamedTuple):
     received: list[int]  # rows from each process
     order: Tensor  # received rows, sorted by expert
     inverse: Tensor
-    rows: Rows  # the received ones; `token` is their number
+    rows: Rows  # the received ones; a row is its own token and input
 
 
 class TravellingRows(SurpriseHookManager):
@@ -53,10 +53,11 @@ class TravellingRows(SurpriseHookManager):
         journey = self._journeys[layer] = plan(rows, w1.shape[0], self._group)
 
         def came_back(surprise: Tensor) -> None:
-            sent = Rows(rows.token[: surprise.shape[0]], rows.expert[: surprise.shape[0]], rows.offsets)
+            count = surprise.shape[0]
+            sent = rows._replace(token=rows.token[:count], expert=rows.expert[:count])
             super(TravellingRows, self)._fill(layer, surprise, sent)
 
-        there = _ToOwners.apply(x, journey, self._group, lambda: self._measured.pop(layer), came_back)
+        there = _ToOwners.apply(spread(x, rows)[0], journey, self._group, lambda: self._measured.pop(layer), came_back)
         return super().apply_w13(layer, there, w1, w3, journey.rows)
 
     def apply_w2(self, layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
@@ -80,7 +81,7 @@ def plan(rows: Rows, own_experts: int, group: Group) -> Journey:
     number = torch.arange(order.shape[0], device=order.device)
     offsets = came.sum(dim=0).cumsum(dim=0).to(torch.int32)
     inverse = torch.empty_like(order).scatter(0, order, number)
-    return Journey(sent, came.sum(dim=1).tolist(), order, inverse, Rows(number, expert, offsets))
+    return Journey(sent, came.sum(dim=1).tolist(), order, inverse, Rows(number, expert, offsets, number, number))
 
 
 class _ToOwners(Function):

@@ -6,10 +6,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from tiny_onn_func.experts import ApplyW2, ApplyW13, Rows
+from tiny_onn_func.experts import ApplyW2, ApplyW13, Rows, input_of, spread
 from tiny_onn_func.experts import apply_w2 as plain_apply_w2
 from tiny_onn_func.experts import apply_w13 as plain_apply_w13
-from training.mapped import peel, wrap
+from tiny_onn_func.mapped import Axis, inside_again, peel, wrap
 from training.surprise import SurpriseKind, row_dot, row_norm, row_surprise, sparse_fill
 
 
@@ -53,6 +53,8 @@ class SurpriseHookManager:
 
     def apply_w13(self, layer: int, x: Tensor, w1: Tensor, w3: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """The wrapped application of gate and up."""
+        if self._kind == "input":  # the gradient of a row's input wants a tensor with rows
+            x, rows = spread(x, rows)
         out = self._apply_w13(layer, x, w1, w3, rows)
         for hooked in {"experts": out, "input": (x,)}.get(self._kind, ()):
             if self._hook(hooked, lambda grad: self._record_w13(layer, grad)):
@@ -72,7 +74,7 @@ class SurpriseHookManager:
         if inside.requires_grad:
             # Detached: torch.func.grad differentiates with create_graph; an attached norm would tie the graph into a
             # cycle.
-            self._handles.append(inside.register_hook(lambda grad: record(wrap(grad.detach(), axes))))
+            self._handles.append(inside.register_hook(lambda grad: _seen_inside(record, grad.detach(), axes)))
         return inside.requires_grad
 
     def _record_w2(self, layer: int, grad: Tensor) -> None:
@@ -89,7 +91,7 @@ class SurpriseHookManager:
             self._fill(layer, row_norm(grad), rows)
             return
         parts = self._so_far[layer]
-        parts.append(row_surprise(x, grad))
+        parts.append(row_norm(x).gather(0, input_of(x, rows)) * row_norm(grad))
         if len(parts) == 3:  # the squares of all three matrices add up
             del self._so_far[layer]
             self._fill(layer, parts[0].hypot(parts[1]).hypot(parts[2]), rows)
@@ -97,3 +99,9 @@ class SurpriseHookManager:
     def _fill(self, layer: int, values: Tensor, rows: Rows) -> None:
         surface = self.per_token_surprise[layer]
         surface.copy_(sparse_fill(values.to(surface.dtype), rows, *surface.shape))
+
+
+def _seen_inside(record: Callable[[Tensor], None], grad: Tensor, axes: list[Axis]) -> None:
+    """Show a mapped tensor's gradient, whose backward pass runs outside of the vmaps, as what is mapped by them."""
+    with inside_again():
+        record(wrap(grad, axes))

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from training.batch import IGNORE_INDEX
+from training.cross_entropy import cross_entropy
 from training.hyper import HyperParams, Number, is_off
 
 
@@ -25,17 +26,9 @@ def language_modelling(logits: Float[Tensor, "batch seq vocab"], labels: Int[Ten
 
     The *sum* is what surprise differentiates: a batch that is split or padded keeps every token's value.
     """
-    is_target = labels != IGNORE_INDEX
-    log_p = logits.log_softmax(dim=-1)
-    picked = log_p.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    seen = log_p.detach()
-    entropy = -reduce(seen.exp() * seen, "batch seq vocab -> batch seq", "sum")
-    correct = (seen.argmax(dim=-1) == labels) & is_target
+    losses, entropies, best, _ = cross_entropy(logits, labels)
     return LanguageModelling(
-        -torch.where(is_target, picked, 0.0).sum(),
-        is_target.sum(),
-        correct.sum(),
-        torch.where(is_target, entropy, 0.0).sum(),
+        losses.sum(), (labels != IGNORE_INDEX).sum(), (best == labels).sum(), entropies.detach().sum()
     )
 
 

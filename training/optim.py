@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiny_onn_func import native
+from tiny_onn_func import kernels, native
+from tiny_onn_func.mapped import fold_runs, only_vmaps, peel, unfold_runs
 from tiny_onn_func.tiles import is_traced
 from tiny_onn_func.tree import Tree, flatten, leaves, tree_map, unflatten
 from training.hyper import HyperParams, Number
-from training.mapped import fold_runs, only_vmaps, peel, unfold_runs
 
 
 class AdamWState(NamedTuple):
@@ -94,7 +94,7 @@ def _native_update(
     new = {}
     for name in p:
         leaf = (fold_runs(tree[name]) for tree in (p, g, mu, nu))
-        made = native.adamw(numbers[kinds[name]], *leaf)
+        made = kernels.adamw(numbers[kinds[name]], *leaf)
         new[name] = unfold_runs(made[0]), unfold_runs(made[1]), unfold_runs(made[2])
     return new
 

@@ -1,0 +1,227 @@
+"""What is told twice, plainly and as a kernel: both ways agree, under every transform, whatever the threads."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+from tests.helpers import assert_close, seeded
+from tiny_onn_func import native
+from tiny_onn_func.attend import ATTEND
+from tiny_onn_func.attention import causal_bias
+from tiny_onn_func.gated import ACTIVATE
+from tiny_onn_func.heads import SPLIT_HEADS
+from tiny_onn_func.ops import RMS_NORM, rotary_angles
+from tiny_onn_func.twins import Twin, function_of, with_kernel
+from training.cross_entropy import CROSS_ENTROPY
+
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+NATIVE = pytest.mark.skipif(native.library() is None, reason="no C compiler to make the kernels with")
+
+
+Tensors = tuple[Tensor, ...]
+
+
+class Case(NamedTuple):
+    twin: Twin
+    draw: Callable[..., tuple[Any, ...]]  # (seed, size, width) -> float64 inputs
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def some_heads(seed: int, size: int, width: int) -> tuple[Any, ...]:
+    dim = 2 * width
+    angles = (t.double()[None] for t in rotary_angles(torch.arange(size), dim, 100.0))
+    return drawn(2, size, 5, dim, seed=seed), drawn(4, dim, seed=seed + 1), *angles, 1e-3
+
+
+def some_attention(seed: int, size: int, width: int) -> tuple[Any, ...]:
+    real = (torch.arange(size) < torch.tensor([[size], [max(1, size // 2)]])).long()
+    q, k, v = drawn(2, 1, 2, size, width, seed=seed), *(drawn(2, 1, size, width, seed=seed + i) for i in (1, 2))
+    return q, k, v, causal_bias(real, size, torch.device("cpu"), torch.float64).clamp_min(-1e6)
+
+
+def some_logits(seed: int, size: int, width: int) -> tuple[Any, ...]:
+    labels = torch.randint(-1, width, (2, size), generator=seeded(seed))
+    return 3 * drawn(2, size, width, seed=seed), torch.where(labels < 0, -100, labels)
+
+
+CASES = {
+    "rms_norm": Case(
+        RMS_NORM, lambda seed, size, width: (drawn(2, size, width, seed=seed), drawn(width, seed=9), 1e-3)
+    ),
+    "split_heads": Case(SPLIT_HEADS, some_heads),
+    "attend": Case(ATTEND, some_attention),
+    "activate": Case(ACTIVATE, lambda seed, size, width: (drawn(size, width, seed=seed), drawn(size, width, seed=9))),
+    "cross_entropy": Case(CROSS_ENTROPY, some_logits),
+}
+EVERY = pytest.mark.parametrize("name", CASES)
+
+
+def single(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs)
+
+
+def smooth_part(twin: Twin, way: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    rest = inputs[twin.differentiable :]
+    return lambda *own: tuple(way(*own, *rest)[: twin.smooth])
+
+
+def slopes(
+    twin: Twin, way: Callable[..., Any], inputs: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(all outputs, gradients of the smooth ones times drawn numbers)."""
+    own = [t.detach().requires_grad_() for t in inputs[: twin.differentiable]]
+    out = way(*own, *inputs[twin.differentiable :])
+    total = sum((t * drawn(*t.shape, seed=7).to(t.dtype)).sum() for t in out[: twin.smooth])
+    return tuple(t.detach() for t in out), torch.autograd.grad(total, own)
+
+
+@NATIVE
+@EVERY
+@example(seed=0, size=1, width=1)
+@example(seed=0, size=70, width=33)
+@given(seed=st.integers(0, 99), size=st.integers(1, 70), width=st.sampled_from([1, 3, 8, 15, 16, 17, 31, 33, 64, 257]))
+def test_the_kernel_equals_the_plain_way_with_its_gradients(name: str, seed: int, size: int, width: int) -> None:
+    twin, draw = CASES[name]
+    width = min(width, 40) if name != "cross_entropy" else width
+    inputs = draw(seed, size, width)
+    assert native.may_run(*single(inputs)[: twin.differentiable])
+    found, found_slopes = slopes(twin, function_of(twin).apply, single(inputs))
+    wanted, wanted_slopes = slopes(twin, twin.plain, inputs)
+    for ours, theirs in zip((*found, *found_slopes), (*wanted, *wanted_slopes), strict=True):
+        if theirs.is_floating_point():
+            size_of = max(1.0, float(theirs.abs().max()))
+            assert float((ours.double() - theirs).abs().max()) <= 2e-5 * size_of
+        else:
+            assert torch.equal(ours, theirs)
+
+
+@FORWARD_MODE
+@EVERY
+def test_gradcheck_gradgradcheck_and_forward_mode(name: str) -> None:
+    twin, draw = CASES[name]
+    inputs = draw(0, 3, 2)
+    own = [t.requires_grad_() for t in inputs[: twin.differentiable]]
+    function = smooth_part(twin, function_of(twin).apply, inputs)
+    assert torch.autograd.gradcheck(function, own, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, own)
+
+
+@NATIVE
+@EVERY
+def test_a_second_derivative_through_the_kernel_is_the_plain_ones(name: str) -> None:
+    twin, draw = CASES[name]
+    inputs = draw(0, 5, 4)
+
+    def curvature(way: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        own = [t.detach().requires_grad_() for t in inputs[: twin.differentiable]]
+        value = sum((t**2).sum() for t in smooth_part(twin, way, inputs)(*own))
+        first = torch.autograd.grad(value, own, create_graph=True)
+        return torch.autograd.grad(sum((g**2).sum() for g in first), own)
+
+    for ours, theirs in zip(curvature(with_kernel(twin), single(inputs)), curvature(twin.plain, inputs), strict=True):
+        assert_close(ours.double(), theirs, 1e-4 * max(1.0, float(theirs.abs().max())))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shared", [None, 0, 1])
+def test_mapped_runs_equal_a_loop_forward_and_in_a_gradient(name: str, dtype: torch.dtype, shared: int | None) -> None:
+    twin, draw = CASES[name]
+    drawings = [draw(seed, 5, 4) for seed in range(6)]
+    if dtype == torch.float32:
+        drawings = [single(inputs) for inputs in drawings]
+    count = sum(isinstance(t, Tensor) for t in drawings[0])
+    shared = None if shared is None or twin.differentiable == 1 else shared
+    dims = tuple(None if place == shared else 0 for place in range(count))
+    columns = [torch.stack(list(t)) for t in zip(*(inputs[:count] for inputs in drawings), strict=True)]
+    given = [t if dim == 0 else t[0] for t, dim in zip(columns, dims, strict=True)]
+    numbers = drawings[0][count:]
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    for way in (with_kernel(twin), function_of(twin).apply):
+
+        def outputs(*tensors: Tensor, way: Callable[..., Any] = way) -> tuple[Tensor, ...]:
+            return tuple(way(*tensors, *numbers))
+
+        def slope(*tensors: Tensor, way: Callable[..., Any] = way) -> Tensor:
+            value = lambda first: sum((t**2).sum() for t in way(first, *tensors[1:], *numbers)[: twin.smooth])  # noqa: E731
+            return grad(value)(tensors[0])
+
+        for function in (outputs, lambda *tensors: (slope(*tensors),)):
+            loop = [
+                function(*(t[run] if dim == 0 else t for t, dim in zip(given, dims, strict=True))) for run in range(6)
+            ]
+            mapped = vmap(function, dims)(*given)
+            halves = [t.unflatten(0, (2, 3)) if dim == 0 else t for t, dim in zip(given, dims, strict=True)]
+            nested = vmap(vmap(function, dims), dims)(*halves)
+            for place, wanted in enumerate(zip(*loop, strict=True)):
+                assert_close(mapped[place], torch.stack(list(wanted)), tolerance)
+                assert_close(nested[place].flatten(0, 1), torch.stack(list(wanted)), tolerance)
+
+
+@FORWARD_MODE
+@EVERY
+def test_forward_mode_of_mapped_runs_equals_a_loop(name: str) -> None:
+    twin, draw = CASES[name]
+    drawings = [single(draw(seed, 4, 3)) for seed in range(3)]
+    count = sum(isinstance(t, Tensor) for t in drawings[0])
+    columns = [torch.stack(list(t)) for t in zip(*(inputs[:count] for inputs in drawings), strict=True)]
+
+    def tangent(*tensors: Tensor) -> tuple[Tensor, ...]:
+        function = smooth_part(twin, with_kernel(twin), (*tensors, *drawings[0][count:]))
+        own = tensors[: twin.differentiable]
+        return jvp(function, own, tuple(torch.ones_like(t) for t in own))[1]
+
+    loop = [tangent(*(t[run] for t in columns)) for run in range(3)]
+    for found, wanted in zip(vmap(tangent)(*columns), zip(*loop, strict=True), strict=True):
+        assert_close(found, torch.stack(list(wanted)), 2e-5)
+
+
+@NATIVE
+@EVERY
+def test_the_bits_depend_on_no_thread_and_no_other_run(name: str) -> None:
+    twin, draw = CASES[name]
+    drawings = [single(draw(seed, 40, 24)) for seed in range(3)]
+    count = sum(isinstance(t, Tensor) for t in drawings[0])
+    columns = [torch.stack(list(t)) for t in zip(*(inputs[:count] for inputs in drawings), strict=True)]
+    numbers = drawings[0][count:]
+    together = slopes(twin, function_of(twin).apply, (*columns, *numbers))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        shared = slopes(twin, function_of(twin).apply, (*columns, *numbers))
+    finally:
+        torch.set_num_threads(threads)
+    for ours, theirs in zip((*together[0], *together[1]), (*shared[0], *shared[1]), strict=True):
+        assert torch.equal(ours, theirs)
+    alone = function_of(twin).apply(*drawings[1])
+    assert all(torch.equal(one, some[1]) for one, some in zip(alone, together[0], strict=True))
+
+
+@NATIVE
+@EVERY
+def test_what_is_not_a_number_stays_so(name: str) -> None:
+    twin, draw = CASES[name]
+    inputs = single(draw(0, 6, 5))
+    inputs[0].view(-1)[0] = torch.nan
+    out, grads = slopes(twin, function_of(twin).apply, inputs)
+    assert any(t.isnan().any() for t in out[: twin.smooth])
+    assert grads[0].isnan().any()
+
+
+@NATIVE
+@EVERY
+def test_tensors_that_lie_otherwise_are_read_right(name: str) -> None:
+    twin, draw = CASES[name]
+    inputs = single(draw(0, 6, 5))
+    scattered = tuple(torch.stack((t, t), dim=-1).flatten(-2)[..., ::2] if isinstance(t, Tensor) else t for t in inputs)
+    for ours, theirs in zip(function_of(twin).apply(*scattered), function_of(twin).apply(*inputs), strict=True):
+        assert torch.equal(ours, theirs)

@@ -1,0 +1,107 @@
+/* Causal attention and its gradients. */
+
+#include "products.h"
+
+/* Probabilities (high x width) of queries first .. first + high: softmax(q k^T + bias), zeros on later keys; `keys` is
+   k turned. If `log_sums` are known they are used, else they are made. */
+INLINE void probabilities(int64_t seq, int64_t dim, int64_t first, int64_t high, int64_t width, const float *q,
+                          const float *keys, const float *bias, float *p, float *log_sums, int known) {
+    product(high, width, dim, q + first * dim, dim, 1, keys, seq, p, seq, 0);
+    for (int64_t i = first; i < first + high; i++, p += seq) {
+        int64_t n = i + 1;
+        const float *mask = bias + i * seq;
+        for (int64_t j = 0; j < n; j++) p[j] += mask[j];
+        float from = known ? log_sums[i] : largest(n, p);
+        for (int64_t j = 0; j < n; j++) p[j] = expo(p[j] - from);
+        if (!known) {
+            float sum = total(n, p), share = 1 / sum;
+            log_sums[i] = from + logf(sum);
+            for (int64_t j = 0; j < n; j++) p[j] *= share;
+        }
+        for (int64_t j = n; j < width; j++) p[j] = 0;
+    }
+}
+
+/* Keys that the queries before `end` may see, up to whole vectors. */
+INLINE int64_t seen(int64_t end, int64_t seq) {
+    int64_t width = (end + WIDE * LANES - 1) / (WIDE * LANES) * (WIDE * LANES);
+    return width < seq ? width : seq;
+}
+
+/* Where query i of head h of all batches' heads stands in (batch, seq, heads, dim). */
+INLINE int64_t place(int64_t h, int64_t i, int64_t heads, int64_t seq, int64_t dim) {
+    return ((h / heads * seq + i) * heads + h % heads) * dim;
+}
+
+/* out (batch, seq, groups, share, dim) = softmax(q k^T + bias) v, causal, and the log of each softmax's sum; q (batch,
+   groups, share, seq, dim), k and v (batch, groups, seq, dim), bias (1 or batch, seq, seq) with `own_bias` 0 or 1. 1 if
+   there is no memory. */
+int attention(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t dim, const float *q, const float *k,
+              const float *v, const float *bias, int own_bias, float *out, float *log_sums, int threads) {
+    int64_t heads = groups * share;
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && batch * groups * seq * seq * dim > SMALL)
+    for (int64_t t = 0; t < batch * groups; t++) {
+        float *keys = malloc(sizeof(float) * (size_t)(seq * dim + HIGH * seq)), *p = keys + seq * dim;
+        if (!keys) {
+#pragma omp atomic write
+            failed = 1;
+            continue;
+        }
+        const float *mask = bias + (own_bias ? t / groups * seq * seq : 0);
+        turn(seq, dim, k + t * seq * dim, keys);
+        for (int64_t h = t * share; h < (t + 1) * share; h++)
+            for (int64_t i = 0; i < seq; i += HIGH) {
+                int64_t high = seq - i < HIGH ? seq - i : HIGH, width = seen(i + high, seq);
+                probabilities(seq, dim, i, high, width, q + h * seq * dim, keys, mask, p, log_sums + h * seq, 0);
+                product(high, dim, i + high, p, seq, 1, v + t * seq * dim, dim, out + place(h, i, heads, seq, dim), heads * dim,
+                        0);
+            }
+        free(keys);
+    }
+    return failed;
+}
+
+/* Its gradients in q, k and v. */
+int attention_grad(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t dim, const float *q,
+                   const float *k, const float *v, const float *bias, int own_bias, const float *out, float *log_sums,
+                   const float *grad, float *grad_q, float *grad_k, float *grad_v, int threads) {
+    int64_t heads = groups * share, token = heads * dim; /* floats from one token of out and grad to the next */
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && batch * groups * seq * seq * dim > SMALL)
+    for (int64_t t = 0; t < batch * groups; t++) {
+        float *keys = malloc(sizeof(float) * (size_t)(2 * seq * dim + 2 * seq * seq));
+        if (!keys) {
+#pragma omp atomic write
+            failed = 1;
+            continue;
+        }
+        float *values = keys + seq * dim, *p = values + seq * dim, *s = p + seq * seq; /* s: slope in the scores */
+        const float *mask = bias + (own_bias ? t / groups * seq * seq : 0);
+        turn(seq, dim, k + t * seq * dim, keys);
+        turn(seq, dim, v + t * seq * dim, values);
+        for (int64_t h = t * share; h < (t + 1) * share; h++) {
+            const float *head = q + h * seq * dim, *up = grad + place(h, 0, heads, seq, dim);
+            const float *made = out + place(h, 0, heads, seq, dim);
+            for (int64_t i = 0; i < seq; i += HIGH) {
+                int64_t high = seq - i < HIGH ? seq - i : HIGH, width = seen(i + high, seq);
+                probabilities(seq, dim, i, high, width, head, keys, mask, p + i * seq, log_sums + h * seq, 1);
+                product(high, width, dim, up + i * token, token, 1, values, seq, s + i * seq, seq, 0);
+                for (int64_t r = i; r < i + high; r++) {
+                    float mean = dot(dim, up + r * token, made + r * token);
+                    for (int64_t j = 0; j < width; j++) s[r * seq + j] = p[r * seq + j] * (s[r * seq + j] - mean);
+                }
+                product(high, dim, i + high, s + i * seq, seq, 1, k + t * seq * dim, dim, grad_q + (h * seq + i) * dim, dim,
+                        0);
+            }
+            for (int64_t j = 0; j < seq; j += HIGH) { /* keys are seen by the queries from j on */
+                int64_t high = seq - j < HIGH ? seq - j : HIGH, at = j * seq + j, depth = seq - j;
+                int how = h > t * share ? MORE : NEW;
+                product(high, dim, depth, s + at, 1, seq, head + j * dim, dim, grad_k + (t * seq + j) * dim, dim, how);
+                product(high, dim, depth, p + at, 1, seq, up + j * token, token, grad_v + (t * seq + j) * dim, dim, how);
+            }
+        }
+        free(keys);
+    }
+    return failed;
+}

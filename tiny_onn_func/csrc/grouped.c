@@ -1,0 +1,123 @@
+/* Rows times the weights of their experts. `offsets` (runs, experts) holds, for each run, the row behind the last one of
+   each expert; rows behind the last offset belong to nobody. */
+
+#include "products.h"
+
+#define BLOCK (8 * HIGH) /* rows of an expert that one thread takes at a time */
+#define FAR (8 << 20)    /* bytes of a result that no cache would keep for its reader */
+
+typedef struct {
+    int64_t group, row, rows;
+} Task;
+
+/* At most LANES rows times transposed weights (out, in), summed over terms: the rows are turned, not the weights, and so
+   is what comes out. `room` for (in + 2 out) * LANES. */
+static void few_rows(int64_t rows, int64_t in, int64_t out, int terms, const float *const lefts[], const float *const rights[],
+                     float *room, float *result) {
+    float *sums = room + in * LANES, *back = sums + out * LANES;
+    memset(room, 0, sizeof(float) * (size_t)(in * LANES));
+    for (int term = 0; term < terms; term++) {
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t k = 0; k < in; k++) room[k * LANES + i] = lefts[term][i * in + k];
+        for (int64_t j = 0; j < out; j += HIGH) {
+            const float *weights = rights[term] + j * in;
+            for (int64_t k = 0; k < HIGH * in; k += LANES) __builtin_prefetch(weights + HIGH * in + k); /* every weight is read once */
+            product(out - j < HIGH ? out - j : HIGH, LANES, in, weights, in, 1, room, LANES, sums + j * LANES, LANES,
+                    term ? MORE : NEW);
+        }
+    }
+    turn(out, LANES, sums, back);
+    memcpy(result, back, sizeof(float) * (size_t)(rows * out));
+}
+
+/* result (runs, n, out): rows (runs, n, in) times the weights (runs, experts, in, out) of their experts, or times
+   weights (runs, experts, out, in) transposed, plus the same of `more_rows` and `more_weights` if they are not null;
+   zeros on nobody's rows. With an `order` (runs, n) row i of a run is row order[i] of its tokens' `rows` (runs, tokens, in),
+   and there are no more. 0, or 1 if there is no memory. */
+int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t out, int64_t tokens, const float *rows,
+                   const int64_t *order, const float *weights, const float *more_rows, const float *more_weights, const int32_t *offsets,
+                   float *result, int transposed, int threads) {
+    const float *lefts[2] = {rows, more_rows}, *rights[2] = {weights, more_weights};
+    int terms = more_rows ? 2 : 1, failed = 0;
+    int64_t count = 0, size = in * out;
+    Task *tasks = malloc(sizeof(Task) * (size_t)(runs * (n / BLOCK + experts + 1)));
+    if (!tasks) return 1;
+    for (int64_t run = 0; run < runs; run++) {
+        int64_t start = 0;
+        for (int64_t e = 0; e < experts; e++)
+            for (int64_t end = offsets[run * experts + e]; start < end;) {
+                int64_t some = end - start < BLOCK ? end - start : BLOCK;
+                tasks[count++] = (Task){run * experts + e, run * n + start, some};
+                start += some;
+            }
+        memset(result + (run * n + start) * out, 0, sizeof(float) * (size_t)((n - start) * out));
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1 && runs * n * size > SMALL)
+    {
+        int64_t needed = terms * size > (in + 2 * out) * LANES ? terms * size : (in + 2 * out) * LANES;
+        float *turned = transposed ? malloc(sizeof(float) * (size_t)needed) : NULL;
+        int64_t group = -1; /* whose weights are turned */
+        if (transposed && !turned) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < count; t++) {
+            Task task = tasks[t];
+            if (transposed && !turned) continue;
+            if (transposed && task.rows <= LANES && out >= LANES && in >= 2 * LANES) {
+                const float *own[2], *weights_of[2];
+                for (int term = 0; term < terms; term++) {
+                    own[term] = lefts[term] + task.row * in;
+                    weights_of[term] = rights[term] + task.group * size;
+                }
+                few_rows(task.rows, in, out, terms, own, weights_of, turned, result + task.row * out);
+                group = -1;
+                continue;
+            }
+            for (int term = 0; term < terms; term++) {
+                const float *weight = rights[term] + task.group * size;
+                if (transposed && group != task.group) turn(out, in, weight, turned + term * size);
+                if (transposed) weight = turned + term * size;
+                if (order)
+                    product_of(task.rows, out, in, rows + task.row / n * tokens * in, order + task.row, weight,
+                               result + task.row * out);
+                else product(task.rows, out, in, lefts[term] + task.row * in, in, 1, weight, out, result + task.row * out, out, term ? MORE : NEW);
+            }
+            group = task.group;
+        }
+        free(turned);
+    }
+    free(tasks);
+    return failed;
+}
+
+/* result (runs, experts, in, out): for every expert the sum over its rows of rows[n]^T grads[n]; an `order` as above. */
+void grouped_outer(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t out, int64_t tokens, const float *rows,
+                   const int64_t *order, const float *grads, const int32_t *offsets, float *result, int threads) {
+    int64_t groups = runs * experts;
+    int64_t parts = groups < 8 * threads ? (in + 4 * HIGH - 1) / (4 * HIGH) : 1; /* few experts: parts of their rows of weights */
+    int64_t high = (in + parts - 1) / parts;
+    int aligned = (uintptr_t)result % sizeof(vec) == 0 && out % LANES == 0;
+    int how = aligned && groups * in * out * (int64_t)sizeof(float) > FAR ? AWAY : NEW;
+#pragma omp parallel num_threads(threads) if (threads > 1 && runs * n * in * out > SMALL)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < groups * parts; t++) {
+            int64_t group = t / parts, from = t % parts * high, first = group / experts * n;
+            int64_t some = in - from < high ? in - from : high;
+            int64_t start = group % experts ? offsets[group - 1] : 0, depth = offsets[group] - start;
+            if (some <= 0) continue;
+            float *part = result + (group * in + from) * out;
+            const float *up = grads + (first + start) * out;
+            if (depth && order)
+                outer_of(some, out, depth, rows + group / experts * tokens * in + from, in, order + first + start, up, part, how);
+            else if (depth)
+                product(some, out, depth, rows + (first + start) * in + from, 1, in, up, out, part, out, how);
+            else memset(part, 0, sizeof(float) * (size_t)(some * out));
+        }
+#if defined(__AVX2__)
+        _mm_sfence(); /* what was written past the caches is there for all */
+#endif
+    }
+}

@@ -1,0 +1,24 @@
+"""The axis of runs that vmap maps: brought to the front, folded into the axis behind it, and unfolded."""
+
+from einops import rearrange
+from torch import Tensor
+
+
+def batch_first(runs: int, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Every tensor with the mapped axis first; those that are not mapped are repeated without a copy."""
+    return tuple(
+        t.expand(runs, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims, strict=False)
+    )
+
+
+def fold(t: Tensor) -> Tensor:
+    return rearrange(t, "runs first ... -> (runs first) ...")
+
+
+def unfold(t: Tensor, runs: int) -> Tensor:
+    return rearrange(t, "(runs first) ... -> runs first ...", runs=runs)
+
+
+def one_axis(t: Tensor, dims: int) -> Tensor:
+    """All axes but the last `dims` as one axis of runs; one run where there is none."""
+    return t.reshape(-1, *t.shape[t.ndim - dims :])

@@ -1,0 +1,293 @@
+"""The compiled kernels as functions of plain tensors: float32 on a CPU, where `native.may_run` says so."""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Int32, Int64
+from torch import Tensor
+
+from tiny_onn_func.native import library
+
+SIZE, POINTER, INT, FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+PARTS = 16  # of a run's rows, whose sums are made apart
+
+
+def matmul(
+    pairs: Sequence[tuple[Float[Tensor, "runs rows _"], Float[Tensor, "runs experts _ out_dim"]]],
+    offsets: Int32[Tensor, "runs experts"],
+) -> Float[Tensor, "runs rows out_dim"]:
+    """Each row times the weights of its expert, summed over one or two pairs of the same sizes; zeros behind the last
+    offset. Transposed weights are taken as they lie."""
+    transposed = all(weights.mT.is_contiguous() for _, weights in pairs)
+    dense = [(rows.contiguous(), weights if transposed else weights.contiguous()) for rows, weights in pairs]
+    (rows, weights), (others, other_weights) = dense[0], (*dense, (None, None))[1]
+    runs, experts, in_dim, out_dim = weights.shape
+    offsets, out = offsets.contiguous(), rows.new_empty(runs, rows.shape[1], out_dim)
+    sizes = runs, rows.shape[1], experts, in_dim, out_dim, rows.shape[1]
+    given = rows, None, weights, others, other_weights, offsets, out
+    pointers = (None if t is None else t.data_ptr() for t in given)
+    if _kernels().grouped_matmul(*sizes, *pointers, transposed, torch.get_num_threads()):
+        raise MemoryError("grouped_matmul: expected memory for one expert's weights, got none; use a smaller batch")
+    return out
+
+
+def outer(
+    rows: Float[Tensor, "runs rows in_dim"],
+    grads: Float[Tensor, "runs rows out_dim"],
+    offsets: Int32[Tensor, "runs experts"],
+) -> Float[Tensor, "runs experts in_dim out_dim"]:
+    """The sum of rows[n]^T grads[n] over each expert's rows."""
+    rows, grads, offsets = rows.contiguous(), grads.contiguous(), offsets.contiguous()
+    runs, count, in_dim = rows.shape
+    out = rows.new_empty(runs, offsets.shape[1], in_dim, grads.shape[2])
+    sizes = runs, count, offsets.shape[1], in_dim, grads.shape[2], count
+    pointers = (None if t is None else t.data_ptr() for t in (rows, None, grads, offsets, out))
+    _kernels().grouped_outer(*sizes, *pointers, torch.get_num_threads())
+    return out
+
+
+def token_matmul(
+    x: Float[Tensor, "runs tokens in_dim"],
+    token: Int64[Tensor, "runs rows"],
+    weights: Float[Tensor, "runs experts in_dim out_dim"],
+    offsets: Int32[Tensor, "runs experts"],
+) -> Float[Tensor, "runs rows out_dim"]:
+    """`matmul` of the rows x[token], which are not made."""
+    x, token, weights, offsets = (t.contiguous() for t in (x, token, weights, offsets))
+    runs, experts, in_dim, out_dim = weights.shape
+    out = x.new_empty(runs, token.shape[1], out_dim)
+    given = x, token, weights, None, None, offsets, out
+    pointers = (None if t is None else t.data_ptr() for t in given)
+    sizes = runs, token.shape[1], experts, in_dim, out_dim, x.shape[1]
+    _kernels().grouped_matmul(*sizes, *pointers, 0, torch.get_num_threads())
+    return out
+
+
+def token_outer(
+    x: Float[Tensor, "runs tokens in_dim"],
+    token: Int64[Tensor, "runs rows"],
+    grads: Float[Tensor, "runs rows out_dim"],
+    offsets: Int32[Tensor, "runs experts"],
+) -> Float[Tensor, "runs experts in_dim out_dim"]:
+    """`outer` of the rows x[token], which are not made."""
+    given = [t.contiguous() for t in (x, token, grads, offsets)]
+    (runs, tokens, in_dim), (_, count, out_dim) = x.shape, grads.shape
+    out = x.new_empty(runs, offsets.shape[1], in_dim, out_dim)
+    sizes = runs, count, offsets.shape[1], in_dim, out_dim, tokens
+    _kernels().grouped_outer(*sizes, *(t.data_ptr() for t in (*given, out)), torch.get_num_threads())
+    return out
+
+
+def top(x: Float[Tensor, "*rows width"], k: int) -> Int64[Tensor, "*rows k"]:
+    """Indices of the k largest of every row, the first of equals first; what is not a number comes last."""
+    x = x.contiguous()
+    ids = x.new_empty((*x.shape[:-1], k), dtype=torch.int64)
+    width = x.shape[-1]
+    if _kernels().top(x.numel() // width, width, k, x.data_ptr(), ids.data_ptr(), torch.get_num_threads()):
+        raise MemoryError("top: expected memory for one row, got none; use fewer experts")
+    return ids
+
+
+def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """silu(gate) * up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _kernels().swiglu(gate.numel(), gate.data_ptr(), up.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def swiglu_grad(
+    grad: Float[Tensor, "*shape"], gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """Gradients of silu(gate) * up in gate and up."""
+    given = [t.contiguous() for t in (grad, gate, up)]
+    made = torch.empty_like(given[1]), torch.empty_like(given[2])
+    _kernels().swiglu_grad(gate.numel(), *(t.data_ptr() for t in (*given, *made)), torch.get_num_threads())
+    return made
+
+
+def scaled_rows(
+    x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens slots"], order: Int[Tensor, " rows"]
+) -> Float[Tensor, "rows dim"]:
+    """rows[n] = x[order[n] // slots] * weights.flatten()[order[n]]."""
+    given = [t.contiguous() for t in (x, weights, order)]
+    (count,), (dim, slots) = order.shape, (x.shape[1], weights.shape[1])
+    rows = x.new_empty(count, dim)
+    pointers = (t.data_ptr() for t in (*given, rows))
+    _kernels().scaled_rows(count, dim, slots, *pointers, torch.get_num_threads())
+    return rows
+
+
+def rms_norm(x: Float[Tensor, "runs rows dim"], weight: Float[Tensor, "runs dim"], eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight."""
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    pointers = (t.data_ptr() for t in (x, weight, out))
+    _kernels().rms_norm(*x.shape, eps, *pointers, torch.get_num_threads())
+    return out
+
+
+def rms_norm_grad(
+    grad: Float[Tensor, "runs rows dim"],
+    x: Float[Tensor, "runs rows dim"],
+    weight: Float[Tensor, "runs dim"],
+    eps: float,
+) -> tuple[Float[Tensor, "runs rows dim"], Float[Tensor, "runs dim"]]:
+    """Gradients of `rms_norm` in x and weight."""
+    given = [t.contiguous() for t in (x, weight, grad)]
+    parts = max(1, min(PARTS, x.shape[1] // PARTS))
+    grad_x, partial = torch.empty_like(given[0]), x.new_empty(x.shape[0], parts, x.shape[2])
+    pointers = (t.data_ptr() for t in (*given, grad_x, partial))
+    _kernels().rms_norm_grad(*x.shape, parts, eps, *pointers, torch.get_num_threads())
+    return grad_x, partial[:, 0]
+
+
+def split_heads(
+    qkv: Float[Tensor, "runs batch seq all_heads dim"],
+    norms: Float[Tensor, "runs normed dim"],
+    cosines: Float[Tensor, "seq dim"],
+    sines: Float[Tensor, "seq dim"],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (runs, batch, heads, seq, dim), k and v (runs, batch, groups, seq, dim): q and k normed and turned."""
+    given = [t.contiguous() for t in (qkv, norms, cosines, sines)]
+    runs, batch, seq, width, dim = qkv.shape
+    groups = width - norms.shape[1]
+    made = [qkv.new_empty(runs, batch, some, seq, dim) for some in (width - 2 * groups, groups, groups)]
+    pointers = (t.data_ptr() for t in (*given, *made))
+    sizes = runs, batch, seq, width - 2 * groups, groups, dim
+    _kernels().split_heads(*sizes, eps, *pointers, torch.get_num_threads())
+    return made[0], made[1], made[2]
+
+
+def split_heads_grad(
+    grads: Sequence[Float[Tensor, "runs batch _ seq dim"]],
+    qkv: Float[Tensor, "runs batch seq all_heads dim"],
+    norms: Float[Tensor, "runs normed dim"],
+    cosines: Float[Tensor, "seq dim"],
+    sines: Float[Tensor, "seq dim"],
+    eps: float,
+) -> tuple[Float[Tensor, "runs batch seq all_heads dim"], Float[Tensor, "runs normed dim"]]:
+    """Gradients of `split_heads` in qkv and norms."""
+    given = [t.contiguous() for t in (qkv, norms, cosines, sines, *grads)]
+    runs, batch, seq, width, dim = qkv.shape
+    groups = width - norms.shape[1]
+    grad_qkv, grad_norms = torch.empty_like(given[0]), qkv.new_empty(runs, batch, width - groups, dim)
+    room = qkv.new_empty(runs, batch, dim)
+    pointers = (t.data_ptr() for t in (*given, grad_qkv, grad_norms, room))
+    sizes = runs, batch, seq, width - 2 * groups, groups, dim
+    _kernels().split_heads_grad(*sizes, eps, *pointers, torch.get_num_threads())
+    return grad_qkv, grad_norms.sum(dim=1)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "*rows vocab"], labels: Int[Tensor, "*rows"]
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"], Int[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+    """-log softmax at the label and the softmax's entropy, both 0 where the label is negative; the first of the largest
+    logits; the logarithm of the softmax's sum."""
+    logits, labels = logits.contiguous(), labels.contiguous()
+    made = [torch.empty_like(labels, dtype=dtype) for dtype in (logits.dtype, logits.dtype, labels.dtype, logits.dtype)]
+    pointers = (t.data_ptr() for t in (logits, labels, *made))
+    _kernels().cross_entropy(labels.numel(), logits.shape[-1], *pointers, torch.get_num_threads())
+    return made[0], made[1], made[2], made[3]
+
+
+def cross_entropy_grad(
+    grads: Float[Tensor, "*rows"],
+    logits: Float[Tensor, "*rows vocab"],
+    labels: Int[Tensor, "*rows"],
+    log_sums: Float[Tensor, "*rows"],
+) -> Float[Tensor, "*rows vocab"]:
+    """Gradients of the losses of `cross_entropy` in the logits."""
+    given = [t.contiguous() for t in (grads, logits, labels, log_sums)]
+    out = torch.empty_like(given[1])
+    pointers = (t.data_ptr() for t in (*given, out))
+    _kernels().cross_entropy_grad(labels.numel(), logits.shape[-1], *pointers, torch.get_num_threads())
+    return out
+
+
+def attention(
+    q: Float[Tensor, "batch groups share seq dim"],
+    k: Float[Tensor, "batch groups seq dim"],
+    v: Float[Tensor, "batch groups seq dim"],
+    bias: Float[Tensor, "#batch seq seq"],
+) -> tuple[Float[Tensor, "batch seq groups share dim"], Float[Tensor, "batch groups share seq"]]:
+    """Causal softmax(q k^T + bias) v, and the logarithm of each softmax's sum."""
+    given = [t.contiguous() for t in (q, k, v, bias)]
+    batch, groups, share, seq, dim = q.shape
+    out, log_sums = q.new_empty(batch, seq, groups, share, dim), q.new_empty(q.shape[:-1])
+    pointers = [t.data_ptr() for t in given]
+    made = (out.data_ptr(), log_sums.data_ptr(), torch.get_num_threads())
+    if _kernels().attention(*q.shape, *pointers, int(bias.shape[0] > 1), *made):
+        raise MemoryError("attention: expected memory for one head's scores, got none; use a smaller sequence_length")
+    return out, log_sums
+
+
+def attention_grad(
+    q: Float[Tensor, "batch groups share seq dim"],
+    k: Float[Tensor, "batch groups seq dim"],
+    v: Float[Tensor, "batch groups seq dim"],
+    bias: Float[Tensor, "#batch seq seq"],
+    out: Float[Tensor, "batch seq groups share dim"],
+    log_sums: Float[Tensor, "batch groups share seq"],
+    grad: Float[Tensor, "batch seq groups share dim"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention` in q, k and v."""
+    given = [t.contiguous() for t in (q, k, v, bias)]
+    known = [t.contiguous() for t in (out, log_sums, grad)]
+    made = torch.empty_like(given[0]), torch.empty_like(given[1]), torch.empty_like(given[2])
+    pointers, more = [t.data_ptr() for t in given], [t.data_ptr() for t in (*known, *made)]
+    if _kernels().attention_grad(*q.shape, *pointers, int(bias.shape[0] > 1), *more, torch.get_num_threads()):
+        raise MemoryError("attention: expected memory for one head's scores, got none; use a smaller sequence_length")
+    return made
+
+
+def adamw(
+    numbers: Float[Tensor, "runs 6"],
+    params: Float[Tensor, "runs *shape"],
+    grads: Float[Tensor, "runs *shape"],
+    mu: Float[Tensor, "runs *shape"],
+    nu: Float[Tensor, "runs *shape"],
+) -> tuple[Float[Tensor, "runs *shape"], Float[Tensor, "runs *shape"], Float[Tensor, "runs *shape"]]:
+    """New parameters and moments, each read and written once.
+
+    Args:
+        numbers: of each run, what gradients are multiplied with, 1 - beta1, 1 - beta2, eps, decay and step.
+    """
+    given = [t.contiguous() for t in (params, grads, mu, nu)]
+    made = [torch.empty_like(given[0]) for _ in range(3)]
+    numbers, runs = numbers.contiguous(), params.shape[0]
+    pointers = (t.data_ptr() for t in (*given, *made))
+    tiny = torch.finfo(params.dtype).tiny
+    _kernels().adamw(
+        runs, params.numel() // runs, numbers.data_ptr(), tiny, *pointers, torch.get_num_threads()
+    )  # fmt: skip
+    return made[0], made[1], made[2]
+
+
+@cache
+def _kernels() -> Any:
+    return typed(ctypes.CDLL(str(library())))
+
+
+def typed(kernels: Any) -> Any:
+    """With the argument types of every kernel: sizes, pointers, numbers."""
+    kernels.grouped_matmul.argtypes = [SIZE] * 6 + [POINTER] * 7 + [INT] * 2
+    kernels.grouped_outer.argtypes = [SIZE] * 6 + [POINTER] * 5 + [INT]
+    kernels.top.argtypes = [SIZE] * 3 + [POINTER] * 2 + [INT]
+    kernels.swiglu.argtypes = [SIZE] + [POINTER] * 3 + [INT]
+    kernels.swiglu_grad.argtypes = [SIZE] + [POINTER] * 5 + [INT]
+    kernels.scaled_rows.argtypes = [SIZE] * 3 + [POINTER] * 4 + [INT]
+    kernels.rms_norm.argtypes = [SIZE] * 3 + [FLOAT] + [POINTER] * 3 + [INT]
+    kernels.rms_norm_grad.argtypes = [SIZE] * 4 + [FLOAT] + [POINTER] * 5 + [INT]
+    kernels.split_heads.argtypes = [SIZE] * 6 + [FLOAT] + [POINTER] * 7 + [INT]
+    kernels.split_heads_grad.argtypes = [SIZE] * 6 + [FLOAT] + [POINTER] * 10 + [INT]
+    kernels.cross_entropy.argtypes = [SIZE] * 2 + [POINTER] * 6 + [INT]
+    kernels.cross_entropy_grad.argtypes = [SIZE] * 2 + [POINTER] * 5 + [INT]
+    kernels.attention.argtypes = [SIZE] * 5 + [POINTER] * 4 + [INT] + [POINTER] * 2 + [INT]
+    kernels.attention_grad.argtypes = [SIZE] * 5 + [POINTER] * 4 + [INT] + [POINTER] * 6 + [INT]
+    kernels.adamw.argtypes = [SIZE] * 2 + [POINTER, FLOAT] + [POINTER] * 7 + [INT]
+    return kernels

@@ -1,0 +1,42 @@
+"""Cross entropy of every token, with the entropy and the mode of its distribution from the same pass."""
+
+import torch
+from einops import reduce
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tiny_onn_func import kernels
+from tiny_onn_func.twins import Twin, Values, with_kernel
+from training.batch import IGNORE_INDEX
+
+
+def cross_entropy(
+    logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]
+) -> tuple[
+    Float[Tensor, "batch seq"], Float[Tensor, "batch seq"], Int[Tensor, "batch seq"], Float[Tensor, "batch seq"]
+]:
+    """(-log softmax(logits) at the label, entropy of the softmax, most probable token, log of the softmax's sum).
+
+    Losses and entropies are in nats, and 0 where the label is -100. Only the first has a gradient.
+    """
+    losses, entropies, best, log_sums = _cross_entropy(logits, labels)
+    return losses, entropies, best, log_sums
+
+
+def plain(logits: Tensor, labels: Tensor) -> Values:
+    is_target = labels != IGNORE_INDEX
+    log_p = logits.log_softmax(dim=-1)
+    picked = log_p.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    seen = log_p.detach()
+    entropy = -reduce(seen.exp() * seen, "... vocab -> ...", "sum")
+    losses, entropies = (torch.where(is_target, x, 0.0) for x in (-picked, entropy))
+    return losses, entropies, seen.argmax(dim=-1), logits.detach().logsumexp(dim=-1)
+
+
+def _kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
+    logits, labels = inputs
+    return (kernels.cross_entropy_grad(grads[0], logits, labels, outputs[3]),)
+
+
+CROSS_ENTROPY = Twin(plain, kernels.cross_entropy, _kernel_grad, differentiable=1, smooth=1)
+_cross_entropy = with_kernel(CROSS_ENTROPY)
