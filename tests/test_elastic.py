@@ -18,6 +18,9 @@ from training.checkpoint import load_checkpoint
 from training.cli import main
 
 RUN = [*SMALL, "--batch-size=4", "--model.num-hidden-layers=2", "--eval-every=0", "--checkpoint-every=5"]
+FLAGS = {
+    "data": (), "optimizer": ("--shard-optimizer=true",), "both": ("--shard-experts=2", "--shard-optimizer=true"),
+}  # fmt: skip
 
 
 def torchrun(folder: Path, name: str, *flags: str, workers: int = 2, options: tuple[str, ...] = ()):
@@ -53,14 +56,20 @@ def workers_of(process: "subprocess.Popen[str]") -> list[int]:
 
 def kill_one(run: Path, agents: "list[subprocess.Popen[str]]", after: int, chance: random.Random) -> None:
     """Kill a worker, whichever, once the run has recorded so many steps."""
+    await_steps(run, agents, after)
+    time.sleep(chance.random() * 0.1)
+    pids: list[int] = []
+    while not pids:  # the kill before may have left none for a moment
+        pids = [pid for agent in agents for pid in workers_of(agent)]
+    os.kill(chance.choice(pids), signal.SIGKILL)
+
+
+def await_steps(run: Path, agents: "list[subprocess.Popen[str]]", after: int) -> None:
     end = time.monotonic() + 300
     while steps_done(run) < after:
         assert time.monotonic() < end, f"no {after} steps in {run}: {os.listdir(run) if run.exists() else 'nothing'}"
         assert all(agent.poll() is None for agent in agents), [agent.communicate() for agent in agents]
         time.sleep(0.01)
-    time.sleep(chance.random() * 0.1)
-    pids = [pid for agent in agents for pid in workers_of(agent)]
-    os.kill(chance.choice(pids), signal.SIGKILL)
 
 
 def assert_whole_record(run: Path, steps: int) -> None:
@@ -72,20 +81,14 @@ def records(run: Path) -> list[dict]:
 
 
 def test_a_killed_worker_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes, one of them killed at a random moment; the run goes on from a checkpoint with the same batches.
+    """Two processes, experts and optimizer states shared out, one killed at a random moment; same batches, same bits.
 
     And it is the run of one process, as far as float32 goes.
     """
-    whole = torchrun(tmp_path, "whole", "--steps=40")
-    killed = torchrun(tmp_path, "killed", "--steps=40", options=("--max-restarts=3",))
-    kill_one(tmp_path / "killed", [killed], 7, random.Random(0))
-    finished(whole)
-    assert "exitcode: -9" in finished(killed), "the kill came too late"
-    assert_same_bits(load_checkpoint(tmp_path / "killed"), load_checkpoint(tmp_path / "whole"))
-    assert_whole_record(tmp_path / "killed", 40)
+    killed_at_random_moments(tmp_path, "both", workers=2, kills=1, steps=24, chance=random.Random(0))
     monkeypatch.setenv("TINY_ONN_CACHE", str(tmp_path / "cache"))
     alone = tmp_path / "alone"
-    assert main(["train", f"--data={tmp_path / 'text.txt'}", f"--out={alone}", *RUN, "--steps=40"]) == 0
+    assert main(["train", f"--data={tmp_path / 'text.txt'}", f"--out={alone}", *RUN, "--steps=24"]) == 0
     losses, wanted = ([record["main_loss"] for record in records(run)] for run in (tmp_path / "whole", alone))
     assert losses == pytest.approx(wanted, rel=1e-4)
 
@@ -93,21 +96,62 @@ def test_a_killed_worker_changes_no_bit(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    ("workers", "kills", "flags"),
-    [(4, 3, ()), (2, 1, ("--shard-optimizer=true",)), (2, 1, ("--shard-experts=2", "--shard-optimizer=true"))],
-    ids=["data", "optimizer", "both"],
+    ("workers", "kills", "layout"),
+    [(4, 3, "data"), (2, 2, "optimizer"), (4, 2, "optimizer"), (2, 2, "both"), (4, 3, "both")],
 )
 def test_kills_at_random_moments_change_no_bit(
-    tmp_path: Path, seed: int, workers: int, kills: int, flags: tuple[str, ...]
+    tmp_path: Path, seed: int, workers: int, kills: int, layout: str
 ) -> None:
-    chance = random.Random(seed)
-    whole = torchrun(tmp_path, "whole", "--steps=60", *flags, workers=workers)
-    killed = torchrun(tmp_path, "killed", "--steps=60", *flags, workers=workers, options=("--max-restarts=9",))
-    for after in sorted(chance.sample(range(1, 50), kills)):
-        kill_one(tmp_path / "killed", [killed], after, chance)
+    killed_at_random_moments(tmp_path, layout, workers=workers, kills=kills, steps=40, chance=random.Random(seed))
+
+
+def killed_at_random_moments(
+    folder: Path, layout: str, *, workers: int, kills: int, steps: int, chance: random.Random
+) -> None:
+    flags = (f"--steps={steps}", *FLAGS[layout])
+    whole = torchrun(folder, "whole", *flags, workers=workers)
+    killed = torchrun(folder, "killed", *flags, workers=workers, options=("--max-restarts=9",))
+    for after in sorted(chance.sample(range(1, steps - 10), kills)):
+        kill_one(folder / "killed", [killed], after, chance)
     assert "exitcode: -9" in finished(whole, killed), "no kill came in time"
-    assert_same_bits(load_checkpoint(tmp_path / "killed"), load_checkpoint(tmp_path / "whole"))
-    assert_whole_record(tmp_path / "killed", 60)
+    assert_same_bits(load_checkpoint(folder / "killed"), load_checkpoint(folder / "whole"))
+    assert_whole_record(folder / "killed", steps)
+
+
+def test_a_sharded_run_that_is_asked_to_stop_saves_its_last_whole_step(tmp_path: Path) -> None:
+    stopped(tmp_path, "both", workers=2, steps=1000, whom="torchrun")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["torchrun", "a worker"])
+@pytest.mark.parametrize(("workers", "layout"), [(2, "optimizer"), (4, "both"), (2, "data")])
+def test_a_run_that_was_asked_to_stop_goes_on_with_the_same_bits(
+    tmp_path: Path, workers: int, layout: str, whom: str
+) -> None:
+    flags = ("--steps=60", *FLAGS[layout])
+    whole = torchrun(tmp_path, "whole", *flags, workers=workers)
+    stopped(tmp_path, layout, workers=workers, steps=60, whom=whom)
+    finished(whole, torchrun(tmp_path, "stopped", *flags, "--resume", workers=workers))
+    assert_same_bits(load_checkpoint(tmp_path / "stopped"), load_checkpoint(tmp_path / "whole"))
+    assert_whole_record(tmp_path / "stopped", 60)
+
+
+def stopped(folder: Path, layout: str, *, workers: int, steps: int, whom: str) -> None:
+    """A run that never saved before it was stopped: torchrun ends all its workers, or one of them is told alone."""
+    run, flags = folder / "stopped", (f"--steps={steps}", "--checkpoint-every=0", *FLAGS[layout])
+    process = torchrun(folder, run.name, *flags, workers=workers)
+    await_steps(run, [process], 4)
+    if whom == "torchrun":
+        process.terminate()
+    else:
+        os.kill(workers_of(process)[-1], signal.SIGINT)
+    (done,) = ended([process])
+    assert done.returncode != 0
+    if whom == "torchrun" or layout != "data":  # else process 0 says that it lost the other
+        assert f"stopped; go on with: torchrun ... -m training train --out {run} --resume\n" in done.stderr
+    (saved,) = (int(path.name[5:]) for path in run.glob("*/step_*") if path.parent.name in ("sharded", "checkpoints"))
+    assert_whole_record(run, saved)
+    assert 4 <= saved < steps
 
 
 @pytest.mark.slow

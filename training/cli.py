@@ -3,12 +3,12 @@
 import argparse
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from training.errors import UserError, one_line
+from training.stopping import stop_politely
 
 USAGE = """usage: tiny-onn VERB ...
 
@@ -74,7 +74,7 @@ def _train(argv: Sequence[str]) -> None:
     from training.settings import parse_train_args  # pydantic and tyro, wanted by this verb alone
 
     with open_team(lambda: parse_train_args(argv)) as (team, config, resume):
-        _stop_politely()
+        stop_politely()
         from training.engine import train
         from training.tables import summary_table
 
@@ -188,7 +188,7 @@ def _study(argv: Sequence[str]) -> None:
 
     file, out = named_study(given.file, given.out, quick=given.quick, resume=given.resume)
     study = load_study(file, quick=given.quick)
-    _stop_politely()
+    stop_politely()
     from training.study import run_study
     from training.study_launch import here
     from training.study_ray import on_ray
@@ -216,17 +216,6 @@ def _doctor(argv: Sequence[str]) -> int:
     from training.doctor import doctor
 
     return 0 if doctor(given.run) else 1
-
-
-def _stop_politely() -> None:
-    """Ctrl-C and a polite kill save a checkpoint; the second one leaves at once."""
-
-    def stop(number: int, _: object) -> NoReturn:
-        signal.signal(number, signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
 
 
 def _report(argv: Sequence[str]) -> None:

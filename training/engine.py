@@ -20,7 +20,7 @@ from training.data import batch_at
 from training.distributed import ALONE, Team
 from training.errors import UserError
 from training.folder_lock import locked
-from training.guard import bad_numbers, keep_evidence, passed_over
+from training.guard import NotFinite, bad_numbers, keep_evidence, passed_over
 from training.history import best_step, remember
 from training.hyper_step import TrainState, hyper_step
 from training.memory import keep_freed_memory
@@ -32,6 +32,7 @@ from training.run_config import RunConfig, hyper_params, statics
 from training.saver import Saver
 from training.sharded_checkpoint import save_sharded
 from training.step_metrics import Metrics
+from training.stopping import held_back
 
 Program = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 ALARM_EVERY = 50  # steps between two looks at the router's health
@@ -62,7 +63,8 @@ def train(config: RunConfig, *, resume: bool = False, team: Team = ALONE) -> dic
             return _train(config, folder, resume, team)
         except KeyboardInterrupt:
             if (folder / "config.yaml").exists():
-                print(f"stopped; go on with: tiny-onn train --out {folder} --resume", file=sys.stderr)
+                program = "tiny-onn" if team.world.size == 1 else "torchrun ... -m training"
+                print(f"stopped; go on with: {program} train --out {folder} --resume", file=sys.stderr)
             raise
 
 
@@ -122,6 +124,7 @@ def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, 
     first = int(state.step)
     saved, best, known_alarms = first if first else None, run.team.world.tell(best_step(run.history)), 0
     with (
+        held_back(run.team.layout.is_sharded) as asked,
         Saver(partial(_save, run, recorder)) as saver,
         tqdm(
             total=config.steps, initial=first, unit="step", dynamic_ncols=True, mininterval=0.5, disable=not writes
@@ -130,7 +133,7 @@ def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, 
         try:
             for step in range(first + 1, config.steps + 1):
                 start = time.perf_counter()
-                new_state, values = _step(run, step_of, state)
+                new_state, values, end = _step(run, step_of, state, asked)
                 seconds += time.perf_counter() - start
                 if _due(step, config.eval_every) and step < config.steps:
                     values |= _held_out(run, new_state)
@@ -141,45 +144,52 @@ def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, 
                 if "held_out_nats" in values:
                     best = best_step(run.history)
                 if _due(step, config.checkpoint_every) or step in (best, config.steps):
-                    _keep(run, saver, state, best)
+                    _keep(run, saver, recorder, state, best)
                     saved = step
                 if _due(step, ALARM_EVERY) and writes:
                     known_alarms = _ring(run, known_alarms)
                 if _due(step, config.picture_every) and step < config.steps and writes:
                     draw(run)
-        except BaseException:  # whatever it is, the state after the last whole step is good
-            if int(state.step) != saved and writes and not run.team.layout.is_sharded:
-                saver.save(named_tensors(state), best)
+                if end:
+                    raise KeyboardInterrupt
+        except BaseException as error:  # whatever it is, the state after the last whole step is good
+            all_here = isinstance(error, KeyboardInterrupt | NotFinite) or not run.team.layout.is_sharded
+            if int(state.step) != saved and all_here:
+                _keep(run, saver, recorder, state, best)
             saver.wait()
             raise
     return state, seconds
 
 
-def _step(run: Run, step_of: Program, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The next state and the step's record; a step with bad numbers is kept as evidence and never becomes a state.
+def _step(
+    run: Run, step_of: Program, state: TrainState, asked: Callable[[], bool]
+) -> tuple[TrainState, dict[str, Any], bool]:
+    """The next state, the step's record, and whether a process is asked to stop.
+
+    A step with bad numbers is kept as evidence and never becomes a state.
 
     Raises:
-        UserError: it has bad numbers, and the run is to stop.
+        NotFinite: it has bad numbers, and the run is to stop.
     """
     config, step = run.config, int(state.step)
     batch = step_batch(run, step)
     new_state, metrics = step_of(state, batch)
     values = to_record(metrics)
-    bad = bad_numbers(values, new_state)
-    if run.team.layout.is_sharded:  # each process sees its own part of the state
-        anywhere = int(run.team.world.sum(torch.tensor(len(bad)), "bad numbers"))
+    bad, end = bad_numbers(values, new_state), False
+    if run.team.layout.is_sharded:  # each process sees its own part of the state, and its own signals
+        anywhere, end = run.team.world.sum(torch.tensor([len(bad), asked()]), "bad numbers and signals").tolist()
         bad = bad or ["the state of another process"] * anywhere
     if not bad:
-        return new_state, values
+        return new_state, values, bool(end)
     whole = run.team.whole(state, config)
     if run.team.first:
         keep_evidence(run.folder, whole, batch, **about_of(run))
     if config.on_nonfinite == "stop":
-        raise UserError(
+        raise NotFinite(
             f"step {step + 1}: expected finite numbers, got NaN or inf in {', '.join(bad[:3])}; stopped before it; "
             f"look with `tiny-onn replay {run.folder} --step {step + 1}`, go on with --resume --on-nonfinite skip"
         )
-    return passed_over(state), values | {"skipped": True}
+    return passed_over(state), values | {"skipped": True}, bool(end)
 
 
 def _held_out(run: Run, state: TrainState) -> dict[str, float]:
@@ -197,10 +207,12 @@ def step_batch(run: Run, step: int) -> Batch:
     return batch_at(run.corpus.train, config.seed, step, config.batch_size, config.sequence_length, config.pack)
 
 
-def _keep(run: Run, saver: Saver, state: TrainState, best: int | None) -> None:
+def _keep(run: Run, saver: Saver, recorder: Recorder, state: TrainState, best: int | None) -> None:
     """A checkpoint: of a state in many parts one of many parts, and at the end of the run a whole one."""
     config, team, step = run.config, run.team, int(state.step)
     if team.layout.is_sharded and step < config.steps:
+        if team.first:
+            recorder.sync()  # as `_save` does
         save_sharded(run.folder, state, config.model, team.layout, about_of(run), config.keep_checkpoints, best)
         return
     whole = team.whole(state, config)
