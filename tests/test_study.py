@@ -215,6 +215,35 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(
     assert (out / "checkpoints" / "group_000" / "checkpoints" / "step_000001").is_dir()
 
 
+@pytest.mark.parametrize("finished", [0, 1])
+def test_a_text_that_changed_is_noticed_before_any_group_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: int
+) -> None:
+    """No group has begun, or one is finished and the other has not begun: no checkpoint remembers the text."""
+    path, out = tmp_path / "text.txt", tmp_path / "study"
+    path.write_text(TEXT, encoding="utf-8")
+    study = small_study(str(path), arms=(ARMS[0], ARMS[3]), seeds=(0,))
+    groups: list[int] = []
+
+    def interrupted(configs: Any) -> Any:
+        groups.append(1)
+        if len(groups) > finished:
+            raise RuntimeError("killed")
+        return mapped_step(configs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.study_group.mapped_step", interrupted)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_study(study, out)
+    assert not [*out.glob("checkpoints/group_*/checkpoints/step_*")]
+    path.write_text(TEXT.replace("least", "LEAST", 1), encoding="utf-8")
+    assert main(["study", "--resume", "--out", str(out)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"expected the settings and the text that {out} began with, got another text" in said
+    path.write_text(TEXT, encoding="utf-8")
+    assert main(["study", "--resume", "--out", str(out)]) == 0
+
+
 def test_a_finished_study_is_not_repeated(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,6 +406,10 @@ MISTAKES = {
     "tune: [hyper.lr]": "tune: expected axes (there are none), got 'hyper.lr'",
     "base: {hyper: {lr: no}}": "base.hyper.lr: expected a number, got 'no'",
     "base: {stepz: 3}": "base.stepz: unknown key, did you mean steps?",
+    "base: {shard_optimizer: true}": "base.shard_optimizer: expected False in a study, got True; torchrun",
+    "base: {shard_experts: 2}": "base.shard_experts: expected 1 in a study, got 2; torchrun reads it",
+    "axes: {shard_experts: [1, 2]}": "axes.shard_experts: expected a setting of a run in a study, got shard_experts",
+    "base: {compile: true}": "base.compile: expected False in a study, got True; a study's runs share programs",
     "base: 3": "base: expected keys and values below it, got 3",
     "quick: {stepz: 3}": "quick.stepz: unknown key",
     "quick: {axes: {hyper.lr: 1}}": "quick.axes.hyper.lr: expected a list, got 1",

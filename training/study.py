@@ -18,7 +18,7 @@ from training.folder_lock import locked
 from training.html_report import write_report
 from training.memory import keep_freed_memory
 from training.study_config import StudyConfig, StudyRun, expand, study_values
-from training.study_group import check_texts, corpora_of, teacher_of
+from training.study_group import teacher_of
 from training.study_launch import Launch, Launcher, here
 from training.study_plan import Chunk, load_plan, plan_chunks, save_plan
 from training.study_results import (
@@ -28,6 +28,7 @@ from training.study_results import (
     read_results,
     write_results,
 )
+from training.study_texts import check_texts, corpora_of, fingerprints, save_texts
 from training.tokenizer import check_vocab, open_tokenizer, save_tokenizer
 
 
@@ -119,17 +120,20 @@ def _begin(
         return load_plan([*runs], home)
     chunks = plan_chunks([*runs], runs_at_once)
     tokenizers = {run.config.tokenizer: open_tokenizer(run.config.tokenizer) for run in runs}
-    for config in {chunk.runs[0].config for chunk in chunks}:
+    texts = {}
+    for chunk in chunks:
+        config = chunk.runs[0].config
         check_vocab(tokenizers[config.tokenizer], config.model.vocab_size)
         if config.init is not None:
             first_state(config, tokenizers[config.tokenizer])  # what is bad is refused before anything is written
         teacher_of(config, tokenizers[config.tokenizer])
-        corpora_of(study, config, tokenizers[config.tokenizer])
+        texts[chunk.name] = fingerprints(corpora_of(study, config, tokenizers[config.tokenizer]))
     for run in runs:
         make_folder(folder / "runs" / run.id)
         save_tokenizer(tokenizers[run.config.tokenizer], folder / "runs" / run.id)
         save_settings(run.config, folder / "runs" / run.id / "config.yaml")
     save_plan(chunks, home)
+    save_texts(texts, folder)
     save_study(study, described)
     return chunks
 

@@ -32,10 +32,12 @@ UNUSED = {  # settings that mean nothing in a study, and what to write instead
     "tokenizer": "set it in base; arms are compared by nats per token, which are of different tokens otherwise",
     "compile": "a study's runs share programs, one for each group of static settings",
     "init": "set it in base; all runs start from the same weights, seeds differ in the order of the batches",
+    **dict.fromkeys(("shard_optimizer", "shard_experts"), "torchrun reads it, for one run on many processes"),
     "teacher_cache": "a study asks its teacher once for runs that see the same batch",
     **dict.fromkeys(("picture_every", "sample_tokens", "prompt", "keep_checkpoints"), "a study has none"),
 }
 IN_BASE = ("threads", "tokenizer", "init")
+WITHOUT = ("compile", "shard_optimizer", "shard_experts")  # which would decide how a single run is computed
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,9 @@ def _check_keys(study: StudyConfig) -> None:
             raise UserError(f"{place}: unknown key{near(key, known)}")
         if key in UNUSED:
             raise UserError(f"{place}: expected a setting of a run in a study, got {key}; {UNUSED[key]}")
+    for key in WITHOUT:
+        wanted = getattr(RunConfig(), key)
+        _require(known[key] == wanted, f"base.{key}", f"{wanted} in a study", known[key], UNUSED[key])
     for key, values in study.axes.items():
         _require(len(values) > 0, f"axes.{key}", "at least one value", list(values), "give some, or remove the axis")
         _refuse_doubles(values, f"axes.{key}")

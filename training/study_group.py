@@ -13,9 +13,9 @@ from torch import Tensor
 from tiny_onn_func.tree import stack, unstack
 from training.checkpoint import load_state, named_tensors, open_checkpoint, save_checkpoint
 from training.checkpoint_files import clean, steps_in
-from training.continual import batches_at, overall, score_tasks, task_that_ends, tasks_of, texts_of
-from training.continuity import check_same, fingerprint
-from training.data import Splits, open_corpus
+from training.continual import batches_at, overall, score_tasks, task_that_ends, tasks_of
+from training.continuity import check_same
+from training.data import Splits
 from training.durable import write_text
 from training.errors import UserError
 from training.first_state import first_state
@@ -34,6 +34,7 @@ from training.study_results import (
     write_summary,
 )
 from training.study_step import mapped_step
+from training.study_texts import began_with, corpora_of, fingerprints
 from training.teacher import Teacher, ask, open_teacher
 from training.tokenizer import Tokenizer, kept_tokenizer, open_tokenizer
 
@@ -73,13 +74,13 @@ def run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: Bar) -> list[
         tokenizer = open_tokenizer("bytes" if config.tokenizer == "bytes" else folders[0])
     corpora = corpora_of(study, config, tokenizer)
     teacher = teacher_of(config, tokenizer)
-    texts = {task: fingerprint(corpus) for task, corpus in corpora.items()}
+    texts = fingerprints(corpora)
+    check_same({"text": texts}, began_with(folder, chunk) | (checkpoint.settings if checkpoint else {}), folder)
     mapped = _start(chunk.runs, None if checkpoint else tokenizer)
     seen = _glance(study, mapped, [run.config for run in chunk.runs], corpora)
     if seen is not None:
         mapped = mapped._replace(choices=seen.first_choices)
     if checkpoint:
-        check_same({"text": texts}, checkpoint.settings, folder)
         mapped = load_state(checkpoint, mapped)
         bar.update(int(mapped.step) * len(chunk.runs))
     recorders = [_open_record(one, int(mapped.step)) for one in folders]
@@ -103,21 +104,6 @@ def run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: Bar) -> list[
             state, sizes = {"params": params, "step": mapped.step}, asdict(config.model)
             save_checkpoint(one, state, sizes, keep=1, tokenizer=tokenizer.fingerprint)
     return rows
-
-
-def check_texts(study: StudyConfig, chunks: Sequence[Chunk], folder: Path) -> None:
-    """Refuse to go on when a begun group's text has changed, before a group that has not begun starts with the new one.
-
-    Raises:
-        UserError: it has.
-    """
-    for chunk in chunks:
-        home, first = folder / "checkpoints" / chunk.name, chunk.runs[0]
-        if steps_in(home / "checkpoints"):
-            checkpoint = open_checkpoint(home)
-            tokenizer = kept_tokenizer(folder / "runs" / first.id, first.config.tokenizer, checkpoint.tokenizer)
-            corpora = corpora_of(study, first.config, tokenizer)
-            check_same({"text": {task: fingerprint(one) for task, one in corpora.items()}}, checkpoint.settings, folder)
 
 
 def _train(
@@ -296,12 +282,3 @@ def _is_finite(value: float) -> bool:
 
 def teacher_of(config: RunConfig, tokenizer: Tokenizer) -> Teacher | None:
     return open_teacher(replace(config, teacher_cache=False), tokenizer)
-
-
-def corpora_of(study: StudyConfig, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Splits]:
-    """Task -> its text."""
-    how: dict[str, Any] = {"holdout": config.holdout, "split": config.split, "tokenizer": tokenizer}
-    return {
-        task: open_corpus(data, sequence_length=config.sequence_length, progress=True, **how)
-        for task, data in texts_of(study, config).items()
-    }
