@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -169,3 +170,54 @@ def test_two_nodes_are_two_agents(tmp_path: Path) -> None:
     assert "exitcode: -9" in finished(*agents), "no kill came in time"
     assert_same_bits(load_checkpoint(tmp_path / "killed"), load_checkpoint(tmp_path / "whole"))
     assert_whole_record(tmp_path / "killed", 40)
+
+
+# Slurm: stand-ins for its commands, as there is no cluster here ------------------------------------------------------
+
+SCONTROL = "#!/bin/bash\nprintf '127.0.0.1\\n127.0.0.1\\n'\n"
+SRUN = """#!/bin/bash
+"$@" & "$@" & wait -n || exit; wait -n
+"""
+
+
+def recipe(page: str) -> str:
+    """The batch file that a page of the documentation shows."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (found,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", text, re.DOTALL)
+    return found
+
+
+@pytest.mark.parametrize("page", ["distributed.md", "clusters.md"])
+def test_the_batch_files_for_slurm_are_valid_bash(page: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=recipe(page), text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_the_batch_file_for_slurm_trains_on_two_nodes_and_goes_on_when_it_is_submitted_again(tmp_path: Path) -> None:
+    """Two agents of this machine, as srun would start them; the sizes are those of a small run."""
+    (tmp_path / "text.txt").write_text("what one node reads, both read.\n" * 60, encoding="utf-8")
+    script = recipe("distributed.md")
+    for there, here in {
+        "/shared/runs/": f"{tmp_path}/", "--nproc-per-node 8": "--nproc-per-node 1 --local-addr 127.0.0.1",
+        ":29500": f":{free_port()}",
+        "--config configs/small.yaml --batch-size 64": f"--data {tmp_path}/text.txt {' '.join(RUN)} $MORE",
+    }.items():  # fmt: skip
+        assert script.count(there) == 1
+        script = script.replace(there, here)
+    torchrun_of = f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n'
+    for name, text in {"scontrol": SCONTROL, "srun": SRUN, "torchrun": torchrun_of}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "mine", "PYTHONPATH": str(ROOT),
+        "TINY_ONN_CACHE": str(tmp_path / "cache"),
+    }  # fmt: skip
+    for steps in (4, 8):
+        job = subprocess.Popen(
+            ["bash", "-c", script], env=env | {"MORE": f"--steps={steps}"}, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        finished(job)
+        assert_whole_record(tmp_path / "mine", steps)

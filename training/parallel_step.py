@@ -8,6 +8,7 @@ may be shared out (each process updates its range of the fast parameters and gat
 1910.02054), and experts spread over processes (`training.expert_parallel`).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -91,11 +92,9 @@ def parallel_step(
         share=Share(world.rank, world.size), hooks_of=hooks_of,
     )  # fmt: skip
     grads = to_vectors(part.grads, config)
-    begin = Group.begin_scattered_sum if layout.shard_optimizer else Group.begin_sum
-    parts = (layout.world.size, layout.replicas.size) if layout.shard_optimizer else (1, 1)
     pending = (  # on their way while the router's gradient is computed
-        begin(layout.world, padded(grads.dense, parts[0]), "gradients"),
-        begin(layout.replicas, padded(grads.experts, parts[1]), "gradients of experts"),
+        _begin(layout.world, grads.dense, "gradients", layout),
+        _begin(layout.replicas, grads.experts, "gradients of experts", layout),
     )
     sums = world.sum_tree(part.sums, "sums over tokens")
     router_grads, loss = world.sum_tree(router_gradients(state, part, sums, hyper, config), "gradient of the router")
@@ -104,6 +103,13 @@ def parallel_step(
     )  # fmt: skip
     new, metrics = slow_update(state, fast, expert_opt, router_grads, loss, sums, hyper, config)
     return new, metrics._replace(grad_norm=grad_norm)
+
+
+def _begin(group: Group, grads: Tensor, purpose: str, layout: Layout) -> Callable[[], Tensor]:
+    """The sum of a vector of gradients, or this process's share of it, under way."""
+    if layout.shard_optimizer:
+        return group.begin_scattered_sum(padded(grads, group.size), purpose)
+    return group.begin_sum(grads, purpose)
 
 
 def _fast_step(
