@@ -96,7 +96,7 @@ KERNELS = [
     ("given = [t.contiguous() for t in (params, grads, mu, nu)]", "given = [params, grads, mu, nu]"),
     ("return grad_x, partial[:, 0]", "return grad_x, partial[:, -1]"),
     ("grad_qkv, grad_norms.sum(dim=1)", "grad_qkv, grad_norms[:, 0]"),
-    ("int(bias.shape[0] > 1), *made", "0, *made"),
+    ("bias.shape[0], *made", "1, *made"),
 ]
 TWINS = [
     ("if native.may_run(*slopes, *inputs[: twin.differentiable]):", "if native.can_take(*slopes):"),
@@ -131,7 +131,7 @@ GROUPED_C = [
     ("int64_t start = group % experts ?", "int64_t start = group ?"),
     ("rows + task.row / n * tokens * in", "rows"),
     ("group != task.group", "group == -1"),
-    ("else memset(part, 0,", "else memset(part, 1,"),
+    ("else memset(part, 0,", "else memset(part, 64,"),
     ("rows + group / experts * tokens * in + from", "rows + from"),
     (
         "sums + j * LANES, LANES,\n                    term ? MORE : NEW",

@@ -50,8 +50,8 @@ _attend = with_kernel(ATTEND)
 
 
 def _masks(q: Tensor, bias: Tensor) -> Tensor:
-    """The bias of all runs' batches, or the one that all of them share."""
-    leading = bias.shape[:-2]
-    if all(size == 1 or stride == 0 for size, stride in zip(leading, bias.stride(), strict=False)):
-        return bias[(0,) * len(leading)][None]
+    """The bias of all runs' batches, or what all runs share of it."""
+    runs = bias.shape[:-3]
+    if all(size == 1 or stride == 0 for size, stride in zip(runs, bias.stride(), strict=False)):
+        return bias[(0,) * len(runs)]
     return bias.expand(*q.shape[:-4], -1, -1).reshape(-1, *bias.shape[-2:])

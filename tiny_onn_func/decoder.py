@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,7 +12,7 @@ from tiny_onn_func.attention import attention, causal_bias
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_w2, apply_w13
 from tiny_onn_func.moe import RouterTrace, RoutingInputs, moe
-from tiny_onn_func.ops import rms_norm, rotary_angles, wide_dtype
+from tiny_onn_func.ops import embed, rms_norm, rotary_angles, wide_dtype
 from tiny_onn_func.tree import flatten, unflatten
 
 
@@ -57,7 +56,7 @@ def forward(
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rotary = rotary_angles(torch.arange(seq, device=device), config.head_dim, config.rope_theta)
 
-    x = F.embedding(input_ids, params["embed_tokens"])
+    x = embed(input_ids, params["embed_tokens"])
     routing = RoutingInputs(
         rearrange(real != 0, "b s -> (b s)"), surprise_budget, router_coupling, explore,
         rearrange(input_ids, "b s -> (b s)"), override, rearrange(x, "b s dim -> (b s) dim"),

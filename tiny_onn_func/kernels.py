@@ -21,15 +21,19 @@ def matmul(
 ) -> Float[Tensor, "runs rows out_dim"]:
     """Each row times the weights of its expert, summed over one or two pairs of the same sizes; zeros behind the last
     offset. Transposed weights are taken as they lie."""
-    transposed = all(weights.mT.is_contiguous() for _, weights in pairs)
-    dense = [(rows.contiguous(), weights if transposed else weights.contiguous()) for rows, weights in pairs]
+    transposed = all(weights[0].mT.is_contiguous() for _, weights in pairs)
+    apart = pairs[0][1].stride(0)
+    as_they_lie = all((transposed or w[0].is_contiguous()) and w.stride(0) == apart for _, w in pairs)
+    if not as_they_lie:
+        transposed, apart = False, pairs[0][1][0].numel()
+    dense = [(rows.contiguous(), weights if as_they_lie else weights.contiguous()) for rows, weights in pairs]
     (rows, weights), (others, other_weights) = dense[0], (*dense, (None, None))[1]
     runs, experts, in_dim, out_dim = weights.shape
     offsets, out = offsets.contiguous(), rows.new_empty(runs, rows.shape[1], out_dim)
     sizes = runs, rows.shape[1], experts, in_dim, out_dim, rows.shape[1]
-    given = rows, None, weights, others, other_weights, offsets, out
-    pointers = (None if t is None else t.data_ptr() for t in given)
-    if _kernels().grouped_matmul(*sizes, *pointers, transposed, torch.get_num_threads()):
+    given = (None if t is None else t.data_ptr() for t in (rows, None, weights, others, other_weights))
+    made = offsets.data_ptr(), out.data_ptr()
+    if _kernels().grouped_matmul(*sizes, *given, apart, *made, transposed, torch.get_num_threads()):
         raise MemoryError("grouped_matmul: expected memory for one expert's weights, got none; use a smaller batch")
     return out
 
@@ -56,13 +60,14 @@ def token_matmul(
     offsets: Int32[Tensor, "runs experts"],
 ) -> Float[Tensor, "runs rows out_dim"]:
     """`matmul` of the rows x[token], which are not made."""
-    x, token, weights, offsets = (t.contiguous() for t in (x, token, weights, offsets))
+    x, token, offsets = x.contiguous(), token.contiguous(), offsets.contiguous()
+    weights = weights if weights[0].is_contiguous() else weights.contiguous()
     runs, experts, in_dim, out_dim = weights.shape
     out = x.new_empty(runs, token.shape[1], out_dim)
-    given = x, token, weights, None, None, offsets, out
-    pointers = (None if t is None else t.data_ptr() for t in given)
+    given = x.data_ptr(), token.data_ptr(), weights.data_ptr(), None, None
+    made = offsets.data_ptr(), out.data_ptr()
     sizes = runs, token.shape[1], experts, in_dim, out_dim, x.shape[1]
-    _kernels().grouped_matmul(*sizes, *pointers, 0, torch.get_num_threads())
+    _kernels().grouped_matmul(*sizes, *given, weights.stride(0), *made, 0, torch.get_num_threads())
     return out
 
 
@@ -213,15 +218,15 @@ def attention(
     q: Float[Tensor, "batch groups share seq dim"],
     k: Float[Tensor, "batch groups seq dim"],
     v: Float[Tensor, "batch groups seq dim"],
-    bias: Float[Tensor, "#batch seq seq"],
+    bias: Float[Tensor, "masks seq seq"],
 ) -> tuple[Float[Tensor, "batch seq groups share dim"], Float[Tensor, "batch groups share seq"]]:
-    """Causal softmax(q k^T + bias) v, and the logarithm of each softmax's sum."""
+    """Causal softmax(q k^T + bias) v, its masks for the first batches and, where there are fewer, again; and the logarithm of each softmax's sum."""
     given = [t.contiguous() for t in (q, k, v, bias)]
     batch, groups, share, seq, dim = q.shape
     out, log_sums = q.new_empty(batch, seq, groups, share, dim), q.new_empty(q.shape[:-1])
     pointers = [t.data_ptr() for t in given]
     made = (out.data_ptr(), log_sums.data_ptr(), torch.get_num_threads())
-    if _kernels().attention(*q.shape, *pointers, int(bias.shape[0] > 1), *made):
+    if _kernels().attention(*q.shape, *pointers, bias.shape[0], *made):
         raise MemoryError("attention: expected memory for one head's scores, got none; use a smaller sequence_length")
     return out, log_sums
 
@@ -230,7 +235,7 @@ def attention_grad(
     q: Float[Tensor, "batch groups share seq dim"],
     k: Float[Tensor, "batch groups seq dim"],
     v: Float[Tensor, "batch groups seq dim"],
-    bias: Float[Tensor, "#batch seq seq"],
+    bias: Float[Tensor, "masks seq seq"],
     out: Float[Tensor, "batch seq groups share dim"],
     log_sums: Float[Tensor, "batch groups share seq"],
     grad: Float[Tensor, "batch seq groups share dim"],
@@ -240,7 +245,7 @@ def attention_grad(
     known = [t.contiguous() for t in (out, log_sums, grad)]
     made = torch.empty_like(given[0]), torch.empty_like(given[1]), torch.empty_like(given[2])
     pointers, more = [t.data_ptr() for t in given], [t.data_ptr() for t in (*known, *made)]
-    if _kernels().attention_grad(*q.shape, *pointers, int(bias.shape[0] > 1), *more, torch.get_num_threads()):
+    if _kernels().attention_grad(*q.shape, *pointers, bias.shape[0], *more, torch.get_num_threads()):
         raise MemoryError("attention: expected memory for one head's scores, got none; use a smaller sequence_length")
     return made
 
@@ -275,7 +280,7 @@ def _kernels() -> Any:
 
 def typed(kernels: Any) -> Any:
     """With the argument types of every kernel: sizes, pointers, numbers."""
-    kernels.grouped_matmul.argtypes = [SIZE] * 6 + [POINTER] * 7 + [INT] * 2
+    kernels.grouped_matmul.argtypes = [SIZE] * 6 + [POINTER] * 5 + [SIZE] + [POINTER] * 2 + [INT] * 2
     kernels.grouped_outer.argtypes = [SIZE] * 6 + [POINTER] * 5 + [INT]
     kernels.top.argtypes = [SIZE] * 3 + [POINTER] * 2 + [INT]
     kernels.swiglu.argtypes = [SIZE] + [POINTER] * 3 + [INT]
@@ -287,7 +292,7 @@ def typed(kernels: Any) -> Any:
     kernels.split_heads_grad.argtypes = [SIZE] * 6 + [FLOAT] + [POINTER] * 10 + [INT]
     kernels.cross_entropy.argtypes = [SIZE] * 2 + [POINTER] * 6 + [INT]
     kernels.cross_entropy_grad.argtypes = [SIZE] * 2 + [POINTER] * 5 + [INT]
-    kernels.attention.argtypes = [SIZE] * 5 + [POINTER] * 4 + [INT] + [POINTER] * 2 + [INT]
-    kernels.attention_grad.argtypes = [SIZE] * 5 + [POINTER] * 4 + [INT] + [POINTER] * 6 + [INT]
+    kernels.attention.argtypes = [SIZE] * 5 + [POINTER] * 4 + [SIZE] + [POINTER] * 2 + [INT]
+    kernels.attention_grad.argtypes = [SIZE] * 5 + [POINTER] * 4 + [SIZE] + [POINTER] * 6 + [INT]
     kernels.adamw.argtypes = [SIZE] * 2 + [POINTER, FLOAT] + [POINTER] * 7 + [INT]
     return kernels

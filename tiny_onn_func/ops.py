@@ -7,12 +7,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tiny_onn_func import kernels
+from tiny_onn_func.mapped import over_runs
 from tiny_onn_func.twins import Twin, Values, with_kernel
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of decisions and losses: float32, or the parameters' own if that is wider."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def embed(ids: Int[Tensor, "*batch"], table: Float[Tensor, "vocab dim"]) -> Float[Tensor, "*batch dim"]:
+    """The rows of the table; runs of a vmap side by side in memory, as all that follows wants them."""
+    return over_runs(lambda *plain: (_embed(*plain),), ids, table)[0]
+
+
+def _embed(ids: Tensor, table: Tensor) -> Tensor:
+    if table.ndim == 2:
+        return F.embedding(ids, table)
+    runs, vocab, _ = table.shape
+    first = torch.arange(runs, device=ids.device).view(-1, *(1,) * (ids.ndim - 1)) * vocab
+    return F.embedding(ids + first, table.flatten(0, 1))
 
 
 def rms_norm(

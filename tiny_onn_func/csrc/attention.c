@@ -34,10 +34,10 @@ INLINE int64_t place(int64_t h, int64_t i, int64_t heads, int64_t seq, int64_t d
 }
 
 /* out (batch, seq, groups, share, dim) = softmax(q k^T + bias) v, causal, and the log of each softmax's sum; q (batch,
-   groups, share, seq, dim), k and v (batch, groups, seq, dim), bias (1 or batch, seq, seq) with `own_bias` 0 or 1. 1 if
-   there is no memory. */
+   groups, share, seq, dim), k and v (batch, groups, seq, dim), bias (masks, seq, seq) for batches 0 to masks - 1,
+   and again from 0 on. 1 if there is no memory. */
 int attention(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t dim, const float *q, const float *k,
-              const float *v, const float *bias, int own_bias, float *out, float *log_sums, int threads) {
+              const float *v, const float *bias, int64_t masks, float *out, float *log_sums, int threads) {
     int64_t heads = groups * share;
     int failed = 0;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && batch * groups * seq * seq * dim > SMALL)
@@ -48,7 +48,7 @@ int attention(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t
             failed = 1;
             continue;
         }
-        const float *mask = bias + (own_bias ? t / groups * seq * seq : 0);
+        const float *mask = bias + t / groups % masks * seq * seq;
         turn(seq, dim, k + t * seq * dim, keys);
         for (int64_t h = t * share; h < (t + 1) * share; h++)
             for (int64_t i = 0; i < seq; i += HIGH) {
@@ -64,7 +64,7 @@ int attention(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t
 
 /* Its gradients in q, k and v. */
 int attention_grad(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t dim, const float *q,
-                   const float *k, const float *v, const float *bias, int own_bias, const float *out, float *log_sums,
+                   const float *k, const float *v, const float *bias, int64_t masks, const float *out, float *log_sums,
                    const float *grad, float *grad_q, float *grad_k, float *grad_v, int threads) {
     int64_t heads = groups * share, token = heads * dim; /* floats from one token of out and grad to the next */
     int failed = 0;
@@ -77,7 +77,7 @@ int attention_grad(int64_t batch, int64_t groups, int64_t share, int64_t seq, in
             continue;
         }
         float *values = keys + seq * dim, *p = values + seq * dim, *s = p + seq * seq; /* s: slope in the scores */
-        const float *mask = bias + (own_bias ? t / groups * seq * seq : 0);
+        const float *mask = bias + t / groups % masks * seq * seq;
         turn(seq, dim, k + t * seq * dim, keys);
         turn(seq, dim, v + t * seq * dim, values);
         for (int64_t h = t * share; h < (t + 1) * share; h++) {

@@ -30,12 +30,12 @@ static void few_rows(int64_t rows, int64_t in, int64_t out, int terms, const flo
     memcpy(result, back, sizeof(float) * (size_t)(rows * out));
 }
 
-/* result (runs, n, out): rows (runs, n, in) times the weights (runs, experts, in, out) of their experts, or times
-   weights (runs, experts, out, in) transposed, plus the same of `more_rows` and `more_weights` if they are not null;
+/* result (runs, n, out): rows (runs, n, in) times the weights (experts, in, out) of their run's experts, which lie `apart`
+   floats from one run to the next, or times weights (experts, out, in) transposed, plus the same of `more_rows` and `more_weights` if they are not null;
    zeros on nobody's rows. With an `order` (runs, n) row i of a run is row order[i] of its tokens' `rows` (runs, tokens, in),
    and there are no more. 0, or 1 if there is no memory. */
 int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t out, int64_t tokens, const float *rows,
-                   const int64_t *order, const float *weights, const float *more_rows, const float *more_weights, const int32_t *offsets,
+                   const int64_t *order, const float *weights, const float *more_rows, const float *more_weights, int64_t apart, const int32_t *offsets,
                    float *result, int transposed, int threads) {
     const float *lefts[2] = {rows, more_rows}, *rights[2] = {weights, more_weights};
     int terms = more_rows ? 2 : 1, failed = 0;
@@ -69,14 +69,14 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
                 const float *own[2], *weights_of[2];
                 for (int term = 0; term < terms; term++) {
                     own[term] = lefts[term] + task.row * in;
-                    weights_of[term] = rights[term] + task.group * size;
+                    weights_of[term] = rights[term] + task.group / experts * apart + task.group % experts * size;
                 }
                 few_rows(task.rows, in, out, terms, own, weights_of, turned, result + task.row * out);
                 group = -1;
                 continue;
             }
             for (int term = 0; term < terms; term++) {
-                const float *weight = rights[term] + task.group * size;
+                const float *weight = rights[term] + task.group / experts * apart + task.group % experts * size;
                 if (transposed && group != task.group) turn(out, in, weight, turned + term * size);
                 if (transposed) weight = turned + term * size;
                 if (order)
