@@ -5,10 +5,12 @@ the same with PyTorch's own operations, several times slower where experts are s
 """
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -43,14 +45,33 @@ def library() -> Path | None:
     """The compiled file; None where there can be none."""
     if os.environ.get("TINY_ONN_NATIVE") == "0":
         return None
-    with suppress(OSError, subprocess.SubprocessError):
-        home = Path(os.environ.get("TINY_ONN_NATIVE_CACHE") or "~/.cache/tiny-onn/native").expanduser()
-        path = home / f"kernels-{_fingerprint()}.so"
-        if not path.is_file():
-            _compile(path)
-        ctypes.CDLL(str(path))  # whether it loads
-        return path
+    with suppress(OSError, RuntimeError, subprocess.SubprocessError):
+        return find_library()
     return None
+
+
+def find_library() -> Path:
+    """The compiled file, made if need be. What it holds is run, so it is taken only where nobody else can write.
+
+    Raises:
+        OSError, subprocess.SubprocessError: no compiler, a compiler that refuses, a folder that others can write to.
+        RuntimeError: the user has no home folder, and TINY_ONN_NATIVE_CACHE names none.
+    """
+    home = Path(os.environ.get("TINY_ONN_NATIVE_CACHE") or "~/.cache/tiny-onn/native").expanduser().absolute()
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(home):
+        raise PermissionError(errno.EPERM, "others can write to this folder: no kernel is taken from it", str(home))
+    path = home / f"kernels-{_fingerprint()}.so"
+    if not (path.is_file() and _is_ours(path)):
+        _compile(path)
+    ctypes.CDLL(str(path))  # whether it loads
+    return path
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this user or root owns it, and nobody else may write there."""
+    status = path.stat()
+    return status.st_uid in (0, getattr(os, "geteuid", int)()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _fingerprint() -> str:
@@ -70,8 +91,7 @@ def _compile(path: Path) -> None:
     """
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        raise FileNotFoundError("a C compiler called cc, gcc or clang")
-    path.parent.mkdir(parents=True, exist_ok=True)
+        raise FileNotFoundError("found no C compiler called cc, gcc or clang")
     with tempfile.TemporaryDirectory(dir=path.parent) as draft:
         made = Path(draft, "kernels.so")
         for flags in (FLAGS, [flag for flag in FLAGS if flag != "-fopenmp"]):  # one thread, where there is no OpenMP
@@ -87,4 +107,5 @@ def _compile(path: Path) -> None:
             if ended.returncode == 0:
                 break
         ended.check_returncode()
+        made.chmod(0o700)
         os.replace(made, path)
