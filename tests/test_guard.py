@@ -13,7 +13,7 @@ from tiny_onn_func.tree import stack, tree_map, walk
 from training import Batch, HyperParams, hyper_step, init_state
 from training.checkpoint import load_checkpoint
 from training.cli import main
-from training.doctor import examine
+from training.doctor import Finding, examine
 from training.guard import MOST, WATCHED, bad_numbers, bad_runs, finite_runs, passed_over, where_runs
 from training.hyper_step import TrainState
 from training.metrics import nonfinite_surprise
@@ -189,6 +189,13 @@ def test_replay_of_a_step_that_is_none_is_one_line(
 # The doctor
 
 
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were a compiler."""
+    monkeypatch.setattr("training.doctor._native", lambda: Finding("kernels", "kernels.so"))
+
+
+@pytest.mark.usefixtures("kernels")
 def test_the_doctor_finds_all_well_with_a_finished_run_and_names_each_fault(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,7 +205,16 @@ def test_the_doctor_finds_all_well_with_a_finished_run_and_names_each_fault(
     assert main(["doctor", str(out)]) == 0
     said = capsys.readouterr().out
     assert "!!" not in said
-    for part in ("python", "torch", "threads", "device", "free disk", "4 records", "step_000002: whole, SHA-256 "):
+    for part in (
+        "python",
+        "torch",
+        "threads",
+        "device",
+        "kernels",
+        "free disk",
+        "4 records",
+        "step_000002: whole, SHA-256 ",
+    ):
         assert part in said
     data = out / "checkpoints" / "step_000002" / "state.safetensors"
     data.write_bytes(data.read_bytes()[:-1] + b"x")
@@ -214,6 +230,7 @@ def test_the_doctor_finds_all_well_with_a_finished_run_and_names_each_fault(
     assert faults["unfinished"].advice == f"tiny-onn train --out {out} --resume"
 
 
+@pytest.mark.usefixtures("kernels")
 def test_the_doctor_says_which_package_is_out_of_its_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 
@@ -222,6 +239,19 @@ def test_the_doctor_says_which_package_is_out_of_its_tested_range(monkeypatch: p
     (fault,) = [finding for finding in examine() if finding.advice]
     assert (fault.subject, fault.text) == ("einops", "0.1")
     assert fault.advice.startswith("untested; pip install 'einops")
+
+
+def test_the_doctor_says_why_there_are_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TINY_ONN_NATIVE", raising=False)
+    monkeypatch.setenv("TINY_ONN_NATIVE_CACHE", str(tmp_path))
+    tmp_path.chmod(0o777)
+    (fault,) = [finding for finding in examine() if finding.advice]
+    assert fault.subject == "kernels"
+    assert "others can write to this folder" in fault.text
+    assert str(tmp_path) in fault.text
+    monkeypatch.setenv("TINY_ONN_NATIVE", "0")
+    assert "TINY_ONN_NATIVE=0" in {finding.subject: finding for finding in examine()}["kernels"].text
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_the_doctor_refuses_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

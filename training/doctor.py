@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -13,8 +14,9 @@ from typing import NamedTuple
 import torch
 from packaging.requirements import Requirement
 
+from tiny_onn_func import native
 from training.checkpoint_files import DRAFT, read_meta, steps_in
-from training.errors import UserError
+from training.errors import UserError, one_line
 from training.folder_lock import holder
 from training.guard import EVIDENCE
 from training.recorder import FILE, read_history
@@ -82,8 +84,20 @@ def _machine(folder: Path) -> Iterator[Finding]:
     yield Finding("threads", f"{threads} of torch on {cores} cores", advice)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {platform.machine()}"
     yield Finding("device", device)
+    yield _native()
     free = shutil.disk_usage(folder).free
     yield Finding("free disk", f"{free / 1e9:.1f} GB", "" if free >= LITTLE else "free some, or saving will fail")
+
+
+def _native() -> Finding:
+    """Whether the kernels of tiny_onn_func/kernels.c are there."""
+    if os.environ.get("TINY_ONN_NATIVE") == "0":
+        return Finding("kernels", "left alone: TINY_ONN_NATIVE=0")
+    try:
+        return Finding("kernels", str(native.find_library()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        advice = "all works without, several times slower; mend that, or set TINY_ONN_NATIVE=0"
+        return Finding("kernels", f"none: {one_line(error)}", advice)
 
 
 def _lock(home: Path) -> Iterator[Finding]:
