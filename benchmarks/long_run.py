@@ -3,7 +3,9 @@
     python -m benchmarks.long_run [--steps N] [--data SPEC] [--out DIR] [--json FILE]
 
 Checkpoints every 500 steps, a score every 100, pictures every 2,000, as the default run has them but for their sizes.
-The slope of memory is the line of least squares through the samples of the second half.
+The slope of memory is the line of least squares through the samples of the second half. Speed is told twice: in
+seconds on the clock, which a busy machine stretches, and in seconds of the processor, where the last 1,000 steps are
+held against the first 1,000 of the second half.
 """
 
 import argparse
@@ -13,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +33,15 @@ FLAGS = {
     "final_eval_bytes": 1000, "picture_every": 2000, "sample_tokens": 0, "threads": 1,
 }  # fmt: skip
 EVERY = 0.5  # seconds between two samples
+SPAN = 1000  # steps whose processor time is compared
+
+
+class Sample(NamedTuple):
+    """A look at the process."""
+
+    step: int
+    memory: int  # bytes, resident
+    busy: float  # seconds of the processor since its begin, all threads
 
 
 def main() -> None:
@@ -41,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(given.out or f"{folder}/run")
         samples = watched(command(given.steps, given.data, out), out)
-        found = {**machine(), **memory(samples), **speed(out), **disk(out, given.steps)}
+        found = {**machine(), **memory(samples), **effort(samples), **speed(out), **disk(out, given.steps)}
     for name, value in found.items():
         print(f"{name}: {value}")
     if given.json:
@@ -54,19 +67,22 @@ def command(steps: int, data: str, out: Path) -> list[str]:
     return [sys.executable, "-m", "training", "train", f"--data={data}", f"--out={out}", f"--steps={steps}", *flags]
 
 
-def watched(argv: list[str], out: Path) -> list[tuple[int, int]]:
-    """(step, bytes of resident memory) now and then while the command runs."""
+def watched(argv: list[str], out: Path) -> list[Sample]:
+    """What the process needs, now and then while the command runs."""
     samples = []
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        home = Path(f"/proc/{process.pid}")
         while process.poll() is None:
             time.sleep(EVERY)
             step = last_step(out / "metrics.jsonl")
             try:
-                pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+                pages = int((home / "statm").read_text().split()[1])
+                user, system = (home / "stat").read_text().rpartition(")")[2].split()[11:13]
             except (FileNotFoundError, IndexError):
                 continue
             if step and pages:
-                samples.append((step, pages * os.sysconf("SC_PAGE_SIZE")))
+                busy = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+                samples.append(Sample(step, pages * os.sysconf("SC_PAGE_SIZE"), busy))
     if process.returncode:
         raise SystemExit(f"the run ended with status {process.returncode}")
     return samples
@@ -82,8 +98,8 @@ def last_step(path: Path) -> int:
     return int(json.loads(lines[-2])["step"]) if len(lines) == 3 else 0
 
 
-def memory(samples: list[tuple[int, int]]) -> dict[str, object]:
-    steps, sizes = np.array(samples, dtype=float).T
+def memory(samples: list[Sample]) -> dict[str, object]:
+    steps, sizes, _ = np.array(samples, dtype=float).T
     sizes /= 1e6
     late = steps > steps[-1] / 2
     slope = np.polyfit(steps[late], sizes[late], 1)[0] * 1000
@@ -94,6 +110,23 @@ def memory(samples: list[tuple[int, int]]) -> dict[str, object]:
     }
 
 
+def effort(samples: list[Sample]) -> dict[str, object]:
+    """Milliseconds of the processor a step, by quarters, and of the last SPAN steps against the first of the half."""
+    steps, _, busy = np.array(samples, dtype=float).T
+
+    def each(begin: float, end: float) -> float:
+        first, last = np.interp([begin, end], steps, busy)
+        return float((last - first) / (end - begin) * 1e3)
+
+    marks, half, end = np.linspace(steps[0], steps[-1], 5), steps[-1] / 2, steps[-1]
+    early, late = each(half, half + SPAN), each(end - SPAN, end)
+    return {
+        "processor, ms a step, by quarters": [round(each(a, b), 2) for a, b in pairwise(marks)],
+        "processor, ms a step, first and last 1,000 of the second half": [round(early, 2), round(late, 2)],
+        "processor, the last against the first": round(late / early, 3),
+    }
+
+
 def speed(out: Path) -> dict[str, object]:
     """Median milliseconds of a step in each quarter."""
     lines = (out / "metrics.jsonl").read_text(encoding="ascii").splitlines()
@@ -101,7 +134,7 @@ def speed(out: Path) -> dict[str, object]:
     quarter = len(lines) // 4
     spans = [range(start, start + quarter - 99, 100) for start in range(0, 4 * quarter, quarter)]
     each = [median((seconds[at + 100] - seconds[at]) * 10 for at in span) for span in spans]  # ms a step of a hundred
-    return {"ms a step, by quarters": [round(value, 2) for value in each], "records": len(lines)}
+    return {"clock, ms a step, by quarters": [round(value, 2) for value in each], "records": len(lines)}
 
 
 def disk(out: Path, steps: int) -> dict[str, object]:
