@@ -160,8 +160,11 @@ def _be_child(argv: Sequence[str], disk: Path, spoil: tuple[int, int], log: Path
 
 def subjects(home: Path) -> list[Subject]:
     """A run, a study of four vmapped runs, and a run whose cache of tokens is what fails."""
+    from tiny_onn_func.native import library
+
     (home / "text.txt").write_text(TEXT, encoding="utf-8")
-    os.environ |= {"TINY_ONN_CACHE": str(home / "cache"), "TINY_ONN_NATIVE": "0"}  # no compiler beside the faults
+    os.environ |= {"TINY_ONN_CACHE": str(home / "cache"), "TINY_ONN_NATIVE_CACHE": str(home / "native")}
+    library()  # the kernels are there before the faults: no compiler runs beside them
     disk = home / "disk"
     run = _a_run(home, disk)
     return [run, _a_study(home, disk), run._replace(name="cache", disk=home / "cache")]

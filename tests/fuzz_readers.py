@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -20,6 +20,7 @@ from training.regular_file import read_small
 STUDY_FILES = [
     "study.yaml", "results.csv", "analysis.json", "runs/plain-seed0/metrics.jsonl", "runs/plain-seed0/summary.json",
 ]  # fmt: skip
+STEP = "checkpoints/step_000003"
 
 
 class Reader(NamedTuple):
@@ -28,7 +29,6 @@ class Reader(NamedTuple):
     read: Callable[[Path], object]  # given a folder that holds the files
     folder: Path  # with what is right
     targets: list[str]  # of these one is spoilt
-    share: float = 1.0  # of the inputs, where one takes long
 
 
 def readers(home: Path) -> dict[str, Reader]:
@@ -74,7 +74,6 @@ def readers(home: Path) -> dict[str, Reader]:
     export_run(run, home / "hf", num_experts_per_tok=None)
     (home / "flags").mkdir()
     (home / "flags" / "flags.json").write_text(json.dumps(["--steps", "10", "--hyper.lr=1e-3", "--seed", "4"]))
-    step = "checkpoints/step_000003"
     return {
         "configuration": Reader(lambda at: load_settings(str(at / "config.yaml")), run, ["config.yaml"]),
         "flags": Reader(lambda at: parse_train_args(_words(at / "flags.json")), home / "flags", ["flags.json"]),
@@ -83,12 +82,16 @@ def readers(home: Path) -> dict[str, Reader]:
         "text, compressed": Reader(partial(_open_text, "text.txt.gz"), texts, ["text.txt.gz"]),
         "rows": Reader(partial(_open_text, "rows.jsonl"), texts, ["rows.jsonl"]),
         "chats": Reader(partial(_open_text, "chat.jsonl"), texts, ["chat.jsonl"]),
-        "checkpoint": Reader(load_checkpoint, run, [f"{step}/meta.json", f"{step}/state.safetensors"]),
+        "checkpoint": Reader(partial(_load_same, run), run, [f"{STEP}/meta.json", f"{STEP}/state.safetensors"]),
+        "checkpoints of a run": Reader(load_checkpoint, run, [f"{STEP}/meta.json", f"{STEP}/state.safetensors"]),
         "checkpoint, checksums right": Reader(
-            _load_signed, run, [f"{step}/meta.json", f"{step}/state.safetensors", f"{step}/state.safetensors"]
+            _load_signed, run, [f"{STEP}/meta.json", f"{STEP}/state.safetensors", f"{STEP}/state.safetensors"]
         ),
-        "run folder": Reader(open_run, run, ["config.yaml", f"{step}/meta.json"]),
+        "run folder": Reader(open_run, run, ["config.yaml", f"{STEP}/meta.json"]),
         "records": Reader(read_history, run, ["metrics.jsonl"]),
+        "doctor": Reader(
+            _examined, run, ["config.yaml", "metrics.jsonl", f"{STEP}/meta.json", f"{STEP}/state.safetensors"]
+        ),
         "tokenizer": Reader(open_tokenizer, tokenizer, ["tokenizer.json"]),
         "Hugging Face folder": Reader(load_pretrained, home / "hf", ["config.json", "model.safetensors"]),
         "Hugging Face shards": Reader(
@@ -97,7 +100,7 @@ def readers(home: Path) -> dict[str, Reader]:
         "plan of a study": Reader(_load_plan, study, ["study.yaml", "checkpoints/plan.json"]),
         **_parquet(texts, rows),
         "report of a run": Reader(write_report, run, ["config.yaml", "metrics.jsonl", "summary.json"]),
-        "report of a study": Reader(write_report, study, STUDY_FILES, 0.1),
+        "report of a study": Reader(write_report, study, STUDY_FILES),
     }  # fmt: skip
 
 
@@ -133,18 +136,38 @@ def _words(path: Path) -> list[str]:
     return [str(word) for word in values] if isinstance(values, list) else [str(values)]
 
 
+def _load_same(right: Path, folder: Path) -> object:
+    """What is loaded is what was saved: no damage may pass for a value."""
+    from tests.helpers import assert_same_bits
+    from training.checkpoint import load_checkpoint
+
+    state = load_checkpoint(folder / STEP)
+    assert_same_bits(state, load_checkpoint(right / STEP))
+    return state
+
+
+def _examined(folder: Path) -> object:
+    """The doctor is called for what is broken, and its lines go to a terminal."""
+    from training.doctor import examine
+
+    found = examine(folder)
+    assert all(part.isprintable() for finding in found for part in finding), found
+    return found
+
+
 def _load_signed(folder: Path) -> object:
     """A forger makes the checksums right: what is behind them must be safe, too."""
     from training.checkpoint import load_params
     from training.checkpoint_files import digest, sha256
 
-    step = folder / "checkpoints" / "step_000003"
-    meta = json.loads(read_small(step / "meta.json"))
-    if isinstance(meta, dict):
-        meta.pop("checksum", None)
-        meta |= {"sha256": sha256(step / "state.safetensors")}
-        (step / "meta.json").write_text(json.dumps(meta | {"checksum": digest(meta)}), encoding="utf-8")
-    return load_params(folder)
+    step = folder / STEP
+    with suppress(OSError, ValueError, RecursionError):  # no JSON: nothing to sign
+        meta = json.loads(read_small(step / "meta.json"))
+        if isinstance(meta, dict):
+            meta.pop("checksum", None)
+            meta |= {"sha256": sha256(step / "state.safetensors")}
+            (step / "meta.json").write_text(json.dumps(meta | {"checksum": digest(meta)}), encoding="utf-8")
+    return load_params(folder / STEP)
 
 
 def _sharded(folder: Path, out: Path) -> Path:
