@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from training.checkpoint_files import clean
 from training.cli import main
 from training.continuity import fingerprint
 from training.data import open_corpus
+from training.doctor import examine
 from training.engine import train as train_run
 from training.errors import UserError
 from training.folder_lock import LOCK, holder, locked
@@ -107,6 +109,34 @@ def test_when_all_are_damaged_the_oldest_is_named_and_nothing_is_trained(
     assert said.startswith(f"tiny-onn: {run}/checkpoints/step_000002/state")
     assert said.endswith("there is none before it: remove its folder, and --resume begins anew")
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("line", "expected", "got"),
+    [(2, 3, "that of step 4"), (4, 5, "none"), (None, 1, "none"), (-2, 3, "that of step 1")],
+)
+def test_a_run_does_not_go_on_over_a_gap_in_its_record_and_the_advice_mends_it(
+    line: int | None, expected: int, got: str, run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="ascii").splitlines(keepends=True)
+    if line is None:
+        path.unlink()
+    else:
+        path.write_text("".join(lines[:2] * 2 + lines[2:] if line < 0 else lines[:line] + lines[line + 1 :]))
+    capsys.readouterr()
+    assert resume(run) == 2
+    said = capsys.readouterr().err.split("\n")[-2]
+    assert said.startswith(f"tiny-onn: {path}: expected the record of step {expected}, got {got}; ")
+    (fault,) = [finding for finding in examine(run) if finding.advice and finding.subject == "records"]
+    assert fault.advice in said
+    for folder in (run / "checkpoints").iterdir():
+        if int(folder.name[-1]) >= expected:
+            shutil.rmtree(folder)
+    assert resume(run) == 0
+    assert train(text, tmp_path / "whole", "--steps=8", "--eval-every=0") == 0
+    assert final(run)[1] == final(tmp_path / "whole")[1]
+    assert not [finding for finding in examine(run) if finding.advice and finding.subject == "records"]
 
 
 def test_a_fresh_run_never_goes_on_from_checkpoints_that_lie_in_its_folder(

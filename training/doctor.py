@@ -19,7 +19,7 @@ from training.checkpoint_files import DRAFT, read_meta, steps_in
 from training.errors import UserError, one_line
 from training.folder_lock import holder
 from training.guard import EVIDENCE
-from training.recorder import FILE, read_history
+from training.recorder import FILE, read_history, unbroken_upto
 from training.settings import load_settings
 
 PACKAGE = "tiny-onn-func"
@@ -118,26 +118,38 @@ def _run(home: Path) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("settings", str(error), "restore the file")
         return
-    yield from _records(home)
+    made = max((step for step, _ in steps_in(home / "checkpoints")), default=0)
+    yield from _records(home, made)
     yield from _checkpoints(home / "checkpoints")
     for step, path in steps_in(home / EVIDENCE / "checkpoints"):
         yield Finding(
             "bad numbers", f"in step {step + 1}: {path}", f"look with `tiny-onn replay {home} --step {step + 1}`"
         )
-    made = max((step for step, _ in steps_in(home / "checkpoints")), default=0)
     if not (home / "summary.json").exists():
         yield Finding("unfinished", f"{made} of {config.steps} steps saved", f"tiny-onn train --out {home} --resume")
 
 
-def _records(home: Path) -> Iterator[Finding]:
+def _records(home: Path, made: int) -> Iterator[Finding]:
+    """Those of all steps up to the checkpoint of step `made` must be there."""
+    if not made and not (home / FILE).exists():
+        yield Finding("records", f"{home / FILE}: none yet")
+        return
     try:
+        for _ in unbroken_upto(home, made):
+            pass
         steps = [record.get("step", 0) for record in read_history(home)]
     except UserError as error:
-        yield Finding("records", str(error), "tiny-onn train --resume rewrites it from the last checkpoint")
+        yield _of_error("records", error)
         return
     whole = all(isinstance(step, int) for step in steps) and all(a < b for a, b in pairwise(steps))
     text = f"{home / FILE}: {len(steps)} records, the last of step {steps[-1] if steps else 0}"
     yield Finding("records", text, "" if whole else "out of order: an unfinished run mends it with --resume")
+
+
+def _of_error(subject: str, error: UserError) -> Finding:
+    """What was found, and its advice, which stands behind the last semicolon."""
+    text, _, advice = str(error).rpartition("; ")
+    return Finding(subject, text, advice)
 
 
 def _checkpoints(home: Path) -> Iterator[Finding]:
@@ -146,8 +158,7 @@ def _checkpoints(home: Path) -> Iterator[Finding]:
             meta = read_meta(path)
             yield Finding("checkpoint", f"{path}: whole, SHA-256 {meta['sha256'][:12]}")
         except UserError as error:
-            text, _, advice = str(error).rpartition("; ")
-            yield Finding("checkpoint", text, advice)
+            yield _of_error("checkpoint", error)
 
 
 def doctor(folder: str | Path | None = None) -> bool:

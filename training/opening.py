@@ -14,7 +14,7 @@ from training.first_state import first_state
 from training.history import remember
 from training.hyper_step import TrainState, init_state
 from training.products import Run
-from training.recorder import records_upto
+from training.recorder import unbroken_upto
 from training.run_config import RunConfig
 from training.settings import load_settings, save_settings
 from training.sharded_checkpoint import FOLDER, is_sharded, load_sharded, open_sharded
@@ -76,7 +76,7 @@ def begin(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> Trai
         if checkpoint is None:
             save_tokenizer(tokenizer, folder)
         else:
-            for record in records_upto(folder, checkpoint.step):
+            for record in unbroken_upto(folder, checkpoint.step):
                 remember(run.history, record)
             later = [path for kind in KINDS for step, path in steps_in(folder / kind) if step > checkpoint.step]
             remove_steps(later)  # damaged ones

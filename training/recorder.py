@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,25 @@ def records_upto(folder: str | Path, step: int) -> Iterator[dict[str, Any]]:
         UserError: as `read_history`.
     """
     return (record for record in iter_history(folder) if _is_upto(record, step))
+
+
+def unbroken_upto(folder: str | Path, step: int) -> Iterator[dict[str, Any]]:
+    """The records of steps 1 to `step` of a run that records every step; what comes after them is not looked at.
+
+    Raises:
+        UserError: as `read_history`, or one of them is missing or in another one's place.
+    """
+    path = Path(folder) / FILE
+    found = iter_history(folder) if step and path.exists() else iter(())
+    for wanted in range(1, step + 1):
+        record = next(found, None)
+        if record is None or not _is_upto(record, wanted) or record["step"] != wanted:
+            came = "none" if record is None else f"that of step {record.get('step')!r:.20}"
+            mend = (
+                f"restore the file, or remove the checkpoints after step {wanted - 1}: then --resume makes them again"
+            )
+            raise UserError(f"{path}: expected the record of step {wanted}, got {came}; {mend}")
+        yield record
 
 
 class Recorder:
@@ -146,7 +165,7 @@ def open_recorder(folder: str | Path, *, resume_step: int | None = None) -> Reco
     if resume_step is None and path.exists() and path.stat().st_size:
         raise UserError(f"{path}: expected no record of an earlier run, found one; use --resume or another --out")
     if resume_step is not None and path.exists():
-        rewrite_records(folder, resume_step)
+        rewrite_records(folder, unbroken_upto(folder, resume_step))
     purge_step = None if resume_step is None else resume_step + 1
     file = path.open("a", encoding="ascii")
     flush(folder)  # the name, too, must be there after a power cut
@@ -162,9 +181,9 @@ def _is_upto(record: Mapping[str, Any], step: int) -> bool:
     return type(record.get("step")) is int and record["step"] <= step and isinstance(record.get("seconds"), int | float)
 
 
-def rewrite_records(folder: Path, step: int) -> None:
-    """Let go of what came after a step, in one move: a process killed here leaves the old record or the new one."""
-    lines = (json.dumps(record, separators=(",", ":")) + "\n" for record in records_upto(folder, step))
+def rewrite_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Leave these alone, in one move: a process killed here leaves the old record or the new one."""
+    lines = (json.dumps(record, separators=(",", ":")) + "\n" for record in records)
     write_text(folder / FILE, "".join(lines))
 
 

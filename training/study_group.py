@@ -21,7 +21,7 @@ from training.errors import UserError
 from training.first_state import first_state
 from training.guard import bad_runs, passed_over, where_runs
 from training.hyper_step import TrainState, init_state
-from training.recorder import FILE, Recorder, rewrite_records
+from training.recorder import FILE, Recorder, records_upto, rewrite_records
 from training.routing_facts import Glance, drift, glance, routing_facts
 from training.run_config import RunConfig
 from training.saver import Saver
@@ -263,7 +263,7 @@ def _open_record(folder: Path, step: int) -> Recorder:
     """The run's metrics.jsonl for appending, without what came after `step`. No TensorBoard: there may be hundreds."""
     path = folder / FILE
     if path.exists():
-        rewrite_records(folder, step)
+        rewrite_records(folder, records_upto(folder, step))
     else:
         write_text(path, "")
     return Recorder(path.open("a", encoding="ascii"), None)
