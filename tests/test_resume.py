@@ -139,6 +139,22 @@ def test_a_run_does_not_go_on_over_a_gap_in_its_record_and_the_advice_mends_it(
     assert not [finding for finding in examine(run) if finding.advice and finding.subject == "records"]
 
 
+def test_a_run_of_a_study_goes_on_with_its_study_alone_and_the_doctor_says_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(run, study / "runs" / "plain-seed0", ignore=shutil.ignore_patterns("checkpoints"))
+    (study / "study.yaml").write_text("question: x\n", encoding="utf-8")
+    before = (study / "runs" / "plain-seed0" / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert resume(study / "runs" / "plain-seed0") == 2
+    advice = f"tiny-onn study --out {study} --resume"
+    assert advice in capsys.readouterr().err
+    assert (study / "runs" / "plain-seed0" / "metrics.jsonl").read_bytes() == before
+    (fault,) = [finding for finding in examine(study) if finding.advice]
+    assert (fault.subject, fault.text, fault.advice) == ("unfinished", "1 of 1 runs", advice)
+
+
 def test_a_fresh_run_never_goes_on_from_checkpoints_that_lie_in_its_folder(
     run: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

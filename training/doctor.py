@@ -52,6 +52,7 @@ def examine(folder: str | Path | None = None) -> list[Finding]:
         found.append(Finding(str(home), "no run in it", "name the folder that `tiny-onn train --out` made"))
     for path in settings:
         found += _run(path.parent)
+    found += _unfinished(home, [path.parent for path in settings])
     for checkpoints in sorted(home.glob("checkpoints/*/checkpoints")):
         found += _checkpoints(checkpoints)
     return found
@@ -125,8 +126,16 @@ def _run(home: Path) -> Iterator[Finding]:
         yield Finding(
             "bad numbers", f"in step {step + 1}: {path}", f"look with `tiny-onn replay {home} --step {step + 1}`"
         )
-    if not (home / "summary.json").exists():
-        yield Finding("unfinished", f"{made} of {config.steps} steps saved", f"tiny-onn train --out {home} --resume")
+
+
+def _unfinished(home: Path, runs: list[Path]) -> Iterator[Finding]:
+    """Whether the run, or one of the study's, has no end yet."""
+    left = [run for run in runs if not (run / "summary.json").exists()]
+    if left == [home]:
+        made = max((step for step, _ in steps_in(home / "checkpoints")), default=0)
+        yield Finding("unfinished", f"steps saved: {made}", f"tiny-onn train --out {home} --resume")
+    elif left:
+        yield Finding("unfinished", f"{len(left)} of {len(runs)} runs", f"tiny-onn study --out {home} --resume")
 
 
 def _records(home: Path, made: int) -> Iterator[Finding]:

@@ -31,6 +31,10 @@ def check_folder(folder: Path, resume: bool) -> None:
     begun = (folder / "config.yaml").exists()
     if resume and not begun:
         raise UserError(f"--resume: expected a run in {folder}, found none; leave --resume away")
+    study = folder.absolute().parent.parent
+    if resume and folder.absolute().parent.name == "runs" and (study / "study.yaml").exists():
+        whole = f"`tiny-onn study --out {study} --resume` goes on with it"
+        raise UserError(f"--resume: expected a run of its own, got {folder}, a part of the study in {study}; {whole}")
     if not resume and begun:
         raise UserError(f"--out: expected a new folder, got {folder}, which holds a run; add --resume, or name another")
     if not begun and any(steps_in(folder / kind) for kind in KINDS):
