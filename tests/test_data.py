@@ -503,6 +503,17 @@ def test_the_cache_folder_comes_from_the_environment(text: Path, tmp_path: Path,
     assert open_corpus(str(text), sequence_length=4).folder.parent == tmp_path / "elsewhere"
 
 
+def test_a_user_without_a_home_is_told_to_name_a_cache_folder(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: object) -> None:
+        raise KeyError
+
+    for name in ("HOME", "TINY_ONN_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(UserError, match="TINY_ONN_CACHE: expected a folder, got none"):
+        open_corpus(str(text), sequence_length=4)
+
+
 def test_documents_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write_jsonl(tmp_path / "big.jsonl", [{"text": f"{i} " + "x" * 100_000} for i in range(60)])  # 6 MB
     monkeypatch.setattr("training.corpus.CHUNK", 1 << 16)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import random
 import shutil
 import sys
@@ -383,6 +384,11 @@ def test_a_resumed_run_needs_the_copy_only(
     shutil.copytree(run, tmp_path / "on")
     assert main(["train", "--out", str(tmp_path / "on"), "--resume", "--steps=6"]) == 0
     assert json.loads((tmp_path / "on" / "summary.json").read_text())["steps"] == 6
+    settings = tmp_path / "on" / "config.yaml"
+    before = settings.read_text(encoding="utf-8")
+    settings.write_text(re.sub(r"(?m)^tokenizer: .*$", "tokenizer: ~no-such-user/bpe", before), encoding="utf-8")
+    assert main(["train", "--out", str(tmp_path / "on"), "--resume", "--steps=7"]) == 0
+    settings.write_text(before, encoding="utf-8")
     other = place_without_marks(place, tmp_path / "other").name
     for spec in (other, "bytes"):
         told = refusal(["train", "--out", str(tmp_path / "on"), "--resume", "--steps=8", "--tokenizer", spec], capsys)

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from training.durable import cache_folder
 from training.errors import UserError
 from training.sources import Source, documents, find_source, printable, refuse
 from training.tokenizer import BYTES, Tokenizer, Tokens
@@ -96,7 +97,7 @@ def open_corpus(
     if sequence_length < 1:
         raise UserError(f"sequence_length: expected 1 or more, got {sequence_length!r}")
     found = find_source(source)
-    cache = Path(os.path.expanduser(cache_dir or os.environ.get("TINY_ONN_CACHE") or "~/.cache/tiny-onn"))
+    cache = Path(os.path.expanduser(cache_dir)) if cache_dir else cache_folder()
     entry = cache / _key(found, holdout, split, tokenizer)
     splits = _load(entry, found.name, tokenizer)
     if splits is None:

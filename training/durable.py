@@ -67,3 +67,17 @@ def make_folder(path: str | os.PathLike[str]) -> None:
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     flush(folder.parent)
+
+
+def cache_folder() -> Path:
+    """Where lies what can be made again from texts and teachers: $TINY_ONN_CACHE, else ~/.cache/tiny-onn.
+
+    Raises:
+        UserError: neither names one.
+    """
+    try:
+        return Path(os.environ.get("TINY_ONN_CACHE") or "~/.cache/tiny-onn").expanduser()
+    except RuntimeError:
+        raise UserError(
+            "TINY_ONN_CACHE: expected a folder, got none, and this user has no home folder; set it"
+        ) from None

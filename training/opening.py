@@ -1,5 +1,6 @@
 """A run before its first step: its folder, its tokenizer, its data, its first state."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def tokenizer_of(config: RunConfig, folder: Path, checkpoint: Checkpoint | None)
         tokenizer = open_tokenizer(config.tokenizer)
     else:
         tokenizer = kept_tokenizer(folder, config.tokenizer, checkpoint.tokenizer)
-        there = tokenizer is not BYTES and Path(config.tokenizer).expanduser().exists()
+        there = tokenizer is not BYTES and Path(os.path.expanduser(config.tokenizer)).exists()
         if there and open_tokenizer(config.tokenizer).fingerprint != tokenizer.fingerprint:
             raise UserError(f"tokenizer: expected the one in {folder}, got another, {config.tokenizer}; leave it away")
     check_vocab(tokenizer, config.model.vocab_size)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tiny_onn_func.tree import unstack
 from training.batch import Batch
+from training.durable import cache_folder
 from training.errors import UserError
 from training.run_config import RunConfig
 from training.tokenizer import Tokenizer, check_same_tokens
@@ -122,7 +123,7 @@ def _kept(logits: Teacher, folder: Path, config: RunConfig) -> Teacher:
         with file.open("rb") as opened:
             weights.update(hashlib.file_digest(opened, "sha256").digest())
     teacher = weights.hexdigest()
-    home = Path(os.environ.get("TINY_ONN_CACHE") or "~/.cache/tiny-onn").expanduser() / "teacher" / teacher[:32]
+    home = cache_folder() / "teacher" / teacher[:32]
     _check_room(home, config)
     home.mkdir(parents=True, exist_ok=True)
 
