@@ -2,8 +2,8 @@
 
 import json
 import math
-import re
 import random
+import re
 import shutil
 import sys
 from collections.abc import Iterator
