@@ -149,7 +149,7 @@ NORMS_C = [
 LOSSES_C = [
     ("logf(sums[0]) - sums[1] / sums[0]", "logf(sums[0])"),
     ("to[labels[i]] -= grad;", ";"),
-    ("if (labels[i] < 0) memset", "if (0) memset"),
+    ("entropies[i] = labels[i] < 0 ? 0 :", "entropies[i] ="),
     ("x[first] != most", "x[first] < most - 1"),
 ]
 ROWS_C = [
