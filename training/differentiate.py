@@ -6,6 +6,7 @@ have the mapped axes, and one plain backward serves all runs.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ def gradients(objective: Objective, *trees: Any, reads: Any = ()) -> tuple[tuple
         value, aux = objective(*own)
         inside = [peel(leaf) for leaf in leaves(own)]
         total, plain = peel(value)[0], [leaf for leaf, _ in inside]
-        with outside():  # a backward pass of plain tensors, without the dispatch of the vmaps
+        # A backward pass of plain tensors needs no dispatch of the vmaps; a device's own thread would not find them again.
+        with outside() if total.device.type == "cpu" else nullcontext():
             flat = torch.autograd.grad(total.sum(), plain, materialize_grads=True)
     grads = iter([wrap(grad, axes) for grad, (_, axes) in zip(flat, inside, strict=True)])
     return tree_map(lambda _: next(grads), trees), tree_map(lambda leaf: leaf.detach(), aux)
