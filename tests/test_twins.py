@@ -59,7 +59,7 @@ CASES = {
     ),
     "split_heads": Case(SPLIT_HEADS, some_heads),
     "attend": Case(ATTEND, some_attention),
-    "activate": Case(ACTIVATE, lambda seed, size, width: (drawn(size, width, seed=seed), drawn(size, width, seed=seed + 9))),
+    "activate": Case(ACTIVATE, lambda seed, size, dim: (drawn(size, dim, seed=seed), drawn(size, dim, seed=seed + 9))),
     "cross_entropy": Case(CROSS_ENTROPY, some_logits),
 }
 EVERY = pytest.mark.parametrize("name", CASES)

@@ -33,7 +33,7 @@ def gradients(objective: Objective, *trees: Any, reads: Any = ()) -> tuple[tuple
         value, aux = objective(*own)
         inside = [peel(leaf) for leaf in leaves(own)]
         total, plain = peel(value)[0], [leaf for leaf, _ in inside]
-        # A backward pass of plain tensors needs no dispatch of the vmaps; a device's own thread would not find them again.
+        # A backward pass of plain tensors needs no dispatch of the vmaps; a device's own thread would not find them.
         with outside() if total.device.type == "cpu" else nullcontext():
             flat = torch.autograd.grad(total.sum(), plain, materialize_grads=True)
     grads = iter([wrap(grad, axes) for grad, (_, axes) in zip(flat, inside, strict=True)])
