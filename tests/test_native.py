@@ -142,6 +142,23 @@ def test_tensors_that_lie_otherwise_are_read_right() -> None:
     )
 
 
+def test_leaves_and_weights_that_lie_otherwise_are_read_right() -> None:
+    numbers, (p, g, mu, nu) = torch.full((2, 6), 0.1), [drawn(2, 6, 5, seed=seed).abs() for seed in range(4)]
+    found = kernels.adamw(numbers, *(t.mT.contiguous().mT for t in (p, g, mu, nu)))
+    assert all(torch.equal(one, other) for one, other in zip(found, kernels.adamw(numbers, p, g, mu, nu), strict=True))
+
+    rows, offsets, token = drawn(2, 20, 33), offsets_of([7, 13], 2), torch.arange(20).flip(0).expand(2, 20)
+    stacked = drawn(2, 3, 2, 33, 40, seed=1)  # runs, layers: a layer's weights lie apart
+    layer, shared = stacked[:, 1], stacked[:1, 1].expand(2, -1, -1, -1)
+    for weights in (layer, shared, layer.mT.contiguous().mT, layer.transpose(1, 2).contiguous().transpose(1, 2)):
+        wanted = kernels.matmul([(rows, weights.contiguous())], offsets)
+        assert torch.equal(kernels.matmul([(rows, weights)], offsets), wanted)
+        both = kernels.matmul([(rows, weights), (rows, layer)], offsets)
+        assert_close(both, wanted + kernels.matmul([(rows, layer.contiguous())], offsets), 1e-6)
+        wanted = kernels.token_matmul(rows, token.contiguous(), weights.contiguous(), offsets)
+        assert torch.equal(kernels.token_matmul(rows, token, weights, offsets), wanted)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_kernels_keep_away_from_what_is_mapped_followed_or_differentiated() -> None:
     plain, leaf = drawn(3), drawn(3).requires_grad_()
@@ -218,12 +235,12 @@ def test_products_of_tokens_are_those_of_their_rows_and_the_best_are_the_library
 
 
 def test_a_transpose_of_few_rows_has_the_bits_of_one_of_many() -> None:
-    rows, weights, offsets = drawn(1, 40, 48), drawn(1, 1, 70, 48, seed=1).mT, offsets_of([40])
+    rows, weights, offsets = drawn(1, 40, 48), drawn(1, 1, 80, 48, seed=1).mT, offsets_of([40])
     whole = kernels.matmul([(rows, weights), (rows.flip(1), weights)], offsets)
     for count in (1, 7, 16):
         few = rows[:, :count].contiguous(), rows.flip(1)[:, :count].contiguous()
         found = kernels.matmul([(few[0], weights), (few[1], weights)], offsets_of([count]))
-        assert_close(found, whole[:, :count], 1e-6)
+        assert torch.equal(found, whole[:, :count])
 
 
 def test_a_large_outer_product_is_written_past_the_caches_and_is_the_same() -> None:

@@ -220,7 +220,7 @@ def attention(
     v: Float[Tensor, "batch groups seq dim"],
     bias: Float[Tensor, "masks seq seq"],
 ) -> tuple[Float[Tensor, "batch seq groups share dim"], Float[Tensor, "batch groups share seq"]]:
-    """Causal softmax(q k^T + bias) v and the logarithm of each softmax's sum; fewer masks than batches are used again."""
+    """Causal softmax(q k^T + bias) v and the log of each softmax's sum; fewer masks than batches are used again."""
     given = [t.contiguous() for t in (q, k, v, bias)]
     batch, groups, share, seq, dim = q.shape
     out, log_sums = q.new_empty(batch, seq, groups, share, dim), q.new_empty(q.shape[:-1])

@@ -39,6 +39,7 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
                    float *result, int transposed, int threads) {
     const float *lefts[2] = {rows, more_rows}, *rights[2] = {weights, more_weights};
     int terms = more_rows ? 2 : 1, failed = 0;
+    int few = transposed && out % LANES == 0 && in >= 2 * LANES; /* whole vectors: a row's bits are those among many rows */
     int64_t count = 0, size = in * out;
     Task *tasks = malloc(sizeof(Task) * (size_t)(runs * (n / BLOCK + experts + 1)));
     if (!tasks) return 1;
@@ -65,7 +66,7 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
         for (int64_t t = 0; t < count; t++) {
             Task task = tasks[t];
             if (transposed && !turned) continue;
-            if (transposed && task.rows <= LANES && out >= LANES && in >= 2 * LANES) {
+            if (few && task.rows <= LANES) {
                 const float *own[2], *weights_of[2];
                 for (int term = 0; term < terms; term++) {
                     own[term] = lefts[term] + task.row * in;
