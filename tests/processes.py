@@ -23,6 +23,7 @@ from training.sharded_checkpoint import load_sharded, open_sharded, save_sharded
 
 ROOT = Path(__file__).parent.parent
 FIXED, DYNAMIC = tiny_config(num_experts_per_tok=3), tiny_config()
+CROWDED = tiny_config(num_experts_per_tok=2)  # all tokens visit the first two experts, and no row the other process
 TRICKS = {
     "plain": (FIXED, HYPER, {}),
     "budget, coupling, exploration": (
@@ -34,6 +35,7 @@ TRICKS = {
     "experts": (FIXED, HYPER, {"kind": "experts"}),
     "input": (FIXED, HYPER, {"kind": "input"}),
     "benefit": (FIXED, HYPER._replace(backbone_lr_scale=0.3), {"kind": "benefit"}),
+    "crowded": (CROWDED, HYPER, {}),
     "bfloat16": (FIXED, HYPER, {"compute_dtype": torch.bfloat16}),
 }
 LAYOUTS = {"data": (False, 1), "optimizer": (True, 1), "experts": (False, 2), "both": (True, 2)}  # (ZeRO-1, experts)
@@ -53,7 +55,10 @@ ABOUT: dict = {"config_dict": asdict(FIXED), "tokenizer": "bytes", "settings": {
 def a_state(config: ModelConfig) -> TrainState:
     fresh = init_state(config, torch.Generator().manual_seed(0))
     moments = [opt._replace(mu=as_double(opt.mu), nu=as_double(opt.nu)) for opt in (fresh.expert_opt, fresh.router_opt)]
-    return TrainState(spread_params(config, router_gain=3.0), *moments, fresh.step)
+    params = spread_params(config, router_gain=3.0)
+    if config is CROWDED:
+        params["layers"]["moe"]["router_bias"][:, :2] += 10.0
+    return TrainState(params, *moments, fresh.step)
 
 
 def a_batch(step: int) -> Batch:

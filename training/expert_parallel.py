@@ -81,6 +81,8 @@ def plan(rows: Rows, own_experts: int, group: Group) -> Journey:
     number = torch.arange(order.shape[0], device=order.device)
     offsets = came.sum(dim=0).cumsum(dim=0).to(torch.int32)
     inverse = torch.empty_like(order).scatter(0, order, number)
+    if not order.shape[0]:  # nothing came: an inactive row, as there is no computing with none
+        number, expert = number.new_zeros(1), expert.new_full((1,), own_experts)
     return Journey(sent, came.sum(dim=1).tolist(), order, inverse, Rows(number, expert, offsets, number, number))
 
 
@@ -95,7 +97,8 @@ class _ToOwners(Function):
         came_back: Callable[[Tensor], None],
     ) -> Tensor:
         ctx.about, ctx.rows = (journey, group, measured, came_back), x.shape[0]
-        return group.exchange(x[: sum(journey.sent)], journey.sent, journey.received, ROWS)[journey.order]
+        came = group.exchange(x[: sum(journey.sent)], journey.sent, journey.received, ROWS)[journey.order]
+        return _behind(came, journey.rows.token.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,9 +123,10 @@ class _FromOwners(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         journey, group = ctx.about
         there = group.exchange(grad[: sum(journey.sent)], journey.sent, journey.received, ROWS)
-        return there[journey.order], None, None, None
+        return _behind(there[journey.order], journey.rows.token.shape[0]), None, None, None
 
 
 def _behind(active: Tensor, rows: int) -> Tensor:
     """With zeros for the inactive rows, which never travelled."""
-    return torch.cat((active, active.new_zeros(rows - active.shape[0], active.shape[1])))
+    missing = rows - active.shape[0]
+    return torch.cat((active, active.new_zeros(missing, active.shape[1]))) if missing else active.contiguous()
