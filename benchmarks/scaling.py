@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.measure:
             from benchmarks.scaling_measured import measured
 
-            found = measured()
+            found = measured(given.processes)
         else:
             found = simulated(given, model, cluster)
         if given.json:
@@ -59,6 +59,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ModelConfig, Cluster
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("--measure", action="store_true", help="check against processes of this machine")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="2, 4 or both, beside one")
     for field in fields(Cluster):
         kind = int if field.name == "gpus_per_node" else float
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)

@@ -1,6 +1,6 @@
 """The simulator against this machine: bytes sent, memory and step time of 1, 2 and 4 processes, predicted and measured.
 
-    python -m benchmarks.scaling --measure [--json FILE]
+    python -m benchmarks.scaling --measure [--processes 2 4] [--json FILE]
 
 Every process makes the hyper step of a run under torchrun with gloo, one thread each, on its rows of the same batch.
 FLOP/s are those of one process, shared out where processes are more than cores; bandwidth and latency are those of
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ from training.parallel_step import own_state, parallel_step
 from training.run_config import RunConfig, hyper_params
 
 MODEL = ModelConfig(257, 256, 4, 4, 2, 64, 128, 32, num_experts_per_tok=4)
-SEQUENCES, LENGTH, ROUNDS, WARM_UP = 8, 64, 12, 2
+SEQUENCES, LENGTH, ROUNDS, WARM_UP = 8, 64, 7, 1
 CASES = (
     (1, Layout()), (2, Layout()), (4, Layout()), (4, Layout(1, True)), (2, Layout(2)), (4, Layout(2, True)),
 )  # fmt: skip
@@ -54,21 +54,19 @@ class Found(NamedTuple):
     overlap: tuple[float, float, float]  # a step's time over that of one without overlap: median and quartiles
 
 
-def measured() -> dict[str, Any]:
-    """Print predictions beside measurements; the figures as plain values."""
+def measured(processes: Collection[int]) -> dict[str, Any]:
+    """Print predictions beside measurements, of one process and of so many; the figures as plain values."""
     torch.set_num_threads(1)
     about, (bandwidth, latency) = machine(), json.loads(last_line(2, "link"))
-    print(f"{about}; gloo between two processes: {bandwidth / 1e9:.2f} GB/s, {latency * 1e6:.0f} us\n", flush=True)
-    found = {
-        (size, layout): Found(*json.loads(last_line(size, str(layout.experts), str(int(layout.shard_optimizer)))))
-        for size, layout in CASES
-    }
-    one = flops_of(MODEL, SEQUENCES * LENGTH, LENGTH) / found[CASES[0]].seconds
-    print(f"one process: {one / 1e9:.2f} GFLOP/s\n")
+    print(f"{about}; gloo between two processes: {bandwidth / 1e9:.2f} GB/s, {latency * 1e6:.0f} us\n")
     print("| processes | layout | sent, MB | memory, MiB | step, ms | with over without overlap |")
-    print("|---|---|---|---|---|---|")
-    rows = []
-    for (size, layout), seen in found.items():
+    print("|---|---|---|---|---|---|", flush=True)
+    one, rows = 0.0, []
+    for size, layout in CASES:
+        if size > 1 and size not in processes:
+            continue
+        seen = Found(*json.loads(last_line(size, str(layout.experts), str(int(layout.shard_optimizer)))))
+        one = one or flops_of(MODEL, SEQUENCES * LENGTH, LENGTH) / seen.seconds
         cores = min(size, os.cpu_count() or 1)
         here = Cluster(
             gpus_per_node=size, tflops=one * cores / size / 1e12, utilisation=1.0, memory_gb_s=1e6,
@@ -81,7 +79,8 @@ def measured() -> dict[str, Any]:
         )  # fmt: skip
         middle, low, high = seen.overlap
         overlap = f"{middle:.2f} ({low:.2f} to {high:.2f})" if size > 1 else ""
-        print(f"| {size} | {layout.name} | " + " | ".join(compared(*pair) for pair in pairs) + f" | {overlap} |")
+        columns = " | ".join(compared(*pair) for pair in pairs)
+        print(f"| {size} | {layout.name} | {columns} | {overlap} |", flush=True)
         by_purpose = bytes_sent(MODEL, layout, size, SEQUENCES * LENGTH // size, 4)
         rows.append({"processes": size, "layout": layout.name, "predicted": [a for a, _ in pairs]})
         rows[-1] |= {"measured": [b for _, b in pairs], "overlap": seen.overlap, "predicted_by_purpose": by_purpose}
