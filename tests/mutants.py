@@ -100,7 +100,7 @@ KERNELS = [
 ]
 TWINS = [
     ("if native.may_run(*slopes, *inputs[: twin.differentiable]):", "if native.can_take(*slopes):"),
-    ("torch.zeros_like(t) if dot is None else dot", "torch.ones_like(t) if dot is None else dot"),
+    ("return *push_forward(dots[: twin.differentiable]),", "return *pull_back(tuple(out)),"),
     ("tuple(t.clone() for t in twin.plain(*inputs))", "twin.plain(*inputs)"),
     ("ctx.mark_non_differentiable(*output[twin.smooth :])", "pass"),
     ("return out, (0,) * len(out)", "return out, (0,) + (None,) * (len(out) - 1)"),

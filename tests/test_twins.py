@@ -15,7 +15,7 @@ from tiny_onn_func import native
 from tiny_onn_func.attend import ATTEND
 from tiny_onn_func.attention import causal_bias
 from tiny_onn_func.gated import ACTIVATE
-from tiny_onn_func.heads import SPLIT_HEADS
+from tiny_onn_func.heads import SPLIT_HEADS, split_heads
 from tiny_onn_func.ops import RMS_NORM, rotary_angles
 from tiny_onn_func.twins import Twin, function_of, with_kernel
 from training.cross_entropy import CROSS_ENTROPY
@@ -204,6 +204,18 @@ def test_the_bits_depend_on_no_thread_and_no_other_run(name: str) -> None:
         assert torch.equal(ours, theirs)
     alone = function_of(twin).apply(*drawings[1])
     assert all(torch.equal(one, some[1]) for one, some in zip(alone, together[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_positions_of_each_row_its_own_turn_each_row_alone(dtype: torch.dtype) -> None:
+    qkv, norms = drawn(3, 4, 5, 6).to(dtype), drawn(4, 6, seed=1).to(dtype)
+    positions = torch.tensor([[0, 1, 2, 3], [2, 3, 0, 1], [9, 9, 9, 0]])
+    cosines, sines = (t.to(dtype) for t in rotary_angles(positions, 6, 100.0))
+    found = split_heads(qkv, norms, (cosines, sines), 1e-3)
+    for row in range(3):
+        alone = split_heads(qkv[row : row + 1], norms, (cosines[row], sines[row]), 1e-3)
+        for some, one in zip(found, alone, strict=True):
+            assert_close(some[row : row + 1], one, 1e-6)
 
 
 @NATIVE

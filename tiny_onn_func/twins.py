@@ -73,12 +73,11 @@ def function_of(twin: Twin) -> type[Function]:
         @staticmethod
         def jvp(ctx: Any, *dots: Any) -> Values:
             smooth, followed = _smooth_part(twin, (*ctx.saved_tensors, *ctx.numbers))
-            known = (torch.zeros_like(t) if dot is None else dot for t, dot in zip(followed, dots, strict=False))
             out, pull_back = torch.func.vjp(smooth, *followed)  # type: ignore[misc]
             # the pull-back is linear, and its own pull-back pushes forward: forward mode cannot be nested in itself
             zeros = map(torch.zeros_like, out)
             _, push_forward = torch.func.vjp(lambda *grads: pull_back(grads), *zeros)  # type: ignore[misc]
-            return *push_forward(tuple(known)), *(None for _ in range(ctx.silent))
+            return *push_forward(dots[: twin.differentiable]), *(None for _ in range(ctx.silent))
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
