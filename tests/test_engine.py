@@ -180,3 +180,22 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(
 def test_generate_refuses_an_empty_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(run), "--prompt", ""]) == 2
     assert "prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")]
+)
+def test_memory_that_is_not_there_is_one_line(
+    error: Exception, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("training.runs.evaluate_run", fails)
+    assert main(["evaluate", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("tiny-onn: memory: expected enough for what was asked, got: ")
+    assert said.count("\n") == 1
+    monkeypatch.setattr("training.runs.evaluate_run", lambda *_, **__: next(iter(())))
+    with pytest.raises(StopIteration):  # what nobody foresaw is not dressed up
+        main(["evaluate", str(run)])

@@ -155,6 +155,27 @@ def test_a_run_of_a_study_goes_on_with_its_study_alone_and_the_doctor_says_so(
     assert (fault.subject, fault.text, fault.advice) == ("unfinished", "1 of 1 runs", advice)
 
 
+def test_a_study_is_not_made_in_the_folder_of_a_run_nor_a_run_in_that_of_a_study(
+    run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = {
+        "question": "x", "falsifier": "y", "margin": 0.02, "baseline": "a", "seeds": [0, 1],
+        "base": {"data": str(text), "steps": 2}, "arms": [{"name": "a"}, {"name": "b", "set": {"hyper.lr": 0.01}}],
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(json.dumps(study), encoding="utf-8")
+    before = sorted(run.rglob("*"))
+    capsys.readouterr()
+    assert main(["study", str(tmp_path / "study.yaml"), f"--out={run}"]) == 2
+    assert f"--out: expected a folder for a study, got {run}, which holds a run" in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "study.yaml").write_text("question: x\n", encoding="utf-8")
+    assert train(text, other, "--steps=8") == 2
+    assert f"--out: expected a folder for a run, got {other}, which holds a study" in capsys.readouterr().err
+    assert [path.name for path in other.iterdir()] == ["study.yaml"]
+
+
 def test_a_fresh_run_never_goes_on_from_checkpoints_that_lie_in_its_folder(
     run: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

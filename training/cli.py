@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from training.errors import UserError, one_line
+from training.errors import UserError, is_out_of_memory, one_line
 from training.stopping import stop_politely
 
 USAGE = """usage: tiny-onn VERB ...
@@ -56,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, ValueError) as error:
         if str(error):  # else another process says it
             print(f"tiny-onn: {one_line(error)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        told = error or "too little"
+        said = f"memory: expected enough for what was asked, got: {told}; choose smaller sizes, batches or lengths"
+        print(f"tiny-onn: {one_line(said)}", file=sys.stderr)
         return 2
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "

@@ -16,3 +16,9 @@ def one_line(message: object) -> str:
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was asked for that is not there; PyTorch says so in a RuntimeError."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or "can't allocate memory" in told or "out of memory" in told

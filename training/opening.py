@@ -38,6 +38,8 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise UserError(f"--resume: expected a run of its own, got {folder}, a part of the study in {study}; {whole}")
     if not resume and begun:
         raise UserError(f"--out: expected a new folder, got {folder}, which holds a run; add --resume, or name another")
+    if (folder / "study.yaml").exists():
+        raise UserError(f"--out: expected a folder for a run, got {folder}, which holds a study; name another one")
     if not begun and any(steps_in(folder / kind) for kind in KINDS):
         raise UserError(f"--out: expected a new folder, got {folder} with checkpoints and no config.yaml; name another")
 

@@ -152,6 +152,8 @@ def _check_folder(folder: Path, resume: bool) -> None:
         raise UserError(
             f"--out: expected a new folder, got {folder}, which holds a study; add --resume, or name another"
         )
+    if (folder / "config.yaml").exists():
+        raise UserError(f"--out: expected a folder for a study, got {folder}, which holds a run; name another one")
     if resume and not begun:
         raise UserError(f"--resume: expected a study in {folder}, found none; leave --resume away")
 
