@@ -439,9 +439,11 @@ def test_the_context_of_a_run_is_that_of_its_training_and_zero_is_all(
     assert as_trained != everything
 
 
-@pytest.mark.parametrize("flag", ["--tokens", "--context"])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--tokens", -1), ("--tokens", 2**63), ("--context", -1), ("--seed", -1), ("--seed", 2**63)]
+)
 def test_a_flag_out_of_range_is_refused_by_its_own_name(
-    flag: str, run: Path, capsys: pytest.CaptureFixture[str]
+    flag: str, value: int, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["generate", str(run), flag, "-1"]) == 2
+    assert main(["generate", str(run), flag, str(value)]) == 2
     assert capsys.readouterr().err.startswith(f"tiny-onn: {flag}: expected 0 ")

@@ -151,6 +151,7 @@ MISTAKES = {
     "holdout: 1": "holdout: expected more than 0 and less than 1, got 1.0",
     "keep_checkpoints: 0": "keep_checkpoints: expected 1 or more, got 0",
     "eval_every: -1": "eval_every: expected 0 or more, got -1",
+    "threads: 100000": "threads: expected 0 to 4,096, got 100000",
     "data: ''": "data: expected some text, got ''",
     "hyper: {pi_alpha: 0}": "hyper.pi_alpha: expected more than 0 and at most 1, got 0.0",
     "hyper: {pi_alpha: 1.01}": "hyper.pi_alpha: expected more than 0 and at most 1, got 1.01",

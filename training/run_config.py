@@ -12,6 +12,7 @@ from training.hyper import HyperParams
 from training.surprise import KINDS, SurpriseKind
 
 BYTE_TOKENS = 257  # bytes 0 to 255 and the document boundary
+MOST_THREADS = 4096
 Rule = tuple[str, Callable[[Any], bool], str]  # (what is wanted, the test, the keys it holds for)
 RUN_RULES: tuple[Rule, ...] = (
     ("some text", lambda value: value != "", "data out tokenizer init teacher"),
@@ -21,7 +22,8 @@ RUN_RULES: tuple[Rule, ...] = (
         "steps batch_size eval_bytes final_eval_bytes keep_checkpoints shard_experts",
     ),
     ("2 or more", lambda value: value >= 2, "sequence_length"),
-    ("0 or more", lambda value: value >= 0, "eval_every checkpoint_every picture_every sample_tokens threads"),
+    ("0 or more", lambda value: value >= 0, "eval_every checkpoint_every picture_every sample_tokens"),
+    (f"0 to {MOST_THREADS:,}", lambda value: 0 <= value <= MOST_THREADS, "threads"),  # far more end the process
     ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),  # what a torch.Generator takes
     ("more than 0 and less than 1", lambda value: 0 < value < 1, "holdout"),
     ("0 or more and less than 1", lambda value: 0 <= value < 1, "replay"),

@@ -149,8 +149,9 @@ def stream_run(
         go_on: whether to write on after the end of a document or of a turn.
         show_experts: whether lines follow that say which experts every token visited, each of at most `width`.
     """
-    if tokens < 0:
-        raise UserError(f"--tokens: expected 0 or more, got {tokens}")
+    for flag, value in (("--tokens", tokens), ("--seed", seed)):
+        if not 0 <= value < 2**63:
+            raise UserError(f"{flag}: expected 0 to 2**63 - 1, got {value}")
     if context is not None and context < 0:
         raise UserError(f"--context: expected 0 (all tokens) or more, got {context}")
     model, params, tokenizer, trained_context, budget = open_writer(folder)
