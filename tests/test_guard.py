@@ -1,6 +1,7 @@
 """NaN and infinity are caught in their step and never become a state; the step can be made again to see why."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,21 @@ def test_the_doctor_says_which_package_is_out_of_its_tested_range(monkeypatch: p
     (fault,) = [finding for finding in examine() if finding.advice]
     assert (fault.subject, fault.text) == ("einops", "0.1")
     assert fault.advice.startswith("untested; pip install 'einops")
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_doctor_goes_on_where_a_pipe_stands_for_the_records(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, "--steps=1", "--eval-every=0") == 0
+    (out / "metrics.jsonl").unlink()
+    os.mkfifo(out / "metrics.jsonl")
+    capsys.readouterr()
+    assert main(["doctor", str(out)]) == 1
+    said = capsys.readouterr().out
+    assert f"{out}/metrics.jsonl: a pipe or a device, no regular file  -> restore the file" in said
+    assert "step_000001: whole" in said
 
 
 def test_the_doctor_says_why_there_are_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,9 @@ def _records(home: Path, made: int) -> Iterator[Finding]:
     except UserError as error:
         yield _of_error("records", error)
         return
+    except OSError as error:  # a pipe, a folder or a file of somebody else
+        yield Finding("records", f"{error.filename}: {error.strerror}", "restore the file")
+        return
     whole = all(isinstance(step, int) for step in steps) and all(a < b for a, b in pairwise(steps))
     text = f"{home / FILE}: {len(steps)} records, the last of step {steps[-1] if steps else 0}"
     yield Finding("records", text, "" if whole else "out of order: an unfinished run mends it with --resume")
