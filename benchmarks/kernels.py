@@ -62,12 +62,17 @@ def attentions(batch: int, groups: int, share: int, seq: int, dim: int) -> dict[
     """Forward and backward: the kernel, and the library's fused one."""
     q = torch.randn(batch, groups, share, seq, dim, requires_grad=True)
     k, v = (torch.randn(batch, groups, seq, dim, requires_grad=True) for _ in range(2))
-    bias, upstream = causal_bias(None, seq, torch.device("cpu"), torch.float32), torch.randn(q.shape)
+    bias, upstream = (
+        causal_bias(None, seq, torch.device("cpu"), torch.float32),
+        torch.randn(batch, seq, groups, share, dim),
+    )
+
+    theirs = upstream.movedim(1, 3).flatten(1, 2)
 
     def library() -> object:
         keys, values = (t.repeat_interleave(share, dim=1) for t in (k, v))
         out = F.scaled_dot_product_attention(q.flatten(1, 2), keys, values, is_causal=True, scale=1.0)
-        return torch.autograd.grad(out, (q, k, v), upstream.flatten(1, 2))
+        return torch.autograd.grad(out, (q, k, v), theirs)
 
     return {
         "kernel": lambda: torch.autograd.grad(attend(q, k, v, bias), (q, k, v), upstream),

@@ -38,13 +38,13 @@ ROUTING = [
     ("((expert_ids == wanted) & kept).any", "(expert_ids == wanted).any"),
 ]
 EXPERTS = [
-    ("torch.where(routing.active, routing.expert_ids, num_experts)", "routing.expert_ids"),
+    ("torch.where(active, expert_ids, num_experts)", "expert_ids"),
     ("sort(stable=True)", "sort(stable=True, descending=True)"),
-    ("counts[:num_experts].cumsum", "counts[1:].cumsum"),
-    ("Rows(order // slots,", "Rows(order % slots,"),
+    ("counts[..., :num_experts].cumsum", "counts[..., 1:].cumsum"),
+    ("Rows(order // routing", "Rows(order % routing"),
     ("gate, up = apply", "up, gate = apply"),
     ("routing.weights.to(y.dtype)", "routing.active.to(y.dtype)"),
-    ("torch.zeros_like(order).scatter(0, order, positions)", "order"),
+    ("torch.zeros_like(order).scatter(-1, order, positions)", "order"),
     ("rows._replace(order=number, inverse=number)", "rows._replace(order=number)"),
     ("rows.order // (rows.order.shape[0] // x.shape[0])", "rows.token"),
 ]
@@ -156,6 +156,10 @@ ROWS_C = [
     ("share * (1 + gate[i] * (1 - share))", "share"),
     ("while (taken < rank &&", "while (taken < 0 &&"),
     ("order[i] / slots * dim", "order[i] % slots * dim"),
+    ("to[j] += weight * from[j]", "to[j] += from[j]"),
+    ("int64_t at = active[i] ? ends[ids[i]]++ : last++;", "int64_t at = ends[ids[i]]++;"),
+    ("inverse[i] = at;", "inverse[first + at] = i - first;"),
+    ("expert[first + at] = active[i] ? ids[i] : experts;", "expert[first + at] = ids[i];"),
     ("left[j] = -INFINITY;", ";"),
     ("x[i * width + j] == x[i * width + j] ?", "1 ?"),
 ]

@@ -127,6 +127,29 @@ def test_what_is_not_a_number_stays_so() -> None:
     assert kernels.matmul([(rows, weights)], offsets_of([2])).isnan().any(dim=-1).tolist() == [[True, True, False]]
 
 
+@given(
+    runs=st.integers(1, 3), tokens=st.integers(0, 20), slots=st.integers(1, 4), experts=st.integers(4, 9),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_rows_are_sorted_as_by_a_stable_sort_and_combined_as_by_a_sum(
+    runs: int, tokens: int, slots: int, experts: int, seed: int
+) -> None:
+    ids = torch.rand(runs, tokens, experts, generator=seeded(seed)).argsort(-1)[..., :slots].contiguous()
+    active = torch.rand(runs, tokens, slots, generator=seeded(seed + 1)) < 0.7
+    order, inverse, expert, offsets = kernels.sort_rows(ids, active, experts)
+    where = torch.where(active, ids, experts).flatten(1)
+    wanted = where.sort(stable=True)
+    assert torch.equal(expert, wanted.values)
+    assert torch.equal(order, wanted.indices)
+    assert torch.equal(inverse.gather(-1, order), torch.arange(tokens * slots).expand(runs, -1))
+    counts = torch.nn.functional.one_hot(where, experts + 1).sum(1)[:, :experts]
+    assert torch.equal(offsets.long(), counts.cumsum(-1))
+
+    y, weights = drawn(tokens * slots, 19, seed=seed), drawn(tokens, slots, seed=seed + 1)
+    rows = y[inverse[0]].view(tokens, slots, 19)
+    assert_close(kernels.combined_rows(y, weights, inverse[0]), (weights[..., None] * rows).sum(1), 1e-6)
+
+
 def test_rows_are_sent_back_with_their_weights() -> None:
     x, weights = drawn(5, 7), drawn(5, 3, seed=1)
     order = torch.randperm(15, generator=seeded(2))

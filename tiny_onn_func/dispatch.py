@@ -91,6 +91,8 @@ class _Dispatch(Function):
 class _Combine(Function):
     @staticmethod
     def forward(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        if native.may_run(y, weights):
+            return kernels.combined_rows(y, weights, inverse)
         bags = rearrange(inverse, "(tokens slots) -> tokens slots", slots=weights.shape[-1])
         return F.embedding_bag(bags, y, per_sample_weights=weights, mode="sum")
 

@@ -8,9 +8,11 @@ from einops import rearrange
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from tiny_onn_func import kernels, native
 from tiny_onn_func.dispatch import combine_rows, dispatch_rows
 from tiny_onn_func.gated import activate, gate_and_up
 from tiny_onn_func.grouped import grouped_matmul
+from tiny_onn_func.mapped import over_runs
 from tiny_onn_func.routing import Routing
 
 
@@ -60,14 +62,24 @@ def input_of(x: Float[Tensor, "inputs dim"], rows: Rows) -> Int[Tensor, " rows"]
 
 def sort_by_expert(routing: Routing, num_experts: int) -> Rows:
     """Sort the (token, slot) pairs by expert, stably, inactive ones last, with static shapes."""
-    slots = routing.expert_ids.shape[-1]
-    expert = torch.where(routing.active, routing.expert_ids, num_experts)
-    expert, order = rearrange(expert, "tokens slots -> (tokens slots)").sort(stable=True)
-    positions = torch.arange(order.shape[0], device=order.device)
-    inverse = torch.zeros_like(order).scatter(0, order, positions)
-    counts = order.new_zeros(num_experts + 1).scatter_add(0, expert, torch.ones_like(expert))
-    offsets = counts[:num_experts].cumsum(dim=0).to(torch.int32)
-    return Rows(order // slots, expert, offsets, order, inverse)
+    given = routing.weights.detach(), routing.expert_ids, routing.active
+    sort = over_runs if native.can_take(routing.weights) else lambda function, *inputs: function(*inputs)
+    order, inverse, expert, offsets = sort(
+        lambda weights, ids, active: _sorted(weights, ids, active, num_experts), *given
+    )
+    return Rows(order // routing.expert_ids.shape[-1], expert, offsets, order, inverse)
+
+
+def _sorted(weights: Tensor, expert_ids: Tensor, active: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    """(order, inverse, expert, offsets), of one run or of several with axes of them in front."""
+    if native.may_run(weights):
+        return kernels.sort_rows(expert_ids, active, num_experts)
+    expert = torch.where(active, expert_ids, num_experts)
+    expert, order = rearrange(expert, "... tokens slots -> ... (tokens slots)").sort(stable=True)
+    positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    inverse = torch.zeros_like(order).scatter(-1, order, positions)
+    counts = order.new_zeros((*order.shape[:-1], num_experts + 1)).scatter_add(-1, expert, torch.ones_like(expert))
+    return order, inverse, expert, counts[..., :num_experts].cumsum(dim=-1).to(torch.int32)
 
 
 def apply_experts(

@@ -1,12 +1,13 @@
 """The compiled kernels as functions of plain tensors: float32 on a CPU, where `native.may_run` says so."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Int32, Int64
+from jaxtyping import Bool, Float, Int, Int32, Int64
 from torch import Tensor
 
 from tiny_onn_func.native import library
@@ -124,6 +125,30 @@ def scaled_rows(
     pointers = (t.data_ptr() for t in (*given, rows))
     _kernels().scaled_rows(count, dim, slots, *pointers, torch.get_num_threads())
     return rows
+
+
+def combined_rows(
+    y: Float[Tensor, "rows dim"], weights: Float[Tensor, "tokens slots"], inverse: Int64[Tensor, " rows"]
+) -> Float[Tensor, "tokens dim"]:
+    """The sum over slots of weights[t, m] * y[inverse[t * slots + m]]."""
+    given = [t.contiguous() for t in (y, weights, inverse)]
+    out = y.new_empty(weights.shape[0], y.shape[1])
+    pointers = (t.data_ptr() for t in (*given, out))
+    _kernels().combined_rows(*out.shape, weights.shape[1], *pointers, torch.get_num_threads())
+    return out
+
+
+def sort_rows(
+    expert_ids: Int64[Tensor, "*runs tokens slots"], active: Bool[Tensor, "*runs tokens slots"], num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(order, inverse, expert, offsets) of the (token, slot) pairs sorted by expert, stably, inactive ones last."""
+    ids, active = expert_ids.contiguous(), active.contiguous()
+    runs, rows = ids.shape[:-2], ids.shape[-2] * ids.shape[-1]
+    order, inverse, expert = (ids.new_empty(*runs, rows) for _ in range(3))
+    offsets = ids.new_empty(*runs, num_experts, dtype=torch.int32)
+    pointers = (t.data_ptr() for t in (ids, active, order, inverse, expert, offsets))
+    _kernels().sort_rows(math.prod(runs), rows, num_experts, *pointers, torch.get_num_threads())
+    return order, inverse, expert, offsets
 
 
 def rms_norm(x: Float[Tensor, "runs rows dim"], weight: Float[Tensor, "runs dim"], eps: float) -> Tensor:
@@ -286,6 +311,8 @@ def typed(kernels: Any) -> Any:
     kernels.swiglu.argtypes = [SIZE] + [POINTER] * 3 + [INT]
     kernels.swiglu_grad.argtypes = [SIZE] + [POINTER] * 5 + [INT]
     kernels.scaled_rows.argtypes = [SIZE] * 3 + [POINTER] * 4 + [INT]
+    kernels.combined_rows.argtypes = [SIZE] * 3 + [POINTER] * 4 + [INT]
+    kernels.sort_rows.argtypes = [SIZE] * 3 + [POINTER] * 6 + [INT]
     kernels.rms_norm.argtypes = [SIZE] * 3 + [FLOAT] + [POINTER] * 3 + [INT]
     kernels.rms_norm_grad.argtypes = [SIZE] * 4 + [FLOAT] + [POINTER] * 5 + [INT]
     kernels.split_heads.argtypes = [SIZE] * 6 + [FLOAT] + [POINTER] * 7 + [INT]

@@ -1,4 +1,5 @@
-/* What an expert layer does beside its products: the gated activation, the choice of experts, rows sent back. */
+/* What an expert layer does beside its products: the gated activation, the choice of experts, rows sorted, combined and
+   sent back. */
 
 #include "vectors.h"
 
@@ -61,5 +62,46 @@ void scaled_rows(int64_t n, int64_t dim, int64_t slots, const float *x, const fl
         const float *from = x + order[i] / slots * dim;
         float weight = weights[order[i]];
         for (int64_t j = 0; j < dim; j++) rows[i * dim + j] = from[j] * weight;
+    }
+}
+
+/* out (n, dim): the sum over slots m of weights[t, m] times row inverse[t, m] of y. */
+void combined_rows(int64_t n, int64_t dim, int64_t slots, const float *y, const float *weights, const int64_t *inverse,
+                   float *restrict out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n * slots * dim > SMALL)
+    for (int64_t t = 0; t < n; t++) {
+        float *to = out + t * dim;
+        memset(to, 0, sizeof(float) * (size_t)dim);
+        for (int64_t m = t * slots; m < (t + 1) * slots; m++) {
+            const float *from = y + inverse[m] * dim;
+            float weight = weights[m];
+            for (int64_t j = 0; j < dim; j++) to[j] += weight * from[j];
+        }
+    }
+}
+
+/* Rows of each run sorted by expert, stably, inactive ones last: `order` of the (token, slot) pairs, its inverse, each row's
+   expert (`experts` where inactive), and `offsets` (runs, experts). */
+void sort_rows(int64_t runs, int64_t n, int64_t experts, const int64_t *ids, const uint8_t *active, int64_t *restrict order,
+               int64_t *restrict inverse, int64_t *restrict expert, int32_t *restrict offsets, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && runs > 1 && runs * n > SMALL)
+    for (int64_t run = 0; run < runs; run++) {
+        int32_t *ends = offsets + run * experts; /* first the counts, then where the next row goes, then the ends */
+        int64_t first = run * n, last = 0, start = 0;
+        memset(ends, 0, sizeof(int32_t) * (size_t)experts);
+        for (int64_t i = first; i < first + n; i++)
+            if (active[i]) ends[ids[i]]++;
+        for (int64_t e = 0; e < experts; e++) {
+            int32_t count = ends[e];
+            ends[e] = (int32_t)start;
+            start += count;
+        }
+        last = start;
+        for (int64_t i = first; i < first + n; i++) {
+            int64_t at = active[i] ? ends[ids[i]]++ : last++;
+            order[first + at] = i - first;
+            inverse[i] = at;
+            expert[first + at] = active[i] ? ids[i] : experts;
+        }
     }
 }
