@@ -205,6 +205,17 @@ def test_the_bits_depend_on_no_thread_and_no_other_run(name: str) -> None:
     alone = function_of(twin).apply(*drawings[1])
     assert all(torch.equal(one, some[1]) for one, some in zip(alone, together[0], strict=True))
 
+    def pulled_back(inputs: tuple[Any, ...], upstream: list[Tensor]) -> Tensors:
+        own = [t.detach().requires_grad_() for t in inputs[: twin.differentiable]]
+        out = function_of(twin).apply(*own, *inputs[twin.differentiable :])[: twin.smooth]
+        return torch.autograd.grad(out, own, upstream)
+
+    upstream = [drawn(*t.shape, seed=8).float() for t in together[0][: twin.smooth]]
+    of_all = pulled_back((*columns, *numbers), upstream)
+    for run in range(3):
+        of_one = pulled_back(drawings[run], [t[run] for t in upstream])
+        assert all(torch.equal(one, some[run]) for one, some in zip(of_one, of_all, strict=True))
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_positions_of_each_row_its_own_turn_each_row_alone(dtype: torch.dtype) -> None:
