@@ -15,6 +15,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 from tests.helpers import assert_close, seeded
 from tiny_onn_func import grouped, native
 from tiny_onn_func.dispatch import combine_rows, dispatch_rows
+from tiny_onn_func.folding import one_axis
 from tiny_onn_func.gated import ACTIVATE, gate_and_up
 from tiny_onn_func.grouped import GroupedSum, grouped_matmul, grouped_outer
 from tiny_onn_func.twins import function_of
@@ -520,3 +521,19 @@ def test_the_library_kernel_and_the_loop_agree(name: str, monkeypatch: pytest.Mo
             patch.setattr(grouped, "_has_fast_path", lambda *_: False)
             slow = function(*one)
         assert_close(fast, slow, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims", "wanted"),
+    [
+        ((0, 4), 2, (1, 0, 4)),
+        ((3, 0, 4), 2, (3, 0, 4)),
+        ((2, 3, 0), 1, (6, 0)),
+        ((5,), 1, (1, 5)),
+        ((2, 0, 3, 4), 2, (0, 3, 4)),
+    ],
+)
+def test_axes_in_front_become_one_where_there_are_no_rows_too(
+    shape: tuple[int, ...], dims: int, wanted: tuple[int, ...]
+) -> None:
+    assert one_axis(torch.zeros(shape), dims).shape == wanted

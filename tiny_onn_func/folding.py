@@ -21,4 +21,5 @@ def unfold(t: Tensor, runs: int) -> Tensor:
 
 def one_axis(t: Tensor, dims: int) -> Tensor:
     """All axes but the last `dims` as one axis of runs; one run where there is none."""
-    return t.reshape(-1, *t.shape[t.ndim - dims :])
+    first = t.ndim - dims
+    return t.reshape(t.shape[:first].numel(), *t.shape[first:])
