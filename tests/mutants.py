@@ -351,7 +351,7 @@ MUTANTS = [
 # Where a fault of a file is likely to show, the likeliest and cheapest first.
 TESTS = {
     "tiny_onn_func/routing.py": ("dynmoe", "rules", "oracle", "surprise_calculation", "transforms"),
-    "tiny_onn_func/experts.py": ("dynmoe", "surprise_calculation"),
+    "tiny_onn_func/experts.py": ("dynmoe", "surprise_calculation", "agreement", "rules"),
     "tiny_onn_func/grouped.py": ("grouped", "native", "transforms"),
     "tiny_onn_func/gated.py": ("grouped", "native", "rules", "transforms"),
     "tiny_onn_func/dispatch.py": ("grouped", "native", "transforms"),
