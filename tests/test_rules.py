@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import vmap
 
-from tests.helpers import Case, assert_close, assert_same_bits, spread_params, tiny_batch, tiny_config
+from tests.helpers import Case, assert_close, assert_same_bits, seeded, spread_params, tiny_batch, tiny_config
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.experts import Rows
 from tiny_onn_func.routing import route
@@ -20,7 +20,7 @@ from tiny_onn_func.tree import flatten, stack, unflatten, unstack
 from training import HyperParams, TrainState, hyper_step, init_state, per_token_surprise
 from training.draws import Stream, draw_normal, draw_words
 from training.objectives import Targets, router_targets, shuffled
-from training.surprise import MEASURED, beside_own_mean, per_weight
+from training.surprise import MEASURED, beside_own_mean, per_weight, row_dot
 
 ROUTINGS = {"K=2": {"num_experts_per_tok": 2}, "dynamic": {}, "K=E": {"num_experts_per_tok": 4}}
 BIAS = "layers.moe.router_bias"
@@ -442,3 +442,8 @@ def test_thresholds_choose_k_themselves() -> None:
         ValueError, match=r"model.num_experts_per_tok: expected -1 \(dynamic\) with routing: thresholds"
     ):
         tiny_config(num_experts_per_tok=2, routing="thresholds")
+
+
+def test_a_benefit_of_bfloat16_is_added_up_in_float32() -> None:
+    x, grad = (torch.randn(5, 64, generator=seeded(seed)).bfloat16() for seed in (0, 1))
+    assert torch.equal(row_dot(x, grad), (x.float() * grad.float()).sum(-1))
