@@ -400,6 +400,7 @@ def run_values(draw) -> dict:
         "replay": draw(st.sampled_from([0.0, 0.25])),
         "out": draw(st.none() | text.filter(bool)),
         "sequence_length": draw(st.integers(2, 10**9)),
+        "threads": draw(st.integers(0, 4096)),
         "schedule": draw(st.sampled_from(["cosine", "constant"])),
         "holdout": draw(st.floats(0, 1, exclude_min=True, exclude_max=True)),
         "surprise_kind": draw(st.sampled_from(KINDS)),
