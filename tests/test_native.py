@@ -15,7 +15,7 @@ from torch.func import jvp, vmap
 
 from tests.helpers import assert_close, seeded, tiny_batch, tiny_config
 from tests.test_twins import CASES, single, slopes
-from tiny_onn_func import kernels, native
+from tiny_onn_func import decisions, kernels, native, signatures
 from tiny_onn_func.dispatch import combine_rows
 from tiny_onn_func.gated import activate, gate_and_up
 from tiny_onn_func.grouped import grouped_matmul
@@ -245,18 +245,12 @@ def test_a_step_without_the_kernels_is_the_step(monkeypatch: pytest.MonkeyPatch)
     assert_close(with_them.expert_opt.mu["layers"]["moe"]["w2"], without.expert_opt.mu["layers"]["moe"]["w2"], 1e-4)
 
 
-def test_products_of_tokens_are_those_of_their_rows_and_the_best_are_the_librarys() -> None:
+def test_products_of_tokens_are_those_of_their_rows() -> None:
     x, token = drawn(2, 30, 33), torch.randint(0, 30, (2, 100), generator=seeded(1))
     weights, grads, offsets = drawn(2, 3, 33, 65, seed=2), drawn(2, 100, 65, seed=3), offsets_of([70, 0, 9], 2)
     rows = torch.stack([x[run][token[run]] for run in range(2)])
     assert torch.equal(kernels.token_matmul(x, token, weights, offsets), kernels.matmul([(rows, weights)], offsets))
     assert torch.equal(kernels.token_outer(x, token, grads, offsets), kernels.outer(rows, grads, offsets))
-    for width in (1, 5, 16, 33, 300):
-        scores = drawn(7, width, seed=width)
-        for k in {1, min(3, width), width}:
-            assert torch.equal(kernels.top(scores, k), scores.topk(k).indices)
-    tied = torch.tensor([[1.0, 2.0, 2.0, torch.nan, -torch.inf], [torch.nan] * 5, [-torch.inf] * 5])
-    assert kernels.top(tied, 5).tolist() == [[1, 2, 0, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
 
 
 def test_a_transpose_of_few_rows_has_the_bits_of_one_of_many() -> None:
@@ -304,8 +298,9 @@ def test_the_kernels_of_lesser_processors_compute_the_same(
     sources = [path for path in native.SOURCES if path.suffix == ".c"]
     subprocess.run(["cc", *flags, *quiet, "-shared", "-fPIC", "-o", made, *sources, "-lm"], check=True)
     here = every_kernel()
-    lesser = kernels.typed(ctypes.CDLL(str(made)))
-    monkeypatch.setattr(kernels, "_kernels", lambda: lesser)
+    lesser = signatures.typed(ctypes.CDLL(str(made)))
+    for module in (kernels, decisions):
+        monkeypatch.setattr(module, "loaded", lambda: lesser)
     there = every_kernel()
     assert len(here) == len(there) > 30
     for a, b in zip(here, there, strict=True):
@@ -319,7 +314,7 @@ def every_kernel() -> list[Tensor]:
     made = [
         kernels.matmul([(rows, weights)], offsets), kernels.matmul([(rows, weights.mT.contiguous().mT)], offsets),
         kernels.outer(rows, grads, offsets), kernels.token_matmul(rows, token, weights, offsets),
-        kernels.token_outer(rows, token, grads, offsets), kernels.top(grads, 5),
+        kernels.token_outer(rows, token, grads, offsets),
         kernels.scaled_rows(rows[0], drawn(90, 1), token[0]),
         *kernels.adamw(torch.full((2, 6), 0.1), rows, rows, rows, rows.abs()),
     ]  # fmt: skip

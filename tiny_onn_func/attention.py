@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tiny_onn_func.attend import attend
 from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.grouped import matmul
 from tiny_onn_func.heads import split_heads
 
 
@@ -44,12 +45,12 @@ def attention(
     tokens = rearrange(
         x, "batch seq dim -> (batch seq) dim"
     )  # vmap makes one batched product of two matrices as they lie
-    qkv = tokens @ torch.cat([params[name] for name in ("q_proj", "k_proj", "v_proj")], dim=1)
+    qkv = matmul(tokens, torch.cat([params[name] for name in ("q_proj", "k_proj", "v_proj")], dim=1))
     q_norm = params["q_norm"] / math.sqrt(config.head_dim)  # a few numbers to scale, where the scores are many
     norms = torch.cat((q_norm.expand(heads, -1), params["k_norm"].expand(groups, -1)))
     by_head = rearrange(qkv, "(batch seq) (heads dim) -> batch seq heads dim", batch=batch, dim=config.head_dim)
     q, k, v = split_heads(by_head, norms, rotary, config.rms_norm_eps)
     q = rearrange(q, "batch (groups share) seq dim -> batch groups share seq dim", groups=groups)
     out = attend(q, k, v, bias)
-    out = rearrange(out, "batch seq groups share dim -> (batch seq) (groups share dim)") @ params["o_proj"]
-    return rearrange(out, "(batch seq) dim -> batch seq dim", batch=batch)
+    out = rearrange(out, "batch seq groups share dim -> (batch seq) (groups share dim)")
+    return rearrange(matmul(out, params["o_proj"]), "(batch seq) dim -> batch seq dim", batch=batch)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tiny_onn_func.attention import attention, causal_bias
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_w2, apply_w13
+from tiny_onn_func.grouped import matmul
 from tiny_onn_func.moe import RouterTrace, RoutingInputs, moe
 from tiny_onn_func.ops import embed, rms_norm, rotary_angles, wide_dtype
 from tiny_onn_func.tree import flatten, unflatten
@@ -73,7 +74,7 @@ def forward(
         traces.append(trace)
     head = params["embed_tokens"].mT if config.tie_word_embeddings else params["lm_head"]
     normed = rearrange(rms_norm(x, params["norm"], config.rms_norm_eps), "b s dim -> (b s) dim")
-    logits = rearrange(normed @ head, "(b s) vocab -> b s vocab", b=batch)
+    logits = rearrange(matmul(normed, head), "(b s) vocab -> b s vocab", b=batch)
     return logits.to(wide_dtype(logits.dtype)), RouterTrace(*map(torch.stack, zip(*traces, strict=True)))
 
 

@@ -1,18 +1,14 @@
 """The compiled kernels as functions of plain tensors: float32 on a CPU, where `native.may_run` says so."""
 
-import ctypes
 import math
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Int32, Int64
 from torch import Tensor
 
-from tiny_onn_func.native import library
+from tiny_onn_func.signatures import loaded
 
-SIZE, POINTER, INT, FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 PARTS = 16  # of a run's rows, whose sums are made apart
 
 
@@ -34,7 +30,7 @@ def matmul(
     sizes = runs, rows.shape[1], experts, in_dim, out_dim, rows.shape[1]
     given = (None if t is None else t.data_ptr() for t in (rows, None, weights, others, other_weights))
     made = offsets.data_ptr(), out.data_ptr()
-    if _kernels().grouped_matmul(*sizes, *given, apart, *made, transposed, torch.get_num_threads()):
+    if loaded().grouped_matmul(*sizes, *given, apart, *made, transposed, torch.get_num_threads()):
         raise MemoryError("grouped_matmul: expected memory for one expert's weights, got none; use a smaller batch")
     return out
 
@@ -50,7 +46,7 @@ def outer(
     out = rows.new_empty(runs, offsets.shape[1], in_dim, grads.shape[2])
     sizes = runs, count, offsets.shape[1], in_dim, grads.shape[2], count
     pointers = (None if t is None else t.data_ptr() for t in (rows, None, grads, offsets, out))
-    _kernels().grouped_outer(*sizes, *pointers, torch.get_num_threads())
+    loaded().grouped_outer(*sizes, *pointers, torch.get_num_threads())
     return out
 
 
@@ -68,7 +64,7 @@ def token_matmul(
     given = x.data_ptr(), token.data_ptr(), weights.data_ptr(), None, None
     made = offsets.data_ptr(), out.data_ptr()
     sizes = runs, token.shape[1], experts, in_dim, out_dim, x.shape[1]
-    _kernels().grouped_matmul(*sizes, *given, weights.stride(0), *made, 0, torch.get_num_threads())
+    loaded().grouped_matmul(*sizes, *given, weights.stride(0), *made, 0, torch.get_num_threads())
     return out
 
 
@@ -83,25 +79,15 @@ def token_outer(
     (runs, tokens, in_dim), (_, count, out_dim) = x.shape, grads.shape
     out = x.new_empty(runs, offsets.shape[1], in_dim, out_dim)
     sizes = runs, count, offsets.shape[1], in_dim, out_dim, tokens
-    _kernels().grouped_outer(*sizes, *(t.data_ptr() for t in (*given, out)), torch.get_num_threads())
+    loaded().grouped_outer(*sizes, *(t.data_ptr() for t in (*given, out)), torch.get_num_threads())
     return out
-
-
-def top(x: Float[Tensor, "*rows width"], k: int) -> Int64[Tensor, "*rows k"]:
-    """Indices of the k largest of every row, the first of equals first; what is not a number comes last."""
-    x = x.contiguous()
-    ids = x.new_empty((*x.shape[:-1], k), dtype=torch.int64)
-    width = x.shape[-1]
-    if _kernels().top(x.numel() // width, width, k, x.data_ptr(), ids.data_ptr(), torch.get_num_threads()):
-        raise MemoryError("top: expected memory for one row, got none; use fewer experts")
-    return ids
 
 
 def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """silu(gate) * up."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _kernels().swiglu(gate.numel(), gate.data_ptr(), up.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    loaded().swiglu(gate.numel(), gate.data_ptr(), up.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -111,7 +97,7 @@ def swiglu_grad(
     """Gradients of silu(gate) * up in gate and up."""
     given = [t.contiguous() for t in (grad, gate, up)]
     made = torch.empty_like(given[1]), torch.empty_like(given[2])
-    _kernels().swiglu_grad(gate.numel(), *(t.data_ptr() for t in (*given, *made)), torch.get_num_threads())
+    loaded().swiglu_grad(gate.numel(), *(t.data_ptr() for t in (*given, *made)), torch.get_num_threads())
     return made
 
 
@@ -123,7 +109,7 @@ def scaled_rows(
     (count,), (dim, slots) = order.shape, (x.shape[1], weights.shape[1])
     rows = x.new_empty(count, dim)
     pointers = (t.data_ptr() for t in (*given, rows))
-    _kernels().scaled_rows(count, dim, slots, *pointers, torch.get_num_threads())
+    loaded().scaled_rows(count, dim, slots, *pointers, torch.get_num_threads())
     return rows
 
 
@@ -134,7 +120,7 @@ def combined_rows(
     given = [t.contiguous() for t in (y, weights, inverse)]
     out = y.new_empty(weights.shape[0], y.shape[1])
     pointers = (t.data_ptr() for t in (*given, out))
-    _kernels().combined_rows(*out.shape, weights.shape[1], *pointers, torch.get_num_threads())
+    loaded().combined_rows(*out.shape, weights.shape[1], *pointers, torch.get_num_threads())
     return out
 
 
@@ -147,7 +133,7 @@ def sort_rows(
     order, inverse, expert = (ids.new_empty(*runs, rows) for _ in range(3))
     offsets = ids.new_empty(*runs, num_experts, dtype=torch.int32)
     pointers = (t.data_ptr() for t in (ids, active, order, inverse, expert, offsets))
-    _kernels().sort_rows(math.prod(runs), rows, num_experts, *pointers, torch.get_num_threads())
+    loaded().sort_rows(math.prod(runs), rows, num_experts, *pointers, torch.get_num_threads())
     return order, inverse, expert, offsets
 
 
@@ -156,7 +142,7 @@ def rms_norm(x: Float[Tensor, "runs rows dim"], weight: Float[Tensor, "runs dim"
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     pointers = (t.data_ptr() for t in (x, weight, out))
-    _kernels().rms_norm(*x.shape, eps, *pointers, torch.get_num_threads())
+    loaded().rms_norm(*x.shape, eps, *pointers, torch.get_num_threads())
     return out
 
 
@@ -171,7 +157,7 @@ def rms_norm_grad(
     parts = max(1, min(PARTS, x.shape[1] // PARTS))
     grad_x, partial = torch.empty_like(given[0]), x.new_empty(x.shape[0], parts, x.shape[2])
     pointers = (t.data_ptr() for t in (*given, grad_x, partial))
-    _kernels().rms_norm_grad(*x.shape, parts, eps, *pointers, torch.get_num_threads())
+    loaded().rms_norm_grad(*x.shape, parts, eps, *pointers, torch.get_num_threads())
     return grad_x, partial[:, 0]
 
 
@@ -189,7 +175,7 @@ def split_heads(
     made = [qkv.new_empty(runs, batch, some, seq, dim) for some in (width - 2 * groups, groups, groups)]
     pointers = (t.data_ptr() for t in (*given, *made))
     sizes = runs, batch, seq, width - 2 * groups, groups, dim
-    _kernels().split_heads(*sizes, eps, *pointers, torch.get_num_threads())
+    loaded().split_heads(*sizes, eps, *pointers, torch.get_num_threads())
     return made[0], made[1], made[2]
 
 
@@ -209,7 +195,7 @@ def split_heads_grad(
     room = qkv.new_empty(runs, batch, dim)
     pointers = (t.data_ptr() for t in (*given, grad_qkv, grad_norms, room))
     sizes = runs, batch, seq, width - 2 * groups, groups, dim
-    _kernels().split_heads_grad(*sizes, eps, *pointers, torch.get_num_threads())
+    loaded().split_heads_grad(*sizes, eps, *pointers, torch.get_num_threads())
     return grad_qkv, grad_norms.sum(dim=1)
 
 
@@ -221,7 +207,7 @@ def cross_entropy(
     logits, labels = logits.contiguous(), labels.contiguous()
     made = [torch.empty_like(labels, dtype=dtype) for dtype in (logits.dtype, logits.dtype, labels.dtype, logits.dtype)]
     pointers = (t.data_ptr() for t in (logits, labels, *made))
-    _kernels().cross_entropy(labels.numel(), logits.shape[-1], *pointers, torch.get_num_threads())
+    loaded().cross_entropy(labels.numel(), logits.shape[-1], *pointers, torch.get_num_threads())
     return made[0], made[1], made[2], made[3]
 
 
@@ -235,7 +221,7 @@ def cross_entropy_grad(
     given = [t.contiguous() for t in (grads, logits, labels, log_sums)]
     out = torch.empty_like(given[1])
     pointers = (t.data_ptr() for t in (*given, out))
-    _kernels().cross_entropy_grad(labels.numel(), logits.shape[-1], *pointers, torch.get_num_threads())
+    loaded().cross_entropy_grad(labels.numel(), logits.shape[-1], *pointers, torch.get_num_threads())
     return out
 
 
@@ -251,7 +237,7 @@ def attention(
     out, log_sums = q.new_empty(batch, seq, groups, share, dim), q.new_empty(q.shape[:-1])
     pointers = [t.data_ptr() for t in given]
     made = (out.data_ptr(), log_sums.data_ptr(), torch.get_num_threads())
-    if _kernels().attention(*q.shape, *pointers, bias.shape[0], *made):
+    if loaded().attention(*q.shape, *pointers, bias.shape[0], *made):
         raise MemoryError("attention: expected memory for one head's scores, got none; use a smaller sequence_length")
     return out, log_sums
 
@@ -270,7 +256,7 @@ def attention_grad(
     known = [t.contiguous() for t in (out, log_sums, grad)]
     made = torch.empty_like(given[0]), torch.empty_like(given[1]), torch.empty_like(given[2])
     pointers, more = [t.data_ptr() for t in given], [t.data_ptr() for t in (*known, *made)]
-    if _kernels().attention_grad(*q.shape, *pointers, bias.shape[0], *more, torch.get_num_threads()):
+    if loaded().attention_grad(*q.shape, *pointers, bias.shape[0], *more, torch.get_num_threads()):
         raise MemoryError("attention: expected memory for one head's scores, got none; use a smaller sequence_length")
     return made
 
@@ -292,34 +278,7 @@ def adamw(
     numbers, runs = numbers.contiguous(), params.shape[0]
     pointers = (t.data_ptr() for t in (*given, *made))
     tiny = torch.finfo(params.dtype).tiny
-    _kernels().adamw(
+    loaded().adamw(
         runs, params.numel() // runs, numbers.data_ptr(), tiny, *pointers, torch.get_num_threads()
     )  # fmt: skip
     return made[0], made[1], made[2]
-
-
-@cache
-def _kernels() -> Any:
-    return typed(ctypes.CDLL(str(library())))
-
-
-def typed(kernels: Any) -> Any:
-    """With the argument types of every kernel: sizes, pointers, numbers."""
-    kernels.grouped_matmul.argtypes = [SIZE] * 6 + [POINTER] * 5 + [SIZE] + [POINTER] * 2 + [INT] * 2
-    kernels.grouped_outer.argtypes = [SIZE] * 6 + [POINTER] * 5 + [INT]
-    kernels.top.argtypes = [SIZE] * 3 + [POINTER] * 2 + [INT]
-    kernels.swiglu.argtypes = [SIZE] + [POINTER] * 3 + [INT]
-    kernels.swiglu_grad.argtypes = [SIZE] + [POINTER] * 5 + [INT]
-    kernels.scaled_rows.argtypes = [SIZE] * 3 + [POINTER] * 4 + [INT]
-    kernels.combined_rows.argtypes = [SIZE] * 3 + [POINTER] * 4 + [INT]
-    kernels.sort_rows.argtypes = [SIZE] * 3 + [POINTER] * 6 + [INT]
-    kernels.rms_norm.argtypes = [SIZE] * 3 + [FLOAT] + [POINTER] * 3 + [INT]
-    kernels.rms_norm_grad.argtypes = [SIZE] * 4 + [FLOAT] + [POINTER] * 5 + [INT]
-    kernels.split_heads.argtypes = [SIZE] * 6 + [FLOAT] + [POINTER] * 7 + [INT]
-    kernels.split_heads_grad.argtypes = [SIZE] * 6 + [FLOAT] + [POINTER] * 10 + [INT]
-    kernels.cross_entropy.argtypes = [SIZE] * 2 + [POINTER] * 6 + [INT]
-    kernels.cross_entropy_grad.argtypes = [SIZE] * 2 + [POINTER] * 5 + [INT]
-    kernels.attention.argtypes = [SIZE] * 5 + [POINTER] * 4 + [SIZE] + [POINTER] * 2 + [INT]
-    kernels.attention_grad.argtypes = [SIZE] * 5 + [POINTER] * 4 + [SIZE] + [POINTER] * 6 + [INT]
-    kernels.adamw.argtypes = [SIZE] * 2 + [POINTER, FLOAT] + [POINTER] * 7 + [INT]
-    return kernels

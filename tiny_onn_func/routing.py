@@ -8,10 +8,11 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiny_onn_func import kernels, native
+from tiny_onn_func import decisions
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
-from tiny_onn_func.mapped import over_runs
+from tiny_onn_func.folding import one_axis
 from tiny_onn_func.ops import wide_dtype
+from tiny_onn_func.twins import Twin, Values, with_kernel
 
 
 class Routing(NamedTuple):
@@ -47,29 +48,19 @@ def route(
             thresholds it is added to the logits, and learned.
         explore: expert that the token also tries, -1 for none; it takes a free slot, or else the last one.
     """
-    slots = config.routes_per_token
+    slots, least = config.routes_per_token, config.min_experts_per_tok
     logits = router_logits.to(wide_dtype(router_logits.dtype))
-    p = logits.softmax(dim=-1)
-    ranked = logits if config.routing == "thresholds" else p
-    above = ranked if bias is None else ranked + bias
-    (expert_ids,) = over_runs(lambda scores: (_best(scores, slots),), above.detach())
-    rank = torch.arange(slots, device=p.device)
+    bias = logits.new_zeros(logits.shape[-1]) if bias is None else bias
     if config.routing == "thresholds":
-        kept = (above.detach().gather(-1, expert_ids) > 0) | (rank < config.min_experts_per_tok)
-    elif config.num_experts_per_tok == DYNAMIC_K:
-        mass_before = F.pad(p.detach().gather(-1, expert_ids).cumsum(dim=-1)[..., :-1], (1, 0))
-        budget = torch.as_tensor(surprise_budget, device=p.device)
-        kept = (mass_before < budget) | (budget >= 1) | (rank < config.min_experts_per_tok)
-    else:
-        kept = torch.ones_like(expert_ids, dtype=torch.bool)
+        return _by_thresholds(logits + bias, real, slots, least, explore)
+    dynamic = config.num_experts_per_tok == DYNAMIC_K
+    budget = torch.as_tensor(surprise_budget, device=logits.device).to(torch.float64)
+    weights, expert_ids, active = _choose(logits, bias.to(logits.dtype), budget, real, slots, least, dynamic)
     if explore is not None:
-        expert_ids, kept = _try_expert(expert_ids, kept, explore, rank)
-    active = kept & rearrange(real, "tokens -> tokens 1")
-    if config.routing == "thresholds":
-        return Routing(expert_ids, _open_gates(above.gather(-1, expert_ids), active), active)
-    # p renormalised over the kept experts, from logits: what was kept may have a p that underflows (bias, exploration)
-    kept_logits = logits.gather(-1, expert_ids).masked_fill(~active, torch.finfo(logits.dtype).min)
-    return Routing(expert_ids, kept_logits.softmax(dim=-1) * active, active)
+        expert_ids, kept = _try_expert(expert_ids, active, explore)
+        active = kept & rearrange(real, "tokens -> tokens 1")
+        weights = _weights(logits, expert_ids, active)
+    return Routing(expert_ids, weights, active)
 
 
 def send_alone(routing: Routing, expert: Int[Tensor, " tokens"], real: Bool[Tensor, " tokens"]) -> Routing:
@@ -81,9 +72,50 @@ def send_alone(routing: Routing, expert: Int[Tensor, " tokens"], real: Bool[Tens
     return Routing(*(torch.where(wanted >= 0, new, old) for new, old in zip(alone, routing, strict=True)))
 
 
-def _best(scores: Tensor, slots: int) -> Tensor:
-    """Indices of the highest scores."""
-    return kernels.top(scores, slots) if native.may_run(scores) else scores.topk(slots, dim=-1).indices
+def plain(logits: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool) -> Values:
+    p = logits.softmax(dim=-1)
+    expert_ids = (p + bias.unsqueeze(-2)).detach().topk(slots, dim=-1).indices
+    kept = torch.ones_like(expert_ids, dtype=torch.bool)
+    if dynamic:
+        mass_before = F.pad(p.detach().gather(-1, expert_ids).cumsum(dim=-1)[..., :-1], (1, 0))
+        budget = budget[..., None, None]
+        kept = (mass_before < budget) | (budget >= 1) | (torch.arange(slots, device=p.device) < least)
+    active = kept & real.unsqueeze(-1)
+    return _weights(logits, expert_ids, active), expert_ids, active
+
+
+def _weights(logits: Tensor, expert_ids: Tensor, active: Tensor) -> Tensor:
+    """p renormalised over the active experts, from logits: what was kept may have a p that underflows."""
+    kept = logits.gather(-1, expert_ids).masked_fill(~active, torch.finfo(logits.dtype).min)
+    return kept.softmax(dim=-1) * active
+
+
+def _kernel(
+    logits: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool
+) -> Values:
+    one_run = one_axis(logits, 2), one_axis(bias, 1), one_axis(budget, 0), one_axis(real, 1)
+    made = decisions.choose(*one_run, slots=slots, least=least, dynamic=dynamic)
+    return tuple(t.view(*logits.shape[:-1], slots) for t in made)
+
+
+def _kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
+    weights, expert_ids, _ = outputs
+    slopes = weights * grads[0]
+    slopes = slopes - weights * slopes.sum(dim=-1, keepdim=True)
+    return (torch.zeros_like(inputs[0]).scatter_(-1, expert_ids, slopes),)
+
+
+CHOOSE = Twin(plain, _kernel, _kernel_grad, differentiable=1, smooth=1)
+_choose = with_kernel(CHOOSE)
+
+
+def _by_thresholds(above: Tensor, real: Tensor, slots: int, least: int, explore: Tensor | None) -> Routing:
+    expert_ids = above.detach().topk(slots, dim=-1).indices
+    kept = (above.detach().gather(-1, expert_ids) > 0) | (torch.arange(slots, device=above.device) < least)
+    if explore is not None:
+        expert_ids, kept = _try_expert(expert_ids, kept, explore)
+    active = kept & rearrange(real, "tokens -> tokens 1")
+    return Routing(expert_ids, _open_gates(above.gather(-1, expert_ids), active), active)
 
 
 def _open_gates(above: Tensor, active: Tensor) -> Tensor:
@@ -92,8 +124,9 @@ def _open_gates(above: Tensor, active: Tensor) -> Tensor:
     return torch.where(active, 1 + soft - soft.detach(), 0.0) / active.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
-def _try_expert(expert_ids: Tensor, kept: Tensor, explore: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+def _try_expert(expert_ids: Tensor, kept: Tensor, explore: Tensor) -> tuple[Tensor, Tensor]:
     """Put the explored expert into the first free slot, or the last one; the one it displaces takes its old slot."""
+    rank = torch.arange(expert_ids.shape[-1], device=expert_ids.device)
     wanted = rearrange(explore, "tokens -> tokens 1")
     count = kept.sum(dim=-1, keepdim=True)
     new = (wanted >= 0) & ~((expert_ids == wanted) & kept).any(dim=-1, keepdim=True)

@@ -10,7 +10,7 @@ from tiny_onn_func.experts import ApplyW2, ApplyW13, Rows, input_of, spread
 from tiny_onn_func.experts import apply_w2 as plain_apply_w2
 from tiny_onn_func.experts import apply_w13 as plain_apply_w13
 from tiny_onn_func.mapped import Axis, inside_again, peel, wrap
-from training.surprise import SurpriseKind, row_dot, row_norm, row_surprise, sparse_fill
+from training.surprise import SurpriseKind, row_norm, row_surprise, sparse_fill, surface_of
 
 
 class SurpriseHookManager:
@@ -79,11 +79,11 @@ class SurpriseHookManager:
 
     def _record_w2(self, layer: int, grad: Tensor) -> None:
         saved, rows = self._saved[layer]
-        measured = row_dot(saved, grad) if self._kind == "benefit" else row_surprise(saved, grad)
         if self._kind == "experts":
-            self._so_far[layer] = [measured]
+            self._so_far[layer] = [row_surprise(saved, grad)]
         else:
-            self._fill(layer, measured, rows)
+            surface = self.per_token_surprise[layer]
+            surface.copy_(surface_of(saved, grad, rows, *surface.shape, is_signed=self._kind == "benefit"))
 
     def _record_w13(self, layer: int, grad: Tensor) -> None:
         x, rows = self._inputs[layer]
@@ -98,7 +98,7 @@ class SurpriseHookManager:
 
     def _fill(self, layer: int, values: Tensor, rows: Rows) -> None:
         surface = self.per_token_surprise[layer]
-        surface.copy_(sparse_fill(values.to(surface.dtype), rows, *surface.shape))
+        surface.copy_(sparse_fill(values.to(surface.dtype), rows.token, rows.expert, *surface.shape))
 
 
 def _seen_inside(record: Callable[[Tensor], None], grad: Tensor, axes: list[Axis]) -> None:

@@ -3,11 +3,12 @@
 from typing import Any, NamedTuple
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.grouped import matmul
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.params import init_params
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
@@ -134,7 +135,7 @@ def router_gradients(
         """The router is linear in detached inputs: its gradient needs no second pass through the model."""
         router = learned["router"]
         dtype = wide_dtype(router.dtype)
-        logits = einsum(inputs.to(dtype), router.to(dtype), "l tokens dim, l dim experts -> l tokens experts")
+        logits = matmul(inputs.to(dtype), router.to(dtype))
         loss = router_loss(
             logits, part.targets, load, part.real, annealed, informative=sums.informative, tokens=sums.real
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
+from tiny_onn_func.mapped import over_runs
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training import metrics as measure
@@ -80,7 +81,8 @@ def main_gradients(
     trees = (fast,) if is_off(hyper.router_coupling) else (fast, router)
     grads, seen = gradients(lambda *own: objective(*own, *(fast, router)[len(own) :]), *trees, reads=(router, hyper))
     trace = seen.trace
-    nonfinite = measure.nonfinite_surprise(seen.per_token_surprise, trace.expert_ids, trace.active)
+    given = seen.per_token_surprise, trace.expert_ids, trace.active
+    (nonfinite,) = over_runs(lambda *plain: (measure.nonfinite_surprise(*plain),), *given)
     seen = seen._replace(nonfinite=nonfinite)
     if kind == "oracle":
         values = sampled_losses(params, batch, config, hyper.explore_seed, step, hyper.pi_alpha)

@@ -13,22 +13,27 @@ from tiny_onn_func.ops import wide_dtype
 
 
 def routed_rows(
-    expert_ids: Int[Tensor, "layers tokens slots"], active: Bool[Tensor, "layers tokens slots"], num_experts: int
-) -> Int[Tensor, "layers experts"]:
+    expert_ids: Int[Tensor, "*runs layers tokens slots"],
+    active: Bool[Tensor, "*runs layers tokens slots"],
+    num_experts: int,
+) -> Int[Tensor, "*runs layers experts"]:
     """Rows of each layer that each expert got.
 
     Args:
         expert_ids: in [0, num_experts) on active slots, anything elsewhere.
         active: which slots are routed.
     """
-    flat = "layers tokens slots -> layers (tokens slots)"
+    flat = "... tokens slots -> ... (tokens slots)"
     return counts(rearrange(expert_ids, flat), rearrange(active, flat), num_experts)
 
 
-def counts(index: Int[Tensor, "layers rows"], counted: Bool[Tensor, "layers rows"], bins: int) -> Tensor:
+def counts(
+    index: Int[Tensor, "*runs layers rows"], counted: Bool[Tensor, "*runs layers rows"], bins: int
+) -> Int[Tensor, "*runs layers bins"]:
     """Each layer's counted rows that fall into each bin; uncounted rows go to a spare bin first."""
     index = torch.where(counted, index, bins)
-    return index.new_zeros((index.shape[0], bins + 1)).scatter_add(1, index, torch.ones_like(index))[:, :bins]
+    empty = index.new_zeros((*index.shape[:-1], bins + 1))
+    return empty.scatter_add(-1, index, torch.ones_like(index))[..., :bins]
 
 
 def shares(counts: Int[Tensor, "layers bins"]) -> Float[Tensor, "layers bins"]:
@@ -76,9 +81,11 @@ def average_k(
     return visits / (active.shape[0] * real.sum()).clamp_min(1)
 
 
-def count_visits(active: Bool[Tensor, "layers tokens slots"], real: Bool[Tensor, " tokens"]) -> Int[Tensor, ""]:
+def count_visits(
+    active: Bool[Tensor, "*runs layers tokens slots"], real: Bool[Tensor, "*runs tokens"]
+) -> Int[Tensor, "*runs"]:
     """Visits of real tokens to experts, over all layers."""
-    return (active & rearrange(real, "tokens -> tokens 1")).sum()
+    return (active & rearrange(real, "... tokens -> ... 1 tokens 1")).sum(dim=(-3, -2, -1))
 
 
 def finite_sum(x: Float[Tensor, "..."], dim: int | None = None) -> tuple[Float[Tensor, "..."], Int[Tensor, "..."]]:
@@ -88,13 +95,13 @@ def finite_sum(x: Float[Tensor, "..."], dim: int | None = None) -> tuple[Float[T
 
 
 def nonfinite_surprise(
-    surprise: Float[Tensor, "layers tokens experts"],
-    expert_ids: Int[Tensor, "layers tokens slots"],
-    active: Bool[Tensor, "layers tokens slots"],
-) -> Int[Tensor, ""]:
+    surprise: Float[Tensor, "*runs layers tokens experts"],
+    expert_ids: Int[Tensor, "*runs layers tokens slots"],
+    active: Bool[Tensor, "*runs layers tokens slots"],
+) -> Int[Tensor, "*runs"]:
     """How many routed (layer, token, expert) have a surprise that is NaN or infinite; those not routed have none."""
     routed = surprise.gather(-1, torch.where(active, expert_ids, 0))
-    return (active & ~routed.isfinite()).sum()
+    return (active & ~routed.isfinite()).sum(dim=(-3, -2, -1))
 
 
 def _finite_or_zero(x: Tensor) -> Tensor:

@@ -7,6 +7,10 @@ from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tiny_onn_func import decisions, native
+from tiny_onn_func.folding import one_axis
+from tiny_onn_func.mapped import over_runs
+from tiny_onn_func.twins import Twin, Values, with_kernel
 from training.batch import IGNORE_INDEX
 from training.cross_entropy import cross_entropy
 from training.hyper import HyperParams, Number, is_off
@@ -76,22 +80,33 @@ def router_targets(
     of a token without gradient (surprise 0 everywhere) would quietly favour the first expert. A lone candidate, allowed
     by min_candidates = 1, is not a tie.
     """
-    finite = per_token_surprise.isfinite()
-    signed = torch.where(finite, per_token_surprise * sign, torch.inf)
-    lowest = signed.amin(dim=-1)
-    highest = torch.where(finite, signed, -torch.inf).amax(dim=-1)
-    candidates = finite.sum(dim=-1)
-    eligible = real & (candidates >= min_candidates) & (candidates >= 1)
-    tied = eligible & (candidates > 1) & (lowest == highest)
-    expert, informative = signed.argmin(dim=-1), eligible & ~tied
+    least, side = (torch.as_tensor(n, device=real.device, dtype=torch.float32) for n in (min_candidates, sign))
+    expert, informative, tied = over_runs(_hard_targets, per_token_surprise, real, least, side)
     if is_off(temperature):
         return Targets(expert, informative, tied, None)
-    size = torch.where(finite, per_token_surprise.abs(), 0.0).sum(dim=-1) / candidates.clamp_min(1)
+    finite = per_token_surprise.isfinite()
+    signed = torch.where(finite, per_token_surprise * sign, torch.inf)
+    size = torch.where(finite, per_token_surprise.abs(), 0.0).sum(dim=-1) / finite.sum(dim=-1).clamp_min(1)
     width = (temperature * torch.where(informative, size, 1.0)).clamp_min(torch.finfo(size.dtype).tiny)
-    below = torch.where(finite & informative.unsqueeze(-1), lowest.unsqueeze(-1) - signed, -torch.inf)
+    below = torch.where(finite & informative.unsqueeze(-1), signed.amin(dim=-1, keepdim=True) - signed, -torch.inf)
     hard = torch.zeros_like(signed).scatter(-1, expert.unsqueeze(-1), 1.0)
     soft = torch.where(informative.unsqueeze(-1), below / width.unsqueeze(-1), 0.0).softmax(dim=-1)
     return Targets(expert, informative, tied, torch.where(torch.as_tensor(temperature) > 0, soft, hard))
+
+
+def _hard_targets(surprise: Tensor, real: Tensor, least: Tensor, sign: Tensor) -> Values:
+    """(expert, informative, tied), of one run or of several with axes of them in front."""
+    if native.may_run(surprise):
+        one_run = one_axis(surprise, 3), one_axis(real, 1), one_axis(least, 0), one_axis(sign, 0)
+        return tuple(t.view(surprise.shape[:-1]) for t in decisions.least_surprised(*one_run))
+    finite = surprise.isfinite()
+    signed = torch.where(finite, surprise * sign[..., None, None, None], torch.inf)
+    lowest = signed.amin(dim=-1)
+    highest = torch.where(finite, signed, -torch.inf).amax(dim=-1)
+    candidates = finite.sum(dim=-1)
+    eligible = real.unsqueeze(-2) & (candidates >= least[..., None, None]) & (candidates >= 1)
+    tied = eligible & (candidates > 1) & (lowest == highest)
+    return signed.argmin(dim=-1), eligible & ~tied, tied
 
 
 def shuffled(targets: Targets, words: Int[Tensor, "layers tokens"], switch: Number) -> Targets:
@@ -147,19 +162,41 @@ def router_loss(
     informative = targets.informative.sum() if informative is None else informative
     tokens = (real.sum() if tokens is None else tokens).clamp_min(1)
     layers, _, experts = router_logits.shape
-    log_p = router_logits.log_softmax(dim=-1)
-    if targets.shares is None:
-        picked = -log_p.gather(-1, targets.expert.unsqueeze(-1)).squeeze(-1)
-    else:
-        picked = -(targets.shares * log_p).sum(dim=-1)
-    surprise = _masked_sum(picked, targets.informative) / informative.clamp_min(1)
-    mean_p = _masked_sum(log_p.exp(), real.unsqueeze(-1), dim=1) / tokens
-    balance = experts * (load * mean_p).sum() / layers
-    z = _masked_sum(router_logits.logsumexp(dim=-1).square(), real) / (tokens * layers)
+    picked, mass, squares = _router_sums(router_logits, targets.expert, targets.informative, real)
+    if targets.shares is not None:
+        cross = -(targets.shares * router_logits.log_softmax(dim=-1)).sum(dim=-1)
+        picked = torch.where(targets.informative, cross, 0.0)
+    surprise = picked.sum() / informative.clamp_min(1)
+    balance = experts * (load * mass).sum() / (tokens * layers)
+    z = squares.sum() / (tokens * layers)
     total = hyper.surprise_weight * surprise + hyper.balance_weight * balance + hyper.z_weight * z
     return RouterLoss(total, surprise, balance, z)
 
 
-def _masked_sum(x: Tensor, keep: Tensor, dim: int | None = None) -> Tensor:
-    kept = torch.where(keep, x, 0.0)
-    return kept.sum() if dim is None else kept.sum(dim=dim)
+def plain_sums(logits: Tensor, target: Tensor, informative: Tensor, real: Tensor) -> Values:
+    """-log softmax at the target, the softmax, and the squared log of its sum, added up over each layer's tokens."""
+    log_p, is_real = logits.log_softmax(dim=-1), real.unsqueeze(-2)
+    cross = -log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    return (
+        torch.where(informative, cross, 0.0).sum(dim=-1),
+        torch.where(is_real.unsqueeze(-1), log_p.exp(), 0.0).sum(dim=-2),
+        torch.where(is_real, logits.logsumexp(dim=-1).square(), 0.0).sum(dim=-1),
+    )
+
+
+def _one_run(logits: Tensor, target: Tensor, informative: Tensor, real: Tensor) -> tuple[Tensor, ...]:
+    return one_axis(logits, 3), one_axis(target, 2), one_axis(informative, 2), one_axis(real, 1)
+
+
+def _sums_kernel(*inputs: Tensor) -> Values:
+    made = decisions.router_sums(*_one_run(*inputs))
+    return tuple(t.view(*inputs[0].shape[:-3], *t.shape[1:]) for t in made)
+
+
+def _sums_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
+    picked, mass, squares = one_axis(grads[0], 1), one_axis(grads[1], 2), one_axis(grads[2], 1)
+    return (decisions.router_sums_grad((picked, mass, squares), *_one_run(*inputs)).view(inputs[0].shape),)
+
+
+ROUTER_SUMS = Twin(plain_sums, _sums_kernel, _sums_kernel_grad, differentiable=1, smooth=3)
+_router_sums = with_kernel(ROUTER_SUMS)

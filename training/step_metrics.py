@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tiny_onn_func import decisions, native
+from tiny_onn_func.folding import one_axis
+from tiny_onn_func.mapped import over_runs
 from tiny_onn_func.moe import RouterTrace
 from training import metrics as measure
 from training.hyper import HyperParams
@@ -77,11 +80,10 @@ class Sums(NamedTuple):
 
 def sums_of(seen: Observed, targets: Targets, real: Bool[Tensor, " tokens"]) -> Sums:
     """What the step's objectives and metrics need of its tokens."""
-    lm, trace, experts = seen.lm, seen.trace, seen.per_token_surprise.shape[-1]
-    hits = (trace.router_logits.argmax(dim=-1) == targets.expert) & targets.informative
-    chance = torch.where(targets.informative, 1 / trace.active.sum(dim=-1).clamp_min(1), 0.0)
-    surprise, surprised = measure.finite_sum(seen.per_token_surprise)
-    expert_surprise, expert_surprised = measure.finite_sum(seen.per_token_surprise, dim=1)
+    lm, trace = seen.lm, seen.trace
+    of_tokens = trace.router_logits, seen.per_token_surprise, trace.expert_ids, trace.active
+    counted = over_runs(_routing_sums, *of_tokens, targets.expert, targets.informative, targets.tied, real)
+    informative, hits, tied, visits, chance, routed, wanted, size, sized = counted
     return Sums(
         loss=lm.loss_sum,
         targets=lm.targets,
@@ -89,18 +91,46 @@ def sums_of(seen: Observed, targets: Targets, real: Bool[Tensor, " tokens"]) -> 
         entropy=lm.entropy_sum,
         distill=seen.distill_sum,
         real=real.sum(),
-        visits=measure.count_visits(trace.active, real),
-        informative=targets.informative.sum(),
-        hits=hits.sum(),
-        chance=chance.sum(),
-        tied=targets.tied.sum(),
-        routed=measure.routed_rows(trace.expert_ids, trace.active, experts),
-        wanted=measure.counts(targets.expert, targets.informative, experts),
-        surprise=surprise,
-        surprised=surprised,
-        expert_surprise=expert_surprise,
-        expert_surprised=expert_surprised,
+        visits=visits,
+        informative=informative,
+        hits=hits,
+        chance=chance,
+        tied=tied,
+        routed=routed,
+        wanted=wanted,
+        surprise=size.sum(),
+        surprised=sized.sum(),
+        expert_surprise=size,
+        expert_surprised=sized,
         nonfinite=seen.nonfinite,
+    )
+
+
+def _routing_sums(
+    logits: Tensor, surprise: Tensor, ids: Tensor, active: Tensor, target: Tensor, informative: Tensor, tied: Tensor,
+    real: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(informative, hits, tied, visits, chance, routed, wanted, size, sized) of one run or of several, in front."""
+    if native.may_run(logits, surprise):
+        wide, narrow = (logits, surprise, ids, active), (target, informative, tied)
+        given = (one_axis(t, dims) for some, dims in ((wide, 3), (narrow, 2)) for t in some)
+        counts, chance, *by_expert = decisions.routing_sums(*given, one_axis(real, 1))
+        runs, by_expert[2] = logits.shape[:-3], by_expert[2].to(torch.float32)
+        totals = counts.sum(dim=-1).unbind(0)
+        of_runs = (t.view(runs) for t in (*totals, chance.sum(dim=-1)))
+        return *of_runs, *(t.view(*runs, *t.shape[1:]) for t in by_expert)
+    experts, all_tokens = logits.shape[-1], (-2, -1)
+    hits = (logits.argmax(dim=-1) == target) & informative
+    chance = torch.where(informative, 1 / active.sum(dim=-1).clamp_min(1), 0.0)
+    return (
+        informative.sum(dim=all_tokens),
+        hits.sum(dim=all_tokens),
+        tied.sum(dim=all_tokens),
+        measure.count_visits(active, real),
+        chance.sum(dim=all_tokens),
+        measure.routed_rows(ids, active, experts),
+        measure.counts(target, informative, experts),
+        *measure.finite_sum(surprise, dim=-2),
     )
 
 

@@ -19,7 +19,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tiny_onn_func import decisions, native
 from tiny_onn_func.experts import Rows
+from tiny_onn_func.folding import one_axis
+from tiny_onn_func.mapped import over_runs
 from training.hyper import Number
 
 SurpriseKind = Literal["w2", "unweighted", "experts", "input", "benefit", "oracle"]
@@ -28,29 +31,62 @@ MEASURED = KINDS[:-1]  # by hooks in the backward pass
 PER_WEIGHT = ("unweighted", "benefit")  # kinds whose recorded values carry the routing weight, to be divided by it
 
 
-def row_surprise(x: Float[Tensor, "rows in_dim"], grad: Float[Tensor, "rows out_dim"]) -> Float[Tensor, " rows"]:
+def row_surprise(
+    x: Float[Tensor, "*runs rows in_dim"], grad: Float[Tensor, "*runs rows out_dim"]
+) -> Float[Tensor, "*runs rows"]:
     """||x|| * ||g|| of every row, float32 or wider: the norm of its outer product, which is never made."""
     return row_norm(x) * row_norm(grad)
 
 
-def row_norm(x: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
+def row_norm(x: Float[Tensor, "*runs rows dim"]) -> Float[Tensor, "*runs rows"]:
     """Euclidean norm of every row, float32 or wider."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def row_dot(x: Float[Tensor, "rows dim"], grad: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
+def row_dot(x: Float[Tensor, "*runs rows dim"], grad: Float[Tensor, "*runs rows dim"]) -> Float[Tensor, "*runs rows"]:
     """<x, g> of every row, float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) * grad.to(wide)).sum(dim=-1)
 
 
 def sparse_fill(
-    surprise: Float[Tensor, " rows"], rows: Rows, tokens: int, experts: int
-) -> Float[Tensor, "tokens experts"]:
+    surprise: Float[Tensor, "*runs rows"],
+    token: Int[Tensor, "*runs rows"],
+    expert: Int[Tensor, "*runs rows"],
+    tokens: int,
+    experts: int,
+) -> Float[Tensor, "*runs tokens experts"]:
     """Rows' values at [token, expert], +inf elsewhere; inactive rows (expert = `experts`) fall into a spare column."""
     spare = experts + 1
-    flat = surprise.new_full((tokens * spare,), torch.inf).scatter(0, rows.token * spare + rows.expert, surprise)
-    return rearrange(flat, "(tokens spare) -> tokens spare", spare=spare)[:, :experts]
+    empty = surprise.new_full((*surprise.shape[:-1], tokens * spare), torch.inf)
+    flat = empty.scatter(-1, token * spare + expert, surprise)
+    return rearrange(flat, "... (tokens spare) -> ... tokens spare", spare=spare)[..., :experts]
+
+
+def surface_of(
+    left: Float[Tensor, "rows in_dim"],
+    grad: Float[Tensor, "rows out_dim"],
+    rows: Rows,
+    tokens: int,
+    experts: int,
+    *,
+    is_signed: bool = False,
+) -> Float[Tensor, "tokens experts"]:
+    """`sparse_fill` of each row's surprise, or with `is_signed` of its dot product; in one pass where a kernel can."""
+    return over_runs(
+        lambda *given: (_surface(*given, tokens, experts, is_signed),), left, grad, rows.token, rows.expert
+    )[0]
+
+
+def _surface(
+    left: Tensor, grad: Tensor, token: Tensor, expert: Tensor, tokens: int, experts: int, is_signed: bool
+) -> Tensor:
+    if native.may_run(left, grad):
+        one_run = one_axis(left, 2), one_axis(grad, 2), one_axis(token, 1), one_axis(expert, 1)
+        made = decisions.spread_surprise(*one_run, tokens, experts, is_signed=is_signed)
+        return made.view(*left.shape[:-2], tokens, experts)
+    measured = row_dot(left, grad) if is_signed else row_surprise(left, grad)
+    return sparse_fill(measured, token, expert, tokens, experts)
 
 
 def per_weight(

@@ -109,13 +109,13 @@ void grouped_outer(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
             int64_t some = in - from < high ? in - from : high;
             int64_t start = group % experts ? offsets[group - 1] : 0, depth = offsets[group] - start;
             if (some <= 0) continue;
-            float *part = result + (group * in + from) * out;
+            float *into = result + (group * in + from) * out;
             const float *up = grads + (first + start) * out;
-            if (depth && order)
-                outer_of(some, out, depth, rows + group / experts * tokens * in + from, in, order + first + start, up, part, how);
-            else if (depth)
-                product(some, out, depth, rows + (first + start) * in + from, 1, in, up, out, part, out, how);
-            else memset(part, 0, sizeof(float) * (size_t)(some * out));
+            if (depth) {
+                const float *a = order ? rows + group / experts * tokens * in : rows + (first + start) * in;
+                outer_of(some, out, depth, a + from, in, order ? order + first + start : NULL, up, into, how);
+            }
+            else memset(into, 0, sizeof(float) * (size_t)(some * out));
         }
 #if defined(__AVX2__)
         _mm_sfence(); /* what was written past the caches is there for all */

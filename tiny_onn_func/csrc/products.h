@@ -3,6 +3,8 @@
 #pragma once
 #include "vectors.h"
 
+#define NEAR 256 /* terms of an outer product that are read again from a near cache */
+
 enum { NEW, MORE, AWAY }; /* what becomes of c: written, added to, or written past the caches */
 
 INLINE void put(float *c, vec value, int how) {
@@ -16,43 +18,67 @@ INLINE void put(float *c, vec value, int how) {
     *(vec *)c = value;
 }
 
+/* The first `count` floats, zeros behind them; and back. What lies behind is neither read nor written. */
+INLINE vec part(const float *from, int count) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+#else
+    vec some = {0};
+    memcpy(&some, from, sizeof(float) * (size_t)count);
+    return some;
+#endif
+}
+
+INLINE void put_part(float *to, vec some, int count) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)some);
+#else
+    memcpy(to, &some, sizeof(float) * (size_t)count);
+#endif
+}
+
 /* c (high x wide vectors) = sum over k of a[i][k * step] * b[k], plus c for MORE, with terms[k] for k in a if there are
-   `terms`; sizes are known to the compiler, sums are registers. */
-INLINE void tile(const int high, const int wide, int64_t depth, const float *const a[], int64_t step, const int64_t *terms,
-                 const float *b, int64_t ldb, float *c, int64_t ldc, int how) {
+   `terms`; sizes are known to the compiler, sums are registers. With `wide` of 0 the rows are `count` floats. */
+INLINE void tile(const int high, const int wide, int count, int64_t depth, const float *const a[], int64_t step,
+                 const int64_t *terms, const float *b, int64_t ldb, float *c, int64_t ldc, int how) {
     vec sum[HIGH][WIDE];
     const float *row[HIGH];
 #pragma GCC unroll 8
     for (int i = 0; i < high; i++) {
         row[i] = a[i];
+        if (!wide) sum[i][0] = how == MORE ? part(c + i * ldc, count) : (vec){0};
 #pragma GCC unroll 2
         for (int j = 0; j < wide; j++) sum[i][j] = how == MORE ? *(const vec *)(c + i * ldc + j * LANES) : (vec){0};
     }
     for (int64_t k = 0; k < depth; k++, b += ldb) {
         int64_t at = (terms ? terms[k] : k) * step;
         vec right[WIDE];
+        if (!wide) right[0] = part(b, count);
 #pragma GCC unroll 2
         for (int j = 0; j < wide; j++) right[j] = *(const vec *)(b + j * LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < high; i++) {
             float left = row[i][at];
+            if (!wide) sum[i][0] += left * right[0];
 #pragma GCC unroll 2
             for (int j = 0; j < wide; j++) sum[i][j] += left * right[j];
         }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < high; i++)
+    for (int i = 0; i < high; i++) {
+        if (!wide) put_part(c + i * ldc, sum[i][0], count);
 #pragma GCC unroll 2
         for (int j = 0; j < wide; j++) put(c + i * ldc + j * LANES, sum[i][j], how);
+    }
 }
 
-#define CASE(n)                                       \
-    case n:                                           \
-        tile(n, wide, depth, a, step, terms, b, ldb, c, ldc, how); \
+#define CASE(n)                                                           \
+    case n:                                                               \
+        tile(n, wide, count, depth, a, step, terms, b, ldb, c, ldc, how); \
         break;
 
-INLINE void tile_of(int high, const int wide, int64_t depth, const float *const a[], int64_t step, const int64_t *terms,
-                    const float *b, int64_t ldb, float *c, int64_t ldc, int how) {
+INLINE void tile_of(int high, const int wide, int count, int64_t depth, const float *const a[], int64_t step,
+                    const int64_t *terms, const float *b, int64_t ldb, float *c, int64_t ldc, int how) {
     switch (high) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if HIGH == 8
@@ -65,25 +91,21 @@ INLINE void tile_of(int high, const int wide, int64_t depth, const float *const 
    if there is an `order`, terms[k] for k in a if there are `terms`. */
 INLINE void gathered(int64_t n, int64_t m, int64_t depth, const float *a, int64_t row, const int64_t *order, int64_t step,
                      const int64_t *terms, const float *b, int64_t ldb, float *c, int64_t ldc, int how) {
-    for (int64_t j = 0; j < m;) {
-        int wide = m - j >= WIDE * LANES ? WIDE : m - j >= LANES;
+    for (int64_t j = 0; j < m; j += WIDE * LANES) {
+        int wide = m - j >= WIDE * LANES ? WIDE : (int)(m - j) / LANES, left = (int)(m - j) - LANES;
         for (int64_t i = 0; i < n; i += HIGH) {
             int high = n - i < HIGH ? (int)(n - i) : HIGH;
             const float *rows[HIGH];
             for (int r = 0; r < high; r++) rows[r] = a + (order ? order[i + r] : i + r) * row;
             float *out = c + i * ldc + j;
-            if (wide == WIDE) tile_of(high, WIDE, depth, rows, step, terms, b + j, ldb, out, ldc, how);
-            else if (wide) tile_of(high, 1, depth, rows, step, terms, b + j, ldb, out, ldc, how);
-            else
-                for (int r = 0; r < high; r++)
-                    for (int64_t q = 0; q < m - j; q++) {
-                        double sum = how == MORE ? out[r * ldc + q] : 0; /* no vector here, so no price for a better sum */
-                        for (int64_t k = 0; k < depth; k++)
-                            sum += (double)rows[r][(terms ? terms[k] : k) * step] * b[k * ldb + j + q];
-                        out[r * ldc + q] = (float)sum;
-                    }
+            if (wide == WIDE) {
+                tile_of(high, WIDE, 0, depth, rows, step, terms, b + j, ldb, out, ldc, how);
+                continue;
+            }
+            if (wide) tile_of(high, 1, 0, depth, rows, step, terms, b + j, ldb, out, ldc, how);
+            int some = wide ? left : left + LANES;
+            if (some) tile_of(high, 0, some, depth, rows, step, terms, b + j + wide * LANES, ldb, out + wide * LANES, ldc, how);
         }
-        j += wide ? wide * LANES : m - j;
     }
 }
 
@@ -96,10 +118,16 @@ static inline void product_of(int64_t n, int64_t m, int64_t depth, const float *
     gathered(n, m, depth, a, depth, order, 1, NULL, b, m, c, m, NEW);
 }
 
-/* c (n x m) = the sum over k of a[terms[k]]^T b[k], of `n` columns of a, which lie `width` apart. */
+/* c (n x m) = the sum over k of a[k]^T b[k], or of a[terms[k]]^T b[k], of `n` columns of a, which lie `width` apart. Terms
+   are taken some at a time, so that what is read again lies near; no sum's order changes. */
 static inline void outer_of(int64_t n, int64_t m, int64_t depth, const float *a, int64_t width, const int64_t *terms, const float *b,
                      float *c, int how) {
-    gathered(n, m, depth, a, 1, NULL, width, terms, b, m, c, m, how);
+    for (int64_t k = 0; k < depth; k += NEAR) {
+        int64_t some = depth - k < NEAR ? depth - k : NEAR;
+        int now = k ? MORE : depth > NEAR ? NEW : how;
+        if (terms) gathered(n, m, some, a, 1, NULL, width, terms + k, b + k * m, m, c, m, now);
+        else gathered(n, m, some, a + k * width, 1, NULL, width, NULL, b + k * m, m, c, m, now);
+    }
 }
 
 /* A square of LANES x LANES, turned in registers: at each stage halves of pairs of rows change places. */

@@ -1,4 +1,4 @@
-/* What an expert layer does beside its products: the gated activation, the choice of experts, rows sorted, combined and
+/* What an expert layer does beside its products: the gated activation, rows sorted, combined and
    sent back. */
 
 #include "vectors.h"
@@ -18,40 +18,6 @@ void swiglu_grad(int64_t count, const float *grad, const float *gate, const floa
         grad_up[i] = grad[i] * gate[i] * share;
         grad_gate[i] = grad[i] * up[i] * share * (1 + gate[i] * (1 - share));
     }
-}
-
-/* The `k` largest of each of `n` rows of `width`, the first of equals first; what is not a number comes last. 1 if there is
-   no memory. */
-int top(int64_t n, int64_t width, int64_t k, const float *x, int64_t *restrict ids, int threads) {
-    int failed = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1 && n * width * k > SMALL)
-    {
-        float *left = malloc(sizeof(float) * (size_t)width);
-        if (!left) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < n; i++) {
-            if (!left) continue;
-            for (int64_t j = 0; j < width; j++) left[j] = x[i * width + j] == x[i * width + j] ? x[i * width + j] : -INFINITY;
-            for (int64_t rank = 0; rank < k; rank++) {
-                float most = largest(width, left);
-                int64_t j = 0;
-                while (left[j] != most) j++;
-                if (most == -INFINITY) /* so are those that were taken */
-                    for (j = 0; j < width; j++) {
-                        int64_t taken = 0;
-                        while (taken < rank && ids[i * k + taken] != j) taken++;
-                        if (taken == rank) break;
-                    }
-                ids[i * k + rank] = j;
-                left[j] = -INFINITY;
-            }
-        }
-        free(left);
-    }
-    return failed;
 }
 
 /* rows (n, dim): the token order[i] / slots of x, times weights[order[i]]: what a weighted sum sends back to its terms. */

@@ -1,0 +1,227 @@
+/* What the router decides and what it learns from: experts chosen, surprise written down, targets, and the router's loss.
+   Rows are (run, layer, token) unless said; `experts` numbers each. */
+
+#include "vectors.h"
+
+/* The `k` largest of `width` scores, of equal ones those of the largest logit, of equals of both the first; what is not a
+   number counts as -infinity. */
+INLINE void best_of(int64_t width, int64_t k, const float *scores, const float *logits, float *best, int64_t *ids) {
+    int64_t count = 0;
+    for (int64_t j = 0; j < width;) {
+        int64_t end = j + LANES < width ? j + LANES : width;
+        if (count == k && end - j == LANES) {
+            int any = 0;
+            for (int l = 0; l < LANES; l++) any |= scores[j + l] >= best[k - 1];
+            if (!any) j = end;
+        }
+        for (; j < end; j++) {
+            float score = scores[j] == scores[j] ? scores[j] : -INFINITY;
+            int64_t at = count < k ? count : k;
+            while (at > 0 && (score > best[at - 1] || (score == best[at - 1] && logits[j] > logits[ids[at - 1]]))) at--;
+            if (at == k) continue;
+            if (count < k) count++;
+            for (int64_t m = count - 1; m > at; m--) best[m] = best[m - 1], ids[m] = ids[m - 1];
+            best[at] = score;
+            ids[at] = j;
+        }
+    }
+}
+
+/* p = e^(x - most), most being the largest: their sum. */
+INLINE float powers(int64_t n, const float *x, float most, float *restrict p) {
+    for (int64_t j = 0; j < n; j++) p[j] = expo(x[j] - most);
+    return total(n, p);
+}
+
+/* Of each of `n` tokens of each run: the `slots` experts of the largest softmax + bias (runs, experts), which of them are
+   kept, and the softmax of the kept ones' logits. With `dynamic` those are kept whose betters' softmax sums to less than
+   the run's budget, or all of them from a budget of 1 on, and `least` in any case; else all. Nothing is kept where a token
+   is not `real` (runs, n). 1 if there is no memory. */
+int choose(int64_t runs, int64_t n, int64_t experts, int64_t slots, int64_t least, int dynamic, const float *logits,
+           const float *bias, const double *budgets, const uint8_t *real, float *restrict weights, int64_t *restrict ids,
+           uint8_t *restrict active, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1 && runs * n * experts * 16 > SMALL)
+    {
+        float *p = malloc(sizeof(float) * (size_t)(2 * experts + slots));
+        if (!p) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < runs * n; i++) {
+            if (!p) continue;
+            const float *x = logits + i * experts, *push = bias + i / n * experts;
+            float *ranked = p + experts, *best = ranked + experts, sum = powers(experts, x, largest(experts, x), p);
+            for (int64_t e = 0; e < experts; e++) p[e] /= sum;
+            for (int64_t e = 0; e < experts; e++) ranked[e] = p[e] + push[e];
+            int64_t *chosen = ids + i * slots;
+            best_of(experts, slots, ranked, x, best, chosen);
+            float *weight = weights + i * slots, mass = 0, most = -INFINITY, all = 0;
+            uint8_t *kept = active + i * slots;
+            for (int64_t m = 0; m < slots; m++) {
+                kept[m] = real[i] && (!dynamic || m < least || budgets[i / n] >= 1 || mass < budgets[i / n]);
+                mass += p[chosen[m]];
+                if (kept[m] && x[chosen[m]] > most) most = x[chosen[m]];
+            }
+            for (int64_t m = 0; m < slots; m++) all += weight[m] = kept[m] ? expo(x[chosen[m]] - most) : 0;
+            for (int64_t m = 0; m < slots; m++) weight[m] = kept[m] ? weight[m] / all : 0;
+        }
+        free(p);
+    }
+    return failed;
+}
+
+/* surface (runs, tokens, experts): for each of `n` rows of each run ||left|| * ||right||, or if `is_signed` <left, right>, at
+   its token and expert; infinity elsewhere. Rows of nobody have expert `experts`. */
+void spread_surprise(int64_t runs, int64_t n, int64_t left_dim, int64_t right_dim, int64_t tokens, int64_t experts, int is_signed,
+                     const float *left, const float *right, const int64_t *token, const int64_t *expert,
+                     float *restrict surface, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1 && runs * n * (left_dim + right_dim) > SMALL)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < runs * tokens; i++)
+            for (int64_t e = 0; e < experts; e++) surface[i * experts + e] = INFINITY;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < runs * n; i++) {
+            if (expert[i] == experts) continue;
+            const float *x = left + i * left_dim, *g = right + i * right_dim;
+            float value = is_signed ? dot(left_dim, x, g) : sqrtf(dot(left_dim, x, x)) * sqrtf(dot(right_dim, g, g));
+            surface[(i / n * tokens + token[i]) * experts + expert[i]] = value;
+        }
+    }
+}
+
+/* Of each row: the expert of the least finite sign * surprise, the first of equals; whether it teaches, being real (runs,
+   tokens), with at least as many candidates as its run's `least`, not all of them tied; and whether they are tied. */
+void least_surprised(int64_t runs, int64_t layers, int64_t tokens, int64_t experts, const float *surprise,
+                     const uint8_t *real, const float *least, const float *sign, int64_t *restrict expert,
+                     uint8_t *restrict informative, uint8_t *restrict tied, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && runs * layers * tokens * experts * 4 > SMALL)
+    for (int64_t i = 0; i < runs * layers * tokens; i++) {
+        int64_t run = i / (layers * tokens), count = 0, first = 0;
+        float lowest = INFINITY, highest = -INFINITY;
+        for (int64_t e = 0; e < experts; e++) {
+            float value = surprise[i * experts + e];
+            if (!(fabsf(value) < INFINITY)) continue;
+            value *= sign[run];
+            count++;
+            if (value < lowest) lowest = value, first = e;
+            if (value > highest) highest = value;
+        }
+        int eligible = real[run * tokens + i % tokens] && count >= least[run] && count >= 1;
+        tied[i] = eligible && count > 1 && lowest == highest;
+        informative[i] = eligible && !tied[i];
+        expert[i] = first;
+    }
+}
+
+/* What the router's loss sums over a layer's tokens: `picked` (runs, layers), -log softmax at the target of those that
+   teach; `mass` (runs, layers, experts), the softmax of real ones; `squares` (runs, layers), their squared log of sums.
+   1 if there is no memory. */
+int router_sums(int64_t runs, int64_t layers, int64_t tokens, int64_t experts, const float *logits, const int64_t *target,
+                const uint8_t *informative, const uint8_t *real, float *restrict picked, float *restrict mass,
+                float *restrict squares, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1 && runs * layers * tokens * experts * 16 > SMALL)
+    {
+        double *sums = malloc(sizeof(double) * (size_t)experts);
+        float *p = malloc(sizeof(float) * (size_t)experts);
+        if (!sums || !p) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < runs * layers; part++) {
+            if (!sums || !p) continue;
+            double cross = 0, square = 0;
+            for (int64_t e = 0; e < experts; e++) sums[e] = 0;
+            for (int64_t t = 0; t < tokens; t++) {
+                int64_t i = part * tokens + t;
+                int is_real = real[part / layers * tokens + t];
+                if (!is_real && !informative[i]) continue;
+                const float *x = logits + i * experts;
+                float most = largest(experts, x), sum = powers(experts, x, most, p), log_sum = most + logf(sum);
+                if (informative[i]) cross += log_sum - x[target[i]];
+                if (!is_real) continue;
+                square += (double)log_sum * log_sum;
+                for (int64_t e = 0; e < experts; e++) sums[e] += p[e] / sum;
+            }
+            picked[part] = (float)cross;
+            squares[part] = (float)square;
+            for (int64_t e = 0; e < experts; e++) mass[part * experts + e] = (float)sums[e];
+        }
+        free(sums);
+        free(p);
+    }
+    return failed;
+}
+
+/* Gradients of those sums in the logits, times grads of each sum. */
+void router_sums_grad(int64_t runs, int64_t layers, int64_t tokens, int64_t experts, const float *logits,
+                     const int64_t *target, const uint8_t *informative, const uint8_t *real, const float *grad_picked,
+                     const float *grad_mass, const float *grad_squares, float *restrict out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && runs * layers * tokens * experts * 16 > SMALL)
+    for (int64_t i = 0; i < runs * layers * tokens; i++) {
+        int64_t part = i / tokens;
+        int is_real = real[part / layers * tokens + i % tokens], teaches = informative[i];
+        const float *x = logits + i * experts, *pull = grad_mass + part * experts;
+        float *to = out + i * experts;
+        if (!is_real && !teaches) {
+            memset(to, 0, sizeof(float) * (size_t)experts);
+            continue;
+        }
+        float most = largest(experts, x), sum = powers(experts, x, most, to);
+        for (int64_t e = 0; e < experts; e++) to[e] /= sum;
+        float cross = teaches ? grad_picked[part] : 0;
+        float all = cross + (is_real ? 2 * (most + logf(sum)) * grad_squares[part] - dot(experts, to, pull) : 0);
+        for (int64_t e = 0; e < experts; e++) to[e] *= all + (is_real ? pull[e] : 0);
+        if (teaches) to[target[i]] -= cross;
+    }
+}
+
+/* Counts of a layer's tokens, each (runs, layers): those that teach, those of them whose largest logit is the target's
+   (the first of equals), what a routed expert at random would hit, those tied, visits of real ones; and (runs, layers,
+   experts): active slots, targets, finite surprise and how much of it there is. */
+void routing_sums(int64_t runs, int64_t layers, int64_t tokens, int64_t experts, int64_t slots, const float *logits,
+                  const float *surprise, const int64_t *ids, const uint8_t *active, const int64_t *target,
+                  const uint8_t *informative, const uint8_t *tied, const uint8_t *real, int64_t *restrict counts,
+                  float *restrict chance, int64_t *restrict routed, int64_t *restrict wanted, double *restrict sizes,
+                  int64_t *restrict sized, int threads) {
+    int64_t parts = runs * layers;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && parts * tokens * experts * 4 > SMALL)
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t taught = 0, hits = 0, ties = 0, visits = 0, *rows = routed + part * experts, *aims = wanted + part * experts;
+        int64_t *seen = sized + part * experts;
+        double *size = sizes + part * experts;
+        double lucky = 0;
+        for (int64_t e = 0; e < experts; e++) rows[e] = aims[e] = seen[e] = 0, size[e] = 0;
+        for (int64_t t = 0; t < tokens; t++) {
+            int64_t i = part * tokens + t, open = 0;
+            for (int64_t m = i * slots; m < (i + 1) * slots; m++)
+                if (active[m]) open++, rows[ids[m]]++;
+            if (real[part / layers * tokens + t]) visits += open;
+            ties += tied[i];
+            for (int64_t e = 0; e < experts; e++) {
+                float value = surprise[i * experts + e];
+                int finite = fabsf(value) < INFINITY;
+                size[e] += finite ? value : 0;
+                seen[e] += finite;
+            }
+            if (!informative[i]) continue;
+            taught++;
+            lucky += 1.0 / (open ? open : 1);
+            aims[target[i]]++;
+            const float *x = logits + i * experts;
+            float most = largest(experts, x);
+            int64_t first = 0;
+            while (first < experts - 1 && x[first] != most) first++;
+            hits += first == target[i];
+        }
+        counts[part] = taught;
+        counts[parts + part] = hits;
+        counts[2 * parts + part] = ties;
+        counts[3 * parts + part] = visits;
+        chance[part] = (float)lucky;
+    }
+}
