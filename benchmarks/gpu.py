@@ -56,14 +56,14 @@ def large_model(batch_size: int, seq: int, peak_tflops: float) -> dict[str, obje
     state, batch = on_device(LARGE, 0), to_device(a_batch(LARGE, batch_size, seq))
     fast, router = partition(state.params)
 
-    def plain(fast: dict) -> tuple[torch.Tensor, tuple]:
+    def plain(fast: dict, _: tuple) -> tuple[torch.Tensor, tuple]:
         low = tree_map(lambda leaf: leaf.to(LOW), fast)
         logits, _ = forward(merge(low, router), batch.input_ids, LARGE, attention_mask=batch.attention_mask)
         return language_modelling(logits, batch.labels).loss_sum, ()
 
     step = milliseconds(lambda: hyper_step(state, batch, HYPER, LARGE, compute_dtype=LOW))
     hooked = milliseconds(lambda: main_gradients(state.params, batch, HYPER, LARGE, state.step, compute_dtype=LOW))
-    bare = milliseconds(lambda: gradients(plain, fast))
+    bare = milliseconds(lambda: gradients(plain, (fast,)))
     tokens = batch_size * seq
     active = count_active_params(LARGE, LARGE.routes_per_token)
     a_token = 6 * active + 12 * LARGE.num_hidden_layers * seq * LARGE.num_attention_heads * LARGE.head_dim

@@ -63,12 +63,12 @@ def ours(config: ModelConfig, batch_size: int, seq: int) -> dict[str, Callable[[
     batch = a_batch(config, batch_size, seq)
     fast, router = partition(state.params)
 
-    def plain(fast: dict) -> tuple[torch.Tensor, tuple]:
+    def plain(fast: dict, _: tuple) -> tuple[torch.Tensor, tuple]:
         logits, _ = forward(merge(fast, router), batch.input_ids, config, attention_mask=batch.attention_mask)
         return language_modelling(logits, batch.labels).loss_sum, ()
 
     return {
-        "gradients without hooks": lambda: gradients(plain, fast),
+        "gradients without hooks": lambda: gradients(plain, (fast,)),
         "gradients and surprise": lambda: main_gradients(state.params, batch, HYPER, config, state.step),
         "hyper step": lambda: hyper_step(state, batch, HYPER, config),
         "hyper step in bfloat16": lambda: hyper_step(state, batch, HYPER, config, compute_dtype=torch.bfloat16),

@@ -166,11 +166,12 @@ def test_tensors_that_lie_otherwise_are_read_right() -> None:
 
 
 def test_leaves_and_weights_that_lie_otherwise_are_read_right() -> None:
-    numbers, (p, g, mu, nu) = torch.full((2, 6), 0.1), [drawn(2, 6, 5, seed=seed).abs() for seed in range(4)]
-    wanted = kernels.adamw(numbers, p, g, mu, nu)
+    numbers, (p, g, mu, nu) = torch.full((2, 6), 0.1), [drawn(2, 30, seed=seed).abs() for seed in range(4)]
+    wanted = kernels.adamw([numbers], [p], [g], [mu], [nu])
     for place in range(4):
-        leaves_ = [t.mT.contiguous().mT if at == place else t for at, t in enumerate((p, g, mu, nu))]
-        assert all(torch.equal(one, t) for one, t in zip(kernels.adamw(numbers, *leaves_), wanted, strict=True))
+        leaves_ = [[t.mT.contiguous().mT if at == place else t] for at, t in enumerate((p, g, mu, nu))]
+        for found, ought in zip(kernels.adamw([numbers], *leaves_), wanted, strict=True):
+            assert torch.equal(found[0], ought[0])
 
     rows, offsets, token = drawn(2, 20, 33), offsets_of([7, 13], 2), torch.arange(20).flip(0).expand(2, 20)
     stacked = drawn(2, 3, 2, 33, 40, seed=1)  # runs, layers: a layer's weights lie apart
@@ -311,12 +312,13 @@ def every_kernel() -> list[Tensor]:
     """What they give: products plain, transposed, of few and of many rows, of tokens; twins with their gradients."""
     rows, weights, offsets = drawn(2, 90, 37), drawn(2, 3, 37, 70, seed=1), offsets_of([20, 7, 63], 2)
     token, grads = torch.randint(0, 90, (2, 90), generator=seeded(2)), drawn(2, 90, 70, seed=3)
+    few = [[t.flatten(1)] for t in (rows, rows, rows, rows.abs())]
     made = [
         kernels.matmul([(rows, weights)], offsets), kernels.matmul([(rows, weights.mT.contiguous().mT)], offsets),
         kernels.outer(rows, grads, offsets), kernels.token_matmul(rows, token, weights, offsets),
         kernels.token_outer(rows, token, grads, offsets),
         kernels.scaled_rows(rows[0], drawn(90, 1), token[0]),
-        *kernels.adamw(torch.full((2, 6), 0.1), rows, rows, rows, rows.abs()),
+        *(leaf for leaves in kernels.adamw([torch.full((2, 6), 0.1)], *few) for leaf in leaves),
     ]  # fmt: skip
     for twin, draw in CASES.values():
         out, slopes_ = slopes(twin, function_of(twin).apply, single(draw(0, 40, 24)))

@@ -10,11 +10,11 @@ from tiny_onn_func.twins import Twin, Values, with_kernel
 
 
 def attend(
-    q: Float[Tensor, "batch groups share seq dim"],
-    k: Float[Tensor, "batch groups seq dim"],
-    v: Float[Tensor, "batch groups seq dim"],
-    bias: Float[Tensor, "#batch seq seq"],
-) -> Float[Tensor, "batch seq groups share dim"]:
+    q: Float[Tensor, "*runs batch groups share seq dim"],
+    k: Float[Tensor, "*runs batch groups seq dim"],
+    v: Float[Tensor, "*runs batch groups seq dim"],
+    bias: Float[Tensor, "*#runs #batch seq seq"],
+) -> Float[Tensor, "*runs batch seq groups share dim"]:
     """What each query takes from the values; `share` queries have one key and value.
 
     Args:

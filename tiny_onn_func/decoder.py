@@ -19,18 +19,21 @@ from tiny_onn_func.tree import flatten, unflatten
 
 def forward(
     params: Mapping[str, Any],
-    input_ids: Int[Tensor, "batch seq"],
+    input_ids: Int[Tensor, "*runs batch seq"],
     config: ModelConfig,
     *,
-    attention_mask: Int[Tensor, "batch seq"] | None = None,
+    attention_mask: Int[Tensor, "*runs batch seq"] | None = None,
     surprise_budget: int | float | Tensor = 0.5,
     apply_w2: ApplyW2 = apply_w2,
     apply_w13: ApplyW13 = apply_w13,
     router_coupling: int | float | Tensor = 0.0,
-    explore: Int[Tensor, "layers tokens"] | None = None,
-    override: Int[Tensor, "layers tokens"] | None = None,
-) -> tuple[Float[Tensor, "batch seq vocab"], RouterTrace]:
+    explore: Int[Tensor, "*runs layers tokens"] | None = None,
+    override: Int[Tensor, "*runs layers tokens"] | None = None,
+) -> tuple[Float[Tensor, "*runs batch seq vocab"], RouterTrace]:
     """Logits and what the routers did.
+
+    Several runs are one call under vmap, or with an axis of runs in front of everything, parameters and all: so the
+    gradient of a mapped step is made, as it spares vmap's dispatch.
 
     Args:
         params: as made by `init_params`.
@@ -52,33 +55,34 @@ def forward(
     """
     if isinstance(surprise_budget, float | int) and not 0 < surprise_budget <= 1:
         raise ValueError(f"surprise_budget: expected a number in (0, 1], got {surprise_budget}")
-    batch, seq = input_ids.shape
+    runs, (batch, seq) = input_ids.shape[:-2], input_ids.shape[-2:]
     device = input_ids.device
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rotary = rotary_angles(torch.arange(seq, device=device), config.head_dim, config.rope_theta)
 
     x = embed(input_ids, params["embed_tokens"])
     routing = RoutingInputs(
-        rearrange(real != 0, "b s -> (b s)"), surprise_budget, router_coupling, explore,
-        rearrange(input_ids, "b s -> (b s)"), override, rearrange(x, "b s dim -> (b s) dim"),
+        rearrange(real != 0, "... b s -> ... (b s)"), surprise_budget, router_coupling, explore,
+        rearrange(input_ids, "... b s -> ... (b s)"), override, rearrange(x, "... b s dim -> ... (b s) dim"),
     )  # fmt: skip
     bias = causal_bias(attention_mask, seq, device, x.dtype)
     traces = []
-    for index, layer in enumerate(unstack_layers(params["layers"], config.num_hidden_layers)):
+    for index, layer in enumerate(unstack_layers(params["layers"], config.num_hidden_layers, len(runs))):
         normed = rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
         x = x + attention(normed, layer["self_attn"], rotary, bias, config)
         normed = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
-        tokens = rearrange(normed, "b s dim -> (b s) dim")
+        tokens = rearrange(normed, "... b s dim -> ... (b s) dim")
         out, trace = moe(tokens, layer["moe"], index, routing, config, apply_w2, apply_w13)
-        x = x + rearrange(out, "(b s) dim -> b s dim", b=batch)
+        x = x + rearrange(out, "... (b s) dim -> ... b s dim", b=batch)
         traces.append(trace)
     head = params["embed_tokens"].mT if config.tie_word_embeddings else params["lm_head"]
-    normed = rearrange(rms_norm(x, params["norm"], config.rms_norm_eps), "b s dim -> (b s) dim")
-    logits = rearrange(matmul(normed, head), "(b s) vocab -> b s vocab", b=batch)
-    return logits.to(wide_dtype(logits.dtype)), RouterTrace(*map(torch.stack, zip(*traces, strict=True)))
+    normed = rearrange(rms_norm(x, params["norm"], config.rms_norm_eps), "... b s dim -> ... (b s) dim")
+    logits = rearrange(matmul(normed, head), "... (b s) vocab -> ... b s vocab", b=batch)
+    stacked = (torch.stack(same, dim=-3) for same in zip(*traces, strict=True))
+    return logits.to(wide_dtype(logits.dtype)), RouterTrace(*stacked)
 
 
-def unstack_layers(layers: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+def unstack_layers(layers: Mapping[str, Any], count: int, axis: int = 0) -> list[dict[str, Any]]:
     """Stacked layers -> one tree per layer, unbound once: indexing per layer makes the backward quadratic in L."""
-    unbound = {name: leaf.unbind(0) for name, leaf in flatten(layers).items()}
+    unbound = {name: leaf.unbind(axis) for name, leaf in flatten(layers).items()}
     return [unflatten({name: slices[index] for name, slices in unbound.items()}) for index in range(count)]

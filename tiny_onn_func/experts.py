@@ -19,11 +19,11 @@ from tiny_onn_func.routing import Routing
 class Rows(NamedTuple):
     """The N = tokens * slots rows of one layer, sorted by expert, inactive rows last."""
 
-    token: Int[Tensor, " rows"]  # original token index
-    expert: Int[Tensor, " rows"]  # E on inactive rows
-    offsets: Int32[Tensor, " experts"]  # row behind the last one of each expert
-    order: Int[Tensor, " rows"]  # the permutation that made them: flat (input, slot) index of each row
-    inverse: Int[Tensor, " rows"]  # undoes it
+    token: Int[Tensor, "*runs rows"]  # original token index
+    expert: Int[Tensor, "*runs rows"]  # E on inactive rows
+    offsets: Int32[Tensor, "*runs experts"]  # row behind the last one of each expert
+    order: Int[Tensor, "*runs rows"]  # the permutation that made them: flat (input, slot) index of each row
+    inverse: Int[Tensor, "*runs rows"]  # undoes it
 
 
 ApplyW2 = Callable[[int, Tensor, Tensor, Rows], Tensor]
@@ -31,33 +31,33 @@ ApplyW13 = Callable[[int, Tensor, Tensor, Tensor, Rows], tuple[Tensor, Tensor]]
 
 
 def apply_w2(
-    layer: int, hidden: Float[Tensor, "rows inner"], w2: Float[Tensor, "experts inner dim"], rows: Rows
-) -> Float[Tensor, "rows dim"]:
+    layer: int, hidden: Float[Tensor, "*runs rows inner"], w2: Float[Tensor, "*runs experts inner dim"], rows: Rows
+) -> Float[Tensor, "*runs rows dim"]:
     """y = h w2 of each row's expert; zero on inactive rows. Anyone may pass a function of this form instead."""
     return grouped_matmul(hidden, w2, rows.offsets)
 
 
 def apply_w13(
     layer: int,
-    x: Float[Tensor, "tokens dim"],
-    w1: Float[Tensor, "experts dim inner"],
-    w3: Float[Tensor, "experts dim inner"],
+    x: Float[Tensor, "*runs tokens dim"],
+    w1: Float[Tensor, "*runs experts dim inner"],
+    w3: Float[Tensor, "*runs experts dim inner"],
     rows: Rows,
-) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows inner"]]:
+) -> tuple[Float[Tensor, "*runs rows inner"], Float[Tensor, "*runs rows inner"]]:
     """Gate and up of each row's token and expert; the second seam, before the activation."""
     return gate_and_up(x, w1, w3, rows.order, rows.inverse, rows.offsets)
 
 
-def spread(x: Float[Tensor, "tokens dim"], rows: Rows) -> tuple[Float[Tensor, "rows dim"], Rows]:
+def spread(x: Float[Tensor, "*runs tokens dim"], rows: Rows) -> tuple[Float[Tensor, "*runs rows dim"], Rows]:
     """A copy of its token for every row, and the rows with these as inputs: for seams that look at a row's input."""
-    copies = dispatch_rows(x, rows.order, rows.inverse, rows.order.shape[0] // x.shape[0])
-    number = torch.arange(copies.shape[0], device=x.device)
+    copies = dispatch_rows(x, rows.order, rows.inverse, rows.order.shape[-1] // x.shape[-2])
+    number = torch.arange(copies.shape[-2], device=x.device).expand_as(rows.order)
     return copies, rows._replace(order=number, inverse=number)
 
 
-def input_of(x: Float[Tensor, "inputs dim"], rows: Rows) -> Int[Tensor, " rows"]:
+def input_of(x: Float[Tensor, "*runs inputs dim"], rows: Rows) -> Int[Tensor, "*runs rows"]:
     """Which of the inputs each row is made of."""
-    return rows.order // (rows.order.shape[0] // x.shape[0])
+    return rows.order // (rows.order.shape[-1] // x.shape[-2])
 
 
 def sort_by_expert(routing: Routing, num_experts: int) -> Rows:
@@ -83,20 +83,20 @@ def _sorted(weights: Tensor, expert_ids: Tensor, active: Tensor, num_experts: in
 
 
 def apply_experts(
-    x: Float[Tensor, "tokens dim"],
+    x: Float[Tensor, "*runs tokens dim"],
     routing: Routing,
     params: Mapping[str, Tensor],
     layer: int,
     apply_w2: ApplyW2,
     apply_w13: ApplyW13 = apply_w13,
     num_experts: int | None = None,
-) -> Float[Tensor, "tokens dim"]:
+) -> Float[Tensor, "*runs tokens dim"]:
     """out_t = sum_e weight_te * (silu(x_t w1_e) * (x_t w3_e)) w2_e over the experts that token t visits.
 
     Args:
         num_experts: of the layer, where `params` holds some of them only and the seams know where the others are.
     """
-    rows = sort_by_expert(routing, num_experts or params["w1"].shape[0])
+    rows = sort_by_expert(routing, num_experts or params["w1"].shape[-3])
     gate, up = apply_w13(layer, x, params["w1"], params["w3"], rows)
     y = apply_w2(layer, activate(gate, up), params["w2"], rows)
     return combine_rows(y, routing.weights.to(y.dtype), rows.order, rows.inverse)

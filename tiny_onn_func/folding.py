@@ -23,3 +23,10 @@ def one_axis(t: Tensor, dims: int) -> Tensor:
     """All axes but the last `dims` as one axis of runs; one run where there is none."""
     first = t.ndim - dims
     return t.reshape(t.shape[:first].numel(), *t.shape[first:])
+
+
+def one_of_shared(t: Tensor, dims: int) -> Tensor:
+    """Without the axes in front of the last `dims` that are there only by repetition."""
+    while t.ndim > dims and t.stride(0) == 0:
+        t = t[0]
+    return t

@@ -19,24 +19,24 @@ from tiny_onn_func.twins import Twin, with_kernel
 
 
 def gate_and_up(
-    x: Float[Tensor, "tokens dim"],
-    w1: Float[Tensor, "experts dim inner"],
-    w3: Float[Tensor, "experts dim inner"],
-    order: Int[Tensor, " rows"],
-    inverse: Int[Tensor, " rows"],
-    offsets: Int32[Tensor, " experts"],
-) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows inner"]]:
+    x: Float[Tensor, "*runs tokens dim"],
+    w1: Float[Tensor, "*runs experts dim inner"],
+    w3: Float[Tensor, "*runs experts dim inner"],
+    order: Int[Tensor, "*runs rows"],
+    inverse: Int[Tensor, "*runs rows"],
+    offsets: Int32[Tensor, "*runs experts"],
+) -> tuple[Float[Tensor, "*runs rows inner"], Float[Tensor, "*runs rows inner"]]:
     """Two grouped matmuls of the rows x[order // slots], read from their tokens where a kernel can.
 
     Args:
         order, inverse: of the rows, as `sort_by_expert` gives them: what flows back is added up token by token.
     """
-    token = order // (order.shape[0] // x.shape[0])
+    token = order // (order.shape[-1] // x.shape[-2])
     gate, up = over_runs(_GateAndUp.apply, x, w1, w3, token, order, inverse, offsets)
     return gate, up
 
 
-def activate(gate: Float[Tensor, "rows inner"], up: Float[Tensor, "rows inner"]) -> Float[Tensor, "rows inner"]:
+def activate(gate: Float[Tensor, "*rows inner"], up: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows inner"]:
     """silu(gate) * up, forward and backward in one pass each where a kernel takes them."""
     return _activate(gate, up)[0]
 

@@ -24,17 +24,19 @@ from tiny_onn_func.tiles import is_traced, tiled_matmul, tiled_outer
 
 
 def grouped_matmul(
-    rows: Float[Tensor, "rows in_dim"],
-    weights: Float[Tensor, "experts in_dim out_dim"],
-    offsets: Int32[Tensor, " experts"],
-) -> Float[Tensor, "rows out_dim"]:
+    rows: Float[Tensor, "*runs rows in_dim"],
+    weights: Float[Tensor, "*runs experts in_dim out_dim"],
+    offsets: Int32[Tensor, "*runs experts"],
+) -> Float[Tensor, "*runs rows out_dim"]:
     """out[n] = rows[n] @ weights[e] for offsets[e-1] <= n < offsets[e]; rows behind offsets[-1] give zeros."""
     return over_runs(lambda *plain: (GroupedMatmul.apply(*plain),), rows, weights, offsets)[0]
 
 
 def grouped_outer(
-    rows: Float[Tensor, "rows in_dim"], grads: Float[Tensor, "rows out_dim"], offsets: Int32[Tensor, " experts"]
-) -> Float[Tensor, "experts in_dim out_dim"]:
+    rows: Float[Tensor, "*runs rows in_dim"],
+    grads: Float[Tensor, "*runs rows out_dim"],
+    offsets: Int32[Tensor, "*runs experts"],
+) -> Float[Tensor, "*runs experts in_dim out_dim"]:
     """out[e] = sum of rows[n]^T grads[n] over offsets[e-1] <= n < offsets[e]: the weight gradient of the matmul."""
     return over_runs(lambda *plain: (GroupedOuter.apply(*plain),), rows, grads, offsets)[0]
 

@@ -16,7 +16,9 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def hash_logits(token_ids: Int[Tensor, " tokens"], layer: int, num_experts: int) -> Float[Tensor, "tokens experts"]:
+def hash_logits(
+    token_ids: Int[Tensor, "*runs tokens"], layer: int, num_experts: int
+) -> Float[Tensor, "*runs tokens experts"]:
     """A number in [0, 1) for each (layer, token id, expert), the same wherever the token stands, float32.
 
     A router with these logits is a hash of the token (Roller et al. 2021, arXiv 2106.04426): it learns nothing.

@@ -11,12 +11,14 @@ from tiny_onn_func.twins import Twin, Values, with_kernel
 
 
 def split_heads(
-    qkv: Float[Tensor, "batch seq all_heads dim"],
-    norms: Float[Tensor, "normed dim"],
+    qkv: Float[Tensor, "*runs batch seq all_heads dim"],
+    norms: Float[Tensor, "*runs normed dim"],
     rotary: tuple[Float[Tensor, "*#batch seq dim"], Float[Tensor, "*#batch seq dim"]],
     eps: float,
 ) -> tuple[
-    Float[Tensor, "batch heads seq dim"], Float[Tensor, "batch groups seq dim"], Float[Tensor, "batch groups seq dim"]
+    Float[Tensor, "*runs batch heads seq dim"],
+    Float[Tensor, "*runs batch groups seq dim"],
+    Float[Tensor, "*runs batch groups seq dim"],
 ]:
     """q and k normed, times their head's norms, and turned by their positions' angles; v as it is.
 

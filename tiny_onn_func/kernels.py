@@ -1,5 +1,6 @@
 """The compiled kernels as functions of plain tensors: float32 on a CPU, where `native.may_run` says so."""
 
+import ctypes
 import math
 from collections.abc import Sequence
 
@@ -262,23 +263,21 @@ def attention_grad(
 
 
 def adamw(
-    numbers: Float[Tensor, "runs 6"],
-    params: Float[Tensor, "runs *shape"],
-    grads: Float[Tensor, "runs *shape"],
-    mu: Float[Tensor, "runs *shape"],
-    nu: Float[Tensor, "runs *shape"],
-) -> tuple[Float[Tensor, "runs *shape"], Float[Tensor, "runs *shape"], Float[Tensor, "runs *shape"]]:
-    """New parameters and moments, each read and written once.
+    numbers: Sequence[Float[Tensor, "runs 6"]],
+    params: Sequence[Float[Tensor, "runs _"]],
+    grads: Sequence[Float[Tensor, "runs _"]],
+    mu: Sequence[Float[Tensor, "runs _"]],
+    nu: Sequence[Float[Tensor, "runs _"]],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """New parameters and moments of every leaf, each read and written once.
 
     Args:
-        numbers: of each run, what gradients are multiplied with, 1 - beta1, 1 - beta2, eps, decay and step.
+        numbers: of each leaf and run, what gradients are multiplied with, 1 - beta1, 1 - beta2, eps, decay and step.
     """
-    given = [t.contiguous() for t in (params, grads, mu, nu)]
-    made = [torch.empty_like(given[0]) for _ in range(3)]
-    numbers, runs = numbers.contiguous(), params.shape[0]
-    pointers = (t.data_ptr() for t in (*given, *made))
-    tiny = torch.finfo(params.dtype).tiny
-    loaded().adamw(
-        runs, params.numel() // runs, numbers.data_ptr(), tiny, *pointers, torch.get_num_threads()
-    )  # fmt: skip
+    given = [[t.contiguous() for t in leaves] for leaves in (numbers, params, grads, mu, nu)]
+    made = [[torch.empty_like(t) for t in given[1]] for _ in range(3)]
+    count, tiny = len(params), torch.finfo(params[0].dtype).tiny
+    counts = (ctypes.c_int64 * count)(*(t.shape[1] for t in params))
+    read, *rest = ((ctypes.c_void_p * count)(*(t.data_ptr() for t in leaves)) for leaves in (*given, *made))
+    loaded().adamw(count, params[0].shape[0], counts, read, tiny, *rest, torch.get_num_threads())
     return made[0], made[1], made[2]

@@ -1,16 +1,13 @@
 """Through vmap's wrappers: the plain tensor inside, whose shape has every mapped axis, and back."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack, temporarily_restore_interpreter_stack
-
-_LEFT: ContextVar[list[Any] | None] = ContextVar("_LEFT", default=None)  # the vmaps that `outside` has left
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils import _pytree as pytree  # torch has no public pytree module (2.13)
 
 
 class Axis(NamedTuple):
@@ -41,35 +38,6 @@ def only_vmaps() -> bool:
     return all(level.key() == functorch.TransformType.Vmap for level in _levels())
 
 
-def with_all_axes(t: Tensor) -> Tensor:
-    """The tensor with the axis of every vmap at work; a copy where one was missing, so that runs may part."""
-    had = {axis.level for axis in peel(t)[1]}
-    for level in _levels():
-        if level.level() not in had:
-            runs = functorch.CVmapInterpreterPtr(level).batchSize()
-            t = t + functorch._add_batch_dim(torch.zeros(runs, dtype=t.dtype, device=t.device), 0, level.level())
-    return t
-
-
-def fold_runs(t: Tensor) -> Tensor:
-    """(runs, ...) plain: all mapped axes in front as one, those of outer vmaps first; one run where there is none."""
-    shape = t.shape
-    t = with_all_axes(t)
-    while functorch.is_batchedtensor(t):
-        t = functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0)
-    return t.reshape(-1, *shape)
-
-
-def unfold_runs(plain: Tensor) -> Tensor:
-    """What `fold_runs` folded."""
-    levels = list(_levels())
-    sizes = [functorch.CVmapInterpreterPtr(level).batchSize() for level in levels]
-    t = plain.reshape(*sizes, *plain.shape[1:])
-    for level in levels:  # the outermost first: its axis lies in front
-        t = functorch._add_batch_dim(t, 0, level.level())
-    return t
-
-
 def over_runs(function: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:
     """The function of the plain tensors inside, every mapped axis in front as one, and what it gives mapped again.
 
@@ -78,46 +46,56 @@ def over_runs(function: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tupl
     """
     if not any(isinstance(t, Tensor) and functorch.is_batchedtensor(t) for t in inputs) or not only_vmaps():
         return function(*inputs)
-    plain = [_runs_first(t) if isinstance(t, Tensor) else t for t in inputs]
-    with outside():
+    levels = [(level.level(), functorch.CVmapInterpreterPtr(level).batchSize()) for level in _levels()]
+    plain = [_runs_first(t, levels) if isinstance(t, Tensor) else t for t in inputs]
+    with temporarily_clear_interpreter_stack():
         out = function(*plain)
-    return tuple(unfold_runs(t) for t in out)
+    return tuple(_mapped_again(t, levels) if isinstance(t, Tensor) else t for t in out)
 
 
-@contextmanager
-def outside() -> Iterator[None]:
-    """Outside of the vmaps at work, where plain tensors are what they are."""
-    with temporarily_clear_interpreter_stack() as stack:
-        token = _LEFT.set(stack or _LEFT.get())
-        try:
-            yield
-        finally:
-            _LEFT.reset(token)
+def over_trees(function: Callable[[Any], Any], given: Any) -> Any:
+    """`over_runs` of the tensors in a tree, for a function that gives another."""
+    if not functorch.get_interpreter_stack():
+        return function(given)
+    inputs, spec = pytree.tree_flatten(given)
+    made: list[pytree.TreeSpec] = []
+
+    def of_runs(*inputs: Any) -> tuple[Any, ...]:
+        out, shape = pytree.tree_flatten(function(pytree.tree_unflatten(list(inputs), spec)))
+        made.append(shape)
+        return tuple(out)
+
+    return pytree.tree_unflatten(list(over_runs(of_runs, *inputs)), made[0])
 
 
-@contextmanager
-def inside_again() -> Iterator[None]:
-    """Inside the vmaps that `outside` has left, for a hook that autograd calls meanwhile."""
-    with temporarily_restore_interpreter_stack(_LEFT.get() or []):
-        token = _LEFT.set(None)
-        try:
-            yield
-        finally:
-            _LEFT.reset(token)
+def each_run(function: Callable[[Any], Any], given: Any, axes: int) -> Any:
+    """A function that knows of one run only, of a tree whose tensors have that many axes of runs in front."""
+    if not axes:
+        return function(given)
+    dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, given)
+    return torch.func.vmap(lambda given: each_run(function, given, axes - 1), (dims,))(given)
 
 
-def _runs_first(t: Tensor) -> Tensor:
-    """(runs, ...) plain: as `fold_runs`, but what is not mapped is repeated without a copy."""
-    shape, sizes, found = t.shape, list[int](), set[int]()
+def _runs_first(t: Tensor, levels: list[tuple[int, int]]) -> Tensor:
+    """(runs, ...) plain: those of outer vmaps first; what is not mapped is repeated without a copy."""
+    shape, found = t.shape, set[int]()
     while functorch.is_batchedtensor(t):
         found.add(functorch.maybe_get_level(t))
-        t = functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0)  # those of outer vmaps come to the front
-    for level in _levels():
-        runs = functorch.CVmapInterpreterPtr(level).batchSize()
-        sizes.append(runs)
-        if level.level() not in found:
-            t = t.unsqueeze(len(sizes) - 1).expand(*t.shape[: len(sizes) - 1], runs, *t.shape[len(sizes) - 1 :])
-    return t if len(sizes) == 1 else t.reshape(-1, *shape)
+        dim = functorch.maybe_get_bdim(t)
+        t = functorch.get_unwrapped(t)
+        t = t if dim == 0 else t.movedim(dim, 0)
+    for place, (level, runs) in enumerate(levels):
+        if level not in found:
+            t = t.unsqueeze(place).expand(*t.shape[:place], runs, *t.shape[place:])
+    return t if len(levels) == 1 else t.reshape(-1, *shape)
+
+
+def _mapped_again(plain: Tensor, levels: list[tuple[int, int]]) -> Tensor:
+    """What `_runs_first` took apart, or another of as many runs."""
+    t = plain if len(levels) == 1 else plain.reshape(*(runs for _, runs in levels), *plain.shape[1:])
+    for level, _ in levels:  # the outermost first: its axis lies in front
+        t = functorch._add_batch_dim(t, 0, level)
+    return t
 
 
 def _levels() -> Iterator[functorch.CInterpreter]:

@@ -27,24 +27,24 @@ class RouterTrace(NamedTuple):
 class RoutingInputs(NamedTuple):
     """What every layer's routing reads beside its parameters."""
 
-    real: Bool[Tensor, " tokens"]
+    real: Bool[Tensor, "*runs tokens"]
     surprise_budget: int | float | Tensor
     router_coupling: int | float | Tensor  # share of the main loss's gradient that reaches the router
-    explore: Int[Tensor, "layers tokens"] | None
-    token_ids: Int[Tensor, " tokens"] | None = None  # read by hash routing only
-    override: Int[Tensor, "layers tokens"] | None = None  # the expert that a token visits alone; -1: as routed
-    embedded: Float[Tensor, "tokens dim"] | None = None  # the tokens' embeddings; read by token routing only
+    explore: Int[Tensor, "*runs layers tokens"] | None
+    token_ids: Int[Tensor, "*runs tokens"] | None = None  # read by hash routing only
+    override: Int[Tensor, "*runs layers tokens"] | None = None  # the expert that a token visits alone; -1: as routed
+    embedded: Float[Tensor, "*runs tokens dim"] | None = None  # the tokens' embeddings; read by token routing only
 
 
 def moe(
-    x: Float[Tensor, "tokens dim"],
+    x: Float[Tensor, "*runs tokens dim"],
     params: Mapping[str, Tensor],
     layer: int,
     inputs: RoutingInputs,
     config: ModelConfig,
     apply_w2: ApplyW2,
     apply_w13: ApplyW13 = apply_w13,
-) -> tuple[Float[Tensor, "tokens dim"], RouterTrace]:
+) -> tuple[Float[Tensor, "*runs tokens dim"], RouterTrace]:
     """Output of the layer and its trace. Without coupling the main loss has exactly no gradient in the router."""
     dtype = wide_dtype(x.dtype)
     decoupled = isinstance(inputs.router_coupling, float | int) and inputs.router_coupling == 0
@@ -58,10 +58,10 @@ def moe(
         logits = hash_logits(inputs.token_ids, layer, config.num_experts).to(dtype)
     else:
         logits = matmul(seen.to(dtype), params["router"].to(dtype))
-    explore = None if inputs.explore is None else inputs.explore[layer]
+    explore = None if inputs.explore is None else inputs.explore.select(-2, layer)
     routing = route(logits, inputs.real, config, inputs.surprise_budget, params["router_bias"], explore)
     if inputs.override is not None:
-        routing = send_alone(routing, inputs.override[layer], inputs.real)
+        routing = send_alone(routing, inputs.override.select(-2, layer), inputs.real)
     routing = routing._replace(weights=scale_gradient(routing.weights, inputs.router_coupling))
     out = apply_experts(x, routing, params, layer, apply_w2, apply_w13, config.num_experts)
     return out, RouterTrace(seen.detach(), logits, *routing)

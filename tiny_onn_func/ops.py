@@ -1,5 +1,7 @@
 """Small pieces of a Qwen3 block: norm, rotary positions, gated activation, precision."""
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -16,7 +18,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def embed(ids: Int[Tensor, "*batch"], table: Float[Tensor, "vocab dim"]) -> Float[Tensor, "*batch dim"]:
+def embed(ids: Int[Tensor, "*batch"], table: Float[Tensor, "*runs vocab dim"]) -> Float[Tensor, "*batch dim"]:
     """The rows of the table; runs of a vmap side by side in memory, as all that follows wants them."""
     return over_runs(lambda *plain: (_embed(*plain),), ids, table)[0]
 
@@ -30,7 +32,7 @@ def _embed(ids: Tensor, table: Tensor) -> Tensor:
 
 
 def rms_norm(
-    x: Float[Tensor, "*batch dim"], weight: Float[Tensor, " dim"] | None, eps: float
+    x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "*runs dim"] | None, eps: float
 ) -> Float[Tensor, "*batch dim"]:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467)."""
     return F.rms_norm(x, x.shape[-1:], None, eps) if weight is None else _rms_norm(x, weight, eps)[0]
@@ -91,11 +93,20 @@ def swiglu(gate: Float[Tensor, "*batch dim"], up: Float[Tensor, "*batch dim"]) -
     return F.silu(gate) * up
 
 
+@overload
+def as_wide_as(x: Tensor, number: Tensor) -> Tensor: ...
+@overload
+def as_wide_as(x: Tensor, number: int | float | Tensor) -> int | float | Tensor: ...
+def as_wide_as(x: Tensor, number: int | float | Tensor) -> int | float | Tensor:
+    """A number of each run, with as many axes as x, whose first ones are the runs; a Python number as it is."""
+    return number[(..., *(None,) * (x.ndim - number.ndim))] if isinstance(number, Tensor) else number
+
+
 def scale_gradient(x: Tensor, scale: int | float | Tensor) -> Tensor:
     """The value of x, with its gradient multiplied by `scale`; a Python 0 or 1 costs nothing."""
     if isinstance(scale, float | int) and scale == 0:
         return x.detach()
     if isinstance(scale, float | int) and scale == 1:
         return x
-    scale = scale.to(x.dtype) if isinstance(scale, Tensor) else scale
+    scale = as_wide_as(x, scale.to(x.dtype) if isinstance(scale, Tensor) else scale)
     return x.detach() + scale * (x - x.detach())

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -18,18 +17,18 @@ from tiny_onn_func.twins import Twin, Values, with_kernel
 class Routing(NamedTuple):
     """M slots per token, best expert first; the experts of one token are distinct."""
 
-    expert_ids: Int[Tensor, "tokens slots"]
-    weights: Float[Tensor, "tokens slots"]  # sums to 1 over the active slots, 0 elsewhere
-    active: Bool[Tensor, "tokens slots"]  # never on padding
+    expert_ids: Int[Tensor, "*runs tokens slots"]
+    weights: Float[Tensor, "*runs tokens slots"]  # sums to 1 over the active slots, 0 elsewhere
+    active: Bool[Tensor, "*runs tokens slots"]  # never on padding
 
 
 def route(
-    router_logits: Float[Tensor, "tokens experts"],
-    real: Bool[Tensor, " tokens"],
+    router_logits: Float[Tensor, "*runs tokens experts"],
+    real: Bool[Tensor, "*runs tokens"],
     config: ModelConfig,
     surprise_budget: int | float | Tensor,
-    bias: Float[Tensor, " experts"] | None = None,
-    explore: Int[Tensor, " tokens"] | None = None,
+    bias: Float[Tensor, "*runs experts"] | None = None,
+    explore: Int[Tensor, "*runs tokens"] | None = None,
 ) -> Routing:
     """Keep the most probable experts until their mass reaches the surprise budget.
 
@@ -50,25 +49,28 @@ def route(
     """
     slots, least = config.routes_per_token, config.min_experts_per_tok
     logits = router_logits.to(wide_dtype(router_logits.dtype))
-    bias = logits.new_zeros(logits.shape[-1]) if bias is None else bias
+    runs, experts = logits.shape[:-2], logits.shape[-1]
+    bias = logits.new_zeros(*runs, experts) if bias is None else bias
     if config.routing == "thresholds":
-        return _by_thresholds(logits + bias, real, slots, least, explore)
+        return _by_thresholds(logits + bias.unsqueeze(-2), real, slots, least, explore)
     dynamic = config.num_experts_per_tok == DYNAMIC_K
-    budget = torch.as_tensor(surprise_budget, device=logits.device).to(torch.float64)
+    budget = torch.as_tensor(surprise_budget, device=logits.device).to(torch.float64).expand(runs)
     weights, expert_ids, active = _choose(logits, bias.to(logits.dtype), budget, real, slots, least, dynamic)
     if explore is not None:
+        routed = expert_ids, active
         expert_ids, kept = _try_expert(expert_ids, active, explore)
-        active = kept & rearrange(real, "tokens -> tokens 1")
-        weights = _weights(logits, expert_ids, active)
+        active = kept & real.unsqueeze(-1)
+        elsewhere = ((expert_ids != routed[0]) | (active != routed[1])).any(dim=-1, keepdim=True)
+        weights = torch.where(elsewhere, _weights(logits, expert_ids, active), weights)
     return Routing(expert_ids, weights, active)
 
 
-def send_alone(routing: Routing, expert: Int[Tensor, " tokens"], real: Bool[Tensor, " tokens"]) -> Routing:
+def send_alone(routing: Routing, expert: Int[Tensor, "*runs tokens"], real: Bool[Tensor, "*runs tokens"]) -> Routing:
     """The token visits that expert alone, with weight 1; -1 leaves it as it is routed. Padding still visits none."""
-    wanted, first = rearrange(expert, "tokens -> tokens 1"), routing.expert_ids[:, :1]
+    wanted, first = expert.unsqueeze(-1), routing.expert_ids[..., :1]
     slot_0 = torch.arange(routing.expert_ids.shape[-1], device=expert.device) == 0
     ids = torch.where(slot_0, wanted, torch.where(routing.expert_ids == wanted, first, routing.expert_ids))
-    alone = Routing(ids, slot_0.to(routing.weights.dtype) * real[:, None], slot_0 & real[:, None])
+    alone = Routing(ids, slot_0.to(routing.weights.dtype) * real.unsqueeze(-1), slot_0 & real.unsqueeze(-1))
     return Routing(*(torch.where(wanted >= 0, new, old) for new, old in zip(alone, routing, strict=True)))
 
 
@@ -114,7 +116,7 @@ def _by_thresholds(above: Tensor, real: Tensor, slots: int, least: int, explore:
     kept = (above.detach().gather(-1, expert_ids) > 0) | (torch.arange(slots, device=above.device) < least)
     if explore is not None:
         expert_ids, kept = _try_expert(expert_ids, kept, explore)
-    active = kept & rearrange(real, "tokens -> tokens 1")
+    active = kept & real.unsqueeze(-1)
     return Routing(expert_ids, _open_gates(above.gather(-1, expert_ids), active), active)
 
 
@@ -127,7 +129,7 @@ def _open_gates(above: Tensor, active: Tensor) -> Tensor:
 def _try_expert(expert_ids: Tensor, kept: Tensor, explore: Tensor) -> tuple[Tensor, Tensor]:
     """Put the explored expert into the first free slot, or the last one; the one it displaces takes its old slot."""
     rank = torch.arange(expert_ids.shape[-1], device=expert_ids.device)
-    wanted = rearrange(explore, "tokens -> tokens 1")
+    wanted = explore.unsqueeze(-1)
     count = kept.sum(dim=-1, keepdim=True)
     new = (wanted >= 0) & ~((expert_ids == wanted) & kept).any(dim=-1, keepdim=True)
     slot = count.clamp_max(rank.shape[0] - 1)

@@ -32,7 +32,7 @@ def typed(kernels: Any) -> Any:
     kernels.cross_entropy_grad.argtypes = [SIZE] * 2 + [POINTER] * 5 + [INT]
     kernels.attention.argtypes = [SIZE] * 5 + [POINTER] * 4 + [SIZE] + [POINTER] * 2 + [INT]
     kernels.attention_grad.argtypes = [SIZE] * 5 + [POINTER] * 4 + [SIZE] + [POINTER] * 6 + [INT]
-    kernels.adamw.argtypes = [SIZE] * 2 + [POINTER, FLOAT] + [POINTER] * 7 + [INT]
+    kernels.adamw.argtypes = [SIZE] * 2 + [POINTER] * 2 + [FLOAT] + [POINTER] * 7 + [INT]
     kernels.choose.argtypes = [SIZE] * 5 + [INT] + [POINTER] * 7 + [INT]
     kernels.spread_surprise.argtypes = [SIZE] * 6 + [INT] + [POINTER] * 5 + [INT]
     kernels.least_surprised.argtypes = [SIZE] * 4 + [POINTER] * 7 + [INT]

@@ -42,10 +42,13 @@ def all_surprises(
     """
     shape = config.num_hidden_layers, batch.input_ids.numel(), config.num_experts
 
-    def objective(embedding: Tree) -> tuple[Tensor, tuple[list[Tensor], RouterTrace]]:
+    def objective(embedding: Tree, given: Any) -> tuple[Tensor, tuple[list[Tensor], RouterTrace]]:
+        params, batch, surprise_budget = given
         leaf, w2, w13, surfaces = embedding["embed_tokens"], apply_w2, apply_w13, []
         for kind in RECORDED:
-            surfaces.append(leaf.new_full(shape, torch.inf, dtype=wide_dtype(leaf.dtype)))
+            surfaces.append(
+                leaf.new_full((*batch.input_ids.shape[:-2], *shape), torch.inf, dtype=wide_dtype(leaf.dtype))
+            )
             hooks = SurpriseHookManager(surfaces[-1], w2, kind, w13)
             w2, w13 = hooks.apply_w2, hooks.apply_w13
         logits, trace = forward(
@@ -55,7 +58,9 @@ def all_surprises(
         return language_modelling(logits, batch.labels).loss_sum, (surfaces, trace)
 
     # A path from the bottom to the loss is all that the hooks need; no other parameter gets a gradient.
-    _, (surfaces, trace) = gradients(objective, {"embed_tokens": params["embed_tokens"]}, reads=dict(params))
+    _, (surfaces, trace) = gradients(
+        objective, ({"embed_tokens": params["embed_tokens"]},), (dict(params), batch, surprise_budget)
+    )
     found = dict(zip(RECORDED, surfaces, strict=True))
     routes = trace.expert_ids, trace.weights, trace.active
     known: dict[str, Tensor] = {**found, "unweighted": found["w2"]}

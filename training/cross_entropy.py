@@ -11,10 +11,8 @@ from training.batch import IGNORE_INDEX
 
 
 def cross_entropy(
-    logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]
-) -> tuple[
-    Float[Tensor, "batch seq"], Float[Tensor, "batch seq"], Int[Tensor, "batch seq"], Float[Tensor, "batch seq"]
-]:
+    logits: Float[Tensor, "*rows vocab"], labels: Int[Tensor, "*rows"]
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"], Int[Tensor, "*rows"], Float[Tensor, "*rows"]]:
     """(-log softmax(logits) at the label, entropy of the softmax, most probable token, log of the softmax's sum).
 
     Losses and entropies are in nats, and 0 where the label is -100. Only the first has a gradient.

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tiny_onn_func.hashing import WORD, mix
+from tiny_onn_func.ops import as_wide_as
 from training.hyper import Number
 
 
@@ -21,22 +22,25 @@ class Stream(IntEnum):
 
 
 def draw_words(seed: Number, step: Tensor, stream: Stream, *shape: int) -> Int[Tensor, "..."]:
-    """Words of 32 bits: hash(hash(seed, step, stream), position)."""
+    """Words of 32 bits: hash(hash(seed, step, stream), position); seed and step may have an axis of runs."""
     position = torch.arange(math.prod(shape), device=step.device).reshape(shape)
     key = mix(mix(torch.as_tensor(seed, device=step.device).to(torch.int64)) + step)
-    return mix(mix(position) + (key if stream == Stream.EXPLORE else mix(key + int(stream))))
+    key = key if stream == Stream.EXPLORE else mix(key + int(stream))
+    return mix(mix(position) + key[(..., *(None,) * len(shape))])
 
 
 def draw_exploration(
     seed: Number, step: Tensor, probability: Number, layers: int, tokens: int, experts: int
-) -> Int[Tensor, "layers tokens"]:
+) -> Int[Tensor, "*runs layers tokens"]:
     """An expert to try for each (layer, token), -1 for none; each token tries with the given probability."""
     word = draw_words(seed, step, Stream.EXPLORE, 2, layers, tokens)
-    tries = word[0].to(torch.float64) / WORD < probability
-    return torch.where(tries, word[1] * experts >> 32, -1)
+    chance, choice = word.unbind(-3)
+    tries = chance.to(torch.float64) / WORD < as_wide_as(chance, probability)
+    return torch.where(tries, choice * experts >> 32, -1)
 
 
 def draw_normal(seed: Number, step: Tensor, stream: Stream, *shape: int) -> Float[Tensor, "..."]:
     """Standard normal numbers, float64 (Box and Muller 1958)."""
     word = (draw_words(seed, step, stream, 2, *shape).to(torch.float64) + 0.5) / WORD
-    return (-2 * word[0].log()).sqrt() * (2 * math.pi * word[1]).cos()
+    size, turn = word.unbind(-1 - len(shape))
+    return (-2 * size.log()).sqrt() * (2 * math.pi * turn).cos()

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from tiny_onn_func.experts import Rows, spread
 from training.collectives import Group
 from training.hooks import SurpriseHookManager
-from training.surprise import SurpriseKind
+from training.surprise import SurpriseKind, row_dot, row_surprise
 
 ROWS, SURPRISE, SIZES = "rows of experts", "surprise of rows", "numbers of rows"  # purposes of messages
 
@@ -65,6 +65,9 @@ class TravellingRows(SurpriseHookManager):
         journey = self._journeys.pop(layer)
         y = super().apply_w2(layer, hidden, w2, journey.rows)
         return _FromOwners.apply(y, journey, self._group, rows.token.shape[0])
+
+    def _write(self, layer: int, left: Tensor, grad: Tensor, rows: Rows) -> None:
+        self._fill(layer, (row_dot if self._kind == "benefit" else row_surprise)(left, grad), rows)
 
     def _fill(self, layer: int, values: Tensor, rows: Rows) -> None:
         self._measured[layer] = values

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from tiny_onn_func.experts import ApplyW2, ApplyW13, Rows, input_of, spread
 from tiny_onn_func.experts import apply_w2 as plain_apply_w2
 from tiny_onn_func.experts import apply_w13 as plain_apply_w13
-from tiny_onn_func.mapped import Axis, inside_again, peel, wrap
+from tiny_onn_func.mapped import peel, wrap
 from training.surprise import SurpriseKind, row_norm, row_surprise, sparse_fill, surface_of
 
 
@@ -24,7 +24,7 @@ class SurpriseHookManager:
     transform has wrapped (`leaf.new_full(...)`), and return it through `has_aux`; a tensor from outside is refused.
 
     Args:
-        per_token_surprise: (L, T, E), +inf everywhere; entries of routed rows become finite, sparse fill.
+        per_token_surprise: (..., L, T, E), +inf everywhere; entries of routed rows become finite, sparse fill.
         apply_w2: the application to wrap.
         kind: what is recorded; those of `PER_WEIGHT` are to be divided by the routing weight afterwards.
         apply_w13: the application of gate and up to wrap.
@@ -32,7 +32,7 @@ class SurpriseHookManager:
 
     def __init__(
         self,
-        per_token_surprise: Float[Tensor, "layers tokens experts"],
+        per_token_surprise: Float[Tensor, "*runs layers tokens experts"],
         apply_w2: ApplyW2 = plain_apply_w2,
         kind: SurpriseKind = "w2",
         apply_w13: ApplyW13 = plain_apply_w13,
@@ -74,7 +74,7 @@ class SurpriseHookManager:
         if inside.requires_grad:
             # Detached: torch.func.grad differentiates with create_graph; an attached norm would tie the graph into a
             # cycle.
-            self._handles.append(inside.register_hook(lambda grad: _seen_inside(record, grad.detach(), axes)))
+            self._handles.append(inside.register_hook(lambda grad: record(wrap(grad.detach(), axes))))
         return inside.requires_grad
 
     def _record_w2(self, layer: int, grad: Tensor) -> None:
@@ -82,8 +82,7 @@ class SurpriseHookManager:
         if self._kind == "experts":
             self._so_far[layer] = [row_surprise(saved, grad)]
         else:
-            surface = self.per_token_surprise[layer]
-            surface.copy_(surface_of(saved, grad, rows, *surface.shape, is_signed=self._kind == "benefit"))
+            self._write(layer, saved, grad, rows)
 
     def _record_w13(self, layer: int, grad: Tensor) -> None:
         x, rows = self._inputs[layer]
@@ -91,17 +90,15 @@ class SurpriseHookManager:
             self._fill(layer, row_norm(grad), rows)
             return
         parts = self._so_far[layer]
-        parts.append(row_norm(x).gather(0, input_of(x, rows)) * row_norm(grad))
+        parts.append(row_norm(x).gather(-1, input_of(x, rows)) * row_norm(grad))
         if len(parts) == 3:  # the squares of all three matrices add up
             del self._so_far[layer]
             self._fill(layer, parts[0].hypot(parts[1]).hypot(parts[2]), rows)
 
+    def _write(self, layer: int, left: Tensor, grad: Tensor, rows: Rows) -> None:
+        surface = self.per_token_surprise.select(-3, layer)
+        surface.copy_(surface_of(left, grad, rows, *surface.shape[-2:], is_signed=self._kind == "benefit"))
+
     def _fill(self, layer: int, values: Tensor, rows: Rows) -> None:
-        surface = self.per_token_surprise[layer]
-        surface.copy_(sparse_fill(values.to(surface.dtype), rows.token, rows.expert, *surface.shape))
-
-
-def _seen_inside(record: Callable[[Tensor], None], grad: Tensor, axes: list[Axis]) -> None:
-    """Show a mapped tensor's gradient, whose backward pass runs outside of the vmaps, as what is mapped by them."""
-    with inside_again():
-        record(wrap(grad, axes))
+        surface = self.per_token_surprise.select(-3, layer)
+        surface.copy_(sparse_fill(values.to(surface.dtype), rows.token, rows.expert, *surface.shape[-2:]))

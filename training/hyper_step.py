@@ -9,7 +9,8 @@ from torch import Generator, Tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.grouped import matmul
-from tiny_onn_func.ops import wide_dtype
+from tiny_onn_func.mapped import over_trees
+from tiny_onn_func.ops import as_wide_as, wide_dtype
 from tiny_onn_func.params import init_params
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training import metrics as measure
@@ -38,7 +39,7 @@ class TrainState(NamedTuple):
     params: Tree
     expert_opt: AdamWState  # over everything but the router
     router_opt: AdamWState  # over the router's matrix, and its thresholds where they are learned
-    step: Tensor  # () int64
+    step: Tensor  # () int64, or (runs)
 
 
 def init_state(config: ModelConfig, generator: Generator) -> TrainState:
@@ -61,7 +62,7 @@ def hyper_step(
     *,
     kind: SurpriseKind = "w2",
     compute_dtype: torch.dtype | None = None,
-    teacher_logits: Float[Tensor, "batch seq vocab"] | None = None,
+    teacher_logits: Float[Tensor, "*runs batch seq vocab"] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of both systems; pure: the inputs stay untouched and nothing is left behind.
 
@@ -75,12 +76,22 @@ def hyper_step(
         teacher_logits: with `hyper.distill_alpha` the main loss, and so surprise, is the mixture of cross entropy and
             distillation; the metric `main_loss` stays the cross entropy.
     """
+    given = state, batch, hyper, teacher_logits
+    return over_trees(lambda given: _step(given, config, kind, compute_dtype), given)
+
+
+def _step(
+    given: tuple[TrainState, Batch, HyperParams, Tensor | None], config: ModelConfig, kind: SurpriseKind,
+    compute_dtype: torch.dtype | None,
+) -> tuple[TrainState, Metrics]:  # fmt: skip
+    """Of one run, or of several, with an axis of runs in front of every tensor."""
+    state, batch, hyper, teacher_logits = given
     part = observe(
         state, batch, hyper, config, kind=kind, compute_dtype=compute_dtype, teacher_logits=teacher_logits
     )  # fmt: skip
     router_grads, loss = router_gradients(state, part, part.sums, hyper, config)
     fast, _ = partition(state.params)
-    grad_norm = global_norm(part.grads) / part.sums.targets.clamp_min(1)
+    grad_norm = global_norm(part.grads, state.step.ndim) / part.sums.targets.clamp_min(1)
     fast, expert_opt = fast_update(fast, part.grads, state.expert_opt, grad_norm, part.sums, state.step, hyper)
     new, measured = slow_update(state, fast, expert_opt, router_grads, loss, part.sums, hyper, config)
     return new, measured._replace(grad_norm=grad_norm)
@@ -96,7 +107,7 @@ class Part(NamedTuple):
     router_grads: Tree | None  # in the router, where `hyper.router_coupling` lets the main loss in
     seen: Observed
     targets: Targets
-    real: Bool[Tensor, " tokens"]
+    real: Bool[Tensor, "*runs tokens"]
     sums: Sums
 
 
@@ -108,7 +119,7 @@ def observe(
     *,
     kind: SurpriseKind = "w2",
     compute_dtype: torch.dtype | None = None,
-    teacher_logits: Float[Tensor, "batch seq vocab"] | None = None,
+    teacher_logits: Float[Tensor, "*runs batch seq vocab"] | None = None,
     share: Share = WHOLE,
     hooks_of: HooksOf = SurpriseHookManager,
 ) -> Part:
@@ -117,7 +128,7 @@ def observe(
         state.params, batch, hyper, config, state.step, kind, compute_dtype, teacher_logits, share=share,
         hooks_of=hooks_of,
     )  # fmt: skip
-    real = rearrange(batch.attention_mask != 0, "b s -> (b s)")
+    real = rearrange(batch.attention_mask != 0, "... b s -> ... (b s)")
     targets = _targets(seen.per_token_surprise, real, hyper, state.step)
     return Part(grads, router_grads, seen, targets, real, sums_of(seen, targets, real))
 
@@ -129,22 +140,21 @@ def router_gradients(
     learned = _learned(partition(state.params)[1], config)
     load = measure.shares(sums.routed)
     annealed = _annealed(hyper, state.step)
-    inputs = part.seen.trace.router_inputs.detach()
 
-    def objective(learned: Tree) -> tuple[Tensor, RouterLoss]:
+    def objective(learned: Tree, given: Any) -> tuple[Tensor, RouterLoss]:
         """The router is linear in detached inputs: its gradient needs no second pass through the model."""
-        router = learned["router"]
+        router, (inputs, targets, load, real, hyper, informative, tokens) = learned["router"], given
         dtype = wide_dtype(router.dtype)
         logits = matmul(inputs.to(dtype), router.to(dtype))
-        loss = router_loss(
-            logits, part.targets, load, part.real, annealed, informative=sums.informative, tokens=sums.real
-        )
+        loss = router_loss(logits, targets, load, real, hyper, informative=informative, tokens=tokens)
         return loss.total, loss
 
-    (grads,), loss = gradients(objective, learned, reads=annealed)
+    inputs = part.seen.trace.router_inputs.detach()
+    given = inputs, part.targets, load, part.real, annealed, sums.informative, sums.real
+    (grads,), loss = gradients(objective, (learned,), given)
     if part.router_grads is not None:
         main, targets_count = _learned(part.router_grads, config), sums.targets.clamp_min(1)
-        grads = {name: grad + main[name] / targets_count for name, grad in grads.items()}
+        grads = {name: grad + main[name] / as_wide_as(grad, targets_count) for name, grad in grads.items()}
     return grads, loss
 
 
@@ -172,7 +182,7 @@ def slow_update(
     """The router's step, and with it the new state and the metrics, but for `grad_norm`."""
     router = partition(state.params)[1]
     rate, learning, load = schedule(state.step, hyper), _while_learning(state.step, hyper), measure.shares(sums.routed)
-    router_grad_norm = global_norm(router_grads)
+    router_grad_norm = global_norm(router_grads, state.step.ndim)
     learned, router_opt = adamw_update(
         _learned(router, config), router_grads, state.router_opt, lr=hyper.router_lr * rate * learning,
         weight_decay=0.0, hyper=hyper, grad_scale=clip_factor(router_grad_norm, hyper.max_grad_norm),
@@ -188,10 +198,10 @@ def slow_update(
 
 
 def balanced_bias(
-    bias: Tensor, load: Float[Tensor, "layers experts"], speed: Number
-) -> Float[Tensor, "layers experts"]:
+    bias: Tensor, load: Float[Tensor, "*runs layers experts"], speed: Number
+) -> Float[Tensor, "*runs layers experts"]:
     """bias + speed * sign(mean load - load): over-used experts sink (loss-free balancing, arXiv 2408.15664)."""
-    return bias + (speed * (load.mean(dim=-1, keepdim=True) - load).sign()).to(bias.dtype)
+    return bias + (as_wide_as(load, speed) * (load.mean(dim=-1, keepdim=True) - load).sign()).to(bias.dtype)
 
 
 def _targets(surprise: Tensor, real: Tensor, hyper: HyperParams, step: Tensor) -> Targets:
@@ -203,7 +213,7 @@ def _targets(surprise: Tensor, real: Tensor, hyper: HyperParams, step: Tensor) -
     )  # fmt: skip
     if is_off(hyper.shuffle_targets):
         return targets
-    words = draw_words(hyper.explore_seed, step, Stream.SHUFFLE, *targets.expert.shape)
+    words = draw_words(hyper.explore_seed, step, Stream.SHUFFLE, *targets.expert.shape[-2:])
     return shuffled(targets, words, hyper.shuffle_targets)
 
 

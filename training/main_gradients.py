@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
-from tiny_onn_func.mapped import over_runs
+from tiny_onn_func.mapped import each_run
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training import metrics as measure
@@ -43,7 +44,7 @@ def main_gradients(
     step: Tensor,
     kind: SurpriseKind = "w2",
     compute_dtype: torch.dtype | None = None,
-    teacher_logits: Float[Tensor, "batch seq vocab"] | None = None,
+    teacher_logits: Float[Tensor, "*runs batch seq vocab"] | None = None,
     *,
     share: Share = WHOLE,
     hooks_of: HooksOf = SurpriseHookManager,
@@ -53,16 +54,18 @@ def main_gradients(
     The router's is None unless `hyper.router_coupling` lets the main loss in.
     """
     fast, router = partition(params)
-    layers, tokens, experts = config.num_hidden_layers, batch.input_ids.numel(), config.num_experts
+    layers, tokens, experts = config.num_hidden_layers, batch.input_ids.shape[-2:].numel(), config.num_experts
     explore = None
     if not is_off(hyper.explore_prob):
         drawn = draw_exploration(hyper.explore_seed, step, hyper.explore_prob, layers, tokens * share.of, experts)
-        explore = drawn[:, tokens * share.place : tokens * (share.place + 1)]
+        explore = drawn[..., tokens * share.place : tokens * (share.place + 1)]
 
-    def objective(fast: Tree, router: Tree) -> tuple[Tensor, Observed]:
+    def objective(fast: Tree, router: Tree, given: Any) -> tuple[Tensor, Observed]:
+        batch, hyper, explore, teacher_logits = given
         dtype = wide_dtype(fast["embed_tokens"].dtype)
-        surprise = torch.full((layers, tokens, experts), torch.inf, dtype=dtype, device=batch.input_ids.device)
-        hooks = hooks_of(surprise + _mapped_zero((fast, router, batch, hyper, step), dtype), kind=kind)
+        shape = *batch.input_ids.shape[:-2], layers, tokens, experts
+        surprise = torch.full(shape, torch.inf, dtype=dtype, device=batch.input_ids.device)
+        hooks = hooks_of(_wrapped_like((fast, router, given), surprise), kind=kind)
         computed = fast if compute_dtype is None else tree_map(lambda leaf: leaf.to(compute_dtype), fast)
         logits, trace = forward(
             merge(computed, router), batch.input_ids, config, attention_mask=batch.attention_mask,
@@ -70,7 +73,7 @@ def main_gradients(
             router_coupling=hyper.router_coupling, explore=explore,
         )  # fmt: skip
         lm = language_modelling(logits, batch.labels)
-        total, kl = lm.loss_sum, lm.loss_sum.new_zeros(())
+        total, kl = lm.loss_sum, torch.zeros_like(lm.loss_sum)
         if teacher_logits is not None and not is_off(hyper.distill_alpha):
             kl = distillation(logits, teacher_logits, batch.labels, hyper.distill_temperature)
             alpha = hyper.distill_alpha
@@ -78,14 +81,16 @@ def main_gradients(
         none_yet = torch.zeros_like(lm.targets)  # surprise is there after the backward pass
         return total.to(lm.loss_sum.dtype), Observed(lm, trace, hooks.per_token_surprise, kl, none_yet)
 
-    trees = (fast,) if is_off(hyper.router_coupling) else (fast, router)
-    grads, seen = gradients(lambda *own: objective(*own, *(fast, router)[len(own) :]), *trees, reads=(router, hyper))
+    given = batch, hyper, explore, teacher_logits
+    if is_off(hyper.router_coupling):
+        grads, seen = gradients(lambda fast, given: objective(fast, *given), (fast,), (router, given))
+    else:
+        grads, seen = gradients(objective, (fast, router), given)
     trace = seen.trace
-    given = seen.per_token_surprise, trace.expert_ids, trace.active
-    (nonfinite,) = over_runs(lambda *plain: (measure.nonfinite_surprise(*plain),), *given)
+    nonfinite = measure.nonfinite_surprise(seen.per_token_surprise, trace.expert_ids, trace.active)
     seen = seen._replace(nonfinite=nonfinite)
     if kind == "oracle":
-        values = sampled_losses(params, batch, config, hyper.explore_seed, step, hyper.pi_alpha)
+        values = each_run(lambda one: sampled_losses(one, config), (params, batch, hyper, step), step.ndim)
         seen = seen._replace(per_token_surprise=values.to(seen.per_token_surprise.dtype))
     if kind in PER_WEIGHT:
         surprise = per_weight(seen.per_token_surprise, trace.expert_ids, trace.weights, trace.active)
@@ -102,7 +107,8 @@ def per_token_surprise(
     return seen.per_token_surprise
 
 
-def _mapped_zero(tree: Any, dtype: torch.dtype) -> Tensor:
-    """0, batched wherever vmap maps a leaf: in-place writes need the mapped axes of what is written."""
-    zeros = [leaf.detach().new_zeros((), dtype=dtype) for leaf in leaves(tree) if isinstance(leaf, Tensor)]
-    return torch.stack(zeros).sum()
+def _wrapped_like(tree: Any, t: Tensor) -> Tensor:
+    """The tensor, wrapped by every transform that wraps a leaf, as in-place writes need."""
+    wrapped = [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor) and is_functorch_wrapped_tensor(leaf)]
+    zeros = [leaf.detach().new_zeros((), dtype=t.dtype) for leaf in wrapped]
+    return t + torch.stack(zeros).sum() if zeros else t

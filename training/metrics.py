@@ -36,12 +36,12 @@ def counts(
     return empty.scatter_add(-1, index, torch.ones_like(index))[..., :bins]
 
 
-def shares(counts: Int[Tensor, "layers bins"]) -> Float[Tensor, "layers bins"]:
+def shares(counts: Int[Tensor, "*runs layers bins"]) -> Float[Tensor, "*runs layers bins"]:
     """Share of each layer's rows that falls into each bin; zeros where there is none. Of experts: their load."""
     return counts.to(torch.float32) / counts.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
-def max_vio(load: Float[Tensor, "layers experts"]) -> Float[Tensor, ""]:
+def max_vio(load: Float[Tensor, "*runs layers experts"]) -> Float[Tensor, "*runs"]:
     """Mean over layers of (max load - mean load) / mean load; 0 is even, E - 1 is one expert alone.
 
     A layer without load counts as 0 (MaxVio: Wang et al. 2024, arXiv 2408.15664).
@@ -49,12 +49,12 @@ def max_vio(load: Float[Tensor, "layers experts"]) -> Float[Tensor, ""]:
     load = _wide(load)
     mean, highest = load.mean(dim=-1), load.amax(dim=-1)
     used = mean > 0
-    return torch.where(used, (highest - mean) / torch.where(used, mean, 1.0), 0.0).mean()
+    return torch.where(used, (highest - mean) / torch.where(used, mean, 1.0), 0.0).mean(dim=-1)
 
 
-def dead_experts(load: Float[Tensor, "layers experts"]) -> Float[Tensor, ""]:
+def dead_experts(load: Float[Tensor, "*runs layers experts"]) -> Float[Tensor, "*runs"]:
     """Number of (layer, expert) pairs that got no row in this batch."""
-    return (load == 0).sum().to(torch.float32)
+    return (load == 0).sum(dim=(-2, -1)).to(torch.float32)
 
 
 def load_entropy(load: Float[Tensor, "layers experts"]) -> Float[Tensor, ""]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tiny_onn_func import decisions, native
 from tiny_onn_func.folding import one_axis
 from tiny_onn_func.mapped import over_runs
+from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.twins import Twin, Values, with_kernel
 from training.batch import IGNORE_INDEX
 from training.cross_entropy import cross_entropy
@@ -17,7 +18,7 @@ from training.hyper import HyperParams, Number, is_off
 
 
 class LanguageModelling(NamedTuple):
-    """Sums over the tokens that have a target, all 0-d."""
+    """Sums over the tokens that have a target, of each run."""
 
     loss_sum: Tensor  # nats
     targets: Tensor  # number of target tokens
@@ -25,33 +26,35 @@ class LanguageModelling(NamedTuple):
     entropy_sum: Tensor  # of the output distribution, nats; detached
 
 
-def language_modelling(logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]) -> LanguageModelling:
+def language_modelling(
+    logits: Float[Tensor, "*runs batch seq vocab"], labels: Int[Tensor, "*runs batch seq"]
+) -> LanguageModelling:
     """Cross entropy of the labels, summed; labels of -100 count nowhere.
 
     The *sum* is what surprise differentiates: a batch that is split or padded keeps every token's value.
     """
     losses, entropies, best, _ = cross_entropy(logits, labels)
-    return LanguageModelling(
-        losses.sum(), (labels != IGNORE_INDEX).sum(), (best == labels).sum(), entropies.detach().sum()
-    )
+    summed = losses, labels != IGNORE_INDEX, best == labels, entropies.detach()
+    return LanguageModelling(*(t.sum(dim=(-2, -1)) for t in summed))
 
 
 def distillation(
-    logits: Float[Tensor, "batch seq vocab"],
-    teacher_logits: Float[Tensor, "batch seq vocab"],
-    labels: Int[Tensor, "batch seq"],
+    logits: Float[Tensor, "*runs batch seq vocab"],
+    teacher_logits: Float[Tensor, "*runs batch seq vocab"],
+    labels: Int[Tensor, "*runs batch seq"],
     temperature: Number,
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, "*runs"]:
     """KL(teacher || student) at a temperature, summed over the tokens that have a target, nats (arXiv 1503.02531)."""
+    temperature = as_wide_as(logits, temperature)
     log_p, log_q = ((x / temperature).log_softmax(dim=-1) for x in (teacher_logits.to(logits.dtype), logits))
     finite = log_p.clamp_min(torch.finfo(log_p.dtype).min)  # a token that the teacher rules out (-inf) adds 0
-    kl = reduce(log_p.exp() * (finite - log_q), "batch seq vocab -> batch seq", "sum")
-    return torch.where(labels != IGNORE_INDEX, kl, 0.0).sum()
+    kl = reduce(log_p.exp() * (finite - log_q), "... vocab -> ...", "sum")
+    return torch.where(labels != IGNORE_INDEX, kl, 0.0).sum(dim=(-2, -1))
 
 
 def predictive_integrity(
     main_loss: Tensor, tau: Tensor, surprise: Tensor, pi_alpha: Number, pi_gamma: Number
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, "*runs"]:
     """pi_score = exp(-pi_alpha * (main_loss / tau + pi_gamma * surprise)); losses and tau in nats."""
     return torch.exp(-pi_alpha * (main_loss / tau.clamp_min(torch.finfo(tau.dtype).tiny) + pi_gamma * surprise))
 
@@ -59,15 +62,15 @@ def predictive_integrity(
 class Targets(NamedTuple):
     """What surprise asks of the router."""
 
-    expert: Int[Tensor, "layers tokens"]
-    informative: Bool[Tensor, "layers tokens"]  # whether the token teaches the router
-    tied: Bool[Tensor, "layers tokens"]  # real, with candidates enough, but all of them equal
-    shares: Float[Tensor, "layers tokens experts"] | None = None  # soft targets; None puts all on `expert`
+    expert: Int[Tensor, "*runs layers tokens"]
+    informative: Bool[Tensor, "*runs layers tokens"]  # whether the token teaches the router
+    tied: Bool[Tensor, "*runs layers tokens"]  # real, with candidates enough, but all of them equal
+    shares: Float[Tensor, "*runs layers tokens experts"] | None = None  # soft targets; None puts all on `expert`
 
 
 def router_targets(
-    per_token_surprise: Float[Tensor, "layers tokens experts"],
-    real: Bool[Tensor, " tokens"],
+    per_token_surprise: Float[Tensor, "*runs layers tokens experts"],
+    real: Bool[Tensor, "*runs tokens"],
     min_candidates: Number,
     sign: Number = 1.0,
     temperature: Number = 0.0,
@@ -80,18 +83,22 @@ def router_targets(
     of a token without gradient (surprise 0 everywhere) would quietly favour the first expert. A lone candidate, allowed
     by min_candidates = 1, is not a tie.
     """
-    least, side = (torch.as_tensor(n, device=real.device, dtype=torch.float32) for n in (min_candidates, sign))
+    runs, numbers = real.shape[:-1], (min_candidates, sign)
+    least, side = (torch.as_tensor(n, device=real.device, dtype=torch.float32).expand(runs) for n in numbers)
     expert, informative, tied = over_runs(_hard_targets, per_token_surprise, real, least, side)
     if is_off(temperature):
         return Targets(expert, informative, tied, None)
     finite = per_token_surprise.isfinite()
-    signed = torch.where(finite, per_token_surprise * sign, torch.inf)
+    signed = torch.where(finite, per_token_surprise * as_wide_as(finite, sign), torch.inf)
     size = torch.where(finite, per_token_surprise.abs(), 0.0).sum(dim=-1) / finite.sum(dim=-1).clamp_min(1)
-    width = (temperature * torch.where(informative, size, 1.0)).clamp_min(torch.finfo(size.dtype).tiny)
+    width = (as_wide_as(size, temperature) * torch.where(informative, size, 1.0)).clamp_min(
+        torch.finfo(size.dtype).tiny
+    )
     below = torch.where(finite & informative.unsqueeze(-1), signed.amin(dim=-1, keepdim=True) - signed, -torch.inf)
     hard = torch.zeros_like(signed).scatter(-1, expert.unsqueeze(-1), 1.0)
     soft = torch.where(informative.unsqueeze(-1), below / width.unsqueeze(-1), 0.0).softmax(dim=-1)
-    return Targets(expert, informative, tied, torch.where(torch.as_tensor(temperature) > 0, soft, hard))
+    is_soft = as_wide_as(soft, torch.as_tensor(temperature)) > 0
+    return Targets(expert, informative, tied, torch.where(is_soft, soft, hard))
 
 
 def _hard_targets(surprise: Tensor, real: Tensor, least: Tensor, sign: Tensor) -> Values:
@@ -109,7 +116,7 @@ def _hard_targets(surprise: Tensor, real: Tensor, least: Tensor, sign: Tensor) -
     return signed.argmin(dim=-1), eligible & ~tied, tied
 
 
-def shuffled(targets: Targets, words: Int[Tensor, "layers tokens"], switch: Number) -> Targets:
+def shuffled(targets: Targets, words: Int[Tensor, "*runs layers tokens"], switch: Number) -> Targets:
     """With a switch of 1, the targets of each layer's informative tokens dealt out anew among those tokens.
 
     Args:
@@ -120,11 +127,12 @@ def shuffled(targets: Targets, words: Int[Tensor, "layers tokens"], switch: Numb
     from_place = torch.where(targets.informative, places, places + behind).argsort(dim=-1)
     to_place = torch.where(targets.informative, words, places + behind).argsort(dim=-1)
     dealt = torch.zeros_like(targets.expert).scatter(-1, to_place, targets.expert.gather(-1, from_place))
-    on = torch.as_tensor(switch, device=words.device) > 0
+    on = as_wide_as(words, torch.as_tensor(switch, device=words.device) > 0)
     shares = targets.shares
     if shares is not None:
         wide = from_place.unsqueeze(-1).expand_as(shares), to_place.unsqueeze(-1).expand_as(shares)
-        shares = torch.where(on, torch.zeros_like(shares).scatter(1, wide[1], shares.gather(1, wide[0])), shares)
+        dealt_shares = torch.zeros_like(shares).scatter(-2, wide[1], shares.gather(-2, wide[0]))
+        shares = torch.where(on.unsqueeze(-1), dealt_shares, shares)
     return targets._replace(expert=torch.where(on, dealt, targets.expert), shares=shares)
 
 
@@ -138,14 +146,14 @@ class RouterLoss(NamedTuple):
 
 
 def router_loss(
-    router_logits: Float[Tensor, "layers tokens experts"],
+    router_logits: Float[Tensor, "*runs layers tokens experts"],
     targets: Targets,
-    load: Float[Tensor, "layers experts"],
-    real: Bool[Tensor, " tokens"],
+    load: Float[Tensor, "*runs layers experts"],
+    real: Bool[Tensor, "*runs tokens"],
     hyper: HyperParams,
     *,
-    informative: Int[Tensor, ""] | None = None,
-    tokens: Int[Tensor, ""] | None = None,
+    informative: Int[Tensor, "*runs"] | None = None,
+    tokens: Int[Tensor, "*runs"] | None = None,
 ) -> RouterLoss:
     """surprise_weight * CE(logits, target) + balance_weight * balance + z_weight * z.
 
@@ -159,16 +167,16 @@ def router_loss(
         informative: (layer, token) pairs that teach; by default those of `targets`.
         tokens: real ones; by default those of `real`.
     """
-    informative = targets.informative.sum() if informative is None else informative
-    tokens = (real.sum() if tokens is None else tokens).clamp_min(1)
-    layers, _, experts = router_logits.shape
+    informative = targets.informative.sum(dim=(-2, -1)) if informative is None else informative
+    tokens = (real.sum(dim=-1) if tokens is None else tokens).clamp_min(1)
+    layers, _, experts = router_logits.shape[-3:]
     picked, mass, squares = _router_sums(router_logits, targets.expert, targets.informative, real)
     if targets.shares is not None:
         cross = -(targets.shares * router_logits.log_softmax(dim=-1)).sum(dim=-1)
-        picked = torch.where(targets.informative, cross, 0.0)
-    surprise = picked.sum() / informative.clamp_min(1)
-    balance = experts * (load * mass).sum() / (tokens * layers)
-    z = squares.sum() / (tokens * layers)
+        picked = torch.where(targets.informative, cross, 0.0).sum(dim=-1)
+    surprise = picked.sum(dim=-1) / informative.clamp_min(1)
+    balance = experts * (load * mass).sum(dim=(-2, -1)) / (tokens * layers)
+    z = squares.sum(dim=-1) / (tokens * layers)
     total = hyper.surprise_weight * surprise + hyper.balance_weight * balance + hyper.z_weight * z
     return RouterLoss(total, surprise, balance, z)
 

@@ -4,11 +4,13 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from tiny_onn_func import kernels, native
-from tiny_onn_func.mapped import fold_runs, only_vmaps, peel, unfold_runs
+from tiny_onn_func.mapped import over_trees
+from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.tiles import is_traced
 from tiny_onn_func.tree import Tree, flatten, leaves, tree_map, unflatten
 from training.hyper import HyperParams, Number
@@ -49,6 +51,14 @@ def adamw_update(
     step for all runs of a vmap at once. `backbone_scale` multiplies the rate, and so the decay, of every leaf that is
     no expert's.
     """
+    given = params, grads, state, lr, weight_decay, hyper, grad_scale, backbone_scale
+    return over_trees(lambda given: _updated(*given), given)
+
+
+def _updated(
+    params: Tree, grads: Tree, state: AdamWState, lr: Number, weight_decay: Number, hyper: HyperParams,
+    grad_scale: Number, backbone_scale: Number,
+) -> tuple[Tree, AdamWState]:  # fmt: skip
     updates = state.updates + 1
     t = updates.to(torch.float64)  # as Python's own numbers: in float32 the corrections would lose half of their digits
     step_size = lr / (1 - hyper.beta1**t)
@@ -62,8 +72,11 @@ def adamw_update(
         for backbone, share in ((True, backbone_scale), (False, 1.0)) for decays in (True, False)
     }  # fmt: skip
     p, g, mu, nu = (flatten(tree) for tree in (params, grads, state.mu, state.nu))
-    update = _native_update if _may_take_kernel((p, g, mu, nu), [*steps.values()]) else _update
-    new = update(p, g, mu, nu, {name: (is_backbone(name), has_decay(name)) for name in p}, steps)
+    kinds = {name: (is_backbone(name), has_decay(name)) for name in p}
+    if _may_take_kernel((p, g, mu, nu), [*steps.values()]):
+        new = _native_update(p, g, mu, nu, kinds, steps, updates.shape)
+    else:
+        new = _update(p, g, mu, nu, kinds, steps)
     made = [unflatten({name: leaf[place] for name, leaf in new.items()}) for place in range(3)]
     return made[0], AdamWState(updates, made[1], made[2])
 
@@ -79,7 +92,7 @@ def _update(
     """The formula."""
     new = {}
     for name, value in p.items():
-        scale, into_mu, into_nu, eps, decay, step = (_in_dtype(number, value) for number in steps[kinds[name]])
+        scale, into_mu, into_nu, eps, decay, step = (_for_leaf(number, value) for number in steps[kinds[name]])
         grad = g[name] * scale
         m, v = torch.lerp(mu[name], grad, into_mu), torch.lerp(nu[name], grad.square(), into_nu)
         new[name] = value * decay - step * (m / (_root(v) + eps)), m, v
@@ -87,29 +100,26 @@ def _update(
 
 
 def _native_update(
-    p: Leaves, g: Leaves, mu: Leaves, nu: Leaves, kinds: dict[str, Kind], steps: Steps
+    p: Leaves, g: Leaves, mu: Leaves, nu: Leaves, kinds: dict[str, Kind], steps: Steps, runs: torch.Size
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """The same, each leaf read and written once."""
-    numbers = {kind: _stacked(steps[kind]) for kind in set(kinds.values())}
-    new = {}
-    for name in p:
-        leaf = (fold_runs(tree[name]) for tree in (p, g, mu, nu))
-        made = kernels.adamw(numbers[kinds[name]], *leaf)
-        new[name] = unfold_runs(made[0]), unfold_runs(made[1]), unfold_runs(made[2])
-    return new
+    numbers = {kind: _stacked(steps[kind], runs) for kind in set(kinds.values())}
+    flat = ([t.reshape(runs.numel(), -1) for t in tree.values()] for tree in (p, {n: g[n] for n in p}, mu, nu))
+    made = kernels.adamw([numbers[kinds[name]] for name in p], *flat)
+    shaped = ([t.view(leaf.shape) for t, leaf in zip(leaves, p.values(), strict=True)] for leaves in made)
+    return dict(zip(p, zip(*shaped, strict=True), strict=True))
 
 
 def _may_take_kernel(trees: Any, numbers: Any) -> bool:
     """Whether the kernel takes the leaves, and nobody asks for derivatives or is tracing."""
-    inside = [peel(leaf)[0] for leaf in leaves((trees, numbers)) if isinstance(leaf, Tensor)]
-    followed = not only_vmaps() or any(t.requires_grad or is_traced(t) for t in inside)
-    return not followed and native.can_take(*(peel(leaf)[0] for leaf in leaves(trees)))
+    tensors = [leaf for leaf in leaves((trees, numbers)) if isinstance(leaf, Tensor)]
+    followed = any(t.requires_grad or is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors)
+    return not followed and native.can_take(*leaves(trees))
 
 
-def _stacked(numbers: tuple[Number, ...]) -> Float[Tensor, "runs numbers"]:
-    return fold_runs(torch.stack([torch.as_tensor(number, dtype=torch.float64) for number in numbers])).to(
-        torch.float32
-    )
+def _stacked(numbers: tuple[Number, ...], runs: torch.Size) -> Float[Tensor, "runs numbers"]:
+    each = [torch.as_tensor(number, dtype=torch.float64).expand(runs) for number in numbers]
+    return torch.stack(each, dim=-1).to(torch.float32).reshape(runs.numel(), -1)
 
 
 def _root(nu: Tensor) -> Tensor:
@@ -117,9 +127,9 @@ def _root(nu: Tensor) -> Tensor:
     return nu.add(torch.finfo(nu.dtype).tiny).sqrt_()
 
 
-def _in_dtype(number: Number, leaf: Tensor) -> Number:
-    """A mapped number has an axis, and would promote the leaf to its own dtype."""
-    return number.to(leaf.dtype) if isinstance(number, Tensor) else number
+def _for_leaf(number: Number, leaf: Tensor) -> Number:
+    """In the leaf's dtype, as a mapped number would promote it to its own; of each run, with the leaf's axes."""
+    return as_wide_as(leaf, number.to(leaf.dtype) if isinstance(number, Tensor) else number)
 
 
 def has_decay(name: str) -> bool:
@@ -132,17 +142,18 @@ def is_backbone(name: str) -> bool:
     return ".moe." not in name and not name.startswith("router")
 
 
-def global_norm(grads: Any) -> Float[Tensor, ""]:
-    """Euclidean norm over all leaves together."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in leaves(grads)]))
+def global_norm(grads: Any, axes: int = 0) -> Float[Tensor, "*runs"]:
+    """Euclidean norm over all leaves together, of each run if there are `axes` of runs in front of every leaf."""
+    norms = [torch.linalg.vector_norm(g, dim=tuple(range(axes, g.ndim))) for g in leaves(grads)]
+    return torch.linalg.vector_norm(torch.stack(norms, dim=-1), dim=-1)
 
 
-def clip_factor(norm: Tensor, max_norm: Number) -> Float[Tensor, ""]:
+def clip_factor(norm: Float[Tensor, "*runs"], max_norm: Number) -> Float[Tensor, "*runs"]:
     """min(1, max_norm / norm): what to multiply gradients with."""
     return (max_norm / (norm + 1e-6)).clamp_max(1.0)
 
 
-def schedule(step: Tensor, hyper: HyperParams) -> Float[Tensor, ""]:
+def schedule(step: Int[Tensor, "*runs"], hyper: HyperParams) -> Float[Tensor, "*runs"]:
     """Share of the peak learning rate at a step: linear warm-up, then a cosine to `min_lr_ratio` at `total_steps`.
 
     warm = min(1, (step + 1) / warmup_steps); without `total_steps` (0) the rate stays at its peak.

@@ -28,7 +28,7 @@ from tiny_onn_func.ops import rms_norm, rotary_angles, wide_dtype
 from tiny_onn_func.routing import Routing
 from training.batch import IGNORE_INDEX, Batch
 from training.draws import Stream, draw_words
-from training.hyper import Number
+from training.hyper import HyperParams, Number
 
 PICKS = 2  # sampled tokens of a layer and sequence in a training step
 
@@ -86,12 +86,13 @@ def draw_sample(
 
 
 def sampled_losses(
-    params: Mapping[str, Any], batch: Batch, config: ModelConfig, seed: Number, step: Tensor, surprise_budget: Number
+    of_run: tuple[Mapping[str, Any], Batch, HyperParams, Tensor], config: ModelConfig
 ) -> Float[Tensor, "layers tokens experts"]:
     """The losses of PICKS tokens a layer and sequence, drawn by (seed, step), as a surprise; +inf at all others."""
-    sample = draw_sample(batch.labels, config.num_hidden_layers, PICKS, seed, step)
+    params, batch, hyper, step = of_run
+    sample = draw_sample(batch.labels, config.num_hidden_layers, PICKS, hyper.explore_seed, step)
     with torch.no_grad():
-        losses = counterfactual_losses(params, batch, config, sample, surprise_budget=surprise_budget)
+        losses = counterfactual_losses(params, batch, config, sample, surprise_budget=hyper.pi_alpha)
     return fill_sampled(losses.detach(), sample, batch.labels.shape[1])
 
 

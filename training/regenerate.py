@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.tree import Tree
 from training.draws import Stream, draw_normal
 from training.hyper import HyperParams
@@ -21,7 +22,7 @@ def regenerate(
     router_opt: AdamWState,
     step: Tensor,
     *,
-    load: Float[Tensor, "layers experts"],
+    load: Float[Tensor, "*runs layers experts"],
     hyper: HyperParams,
 ) -> dict[str, Any]:
     """The fields of a TrainState in which starved experts are replaced.
@@ -33,9 +34,9 @@ def regenerate(
     zeros it would starve again by definition. Nothing happens in the first 1 / (1 - beta2) steps.
     """
     moe = params["layers"]["moe"]
-    squares = reduce(expert_opt.nu["layers"]["moe"]["w2"], "layers experts inner dim -> layers experts", "mean")
-    floor = hyper.regenerate_below * squares.mean(dim=-1, keepdim=True)
-    starved = (squares < floor) & (step * (1 - hyper.beta2) > 1)
+    squares = reduce(expert_opt.nu["layers"]["moe"]["w2"], "... experts inner dim -> ... experts", "mean")
+    floor = as_wide_as(squares, hyper.regenerate_below) * squares.mean(dim=-1, keepdim=True)
+    starved = (squares < floor) & as_wide_as(squares, step * (1 - hyper.beta2) > 1)
     source = load.argmax(dim=-1)
 
     def replaced(tree: Tree, factor: float, **more: Tensor) -> Tree:
@@ -44,9 +45,10 @@ def regenerate(
         return {**tree, "layers": {**tree["layers"], "moe": {**own, **new, **more}}}
 
     router = moe["router"]
-    noise = draw_normal(hyper.explore_seed, step, Stream.REGENERATE, *router.shape).to(router.dtype)
-    aside = _by_expert(router, source) + noise * router.square().mean().sqrt()
-    column = rearrange(starved, "layers experts -> layers 1 experts")
+    noise = draw_normal(hyper.explore_seed, step, Stream.REGENERATE, *router.shape[-3:]).to(router.dtype)
+    size = router.square().mean(dim=(-3, -2, -1), keepdim=True).sqrt()
+    aside = _by_expert(router, source) + noise * size
+    column = starved.unsqueeze(-2)
     moments = router_opt.mu["router"], router_opt.nu["router"]
     return {
         "params": replaced(params, 1.0, router=torch.where(column, aside, router)),
@@ -59,16 +61,16 @@ def regenerate(
 
 
 def _take(
-    leaf: Float[Tensor, "layers experts a b"], source: Int[Tensor, " layers"], starved: Tensor, factor: float
+    leaf: Float[Tensor, "*runs layers experts a b"], source: Int[Tensor, "*runs layers"], starved: Tensor, factor: float
 ) -> Tensor:
     """Starved experts' matrices replaced by `factor` times their layer's source."""
-    index = rearrange(source, "layers -> layers 1 1 1").expand(-1, 1, *leaf.shape[2:])
-    return torch.where(rearrange(starved, "layers experts -> layers experts 1 1"), leaf.gather(1, index) * factor, leaf)
+    index = source[..., None, None, None].expand(*source.shape, 1, *leaf.shape[-2:])
+    return torch.where(starved[..., None, None], leaf.gather(-3, index) * factor, leaf)
 
 
 def _by_expert(
-    router: Float[Tensor, "layers dim experts"], source: Int[Tensor, " layers"]
-) -> Float[Tensor, "layers dim 1"]:
+    router: Float[Tensor, "*runs layers dim experts"], source: Int[Tensor, "*runs layers"]
+) -> Float[Tensor, "*runs layers dim 1"]:
     """The source's column of each layer."""
-    index = rearrange(source, "layers -> layers 1 1").expand(-1, router.shape[1], 1)
+    index = source[..., None, None].expand(*source.shape, router.shape[-2], 1)
     return router.gather(-1, index)

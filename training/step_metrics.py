@@ -16,7 +16,7 @@ from training.objectives import LanguageModelling, RouterLoss, Targets, predicti
 
 
 class Metrics(NamedTuple):
-    """What a step measured before its update; 0-d unless a shape is given."""
+    """What a step measured before its update; a number of each run unless a shape is given."""
 
     main_loss: Tensor  # mean nats per target
     distill_loss: Tensor  # mean KL(teacher || student) per target, nats; 0 without a teacher
@@ -47,7 +47,7 @@ class Observed(NamedTuple):
 
     lm: LanguageModelling
     trace: RouterTrace
-    per_token_surprise: Float[Tensor, "layers tokens experts"]
+    per_token_surprise: Float[Tensor, "*runs layers tokens experts"]
     distill_sum: Tensor  # KL(teacher || student), nats, summed over targets
     nonfinite: Tensor  # routed (layer, token, expert) whose measured surprise is NaN or infinite
 
@@ -55,7 +55,7 @@ class Observed(NamedTuple):
 class Sums(NamedTuple):
     """Sums over tokens and counts of them: those of a batch's parts add up to those of the batch.
 
-    0-d unless a shape is given; counts are integers.
+    A number of each run unless a shape is given; counts are integers.
     """
 
     loss: Tensor  # nats
@@ -78,7 +78,7 @@ class Sums(NamedTuple):
     nonfinite: Tensor
 
 
-def sums_of(seen: Observed, targets: Targets, real: Bool[Tensor, " tokens"]) -> Sums:
+def sums_of(seen: Observed, targets: Targets, real: Bool[Tensor, "*runs tokens"]) -> Sums:
     """What the step's objectives and metrics need of its tokens."""
     lm, trace = seen.lm, seen.trace
     of_tokens = trace.router_logits, seen.per_token_surprise, trace.expert_ids, trace.active
@@ -90,7 +90,7 @@ def sums_of(seen: Observed, targets: Targets, real: Bool[Tensor, " tokens"]) -> 
         correct=lm.correct,
         entropy=lm.entropy_sum,
         distill=seen.distill_sum,
-        real=real.sum(),
+        real=real.sum(dim=-1),
         visits=visits,
         informative=informative,
         hits=hits,
@@ -98,8 +98,8 @@ def sums_of(seen: Observed, targets: Targets, real: Bool[Tensor, " tokens"]) -> 
         tied=tied,
         routed=routed,
         wanted=wanted,
-        surprise=size.sum(),
-        surprised=sized.sum(),
+        surprise=size.sum(dim=(-2, -1)),
+        surprised=sized.sum(dim=(-2, -1)),
         expert_surprise=size,
         expert_surprised=sized,
         nonfinite=seen.nonfinite,
@@ -112,9 +112,9 @@ def _routing_sums(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(informative, hits, tied, visits, chance, routed, wanted, size, sized) of one run or of several, in front."""
     if native.may_run(logits, surprise):
-        wide, narrow = (logits, surprise, ids, active), (target, informative, tied)
-        given = (one_axis(t, dims) for some, dims in ((wide, 3), (narrow, 2)) for t in some)
-        counts, chance, *by_expert = decisions.routing_sums(*given, one_axis(real, 1))
+        by_width = (logits, surprise, ids, active), (target, informative, tied), (real,)
+        given = [one_axis(t, 3 - place) for place, some in enumerate(by_width) for t in some]
+        counts, chance, *by_expert = decisions.routing_sums(*given)
         runs, by_expert[2] = logits.shape[:-3], by_expert[2].to(torch.float32)
         totals = counts.sum(dim=-1).unbind(0)
         of_runs = (t.view(runs) for t in (*totals, chance.sum(dim=-1)))
@@ -136,10 +136,10 @@ def _routing_sums(
 
 def step_metrics(sums: Sums, loss: RouterLoss, hyper: HyperParams) -> Metrics:
     """All but what only the optimizers know: `grad_norm`, `router_grad_norm` and `lr` are zero here."""
-    count, informative, layers = sums.targets.clamp_min(1), sums.informative.clamp_min(1), sums.routed.shape[0]
+    count, informative, layers = sums.targets.clamp_min(1), sums.informative.clamp_min(1), sums.routed.shape[-2]
     main_loss, tau, load = sums.loss / count, sums.entropy / count, measure.shares(sums.routed)
     surprise = sums.surprise / sums.surprised.clamp_min(1)
-    unset = main_loss.new_zeros(())
+    unset = torch.zeros_like(main_loss)
     return Metrics(
         main_loss=main_loss,
         distill_loss=sums.distill / count,

@@ -23,6 +23,7 @@ from tiny_onn_func import decisions, native
 from tiny_onn_func.experts import Rows
 from tiny_onn_func.folding import one_axis
 from tiny_onn_func.mapped import over_runs
+from tiny_onn_func.ops import as_wide_as
 from training.hyper import Number
 
 SurpriseKind = Literal["w2", "unweighted", "experts", "input", "benefit", "oracle"]
@@ -64,18 +65,17 @@ def sparse_fill(
 
 
 def surface_of(
-    left: Float[Tensor, "rows in_dim"],
-    grad: Float[Tensor, "rows out_dim"],
+    left: Float[Tensor, "*runs rows in_dim"],
+    grad: Float[Tensor, "*runs rows out_dim"],
     rows: Rows,
     tokens: int,
     experts: int,
     *,
     is_signed: bool = False,
-) -> Float[Tensor, "tokens experts"]:
+) -> Float[Tensor, "*runs tokens experts"]:
     """`sparse_fill` of each row's surprise, or with `is_signed` of its dot product; in one pass where a kernel can."""
-    return over_runs(
-        lambda *given: (_surface(*given, tokens, experts, is_signed),), left, grad, rows.token, rows.expert
-    )[0]
+    sizes = tokens, experts, is_signed
+    return over_runs(lambda *given: (_surface(*given),), left, grad, rows.token, rows.expert, *sizes)[0]
 
 
 def _surface(
@@ -90,11 +90,11 @@ def _surface(
 
 
 def per_weight(
-    surprise: Float[Tensor, "layers tokens experts"],
-    expert_ids: Int[Tensor, "layers tokens slots"],
-    weights: Float[Tensor, "layers tokens slots"],
-    active: Bool[Tensor, "layers tokens slots"],
-) -> Float[Tensor, "layers tokens experts"]:
+    surprise: Float[Tensor, "*runs layers tokens experts"],
+    expert_ids: Int[Tensor, "*runs layers tokens slots"],
+    weights: Float[Tensor, "*runs layers tokens slots"],
+    active: Bool[Tensor, "*runs layers tokens slots"],
+) -> Float[Tensor, "*runs layers tokens experts"]:
     """Each value divided by its routing weight; an expert whose weight underflowed keeps 0."""
     ones = torch.ones_like(surprise)
     used = torch.where(active & (weights > 0), weights, 1.0).to(surprise.dtype)
@@ -102,11 +102,11 @@ def per_weight(
 
 
 def beside_own_mean(
-    surprise: Float[Tensor, "layers tokens experts"], exponent: Number
-) -> Float[Tensor, "layers tokens experts"]:
+    surprise: Float[Tensor, "*runs layers tokens experts"], exponent: Number
+) -> Float[Tensor, "*runs layers tokens experts"]:
     """Each value divided by (mean size of its expert's values in the batch) ** exponent; 1 compares like with like."""
     finite = surprise.isfinite()
     size = torch.where(finite, surprise.abs(), 0.0)
-    mean = size.sum(dim=1, keepdim=True) / finite.sum(dim=1, keepdim=True).clamp_min(1)
-    scale = torch.where(mean > 0, mean, 1.0) ** exponent
+    mean = size.sum(dim=-2, keepdim=True) / finite.sum(dim=-2, keepdim=True).clamp_min(1)
+    scale = torch.where(mean > 0, mean, 1.0) ** as_wide_as(mean, exponent)
     return torch.where(finite, surprise / scale, torch.inf)
