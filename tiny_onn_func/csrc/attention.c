@@ -2,23 +2,40 @@
 
 #include "products.h"
 
-/* Probabilities (high x width) of queries first .. first + high: softmax(q k^T + bias), zeros on later keys; `keys` is
-   k turned. If `log_sums` are known they are used, else they are made. */
+/* A row's length up to whole vectors. */
+INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* A row of `n` scores, with room for whole vectors, to e^(score + mask - from), zeros behind them; where that is not
+   `known`, to shares that sum to 1, and `from` becomes the logarithm of the sum. */
+INLINE void softmax(int64_t n, float *p, const float *mask, float *from, int known) {
+    vec most = (vec){0} - INFINITY, sum = {0};
+    for (int64_t j = 0; j < n; j += LANES) {
+        vec x = *(vec *)(p + j) + (n - j < LANES ? part(mask + j, (int)(n - j)) : *(const vec *)(mask + j));
+        if (n - j < LANES) x = either(places() < (int)(n - j), x, (vec){0} - INFINITY);
+        most = either(most > x, most, x);
+        *(vec *)(p + j) = x;
+    }
+    float least = known ? *from : largest_of(most);
+    for (int64_t j = 0; j < n; j += LANES) {
+        vec x = expo_of(*(vec *)(p + j) - least);
+        if (n - j < LANES) x = either(places() < (int)(n - j), x, (vec){0});
+        sum += x;
+        *(vec *)(p + j) = x;
+    }
+    if (known) return;
+    float all = total_of(sum), share = 1 / all;
+    *from = least + logf(all);
+    for (int64_t j = 0; j < n; j += LANES) *(vec *)(p + j) *= share;
+}
+
+/* Probabilities (high x width, rows padded(seq) apart) of queries first .. first + high: softmax(q k^T + bias), zeros on
+   later keys; `keys` is k turned. If `log_sums` are known they are used, else they are made. */
 INLINE void probabilities(int64_t seq, int64_t dim, int64_t first, int64_t high, int64_t width, const float *q,
                           const float *keys, const float *bias, float *p, float *log_sums, int known) {
-    product(high, width, dim, q + first * dim, dim, 1, keys, seq, p, seq, 0);
-    for (int64_t i = first; i < first + high; i++, p += seq) {
-        int64_t n = i + 1;
-        const float *mask = bias + i * seq;
-        for (int64_t j = 0; j < n; j++) p[j] += mask[j];
-        float from = known ? log_sums[i] : largest(n, p);
-        for (int64_t j = 0; j < n; j++) p[j] = expo(p[j] - from);
-        if (!known) {
-            float sum = total(n, p), share = 1 / sum;
-            log_sums[i] = from + logf(sum);
-            for (int64_t j = 0; j < n; j++) p[j] *= share;
-        }
-        for (int64_t j = n; j < width; j++) p[j] = 0;
+    product(high, width, dim, q + first * dim, dim, 1, keys, seq, p, padded(seq), NEW);
+    for (int64_t i = first; i < first + high; i++, p += padded(seq)) {
+        softmax(i + 1, p, bias + i * seq, log_sums + i, known);
+        for (int64_t j = padded(i + 1); j < width; j++) p[j] = 0;
     }
 }
 
@@ -42,7 +59,7 @@ int attention(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t
     int failed = 0;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && batch * groups * seq * seq * dim > SMALL)
     for (int64_t t = 0; t < batch * groups; t++) {
-        float *keys = malloc(sizeof(float) * (size_t)(seq * dim + HIGH * seq)), *p = keys + seq * dim;
+        float *keys = malloc(sizeof(float) * (size_t)(seq * dim + HIGH * padded(seq))), *p = keys + seq * dim;
         if (!keys) {
 #pragma omp atomic write
             failed = 1;
@@ -54,8 +71,8 @@ int attention(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t
             for (int64_t i = 0; i < seq; i += HIGH) {
                 int64_t high = seq - i < HIGH ? seq - i : HIGH, width = seen(i + high, seq);
                 probabilities(seq, dim, i, high, width, q + h * seq * dim, keys, mask, p, log_sums + h * seq, 0);
-                product(high, dim, i + high, p, seq, 1, v + t * seq * dim, dim, out + place(h, i, heads, seq, dim), heads * dim,
-                        0);
+                product(high, dim, i + high, p, padded(seq), 1, v + t * seq * dim, dim, out + place(h, i, heads, seq, dim), heads * dim,
+                        NEW);
             }
         free(keys);
     }
@@ -66,17 +83,17 @@ int attention(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t
 int attention_grad(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t dim, const float *q,
                    const float *k, const float *v, const float *bias, int64_t masks, const float *out, float *log_sums,
                    const float *grad, float *grad_q, float *grad_k, float *grad_v, int threads) {
-    int64_t heads = groups * share, token = heads * dim; /* floats from one token of out and grad to the next */
+    int64_t heads = groups * share, row = padded(seq), token = heads * dim; /* floats from one token of out and grad to the next */
     int failed = 0;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && batch * groups * seq * seq * dim > SMALL)
     for (int64_t t = 0; t < batch * groups; t++) {
-        float *keys = malloc(sizeof(float) * (size_t)(2 * seq * dim + 2 * seq * seq));
+        float *keys = malloc(sizeof(float) * (size_t)(2 * seq * dim + 2 * seq * row));
         if (!keys) {
 #pragma omp atomic write
             failed = 1;
             continue;
         }
-        float *values = keys + seq * dim, *p = values + seq * dim, *s = p + seq * seq; /* s: slope in the scores */
+        float *values = keys + seq * dim, *p = values + seq * dim, *s = p + seq * row; /* s: slope in the scores */
         const float *mask = bias + t / groups % masks * seq * seq;
         turn(seq, dim, k + t * seq * dim, keys);
         turn(seq, dim, v + t * seq * dim, values);
@@ -85,20 +102,20 @@ int attention_grad(int64_t batch, int64_t groups, int64_t share, int64_t seq, in
             const float *made = out + place(h, 0, heads, seq, dim);
             for (int64_t i = 0; i < seq; i += HIGH) {
                 int64_t high = seq - i < HIGH ? seq - i : HIGH, width = seen(i + high, seq);
-                probabilities(seq, dim, i, high, width, head, keys, mask, p + i * seq, log_sums + h * seq, 1);
-                product(high, width, dim, up + i * token, token, 1, values, seq, s + i * seq, seq, 0);
+                probabilities(seq, dim, i, high, width, head, keys, mask, p + i * row, log_sums + h * seq, 1);
+                product(high, width, dim, up + i * token, token, 1, values, seq, s + i * row, row, NEW);
                 for (int64_t r = i; r < i + high; r++) {
                     float mean = dot(dim, up + r * token, made + r * token);
-                    for (int64_t j = 0; j < width; j++) s[r * seq + j] = p[r * seq + j] * (s[r * seq + j] - mean);
+                    for (int64_t j = 0; j < width; j++) s[r * row + j] = p[r * row + j] * (s[r * row + j] - mean);
                 }
-                product(high, dim, i + high, s + i * seq, seq, 1, k + t * seq * dim, dim, grad_q + (h * seq + i) * dim, dim,
-                        0);
+                product(high, dim, i + high, s + i * row, row, 1, k + t * seq * dim, dim, grad_q + (h * seq + i) * dim, dim,
+                        NEW);
             }
             for (int64_t j = 0; j < seq; j += HIGH) { /* keys are seen by the queries from j on */
-                int64_t high = seq - j < HIGH ? seq - j : HIGH, at = j * seq + j, depth = seq - j;
+                int64_t high = seq - j < HIGH ? seq - j : HIGH, at = j * row + j, depth = seq - j;
                 int how = h > t * share ? MORE : NEW;
-                product(high, dim, depth, s + at, 1, seq, head + j * dim, dim, grad_k + (t * seq + j) * dim, dim, how);
-                product(high, dim, depth, p + at, 1, seq, up + j * token, token, grad_v + (t * seq + j) * dim, dim, how);
+                product(high, dim, depth, s + at, 1, row, head + j * dim, dim, grad_k + (t * seq + j) * dim, dim, how);
+                product(high, dim, depth, p + at, 1, row, up + j * token, token, grad_v + (t * seq + j) * dim, dim, how);
             }
         }
         free(keys);

@@ -29,8 +29,15 @@ INLINE void best_of(int64_t width, int64_t k, const float *scores, const float *
 
 /* p = e^(x - most), most being the largest: their sum. */
 INLINE float powers(int64_t n, const float *x, float most, float *restrict p) {
-    for (int64_t j = 0; j < n; j++) p[j] = expo(x[j] - most);
-    return total(n, p);
+    vec sum = {0};
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) sum += *(vec *)(p + j) = expo_of(*(const vec *)(x + j) - most);
+    if (j < n) {
+        vec last = either(places() < (int)(n - j), expo_of(part(x + j, (int)(n - j)) - most), (vec){0});
+        put_part(p + j, last, (int)(n - j));
+        sum += last;
+    }
+    return total_of(sum);
 }
 
 /* Of each of `n` tokens of each run: the `slots` experts of the largest softmax + bias (runs, experts), which of them are

@@ -4,20 +4,16 @@
 
 /* Sums of e^(x - most), and of those times x - most. */
 INLINE void exponentials(int64_t n, const float *x, float most, float sums[2]) {
-    float part[LANES] = {0}, moment[LANES] = {0};
-    int64_t j = 0;
-    for (; j + LANES <= n; j += LANES)
-        for (int l = 0; l < LANES; l++) {
-            float below = x[j + l] - most, power = expo(below);
-            part[l] += power;
-            moment[l] += power * below;
-        }
-    for (int l = 0; l < LANES; l++) sums[0] += part[l], sums[1] += moment[l];
-    for (; j < n; j++) {
-        float power = expo(x[j] - most);
-        sums[0] += power;
-        sums[1] += power * (x[j] - most);
+    vec sum = {0}, moment = {0};
+    for (int64_t j = 0; j < n; j += LANES) {
+        int some = n - j < LANES ? (int)(n - j) : LANES;
+        vec below = (some < LANES ? part(x + j, some) : *(const vec *)(x + j)) - most, power = expo_of(below);
+        if (some < LANES) power = either(places() < some, power, (vec){0}), below = either(places() < some, below, (vec){0});
+        sum += power;
+        moment += power * below;
     }
+    sums[0] = total_of(sum);
+    sums[1] = total_of(moment);
 }
 
 /* Of each of `n` rows of logits: -log softmax at its label, the entropy of the softmax, the first of the largest, and the

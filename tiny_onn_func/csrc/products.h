@@ -18,25 +18,6 @@ INLINE void put(float *c, vec value, int how) {
     *(vec *)c = value;
 }
 
-/* The first `count` floats, zeros behind them; and back. What lies behind is neither read nor written. */
-INLINE vec part(const float *from, int count) {
-#if defined(__AVX512F__)
-    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
-#else
-    vec some = {0};
-    memcpy(&some, from, sizeof(float) * (size_t)count);
-    return some;
-#endif
-}
-
-INLINE void put_part(float *to, vec some, int count) {
-#if defined(__AVX512F__)
-    _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)some);
-#else
-    memcpy(to, &some, sizeof(float) * (size_t)count);
-#endif
-}
-
 /* c (high x wide vectors) = sum over k of a[i][k * step] * b[k], plus c for MORE, with terms[k] for k in a if there are
    `terms`; sizes are known to the compiler, sums are registers. With `wide` of 0 the rows are `count` floats. */
 INLINE void tile(const int high, const int wide, int count, int64_t depth, const float *const a[], int64_t step,
