@@ -17,8 +17,10 @@ from tiny_onn_func.attention import causal_bias
 from tiny_onn_func.gated import ACTIVATE
 from tiny_onn_func.heads import SPLIT_HEADS, split_heads
 from tiny_onn_func.ops import RMS_NORM, rotary_angles
+from tiny_onn_func.routing import CHOOSE
 from tiny_onn_func.twins import Twin, function_of, with_kernel
 from training.cross_entropy import CROSS_ENTROPY
+from training.objectives import ROUTER_SUMS
 
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 NATIVE = pytest.mark.skipif(native.library() is None, reason="no C compiler to make the kernels with")
@@ -53,6 +55,18 @@ def some_logits(seed: int, size: int, width: int) -> tuple[Any, ...]:
     return 3 * drawn(2, size, width, seed=seed), torch.where(labels < 0, -100, labels)
 
 
+def some_choice(seed: int, size: int, width: int) -> tuple[Any, ...]:
+    real = torch.arange(size) % 5 != 4
+    logits, bias, budget = drawn(size, width, seed=seed), drawn(width, seed=seed + 1) / 9, drawn(seed=9).sigmoid()
+    return logits, bias, budget, real, min(2 + width % 3, width), 1, width % 2 == 0
+
+
+def some_targets(seed: int, size: int, width: int) -> tuple[Any, ...]:
+    target = torch.randint(width, (3, size), generator=seeded(seed))
+    informative, real = drawn(3, size, seed=seed + 1) > 0, torch.arange(size) % 5 != 4
+    return 3 * drawn(3, size, width, seed=seed), target, informative & real, real
+
+
 CASES = {
     "rms_norm": Case(
         RMS_NORM, lambda seed, size, width: (drawn(2, size, width, seed=seed), drawn(width, seed=seed + 9), 1e-3)
@@ -61,6 +75,8 @@ CASES = {
     "attend": Case(ATTEND, some_attention),
     "activate": Case(ACTIVATE, lambda seed, size, dim: (drawn(size, dim, seed=seed), drawn(size, dim, seed=seed + 9))),
     "cross_entropy": Case(CROSS_ENTROPY, some_logits),
+    "choose": Case(CHOOSE, some_choice),
+    "router_sums": Case(ROUTER_SUMS, some_targets),
 }
 EVERY = pytest.mark.parametrize("name", CASES)
 
@@ -245,6 +261,8 @@ def test_what_is_not_a_number_stays_so(name: str) -> None:
 def test_tensors_that_lie_otherwise_are_read_right(name: str) -> None:
     twin, draw = CASES[name]
     inputs = single(draw(0, 6, 5))
-    scattered = tuple(torch.stack((t, t), dim=-1).flatten(-2)[..., ::2] if isinstance(t, Tensor) else t for t in inputs)
+    scattered = tuple(
+        torch.stack((t, t), dim=-1).flatten(-2)[..., ::2] if isinstance(t, Tensor) and t.ndim else t for t in inputs
+    )
     for ours, theirs in zip(function_of(twin).apply(*scattered), function_of(twin).apply(*inputs), strict=True):
         assert torch.equal(ours, theirs)

@@ -54,7 +54,7 @@ def route(
     if config.routing == "thresholds":
         return _by_thresholds(logits + bias.unsqueeze(-2), real, slots, least, explore)
     dynamic = config.num_experts_per_tok == DYNAMIC_K
-    budget = torch.as_tensor(surprise_budget, device=logits.device).to(torch.float64).expand(runs)
+    budget = torch.as_tensor(surprise_budget, device=logits.device).expand(runs)
     weights, expert_ids, active = _choose(logits, bias.to(logits.dtype), budget, real, slots, least, dynamic)
     if explore is not None:
         routed = expert_ids, active
@@ -95,7 +95,7 @@ def _weights(logits: Tensor, expert_ids: Tensor, active: Tensor) -> Tensor:
 def _kernel(
     logits: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool
 ) -> Values:
-    one_run = one_axis(logits, 2), one_axis(bias, 1), one_axis(budget, 0), one_axis(real, 1)
+    one_run = one_axis(logits, 2), one_axis(bias, 1), one_axis(budget, 0).to(torch.float64), one_axis(real, 1)
     made = decisions.choose(*one_run, slots=slots, least=least, dynamic=dynamic)
     return tuple(t.view(*logits.shape[:-1], slots) for t in made)
 

@@ -3,26 +3,50 @@
 
 #include "vectors.h"
 
-/* The `k` largest of `width` scores, of equal ones those of the largest logit, of equals of both the first; what is not a
-   number counts as -infinity. */
+/* How many of the first `count` places come before each: those of a larger score, or of an equal one and a larger logit, or
+   of equals of both and further in front. */
+INLINE lanes ranks(int count, vec score, vec logit) {
+    float scores[LANES], logits[LANES];
+    *(vec *)scores = score;
+    *(vec *)logits = logit;
+    lanes rank = {0}, place = places();
+    for (int j = 0; j < count; j++) {
+        lanes equal = (scores[j] == score) & ((logits[j] > logit) | ((logits[j] == logit) & (place > j)));
+        rank -= (scores[j] > score) | equal; /* true is -1 */
+    }
+    return rank;
+}
+
+/* The `k` largest of `width` scores in the order of `ranks`; both arrays are whole vectors long, with -infinity behind their
+   end and for what is not a number. `best` is scratch of `k`. */
 INLINE void best_of(int64_t width, int64_t k, const float *scores, const float *logits, float *best, int64_t *ids) {
+    if (width <= LANES) {
+        int32_t rank[LANES];
+        int64_t in_order[LANES];
+        *(lanes *)rank = ranks((int)width, *(const vec *)scores, *(const vec *)logits);
+        for (int64_t i = 0; i < width; i++) in_order[rank[i]] = i;
+        for (int64_t m = 0; m < k; m++) ids[m] = in_order[m];
+        return;
+    }
+    float least = -INFINITY; /* the k-th of the largest of each place is no larger than the k-th of all */
+    if (k <= LANES) {
+        vec most = *(const vec *)scores;
+        for (int64_t j = LANES; j < width; j += LANES) most = either(most > *(const vec *)(scores + j), most, *(const vec *)(scores + j));
+        least = largest_of(either(ranks(LANES, most, (vec){0}) == (int)k - 1, most, (vec){0} - INFINITY));
+    }
     int64_t count = 0;
-    for (int64_t j = 0; j < width;) {
-        int64_t end = j + LANES < width ? j + LANES : width;
-        if (count == k && end - j == LANES) {
-            int any = 0;
-            for (int l = 0; l < LANES; l++) any |= scores[j + l] >= best[k - 1];
-            if (!any) j = end;
-        }
-        for (; j < end; j++) {
-            float score = scores[j] == scores[j] ? scores[j] : -INFINITY;
-            int64_t at = count < k ? count : k;
-            while (at > 0 && (score > best[at - 1] || (score == best[at - 1] && logits[j] > logits[ids[at - 1]]))) at--;
+    for (int64_t j = 0; j < width; j += LANES) {
+        unsigned asked = from(count == k ? best[k - 1] : least, *(const vec *)(scores + j));
+        if (width - j < LANES) asked &= (1u << (width - j)) - 1;
+        for (; asked; asked &= asked - 1) {
+            int64_t place = j + __builtin_ctz(asked), at = count;
+            float score = scores[place];
+            while (at > 0 && (score > best[at - 1] || (score == best[at - 1] && logits[place] > logits[ids[at - 1]]))) at--;
             if (at == k) continue;
             if (count < k) count++;
             for (int64_t m = count - 1; m > at; m--) best[m] = best[m - 1], ids[m] = ids[m - 1];
             best[at] = score;
-            ids[at] = j;
+            ids[at] = place;
         }
     }
 }
@@ -50,7 +74,8 @@ int choose(int64_t runs, int64_t n, int64_t experts, int64_t slots, int64_t leas
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1 && runs * n * experts * 16 > SMALL)
     {
-        float *p = malloc(sizeof(float) * (size_t)(2 * experts + slots));
+        int64_t room = (experts + LANES - 1) / LANES * LANES;
+        float *p = malloc(sizeof(float) * (size_t)(3 * room + slots));
         if (!p) {
 #pragma omp atomic write
             failed = 1;
@@ -59,12 +84,21 @@ int choose(int64_t runs, int64_t n, int64_t experts, int64_t slots, int64_t leas
         for (int64_t i = 0; i < runs * n; i++) {
             if (!p) continue;
             const float *x = logits + i * experts, *push = bias + i / n * experts;
-            float *ranked = p + experts, *best = ranked + experts, sum = powers(experts, x, largest(experts, x), p);
-            for (int64_t e = 0; e < experts; e++) p[e] /= sum;
-            for (int64_t e = 0; e < experts; e++) ranked[e] = p[e] + push[e];
+            float *ranked = p + room, *known = ranked + room, *best = known + room;
+            float most = largest(experts, x), sum = powers(experts, x, most, p);
+            for (int64_t e = 0; e < experts; e += LANES) {
+                int some = experts - e < LANES ? (int)(experts - e) : LANES;
+                vec share = (some < LANES ? part(p + e, some) : *(vec *)(p + e)) / sum;
+                vec score = share + (some < LANES ? part(push + e, some) : *(const vec *)(push + e));
+                vec logit = some < LANES ? part(x + e, some) : *(const vec *)(x + e), none = (vec){0} - INFINITY;
+                *(vec *)(p + e) = share;
+                *(vec *)(ranked + e) = either((score == score) & (places() < some), score, none);
+                *(vec *)(known + e) = either((logit == logit) & (places() < some), logit, none);
+            }
             int64_t *chosen = ids + i * slots;
-            best_of(experts, slots, ranked, x, best, chosen);
-            float *weight = weights + i * slots, mass = 0, most = -INFINITY, all = 0;
+            best_of(experts, slots, ranked, known, best, chosen);
+            float *weight = weights + i * slots, mass = 0, all = 0;
+            most = -INFINITY;
             uint8_t *kept = active + i * slots;
             for (int64_t m = 0; m < slots; m++) {
                 kept[m] = real[i] && (!dynamic || m < least || budgets[i / n] >= 1 || mass < budgets[i / n]);
@@ -72,7 +106,7 @@ int choose(int64_t runs, int64_t n, int64_t experts, int64_t slots, int64_t leas
                 if (kept[m] && x[chosen[m]] > most) most = x[chosen[m]];
             }
             for (int64_t m = 0; m < slots; m++) all += weight[m] = kept[m] ? expo(x[chosen[m]] - most) : 0;
-            for (int64_t m = 0; m < slots; m++) weight[m] = kept[m] ? weight[m] / all : 0;
+            for (int64_t m = 0; m < slots; m++) weight[m] = kept[m] ? weight[m] / all + (sum - sum) : 0; /* nan if any logit is */
         }
         free(p);
     }

@@ -66,6 +66,11 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
         for (int64_t t = 0; t < count; t++) {
             Task task = tasks[t];
             if (transposed && !turned) continue;
+            int64_t ahead = t + threads; /* few rows do not hide how far away the next weights are */
+            if (!transposed && ahead < count && task.rows <= 2 * HIGH && tasks[ahead].group != task.group) {
+                const float *next = weights + tasks[ahead].group / experts * apart + tasks[ahead].group % experts * size;
+                for (int64_t k = 0; k < size; k += LANES) __builtin_prefetch(next + k, 0, 2);
+            }
             if (few && task.rows <= LANES) {
                 const float *own[2], *weights_of[2];
                 for (int term = 0; term < terms; term++) {

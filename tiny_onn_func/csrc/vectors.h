@@ -61,6 +61,18 @@ INLINE void put_part(float *to, vec some, int count) {
 
 INLINE vec either(lanes yes, vec a, vec b) { return (vec)(((lanes)a & yes) | ((lanes)b & ~yes)); }
 
+/* A bit for each place that holds `least` or more. */
+INLINE unsigned from(float least, vec x) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_GE_OQ);
+#else
+    lanes yes = x >= least;
+    unsigned bits = 0;
+    for (int l = 0; l < LANES; l++) bits |= (unsigned)(yes[l] & 1) << l;
+    return bits;
+#endif
+}
+
 /* The numbers of a vector's places. */
 INLINE lanes places(void) {
     lanes place;

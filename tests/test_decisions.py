@@ -1,0 +1,133 @@
+"""What the router decides and learns from: each kernel equals the plain way, on awkward numbers too."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import vmap
+
+from tests.helpers import seeded
+from tiny_onn_func import decisions, native
+from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.experts import sort_by_expert
+from tiny_onn_func.routing import route
+from training.metrics import finite_sum
+from training.objectives import router_targets
+from training.step_metrics import _routing_sums
+from training.surprise import surface_of
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler to make the kernels with")
+EXPERTS = st.sampled_from([1, 2, 7, 15, 16, 17, 33, 64, 70])  # around whole vectors
+SIZES = {"tokens": st.integers(1, 40), "experts": EXPERTS, "seed": st.integers(0, 99)}
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "can_take", lambda *_: False)
+        yield
+
+
+def both(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Any]:
+    """By the kernels, and without."""
+    with_them = function(*inputs)
+    with without_kernels():
+        return with_them, function(*inputs)
+
+
+def same(ours: Any, theirs: Any, tolerance: float = 2e-6) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        if one.is_floating_point():
+            torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance, equal_nan=True)
+        else:
+            assert torch.equal(one, other)
+
+
+def some_surprise(layers: int, tokens: int, experts: int, seed: int) -> Tensor:
+    """With gaps, ties, zeros, negative numbers, infinities and what is no number."""
+    drawn = torch.randn(layers, tokens, experts, generator=seeded(seed)).mul(3).round().div(3)
+    kind = torch.randint(12, drawn.shape, generator=seeded(seed + 1))
+    for place, value in ((0, torch.inf), (1, torch.inf), (2, -torch.inf), (3, torch.nan), (4, 0.0)):
+        drawn = torch.where(kind == place, value, drawn)
+    return drawn
+
+
+def config_of(experts: int, slots: int) -> ModelConfig:
+    return ModelConfig(13, 8, 1, 1, 1, 8, 6, experts, num_experts_per_tok=slots)
+
+
+@example(tokens=1, experts=1, seed=0, least=1, sign=1.0)
+@given(**SIZES, least=st.integers(0, 3), sign=st.sampled_from([1.0, -1.0, 0.5]))
+def test_targets_are_those_of_the_plain_way(tokens: int, experts: int, seed: int, least: int, sign: float) -> None:
+    surprise = some_surprise(2, tokens, experts, seed)
+    real = torch.rand(tokens, generator=seeded(seed + 2)) < 0.8
+    ours, theirs = both(router_targets, surprise, real, least, sign)
+    same(ours[:3], theirs[:3])
+    assert not ours.informative[:, ~real].any()
+
+
+@given(**SIZES)
+def test_sums_over_tokens_are_those_of_the_plain_way(tokens: int, experts: int, seed: int) -> None:
+    slots, surprise = min(experts, 1 + seed % 4), some_surprise(2, tokens, experts, seed)
+    logits = torch.randn(2, tokens, experts, generator=seeded(seed)).mul(2).round()
+    real = torch.rand(tokens, generator=seeded(seed + 2)) < 0.8
+    ids = torch.rand(2, tokens, experts, generator=seeded(seed + 3)).argsort(dim=-1)[..., :slots]
+    active = (torch.rand(2, tokens, slots, generator=seeded(seed + 4)) < 0.7) & real.unsqueeze(-1)
+    target, informative, tied, _ = router_targets(surprise, real, 1)
+    same(*both(_routing_sums, logits, surprise, ids, active, target, informative, tied, real), tolerance=1e-5)
+    sizes = _routing_sums(logits, surprise, ids, active, target, informative, tied, real)[-2:]
+    same(sizes, finite_sum(surprise, dim=-2), tolerance=1e-5)
+
+
+@given(**SIZES, signed=st.booleans())
+def test_a_surface_is_that_of_the_plain_way(tokens: int, experts: int, seed: int, signed: bool) -> None:
+    slots = min(experts, 3)
+    real = torch.rand(tokens, generator=seeded(seed)) < 0.8
+    routing = route(torch.randn(tokens, experts, generator=seeded(seed + 1)), real, config_of(experts, slots), 0.5)
+    rows = sort_by_expert(routing, experts)
+    left = torch.randn(tokens * slots, 19, generator=seeded(seed + 2))
+    right = torch.randn(tokens * slots, 19 if signed else 33, generator=seeded(seed + 3))
+    ours, theirs = both(lambda: (surface_of(left, right, rows, tokens, experts, is_signed=signed),))
+    same(ours, theirs, tolerance=1e-5)
+    assert int(ours[0].isfinite().sum()) == int(routing.active.sum())
+
+
+@given(**SIZES, grid=st.sampled_from([0.0, 1.0, 100.0]))
+def test_the_best_are_those_of_a_sort_by_score_then_logit_then_place(
+    tokens: int, experts: int, seed: int, grid: float
+) -> None:
+    """Scores tie on purpose: logits on a grid, all of them equal, or so far apart that most probabilities are 0."""
+    logits = torch.randn(1, tokens, experts, generator=seeded(seed)).mul(2).round() * grid
+    bias = torch.randint(3, (1, experts), generator=seeded(seed + 1)) / 4.0
+    real, budget = torch.ones(1, tokens, dtype=torch.bool), torch.ones(1, dtype=torch.float64)
+    for slots in {1, min(3, experts), min(20, experts), experts}:
+        weights, ids, active = decisions.choose(logits, bias, budget, real, slots=slots, least=1, dynamic=False)
+        scores = decisions.choose(logits, 0 * bias, budget, real, slots=experts, least=1, dynamic=False)
+        p = torch.zeros(tokens, experts).scatter(-1, scores[1][0], scores[0][0])
+        for token in range(tokens):
+            keys = [(-float(p[token, e] + bias[0, e]), -float(logits[0, token, e]), e) for e in range(experts)]
+            assert ids[0, token].tolist() == [e for *_, e in sorted(keys)][:slots]
+        assert active.all()
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(1, tokens))
+
+
+def test_what_is_not_a_number_comes_last_and_shows_in_the_weights() -> None:
+    logits = torch.tensor([[[1.0, 2.0, 2.0, torch.nan, -torch.inf], [torch.nan] * 5]])
+    given_ = torch.zeros(1, 5), torch.ones(1, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
+    weights, ids, _ = decisions.choose(logits, *given_, slots=5, least=1, dynamic=False)
+    assert ids.tolist() == [[[1, 2, 0, 3, 4], [0, 1, 2, 3, 4]]]
+    assert weights.isnan().all()
+
+
+def test_runs_of_a_vmap_are_decided_each_for_itself() -> None:
+    surprise, real = some_surprise(6, 9, 7, 0).view(3, 2, 9, 7), torch.rand(3, 9, generator=seeded(1)) < 0.7
+    least, sign = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, -1.0, 0.5])
+    mapped = vmap(lambda *one: tuple(router_targets(*one)[:3]))(surprise, real, least, sign)
+    for run in range(3):
+        alone = router_targets(surprise[run], real[run], float(least[run]), float(sign[run]))
+        same([t[run] for t in mapped], alone[:3])
