@@ -33,7 +33,7 @@ TRUSTED_FOLDERS_ONLY = "sharded_checkpoint.py"
 # Calls whose argument no file and no setting can choose: the kernels, whose folder is this user's alone and whose name
 # is a hash of their source and the processor (tests/test_trust.py); the C library of the process; the two packages.
 HARMLESS = {
-    ("native.py", "ctypes.CDLL(str(path))"), ("kernels.py", "ctypes.CDLL(str(library()))"),
+    ("native.py", "ctypes.CDLL(str(path))"), ("signatures.py", "ctypes.CDLL(str(library()))"),
     ("memory.py", "ctypes.CDLL(None)"), ("continuity.py", "import_module(package)"),
 }  # fmt: skip
 
