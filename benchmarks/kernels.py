@@ -1,4 +1,5 @@
-"""The compiled kernels beside PyTorch's: products of rows and experts beside `grouped_mm`, attention beside its own.
+"""The compiled kernels beside PyTorch's: products of rows and experts beside `grouped_mm`, projections beside `matmul`,
+attention beside its own.
 
 python -m benchmarks.kernels [--repetitions N] [--threads N] [--json FILE]
 """
@@ -17,6 +18,7 @@ from training.memory import keep_freed_memory
 
 Subject = Callable[[], object]
 PRODUCTS = ((8192, 32, 256, 128), (3072, 16, 128, 128), (8192, 512, 128, 32), (8192, 512, 16, 128), (4096, 128, 32, 32))
+PROJECTIONS = ((1, 768, 128, 256), (1, 768, 128, 257), (1, 1024, 256, 512), (16, 512, 64, 128))
 HEADS = {"A": (12, 2, 2, 64, 32), "B": (8, 2, 2, 128, 64), "16 runs of w64": (128, 1, 2, 64, 32)}
 
 
@@ -33,6 +35,10 @@ def main() -> None:
     for sizes in PRODUCTS:
         title = "{} rows of {} experts, {} x {}".format(*sizes)
         results[title] = interleaved(products(*sizes), given.repetitions)
+        print(table(title, results[title], "product"), flush=True)
+    for shape in PROJECTIONS:
+        title = "{} runs of {} rows, {} x {}".format(*shape)
+        results[title] = interleaved(projections(*shape), given.repetitions)
         print(table(title, results[title], "product"), flush=True)
     for name, heads in HEADS.items():
         results[name] = interleaved(attentions(*heads), given.repetitions)
@@ -55,6 +61,20 @@ def products(rows: int, experts: int, inner: int, outer: int) -> dict[str, Subje
         "transposed, grouped_mm": lambda: F.grouped_mm(grad, w.mT, offs=offsets),
         "outer": lambda: kernels.outer(x[None], grad[None], one),
         "outer, grouped_mm": lambda: F.grouped_mm(x.mT, grad, offs=offsets),
+    }
+
+
+def projections(runs: int, rows: int, inner: int, outer: int) -> dict[str, Subject]:
+    """One matrix a run, as groups of one: forward, and both gradients."""
+    x, grad, w = torch.randn(runs, rows, inner), torch.randn(runs, rows, outer), torch.randn(runs, inner, outer)
+    ends, group = torch.full((runs, 1), rows, dtype=torch.int32), w.unsqueeze(1)
+    return {
+        "product": lambda: kernels.matmul([(x, group)], ends),
+        "product, matmul": lambda: x @ w,
+        "transposed": lambda: kernels.matmul([(grad, group.mT)], ends),
+        "transposed, matmul": lambda: grad @ w.mT,
+        "outer": lambda: kernels.outer(x, grad, ends),
+        "outer, matmul": lambda: x.mT @ grad,
     }
 
 

@@ -1,0 +1,58 @@
+"""When does `--compile` pay? Time of tracing and compiling a hyper step, and its time beside the step as it is.
+
+python -m benchmarks.compiled [--sizes w32 A] [--repetitions N] [--threads N] [--json FILE]
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.runs import SIZES
+from benchmarks.step import a_batch
+from benchmarks.timing import interleaved, machine, table, write_json
+from training import Batch, HyperParams, TrainState, hyper_step, init_state
+from training.compiled import compile_step
+from training.memory import keep_freed_memory
+
+HYPER = HyperParams(balance_weight=1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["w32"], choices=list(SIZES))
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", help="where to write the figures")
+    given = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(given.threads)
+    print(machine())
+    results = {}
+    for name in given.sizes:
+        subjects = both(name)
+        results[name] = interleaved(subjects, given.repetitions)
+        print(table(name, results[name], "as it is"), flush=True)
+    if given.json:
+        write_json(given.json, results)
+
+
+def both(name: str) -> dict[str, Callable[[], object]]:
+    """The step as it is and compiled; says how long that took."""
+    config, batch_size, seq, _ = SIZES[name]
+    state, batch = init_state(config, torch.Generator().manual_seed(0)), a_batch(config, batch_size, seq)
+
+    def step(state: TrainState, batch: Batch) -> object:
+        return hyper_step(state, batch, HYPER, config)
+
+    start = time.perf_counter()
+    compiled = compile_step(step, state, batch)
+    traced = time.perf_counter()
+    compiled(state, batch)
+    print(f"{name}: traced in {traced - start:.0f} s, first call {time.perf_counter() - traced:.0f} s", flush=True)
+    return {"as it is": lambda: step(state, batch), "compiled": lambda: compiled(state, batch)}
+
+
+if __name__ == "__main__":
+    main()
