@@ -4,6 +4,7 @@
 #include "products.h"
 
 #define BLOCK (8 * HIGH) /* rows of an expert that one thread takes at a time */
+#define FAST 2           /* blocks of weights that are read before one from memory comes */
 #define FAR (8 << 20)    /* bytes of a result that no cache would keep for its reader */
 
 typedef struct {
@@ -21,7 +22,7 @@ static void few_rows(int64_t rows, int64_t in, int64_t out, int terms, const flo
             for (int64_t k = 0; k < in; k++) room[k * LANES + i] = lefts[term][i * in + k];
         for (int64_t j = 0; j < out; j += HIGH) {
             const float *weights = rights[term] + j * in;
-            for (int64_t k = 0; k < HIGH * in; k += LANES) __builtin_prefetch(weights + HIGH * in + k); /* every weight is read once */
+            for (int64_t k = 0; k < HIGH * in; k += LANES) __builtin_prefetch(weights + FAST * HIGH * in + k); /* every weight is read once */
             product(out - j < HIGH ? out - j : HIGH, LANES, in, weights, in, 1, room, LANES, sums + j * LANES, LANES,
                     term ? MORE : NEW);
         }
@@ -62,15 +63,11 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for schedule(dynamic)
+        int64_t some = count >= 64 * threads ? 4 : 1; /* neighbours, whose weights are next to each other */
+#pragma omp for schedule(dynamic, some)
         for (int64_t t = 0; t < count; t++) {
             Task task = tasks[t];
             if (transposed && !turned) continue;
-            int64_t ahead = t + threads; /* few rows do not hide how far away the next weights are */
-            if (!transposed && ahead < count && task.rows <= 2 * HIGH && tasks[ahead].group != task.group) {
-                const float *next = weights + tasks[ahead].group / experts * apart + tasks[ahead].group % experts * size;
-                for (int64_t k = 0; k < size; k += LANES) __builtin_prefetch(next + k, 0, 2);
-            }
             if (few && task.rows <= LANES) {
                 const float *own[2], *weights_of[2];
                 for (int term = 0; term < terms; term++) {
@@ -85,10 +82,10 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
                 const float *weight = rights[term] + task.group / experts * apart + task.group % experts * size;
                 if (transposed && group != task.group) turn(out, in, weight, turned + term * size);
                 if (transposed) weight = turned + term * size;
-                if (order)
-                    product_of(task.rows, out, in, rows + task.row / n * tokens * in, order + task.row, weight,
-                               result + task.row * out);
-                else product(task.rows, out, in, lefts[term] + task.row * in, in, 1, weight, out, result + task.row * out, out, term ? MORE : NEW);
+                int64_t ahead = !transposed && t + 1 < count && tasks[t + 1].group != task.group ? size : 0; /* the next expert's */
+                const float *left = order ? rows + task.row / n * tokens * in : lefts[term] + task.row * in;
+                product_of(task.rows, out, in, left, order ? order + task.row : NULL, weight, ahead, result + task.row * out,
+                           term ? MORE : NEW);
             }
             group = task.group;
         }

@@ -19,9 +19,10 @@ INLINE void put(float *c, vec value, int how) {
 }
 
 /* c (high x wide vectors) = sum over k of a[i][k * step] * b[k], plus c for MORE, with terms[k] for k in a if there are
-   `terms`; sizes are known to the compiler, sums are registers. With `wide` of 0 the rows are `count` floats. */
+   `terms`; sizes are known to the compiler, sums are registers. With `wide` of 0 the rows are `count` floats. What lies
+   `ahead` floats behind b, if that is not 0, is asked for meanwhile. */
 INLINE void tile(const int high, const int wide, int count, int64_t depth, const float *const a[], int64_t step,
-                 const int64_t *terms, const float *b, int64_t ldb, float *c, int64_t ldc, int how) {
+                 const int64_t *terms, const float *b, int64_t ldb, int64_t ahead, float *c, int64_t ldc, int how) {
     vec sum[HIGH][WIDE];
     const float *row[HIGH];
 #pragma GCC unroll 8
@@ -34,6 +35,9 @@ INLINE void tile(const int high, const int wide, int count, int64_t depth, const
     for (int64_t k = 0; k < depth; k++, b += ldb) {
         int64_t at = (terms ? terms[k] : k) * step;
         vec right[WIDE];
+        if (ahead)
+#pragma GCC unroll 2
+            for (int j = 0; j < wide; j++) __builtin_prefetch(b + ahead + j * LANES);
         if (!wide) right[0] = part(b, count);
 #pragma GCC unroll 2
         for (int j = 0; j < wide; j++) right[j] = *(const vec *)(b + j * LANES);
@@ -55,11 +59,11 @@ INLINE void tile(const int high, const int wide, int count, int64_t depth, const
 
 #define CASE(n)                                                           \
     case n:                                                               \
-        tile(n, wide, count, depth, a, step, terms, b, ldb, c, ldc, how); \
+        tile(n, wide, count, depth, a, step, terms, b, ldb, ahead, c, ldc, how); \
         break;
 
 INLINE void tile_of(int high, const int wide, int count, int64_t depth, const float *const a[], int64_t step,
-                    const int64_t *terms, const float *b, int64_t ldb, float *c, int64_t ldc, int how) {
+                    const int64_t *terms, const float *b, int64_t ldb, int64_t ahead, float *c, int64_t ldc, int how) {
     switch (high) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if HIGH == 8
@@ -71,7 +75,8 @@ INLINE void tile_of(int high, const int wide, int count, int64_t depth, const fl
 /* c (n x m) = a (n x depth) b (depth x m), plus c for MORE, with a[i][k] at a[i * row + k * step], and order[i] for i in a
    if there is an `order`, terms[k] for k in a if there are `terms`. */
 INLINE void gathered(int64_t n, int64_t m, int64_t depth, const float *a, int64_t row, const int64_t *order, int64_t step,
-                     const int64_t *terms, const float *b, int64_t ldb, float *c, int64_t ldc, int how) {
+                     const int64_t *terms, const float *b, int64_t ldb, int64_t ahead, float *c, int64_t ldc, int how) {
+    int64_t late = n > 2 * HIGH ? n - HIGH : 0; /* many rows leave time enough at their end */
     for (int64_t j = 0; j < m; j += WIDE * LANES) {
         int wide = m - j >= WIDE * LANES ? WIDE : (int)(m - j) / LANES, left = (int)(m - j) - LANES;
         for (int64_t i = 0; i < n; i += HIGH) {
@@ -80,23 +85,25 @@ INLINE void gathered(int64_t n, int64_t m, int64_t depth, const float *a, int64_
             for (int r = 0; r < high; r++) rows[r] = a + (order ? order[i + r] : i + r) * row;
             float *out = c + i * ldc + j;
             if (wide == WIDE) {
-                tile_of(high, WIDE, 0, depth, rows, step, terms, b + j, ldb, out, ldc, how);
+                tile_of(high, WIDE, 0, depth, rows, step, terms, b + j, ldb, i < late ? 0 : ahead, out, ldc, how);
                 continue;
             }
-            if (wide) tile_of(high, 1, 0, depth, rows, step, terms, b + j, ldb, out, ldc, how);
+            if (wide) tile_of(high, 1, 0, depth, rows, step, terms, b + j, ldb, i < late ? 0 : ahead, out, ldc, how);
             int some = wide ? left : left + LANES;
-            if (some) tile_of(high, 0, some, depth, rows, step, terms, b + j + wide * LANES, ldb, out + wide * LANES, ldc, how);
+            if (some) tile_of(high, 0, some, depth, rows, step, terms, b + j + wide * LANES, ldb, 0, out + wide * LANES, ldc, how);
         }
     }
 }
 
 static inline void product(int64_t n, int64_t m, int64_t depth, const float *a, int64_t row, int64_t step, const float *b,
                     int64_t ldb, float *c, int64_t ldc, int how) {
-    gathered(n, m, depth, a, row, NULL, step, NULL, b, ldb, c, ldc, how);
+    gathered(n, m, depth, a, row, NULL, step, NULL, b, ldb, 0, c, ldc, how);
 }
 
-static inline void product_of(int64_t n, int64_t m, int64_t depth, const float *a, const int64_t *order, const float *b, float *c) {
-    gathered(n, m, depth, a, depth, order, 1, NULL, b, m, c, m, NEW);
+/* The same of dense rows, or of rows order[i] if there is an `order`, and of dense weights; see `tile` for `ahead`. */
+static inline void product_of(int64_t n, int64_t m, int64_t depth, const float *a, const int64_t *order, const float *b, int64_t ahead,
+                       float *c, int how) {
+    gathered(n, m, depth, a, depth, order, 1, NULL, b, m, ahead, c, m, how);
 }
 
 /* c (n x m) = the sum over k of a[k]^T b[k], or of a[terms[k]]^T b[k], of `n` columns of a, which lie `width` apart. Terms
@@ -106,8 +113,8 @@ static inline void outer_of(int64_t n, int64_t m, int64_t depth, const float *a,
     for (int64_t k = 0; k < depth; k += NEAR) {
         int64_t some = depth - k < NEAR ? depth - k : NEAR;
         int now = k ? MORE : depth > NEAR ? NEW : how;
-        if (terms) gathered(n, m, some, a, 1, NULL, width, terms + k, b + k * m, m, c, m, now);
-        else gathered(n, m, some, a + k * width, 1, NULL, width, NULL, b + k * m, m, c, m, now);
+        if (terms) gathered(n, m, some, a, 1, NULL, width, terms + k, b + k * m, m, 0, c, m, now);
+        else gathered(n, m, some, a + k * width, 1, NULL, width, NULL, b + k * m, m, 0, c, m, now);
     }
 }
 
