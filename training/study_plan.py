@@ -17,9 +17,7 @@ from training.run_config import DEFAULT_HYPER, RunConfig
 from training.study_config import StudyRun, dotted
 
 MOST_AT_ONCE = 64
-BUSY = (
-    1 << 20
-)  # tokens * width * layers of a step, beyond which runs have no overhead left to share (docs/benchmarks.md)
+BUSY = 1 << 22  # tokens * width * layers of a step, beyond which more runs gain little (docs/benchmarks.md)
 MEMORY_SHARE = 0.5  # of what is available
 UNKNOWN_MEMORY = 4 << 30  # bytes, where the system does not say
 PLAN, CHUNK = "plan.json", re.compile(r"group_\d{3,}")  # a chunk's name is that of a folder, which goes in the end
