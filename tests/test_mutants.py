@@ -13,7 +13,7 @@ def test_every_mutant_changes_one_place_and_is_still_python(file: str) -> None:
     source = (ROOT / file).read_text()
     for mutant in (m for m in MUTANTS if m.file == file):
         changed = apply(mutant, source)
-        if file.endswith(".c"):  # a mutant that does not compile leaves the kernels out, and would count as survived
+        if not file.endswith(".py"):  # whether it compiles shows when it runs
             assert changed != source
         else:
             assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)), describe(mutant)
