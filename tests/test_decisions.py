@@ -77,7 +77,7 @@ def test_sums_over_tokens_are_those_of_the_plain_way(tokens: int, experts: int, 
     logits = torch.randn(2, tokens, experts, generator=seeded(seed)).mul(2).round()
     real = torch.rand(tokens, generator=seeded(seed + 2)) < 0.8
     ids = torch.rand(2, tokens, experts, generator=seeded(seed + 3)).argsort(dim=-1)[..., :slots]
-    active = (torch.rand(2, tokens, slots, generator=seeded(seed + 4)) < 0.7) & real.unsqueeze(-1)
+    active = torch.rand(2, tokens, slots, generator=seeded(seed + 4)) < 0.7  # on padding, too: no visit counts there
     target, informative, tied, _ = router_targets(surprise, real, 1)
     same(*both(_routing_sums, logits, surprise, ids, active, target, informative, tied, real), tolerance=1e-5)
     sizes = _routing_sums(logits, surprise, ids, active, target, informative, tied, real)[-2:]
@@ -95,6 +95,20 @@ def test_a_surface_is_that_of_the_plain_way(tokens: int, experts: int, seed: int
     ours, theirs = both(lambda: (surface_of(left, right, rows, tokens, experts, is_signed=signed),))
     same(ours, theirs, tolerance=1e-5)
     assert int(ours[0].isfinite().sum()) == int(routing.active.sum())
+
+
+def test_surfaces_of_mapped_runs_are_those_of_the_runs_alone() -> None:
+    real, logits = torch.rand(3, 9, generator=seeded(0)) < 0.8, torch.randn(3, 9, 7, generator=seeded(1))
+    left, right = torch.randn(3, 18, 5, generator=seeded(2)), torch.randn(3, 18, 5, generator=seeded(3))
+
+    def surface(left: Tensor, right: Tensor, logits: Tensor, real: Tensor, signed: bool) -> Tensor:
+        rows = sort_by_expert(route(logits, real, config_of(7, 2), 0.5), 7)
+        return surface_of(left, right, rows, 9, 7, is_signed=signed)
+
+    for signed in (False, True):
+        given_ = left, right, logits, real
+        mapped = vmap(surface, (0, 0, 0, 0, None))(*given_, signed)
+        same(mapped, [surface(*(t[run] for t in given_), signed) for run in range(3)])
 
 
 @given(**SIZES, grid=st.sampled_from([0.0, 1.0, 100.0]))

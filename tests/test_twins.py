@@ -56,15 +56,15 @@ def some_logits(seed: int, size: int, width: int) -> tuple[Any, ...]:
 
 
 def some_choice(seed: int, size: int, width: int) -> tuple[Any, ...]:
-    real = torch.arange(size) % 5 != 4
+    real = (torch.arange(size) + seed) % 5 != 4
     logits, bias, budget = drawn(size, width, seed=seed), drawn(width, seed=seed + 1) / 9, drawn(seed=9).sigmoid()
     return logits, bias, budget, real, min(2 + width % 3, width), 1, width % 2 == 0
 
 
 def some_targets(seed: int, size: int, width: int) -> tuple[Any, ...]:
     target = torch.randint(width, (3, size), generator=seeded(seed))
-    informative, real = drawn(3, size, seed=seed + 1) > 0, torch.arange(size) % 5 != 4
-    return 3 * drawn(3, size, width, seed=seed), target, informative & real, real
+    informative, real = drawn(3, size, seed=seed + 1) > 0, (torch.arange(size) + seed) % 5 != 4
+    return 3 * drawn(3, size, width, seed=seed), target, informative, real
 
 
 CASES = {
