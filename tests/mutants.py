@@ -517,7 +517,7 @@ TESTS = {
     "tiny_onn_func/kernels.py": ("native", "twins", "attend", "transforms"),
     "tiny_onn_func/twins.py": ("twins", "attend", "transforms"),
     "tiny_onn_func/heads.py": ("twins", "parity", "oracle"),
-    "tiny_onn_func/mapped.py": ("twins", "grouped", "oracle", "rules", "transforms"),
+    "tiny_onn_func/mapped.py": ("mapped", "twins", "grouped", "oracle", "rules", "transforms"),
     "tiny_onn_func/ops.py": ("twins", "rules", "transforms"),
     "tiny_onn_func/decisions.py": ("decisions", "twins", "rules"),
     "training/cross_entropy.py": ("twins", "optim", "hyper_step"),
