@@ -123,7 +123,7 @@ HEADS = [
 MAPPED = [
     ("if level not in found:", "if True:"),
     ("or not only_vmaps():\n        return function", "or False:\n        return function"),
-    ("with temporarily_clear_interpreter_stack():", "if True:"),
+    ("t for t in inputs]\n    with temporarily_clear_interpreter_stack():", "t for t in inputs]\n    if True:"),
     ("t = functorch._add_batch_dim(t, 0, level)", "t = functorch._add_batch_dim(t, -1, level)"),
     ("t if dim == 0 else t.movedim(dim, 0)", "t"),
     ("for level, _ in levels:", "for level, _ in reversed(levels):"),
@@ -517,7 +517,7 @@ TESTS = {
     "tiny_onn_func/kernels.py": ("native", "twins", "attend", "transforms"),
     "tiny_onn_func/twins.py": ("twins", "attend", "transforms"),
     "tiny_onn_func/heads.py": ("twins", "parity", "oracle"),
-    "tiny_onn_func/mapped.py": ("mapped", "twins", "grouped", "oracle", "rules", "transforms"),
+    "tiny_onn_func/mapped.py": ("transforms", "twins", "grouped", "oracle", "rules"),
     "tiny_onn_func/ops.py": ("twins", "rules", "transforms"),
     "tiny_onn_func/decisions.py": ("decisions", "twins", "rules"),
     "training/cross_entropy.py": ("twins", "optim", "hyper_step"),
