@@ -141,3 +141,22 @@ def test_the_kernels_bits_depend_on_no_thread_and_no_neighbour_and_it_keeps_what
         torch.set_num_threads(threads)
     k[1, 0, 0, 0] = torch.nan
     assert kernels.attention(q, k, v, bias)[0][1, :, 0].isnan().all()
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler to make the kernels with")
+@pytest.mark.parametrize("at", [1, 7, 16, 31])
+def test_later_keys_leave_every_bit_of_earlier_queries_however_large_they_are(at: int) -> None:
+    """A largest score that were theirs would let all earlier ones underflow."""
+    q, k, v = inputs(1, 1, 2, 33, 8, torch.float32)
+    bias = causal_bias(None, 33, torch.device("cpu"), torch.float32)
+    huge = [torch.where(torch.arange(33)[:, None] < at, t, 1e4 * t) for t in (k, v)]
+    out, log_sums = kernels.attention(q, k, v, bias)
+    found, found_sums = kernels.attention(q, *huge, bias)
+    assert torch.equal(found[:, :at], out[:, :at])
+    assert torch.equal(found_sums[..., :at], log_sums[..., :at])
+    upstream = drawn(*out.shape, seed=3, dtype=torch.float32) * (torch.arange(33) < at)[:, None, None, None]
+    wanted = kernels.attention_grad(q, k, v, bias, out, log_sums, upstream)
+    slopes = kernels.attention_grad(q, *huge, bias, found, found_sums, upstream)
+    for some, all_ in zip(slopes, wanted, strict=True):
+        assert torch.equal(some[..., :at, :], all_[..., :at, :])
+        assert not some[..., at:, :].any()

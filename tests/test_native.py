@@ -254,6 +254,21 @@ def test_products_of_tokens_are_those_of_their_rows() -> None:
     assert torch.equal(kernels.token_outer(x, token, grads, offsets), kernels.outer(rows, grads, offsets))
 
 
+@pytest.mark.parametrize("width", [16, 47])
+def test_an_outer_product_of_more_rows_than_are_taken_at_a_time_sums_them_all(width: int) -> None:
+    x, token = drawn(2, 90, 33), torch.randint(0, 90, (2, 700), generator=seeded(1))
+    grads, offsets = drawn(2, 700, width, seed=2), offsets_of([5, 600, 0, 90], 2)
+    rows = torch.stack([x[run][token[run]] for run in range(2)])
+    found = kernels.outer(rows, grads, offsets)
+    for run, (expert, (start, end)) in itertools.product(
+        range(2), enumerate([(0, 5), (5, 605), (605, 605), (605, 695)])
+    ):
+        left, right = rows[run, start:end].double(), grads[run, start:end].double()
+        size = left.abs().mT @ right.abs()
+        assert_within_rounding(found[run, expert], left.mT @ right, size, end - start)
+    assert torch.equal(kernels.token_outer(x, token, grads, offsets), found)
+
+
 def test_a_transpose_of_few_rows_has_the_bits_of_one_of_many() -> None:
     rows, weights, offsets = drawn(1, 40, 48), drawn(1, 1, 80, 48, seed=1).mT, offsets_of([40])
     whole = kernels.matmul([(rows, weights), (rows.flip(1), weights)], offsets)

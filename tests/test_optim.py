@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.func import vmap
 
 from tests.helpers import assert_close, seeded
-from tiny_onn_func.tree import leaves, stack, unstack
+from tiny_onn_func.tree import leaves, stack, tree_map, unstack
 from training import HyperParams
 from training.hyper_step import balanced_bias
 from training.objectives import Targets, language_modelling, predictive_integrity, router_loss, router_targets
@@ -100,6 +100,13 @@ def test_clipping_brings_the_global_norm_to_the_limit_and_no_lower(limit: float,
     assert float(norm) == pytest.approx(float(torch.cat([leaf.flatten() for leaf in leaves(grads)]).norm()))
     clipped = float(norm * clip_factor(norm, limit))
     assert clipped == pytest.approx(min(float(norm), limit), rel=1e-4)
+
+
+def test_runs_in_front_have_each_its_own_norm() -> None:
+    trees = [drawn_tree(seed) for seed in range(3)]
+    found = global_norm(stack(trees), 1)
+    assert found.tolist() == pytest.approx([float(global_norm(tree)) for tree in trees])
+    assert global_norm(tree_map(lambda leaf: leaf.unflatten(0, (1, 3)), stack(trees)), 2).tolist() == [found.tolist()]
 
 
 def test_the_main_loss_is_torchs_cross_entropy() -> None:
