@@ -168,6 +168,27 @@ def test_router_loss_terms_equal_their_formulas() -> None:
         assert_close(found, wanted, 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_shares_of_a_batchs_parts_in_the_routers_loss_add_up(dtype: torch.dtype, soft: bool) -> None:
+    """With uneven parts: a token that teaches weighs the same in whichever it is."""
+    logits = torch.randn(2, 3, 10, 4, generator=seeded(0), dtype=dtype)
+    real = torch.rand(2, 10, generator=seeded(1)) < 0.8
+    informative = (torch.rand(2, 3, 10, generator=seeded(2)) < 0.5) & real[:, None]
+    shares = torch.rand(2, 3, 10, 4, generator=seeded(3), dtype=dtype).softmax(dim=-1) if soft else None
+    targets = Targets(shares.argmax(-1) if soft else logits.argmin(-1), informative, ~informative, shares)
+    load = torch.rand(2, 3, 4, generator=seeded(4), dtype=dtype)
+    hyper = HyperParams(surprise_weight=2.0, balance_weight=0.3, z_weight=0.1)
+    whole = router_loss(logits, targets, load, real, hyper)
+    counts = {"informative": informative.sum(dim=(-2, -1)), "tokens": real.sum(dim=-1)}
+    parts = []
+    for some in (slice(0, 3), slice(3, 10)):
+        own = Targets(*(None if t is None else t[:, :, some] for t in targets))
+        parts.append(router_loss(logits[:, :, some], own, load, real[:, some], hyper, **counts))
+    for name, ours, *theirs in zip(whole._fields, whole, *parts, strict=True):
+        assert_close(sum(theirs), ours, 1e-6, name)
+
+
 def test_an_even_load_has_a_balance_loss_of_one_and_a_collapsed_one_of_num_experts() -> None:
     targets = Targets(
         torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool), torch.zeros(1, 2).bool()
