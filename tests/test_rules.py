@@ -16,10 +16,11 @@ from tests.helpers import Case, assert_close, assert_same_bits, seeded, spread_p
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.experts import Rows
 from tiny_onn_func.routing import route
-from tiny_onn_func.tree import flatten, stack, unflatten, unstack
+from tiny_onn_func.tree import flatten, stack, unflatten, unstack, walk
 from training import HyperParams, TrainState, hyper_step, init_state, per_token_surprise
-from training.draws import Stream, draw_normal, draw_words
+from training.draws import Stream, draw_exploration, draw_normal, draw_words
 from training.objectives import Targets, router_targets, shuffled
+from training.regenerate import regenerate
 from training.surprise import MEASURED, beside_own_mean, per_weight, row_dot
 
 ROUTINGS = {"K=2": {"num_experts_per_tok": 2}, "dynamic": {}, "K=E": {"num_experts_per_tok": 4}}
@@ -213,6 +214,18 @@ def test_hashed_normal_numbers_are_normal_and_the_streams_differ() -> None:
     assert abs(float((drawn[0] * drawn[1]).mean())) < 0.02
 
 
+def test_draws_of_runs_side_by_side_are_those_of_each_run_alone() -> None:
+    seeds, steps, chances = torch.tensor([3, 8]), torch.tensor([0, 7]), torch.tensor([0.2, 0.9])
+    words = draw_words(seeds, steps, Stream.SHUFFLE, 2, 5)
+    normal = draw_normal(seeds, steps, Stream.REGENERATE, 3, 4)
+    tried = draw_exploration(seeds, steps, chances, 2, 50, 4)
+    for run, (seed, step, chance) in enumerate(zip(seeds, steps, chances, strict=True)):
+        assert_same_bits(words[run], draw_words(int(seed), step, Stream.SHUFFLE, 2, 5))
+        assert_same_bits(normal[run], draw_normal(int(seed), step, Stream.REGENERATE, 3, 4))
+        assert_same_bits(tried[run], draw_exploration(int(seed), step, float(chance), 2, 50, 4))
+    assert_same_bits(draw_words(5, steps, Stream.SHUFFLE, 3)[1], draw_words(5, steps[1], Stream.SHUFFLE, 3))
+
+
 # Coefficients of the step ---------------------------------------------------------------------------------------------
 
 CONFIG = tiny_config(num_experts_per_tok=2)
@@ -301,6 +314,33 @@ def test_a_starved_expert_becomes_a_copy_of_the_busiest_and_its_optimizer_begins
     again, _ = hyper_step(new, tiny_batch(CONFIG, 4, 8, 100), hyper, CONFIG)
     weights = [s.params["layers"]["moe"]["w2"][:, 3] for s in (new, again)]
     assert (weights[0] - weights[1]).abs().max() < 0.05, "it is not replaced again at once"
+
+
+def test_experts_of_runs_side_by_side_are_replaced_as_those_of_each_run_alone() -> None:
+    """The runs differ in the size of their routers, in who starves, and in whether it is time."""
+    states = []
+    for run in range(3):
+        state = init_state(CONFIG, torch.Generator().manual_seed(run))
+        flat = flatten(state.params)
+        state = state._replace(
+            params=unflatten(flat | {ROUTER: flat[ROUTER] * 10**run}), step=torch.tensor((5, 1, 9)[run])
+        )
+        nu = state.expert_opt.nu["layers"]["moe"]["w2"]
+        nu += 1.0
+        nu[:, run] = 1e-3 * torch.tensor([1.0, 100.0])[:, None, None]
+        states.append(state)
+    load = torch.rand(3, CONFIG.num_hidden_layers, CONFIG.num_experts, generator=seeded(5))
+    hyper = HyperParams(
+        regenerate_below=torch.tensor([0.01, 0.01, 0.5]), beta2=0.75, explore_seed=torch.tensor([1, 2, 3])
+    )
+    found = regenerate(*stack(states), load=load, hyper=hyper)
+    for run, state in enumerate(states):
+        alone = HyperParams(regenerate_below=float(hyper.regenerate_below[run]), beta2=0.75, explore_seed=1 + run)
+        wanted = regenerate(*state, load=load[run], hyper=alone)
+        for name, leaf in walk(wanted):
+            assert_close(dict(walk(found))[name][run], leaf, 1e-6, name)
+    changed = (stack(states).params["layers"]["moe"]["w2"] != found["params"]["layers"]["moe"]["w2"]).flatten(3).any(-1)
+    assert changed.any(-1).tolist() == [[True, False], [False, False], [True, True]]
 
 
 # Hash routing ---------------------------------------------------------------------------------------------------------
