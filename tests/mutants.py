@@ -519,7 +519,7 @@ TESTS = {
     "tiny_onn_func/heads.py": ("twins", "parity", "oracle"),
     "tiny_onn_func/mapped.py": ("transforms", "twins", "grouped", "oracle", "rules"),
     "tiny_onn_func/ops.py": ("twins", "rules", "transforms"),
-    "tiny_onn_func/decisions.py": ("decisions", "twins", "rules"),
+    "tiny_onn_func/decisions.py": ("decisions", "native", "twins", "rules"),
     "training/cross_entropy.py": ("twins", "optim", "hyper_step"),
     "tiny_onn_func/csrc/grouped.c": ("native",),
     "tiny_onn_func/csrc/norms.c": ("twins",),

@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,33 @@ def test_leaves_and_weights_that_lie_otherwise_are_read_right() -> None:
         assert_close(both, wanted + kernels.matmul([(rows, layer.contiguous())], offsets), 1e-6)
         wanted = kernels.token_matmul(rows, token.contiguous(), weights.contiguous(), offsets)
         assert torch.equal(kernels.token_matmul(rows, token, weights, offsets), wanted)
+
+
+def test_decisions_read_tensors_that_lie_otherwise() -> None:
+    logits, surprise = drawn(2, 3, 9, 5), drawn(2, 3, 9, 5, seed=1).abs()
+    real, teaches = drawn(2, 9, seed=2) > 0, drawn(2, 3, 9, seed=3) > 0
+    target = torch.randint(5, (2, 3, 9), generator=seeded(4))
+    ids, active = drawn(2, 3, 9, 5, seed=5).argsort(-1)[..., :2].contiguous(), drawn(2, 3, 9, 2, seed=6) > 0
+    rows = drawn(2, 18, 7), drawn(2, 18, 7, seed=1), torch.arange(18).repeat(2, 1) // 2, ids[:, 0].flatten(1)
+    numbers = torch.tensor([1.0, 2.0]), torch.tensor([1.0, -1.0])
+    slopes_ = drawn(2, 3), drawn(2, 3, 5, seed=1), drawn(2, 3, seed=2)
+
+    def decided(lie: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        of_tokens = [lie(t) for t in (logits, target, teaches, real)]
+        choice = [lie(t) for t in (logits[:, 0].contiguous(), drawn(2, 5), torch.tensor([0.3, 0.6]).double(), real)]
+        counted = [lie(t) for t in (logits, surprise, ids, active, target, teaches, ~teaches, real)]
+        return [
+            *decisions.choose(*choice, slots=3, least=1, dynamic=True),
+            decisions.spread_surprise(*map(lie, rows), 9, 5, is_signed=False),
+            *decisions.least_surprised(lie(surprise), lie(real), *map(lie, numbers)),
+            *decisions.router_sums(*of_tokens),
+            decisions.router_sums_grad(tuple(map(lie, slopes_)), *of_tokens),
+            *decisions.routing_sums(*counted),
+        ]
+
+    wanted = decided(lambda t: t)
+    for found, ought in zip(decided(lambda t: torch.stack((t, t), dim=-1)[..., 0]), wanted, strict=True):
+        assert torch.equal(found, ought)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
