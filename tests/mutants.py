@@ -274,7 +274,7 @@ HOOKS = [
     ("select(-3, layer)\n        surface.copy_(sparse_fill", "select(-3, 0)\n        surface.copy_(sparse_fill"),
     ("if inside.requires_grad:", "if True:"),
     ("record(wrap(grad.detach(), axes))", "record(wrap(grad, axes))"),
-    ("record(wrap(grad.detach(), axes))", "record(grad.detach())"),
+    ("[row_surprise(saved, grad)]", "[row_norm(grad)]"),
     ('is_signed=self._kind == "benefit"', "is_signed=False"),
     ("x, rows = spread(x, rows)", "spread(x, rows)"),
     ("row_norm(x).gather(-1, input_of(x, rows)) * row_norm(grad)", "row_norm(grad)"),

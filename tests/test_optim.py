@@ -60,6 +60,18 @@ def test_an_update_leaves_its_inputs_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, leaves((params, grads, state)), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_go_by_their_names_in_whatever_order_they_come(dtype: torch.dtype) -> None:
+    params, grads = ({name: drawn_tree(seed + at)["w"].to(dtype) for at, name in enumerate("ab")} for seed in (0, 2))
+    turned = {name: grads[name] for name in "ba"}
+    wanted, found = (
+        adamw_update(params, told, adamw_init(params), lr=0.1, weight_decay=0.1, hyper=HyperParams())
+        for told in (grads, turned)
+    )
+    for ours, theirs in ((found[0], wanted[0]), (found[1].mu, wanted[1].mu), (found[1].nu, wanted[1].nu)):
+        assert all(torch.equal(ours[name], theirs[name]) for name in "ab")
+
+
 def test_strides_change_nothing() -> None:
     """The fused kernel reads memory in order, whatever a view says of it."""
     params, grads = drawn_tree(0), drawn_tree(1)
