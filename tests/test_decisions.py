@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.func import vmap
+from torch.func import grad, vmap
 
 from tests.helpers import seeded
 from tiny_onn_func import decisions, native
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import sort_by_expert
+from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.routing import route
 from training.metrics import finite_sum
 from training.objectives import router_targets
@@ -130,6 +132,45 @@ def test_the_best_are_those_of_a_sort_by_score_then_logit_then_place(
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones(1, tokens))
 
 
+@given(**SIZES, budget=st.sampled_from([0.01, 0.3, 0.5, 0.9, 1.0]), least=st.integers(1, 3), even=st.booleans())
+@example(tokens=3, experts=24, seed=0, budget=0.5, least=1, even=True)  # the masses of equals end on the budget
+@example(tokens=3, experts=38, seed=0, budget=0.5, least=1, even=True)
+def test_dynamic_k_is_that_of_the_plain_way(
+    tokens: int, experts: int, seed: int, budget: float, least: int, even: bool
+) -> None:
+    logits = torch.zeros(tokens, experts) if even else 3 * torch.randn(tokens, experts, generator=seeded(seed))
+    real = torch.rand(tokens, generator=seeded(seed + 1)) < 0.8
+    config = replace(config_of(experts, -1), min_experts_per_tok=min(least, experts))
+    ours, theirs = both(route, logits, real, config, budget)
+    assert torch.equal(ours.active, theirs.active)
+    if not even:
+        same(ours, theirs, tolerance=1e-5)
+
+
+def test_a_followed_gradient_is_that_of_the_experts_that_were_chosen() -> None:
+    """All logits tie, so another sort might order them otherwise."""
+    numbers, real = torch.randn(5, 4, generator=seeded(0)), torch.ones(5, dtype=torch.bool)
+
+    def value(logits: Tensor) -> Tensor:
+        routing = route(logits, real, config_of(4, 4), 0.5)
+        return (routing.weights * numbers.gather(-1, routing.expert_ids)).sum()
+
+    tied = torch.zeros(5, 4)
+    leaf = tied.clone().requires_grad_()
+    once, twice = torch.autograd.grad(value(leaf), leaf), torch.autograd.grad(value(leaf), leaf, create_graph=True)
+    wanted = (numbers - numbers.mean(dim=-1, keepdim=True)) / 4
+    for found in (once[0], twice[0], grad(value)(tied)):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_bias_and_a_mask_of_all_runs_are_those_of_each() -> None:
+    logits, bias = torch.randn(3, 5, 4, generator=seeded(0)), torch.tensor([0.0, 0.5, 0.0, -0.5])
+    real = torch.tensor([True, True, False, True, True])
+    together = route(logits, real, config_of(4, 2), 0.5, bias)
+    for run in range(3):
+        same([t[run] for t in together], route(logits[run], real, config_of(4, 2), 0.5, bias))
+
+
 def test_what_is_not_a_number_comes_last_and_shows_in_the_weights() -> None:
     logits = torch.tensor([[[1.0, 2.0, 2.0, torch.nan, -torch.inf], [torch.nan] * 5]])
     given_ = torch.zeros(1, 5), torch.ones(1, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
@@ -145,3 +186,10 @@ def test_runs_of_a_vmap_are_decided_each_for_itself() -> None:
     for run in range(3):
         alone = router_targets(surprise[run], real[run], float(least[run]), float(sign[run]))
         same([t[run] for t in mapped], alone[:3])
+
+
+def test_a_number_of_each_run_is_where_what_it_meets_is() -> None:
+    there = torch.zeros(2, 3, 4, device="meta")
+    assert as_wide_as(there, torch.ones(2)).device == there.device
+    assert as_wide_as(there, torch.ones(2)).shape == (2, 1, 1)
+    assert as_wide_as(there, 0.5) == 0.5

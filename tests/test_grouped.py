@@ -17,7 +17,7 @@ from tiny_onn_func import grouped, native
 from tiny_onn_func.dispatch import combine_rows, dispatch_rows
 from tiny_onn_func.folding import one_axis
 from tiny_onn_func.gated import ACTIVATE, gate_and_up
-from tiny_onn_func.grouped import GroupedSum, grouped_matmul, grouped_outer
+from tiny_onn_func.grouped import GroupedSum, grouped_matmul, grouped_outer, matmul
 from tiny_onn_func.twins import function_of
 
 ACTIVATED = function_of(ACTIVATE)
@@ -553,3 +553,29 @@ def test_axes_in_front_become_one_where_there_are_no_rows_too(
     shape: tuple[int, ...], dims: int, wanted: tuple[int, ...]
 ) -> None:
     assert one_axis(torch.zeros(shape), dims).shape == wanted
+
+
+@DTYPES
+def test_a_product_equals_the_librarys_with_its_gradients_transposed_and_with_an_axis_of_runs(
+    dtype: torch.dtype,
+) -> None:
+    for shape, turned in (((7,), False), ((3, 7), False), ((2, 3, 7), True)):
+        x, w = normal(*shape, 5, dtype=dtype), normal(*shape[:-1], 5, 9, seed=1, dtype=dtype)
+        w = w.mT.contiguous().mT if turned else w
+        out, back = vjp(matmul, x, w)
+        wanted, library_back = vjp(torch.matmul, x.double(), w.double())
+        upstream = normal(*wanted.shape, seed=2, dtype=dtype)
+        for found, ought in zip((out, *back(upstream)), (wanted, *library_back(upstream.double())), strict=True):
+            assert found.dtype == dtype
+            assert_close(found, ought, 10 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shapes", [((4, 5), (7, 6)), ((2, 4, 5), (4, 5, 6)), ((4, 12), (16, 4))], ids=str)
+def test_sizes_that_do_not_fit_are_refused_as_by_the_library(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises((RuntimeError, TypeError)):
+        matmul(*(normal(*shape, dtype=torch.float32) for shape in shapes))
+
+
+def test_one_matrix_for_all_is_multiplied_with_each() -> None:
+    x, w = (normal(*shape, dtype=torch.float32) for shape in ((3, 4, 5), (5, 6)))
+    assert_close(matmul(x, w), x.double() @ w.double(), 1e-6)

@@ -497,3 +497,29 @@ def test_mapped_gradients_through_hyper_steps_equal_a_loop() -> None:
 def test_a_second_derivative_through_a_hyper_step_is_the_slope_of_the_first() -> None:
     loss, at = next_loss(SMOOTH, COUPLED._replace(router_coupling=1.0), "lr"), torch.tensor(0.01, dtype=torch.float64)
     assert_close(grad(grad(loss))(at), slope(grad(loss), at), 1e-4)
+
+
+def test_a_step_of_which_nothing_is_mapped_runs_inside_a_vmap() -> None:
+    config = tiny_config()
+    state, batch = states(config, 1, torch.float32)[0], tiny_batch(config, 2, 6)
+    alone = hyper_step(state, batch, HyperParams(), config)[1].main_loss
+    loss, numbers = vmap(lambda x: (hyper_step(state, batch, HyperParams(), config)[1].main_loss, x))(torch.arange(2.0))
+    assert torch.equal(loss, alone.expand(2))
+    assert numbers.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["lr", "router_lr", "router_coupling"])
+def test_a_single_precision_step_is_differentiated_as_a_double_one(name: str) -> None:
+    """The kernels' gradients are followed, too: what they have saved belonged to the gradient inside."""
+    config, batch = tiny_config(num_experts_per_tok=2), tiny_batch(tiny_config(), 2, 6)
+    hyper = HyperParams(router_coupling=0.5, balance_weight=0.1)
+
+    def after(number: Tensor, state: TrainState) -> Tensor:
+        new, metrics = hyper_step(state, batch, hyper._replace(**{name: number}), config)
+        return metrics.balance_loss + sum(leaf.square().sum() for _, leaf in walk(new.params))
+
+    single, double = (
+        grad(after)(torch.tensor(0.3, dtype=dtype), states(config, 1, dtype)[0])
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_close(single.double(), double, 1e-3)

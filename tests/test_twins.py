@@ -17,7 +17,6 @@ from tiny_onn_func.attention import causal_bias
 from tiny_onn_func.gated import ACTIVATE
 from tiny_onn_func.heads import SPLIT_HEADS, split_heads
 from tiny_onn_func.ops import RMS_NORM, rotary_angles
-from tiny_onn_func.routing import CHOOSE
 from tiny_onn_func.twins import Twin, function_of, with_kernel
 from training.cross_entropy import CROSS_ENTROPY
 from training.objectives import ROUTER_SUMS
@@ -55,12 +54,6 @@ def some_logits(seed: int, size: int, width: int) -> tuple[Any, ...]:
     return 3 * drawn(2, size, width, seed=seed), torch.where(labels < 0, -100, labels)
 
 
-def some_choice(seed: int, size: int, width: int) -> tuple[Any, ...]:
-    real = (torch.arange(size) + seed) % 5 != 4
-    logits, bias, budget = drawn(size, width, seed=seed), drawn(width, seed=seed + 1) / 9, drawn(seed=9).sigmoid()
-    return logits, bias, budget, real, min(2 + width % 3, width), 1, width % 2 == 0
-
-
 def some_targets(seed: int, size: int, width: int) -> tuple[Any, ...]:
     target = torch.randint(width, (3, size), generator=seeded(seed))
     informative, real = drawn(3, size, seed=seed + 1) > 0, (torch.arange(size) + seed) % 5 != 4
@@ -75,7 +68,6 @@ CASES = {
     "attend": Case(ATTEND, some_attention),
     "activate": Case(ACTIVATE, lambda seed, size, dim: (drawn(size, dim, seed=seed), drawn(size, dim, seed=seed + 9))),
     "cross_entropy": Case(CROSS_ENTROPY, some_logits),
-    "choose": Case(CHOOSE, some_choice),
     "router_sums": Case(ROUTER_SUMS, some_targets),
 }
 EVERY = pytest.mark.parametrize("name", CASES)

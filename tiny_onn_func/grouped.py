@@ -42,13 +42,14 @@ def grouped_outer(
 
 
 def matmul(
-    x: Float[Tensor, "*batch rows in_dim"], weights: Float[Tensor, "*batch in_dim out_dim"]
+    x: Float[Tensor, "*batch rows in_dim"], weights: Float[Tensor, "*#batch in_dim out_dim"]
 ) -> Float[Tensor, "*batch rows out_dim"]:
     """x @ weights, as groups of a grouped matmul where a kernel takes them.
 
     That halves the time where the library's product leaves the processor's widest vectors unused (docs/benchmarks.md).
     """
-    if is_traced(x) or not native.can_take(x, weights):
+    fits = x.shape[:-2] == weights.shape[:-2] and x.shape[-1] == weights.shape[-2]  # else the library's word on it
+    if not fits or is_traced(x) or not native.can_take(x, weights):
         return x @ weights
     ends = torch.arange(1, x.shape[:-2].numel() + 1, dtype=torch.int32, device=x.device) * x.shape[-2]
     out = grouped_matmul(x.reshape(-1, x.shape[-1]), weights.reshape(-1, *weights.shape[-2:]), ends)

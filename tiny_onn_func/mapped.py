@@ -41,11 +41,14 @@ def only_vmaps() -> bool:
 def over_runs(function: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:
     """The function of the plain tensors inside, every mapped axis in front as one, and what it gives mapped again.
 
-    It runs outside of the vmaps, so nothing in it costs their dispatch. Where nothing is mapped, or another transform
-    is at work, it gets the inputs as they are.
+    It runs outside of the vmaps, so nothing in it costs their dispatch; with the inputs as they are, if none is mapped.
+    Where another transform is at work it runs inside of all.
     """
-    if not any(isinstance(t, Tensor) and functorch.is_batchedtensor(t) for t in inputs) or not only_vmaps():
+    if not functorch.get_interpreter_stack() or not only_vmaps():
         return function(*inputs)
+    if not any(isinstance(t, Tensor) and functorch.is_batchedtensor(t) for t in inputs):
+        with temporarily_clear_interpreter_stack():
+            return function(*inputs)
     levels = [(level.level(), functorch.CVmapInterpreterPtr(level).batchSize()) for level in _levels()]
     plain = [_runs_first(t, levels) if isinstance(t, Tensor) else t for t in inputs]
     with temporarily_clear_interpreter_stack():

@@ -99,7 +99,7 @@ def as_wide_as(x: Tensor, number: Tensor) -> Tensor: ...
 def as_wide_as(x: Tensor, number: int | float | Tensor) -> int | float | Tensor: ...
 def as_wide_as(x: Tensor, number: int | float | Tensor) -> int | float | Tensor:
     """A number of each run, with as many axes as x, whose first ones are the runs; a Python number as it is."""
-    return number[(..., *(None,) * (x.ndim - number.ndim))] if isinstance(number, Tensor) else number
+    return number[(..., *(None,) * (x.ndim - number.ndim))].to(x.device) if isinstance(number, Tensor) else number
 
 
 def scale_gradient(x: Tensor, scale: int | float | Tensor) -> Tensor:

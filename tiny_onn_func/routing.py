@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiny_onn_func import decisions
+from tiny_onn_func import decisions, native
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.folding import one_axis
+from tiny_onn_func.mapped import over_runs
 from tiny_onn_func.ops import wide_dtype
-from tiny_onn_func.twins import Twin, Values, with_kernel
 
 
 class Routing(NamedTuple):
@@ -24,10 +24,10 @@ class Routing(NamedTuple):
 
 def route(
     router_logits: Float[Tensor, "*runs tokens experts"],
-    real: Bool[Tensor, "*runs tokens"],
+    real: Bool[Tensor, "*#runs tokens"],
     config: ModelConfig,
     surprise_budget: int | float | Tensor,
-    bias: Float[Tensor, "*runs experts"] | None = None,
+    bias: Float[Tensor, "*#runs experts"] | None = None,
     explore: Int[Tensor, "*runs tokens"] | None = None,
 ) -> Routing:
     """Keep the most probable experts until their mass reaches the surprise budget.
@@ -55,7 +55,8 @@ def route(
         return _by_thresholds(logits + bias.unsqueeze(-2), real, slots, least, explore)
     dynamic = config.num_experts_per_tok == DYNAMIC_K
     budget = torch.as_tensor(surprise_budget, device=logits.device).expand(runs)
-    weights, expert_ids, active = _choose(logits, bias.to(logits.dtype), budget, real, slots, least, dynamic)
+    given = logits, bias.to(logits.dtype).expand(*runs, experts), budget, real.expand(logits.shape[:-1])
+    weights, expert_ids, active = over_runs(_chosen, *given, slots, least, dynamic)
     if explore is not None:
         routed = expert_ids, active
         expert_ids, kept = _try_expert(expert_ids, active, explore)
@@ -74,12 +75,24 @@ def send_alone(routing: Routing, expert: Int[Tensor, "*runs tokens"], real: Bool
     return Routing(*(torch.where(wanted >= 0, new, old) for new, old in zip(alone, routing, strict=True)))
 
 
-def plain(logits: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool) -> Values:
-    p = logits.softmax(dim=-1)
-    expert_ids = (p + bias.unsqueeze(-2)).detach().topk(slots, dim=-1).indices
+def _chosen(
+    logits: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights, expert_ids, active), of one run or of several with axes of them in front.
+
+    Which experts they are has no gradient, and is decided once: a gradient of the weights is that of these experts.
+    """
+    seen = logits.detach()
+    if native.may_run(seen):
+        one_run = one_axis(seen, 2), one_axis(bias, 1), one_axis(budget, 0).to(torch.float64), one_axis(real, 1)
+        made = decisions.choose(*one_run, slots=slots, least=least, dynamic=dynamic)
+        weights, expert_ids, active = (t.view(*logits.shape[:-1], slots) for t in made)
+        return (weights if native.may_run(logits) else _weights(logits, expert_ids, active)), expert_ids, active
+    p = seen.softmax(dim=-1)
+    expert_ids = (p + bias.detach().unsqueeze(-2)).topk(slots, dim=-1).indices
     kept = torch.ones_like(expert_ids, dtype=torch.bool)
     if dynamic:
-        mass_before = F.pad(p.detach().gather(-1, expert_ids).cumsum(dim=-1)[..., :-1], (1, 0))
+        mass_before = F.pad(p.gather(-1, expert_ids).cumsum(dim=-1)[..., :-1], (1, 0))
         budget = budget[..., None, None]
         kept = (mass_before < budget) | (budget >= 1) | (torch.arange(slots, device=p.device) < least)
     active = kept & real.unsqueeze(-1)
@@ -90,25 +103,6 @@ def _weights(logits: Tensor, expert_ids: Tensor, active: Tensor) -> Tensor:
     """p renormalised over the active experts, from logits: what was kept may have a p that underflows."""
     kept = logits.gather(-1, expert_ids).masked_fill(~active, torch.finfo(logits.dtype).min)
     return kept.softmax(dim=-1) * active
-
-
-def _kernel(
-    logits: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool
-) -> Values:
-    one_run = one_axis(logits, 2), one_axis(bias, 1), one_axis(budget, 0).to(torch.float64), one_axis(real, 1)
-    made = decisions.choose(*one_run, slots=slots, least=least, dynamic=dynamic)
-    return tuple(t.view(*logits.shape[:-1], slots) for t in made)
-
-
-def _kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
-    weights, expert_ids, _ = outputs
-    slopes = weights * grads[0]
-    slopes = slopes - weights * slopes.sum(dim=-1, keepdim=True)
-    return (torch.zeros_like(inputs[0]).scatter_(-1, expert_ids, slopes),)
-
-
-CHOOSE = Twin(plain, _kernel, _kernel_grad, differentiable=1, smooth=1)
-_choose = with_kernel(CHOOSE)
 
 
 def _by_thresholds(above: Tensor, real: Tensor, slots: int, least: int, explore: Tensor | None) -> Routing:

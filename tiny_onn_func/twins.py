@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function
 
 from tiny_onn_func import native
@@ -60,7 +61,8 @@ def function_of(twin: Twin) -> type[Function]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Values:
-            saved, slopes = ctx.saved_tensors, grads[: twin.smooth]
+            # what a torch.func.grad that has ended wrapped is saved in its wrappers, which no new transform takes
+            saved, slopes = tuple(map(unwrap_if_dead, ctx.saved_tensors)), grads[: twin.smooth]
             tensors, outputs = saved[: len(saved) - len(grads)], saved[len(saved) - len(grads) :]
             inputs = (*tensors, *ctx.numbers)
             if native.may_run(*slopes, *inputs[: twin.differentiable]):

@@ -85,15 +85,16 @@ def router_targets(
     """
     runs, numbers = real.shape[:-1], (min_candidates, sign)
     least, side = (torch.as_tensor(n, device=real.device, dtype=torch.float32).expand(runs) for n in numbers)
+    real = real.expand(*per_token_surprise.shape[:-3], -1)
     expert, informative, tied = over_runs(_hard_targets, per_token_surprise, real, least, side)
     if is_off(temperature):
         return Targets(expert, informative, tied, None)
     finite = per_token_surprise.isfinite()
     signed = torch.where(finite, per_token_surprise * as_wide_as(finite, sign), torch.inf)
     size = torch.where(finite, per_token_surprise.abs(), 0.0).sum(dim=-1) / finite.sum(dim=-1).clamp_min(1)
-    width = (as_wide_as(size, temperature) * torch.where(informative, size, 1.0)).clamp_min(
-        torch.finfo(size.dtype).tiny
-    )
+    temperature = temperature.to(size.dtype) if isinstance(temperature, Tensor) else temperature
+    width = as_wide_as(size, temperature) * torch.where(informative, size, 1.0)
+    width = width.clamp_min(torch.finfo(size.dtype).tiny)
     below = torch.where(finite & informative.unsqueeze(-1), signed.amin(dim=-1, keepdim=True) - signed, -torch.inf)
     hard = torch.zeros_like(signed).scatter(-1, expert.unsqueeze(-1), 1.0)
     soft = torch.where(informative.unsqueeze(-1), below / width.unsqueeze(-1), 0.0).softmax(dim=-1)
@@ -170,6 +171,7 @@ def router_loss(
     informative = targets.informative.sum(dim=(-2, -1)) if informative is None else informative
     tokens = (real.sum(dim=-1) if tokens is None else tokens).clamp_min(1)
     layers, _, experts = router_logits.shape[-3:]
+    real = real.expand(*router_logits.shape[:-3], -1)
     picked, mass, squares = _router_sums(router_logits, targets.expert, targets.informative, real)
     if targets.shares is not None:
         cross = -(targets.shares * router_logits.log_softmax(dim=-1)).sum(dim=-1)

@@ -82,7 +82,8 @@ def sums_of(seen: Observed, targets: Targets, real: Bool[Tensor, "*runs tokens"]
     """What the step's objectives and metrics need of its tokens."""
     lm, trace = seen.lm, seen.trace
     of_tokens = trace.router_logits, seen.per_token_surprise, trace.expert_ids, trace.active
-    counted = over_runs(_routing_sums, *of_tokens, targets.expert, targets.informative, targets.tied, real)
+    taught = targets.expert, targets.informative, targets.tied
+    counted = over_runs(_routing_sums, *of_tokens, *taught, real.expand(*trace.active.shape[:-3], -1))
     informative, hits, tied, visits, chance, routed, wanted, size, sized = counted
     return Sums(
         loss=lm.loss_sum,

@@ -97,11 +97,12 @@ int choose(int64_t runs, int64_t n, int64_t experts, int64_t slots, int64_t leas
             }
             int64_t *chosen = ids + i * slots;
             best_of(experts, slots, ranked, known, best, chosen);
-            float *weight = weights + i * slots, mass = 0, all = 0;
+            float *weight = weights + i * slots, all = 0;
+            double mass = 0;
             most = -INFINITY;
             uint8_t *kept = active + i * slots;
             for (int64_t m = 0; m < slots; m++) {
-                kept[m] = real[i] && (!dynamic || m < least || budgets[i / n] >= 1 || mass < budgets[i / n]);
+                kept[m] = real[i] && (!dynamic || m < least || budgets[i / n] >= 1 || (float)mass < budgets[i / n]);
                 mass += p[chosen[m]];
                 if (kept[m] && x[chosen[m]] > most) most = x[chosen[m]];
             }

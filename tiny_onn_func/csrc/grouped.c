@@ -64,6 +64,7 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
             failed = 1;
         }
         int64_t some = count >= 64 * threads ? 4 : 1; /* neighbours, whose weights are next to each other */
+        (void)some;
 #pragma omp for schedule(dynamic, some)
         for (int64_t t = 0; t < count; t++) {
             Task task = tasks[t];

@@ -34,9 +34,9 @@ INLINE float expo(float x) {
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;           /* ln 2 in two parts */
     float p = 1 + r * (1 + r * (0.5f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
     union {
-        int32_t bits;
+        uint32_t bits;
         float power;
-    } two = {((int32_t)n + 127) << 23};
+    } two = {(uint32_t)((int32_t)n + 127) << 23};
     return p * two.power;
 }
 
