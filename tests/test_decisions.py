@@ -179,6 +179,30 @@ def test_what_is_not_a_number_comes_last_and_shows_in_the_weights() -> None:
     assert weights.isnan().all()
 
 
+@pytest.mark.parametrize("experts", [5, 40])
+def test_one_logit_that_is_not_a_number_shows_in_the_weights_of_all_that_are_chosen(experts: int) -> None:
+    logits = torch.randn(1, 3, experts, generator=seeded(0))
+    logits[0, 1, 2] = torch.nan
+    given_ = torch.zeros(1, experts), torch.ones(1, dtype=torch.float64), torch.ones(1, 3, dtype=torch.bool)
+    weights, ids, _ = decisions.choose(logits, *given_, slots=2, least=1, dynamic=False)
+    assert not (ids[0, 1] == 2).any()
+    assert weights.isnan().all(dim=-1).tolist() == [[False, True, False]]
+
+
+def test_mapped_runs_choose_each_by_its_own_bias_and_budget() -> None:
+    logits, bias = torch.randn(3, 9, 7, generator=seeded(0)), torch.randn(3, 7, generator=seeded(1))
+    real, budgets = torch.rand(3, 9, generator=seeded(2)) < 0.7, torch.tensor([0.2, 0.6, 0.9])
+    config = config_of(7, -1)
+    mapped = vmap(lambda logits, real, budget, bias: route(logits, real, config, budget, bias))(
+        logits, real, budgets, bias
+    )
+    for run in range(3):
+        alone = route(logits[run], real[run], config, float(budgets[run]), bias[run])
+        assert all(torch.equal(some[run], one) for some, one in zip(mapped, alone, strict=True))
+    shared = vmap(lambda logits: route(logits, real[0], config, 0.6, bias[1]))(logits)
+    assert torch.equal(shared.expert_ids[2], route(logits[2], real[0], config, 0.6, bias[1]).expert_ids)
+
+
 def test_runs_of_a_vmap_are_decided_each_for_itself() -> None:
     surprise, real = some_surprise(6, 9, 7, 0).view(3, 2, 9, 7), torch.rand(3, 9, generator=seeded(1)) < 0.7
     least, sign = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, -1.0, 0.5])
