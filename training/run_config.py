@@ -152,7 +152,7 @@ class RunConfig:
     """Folder of a Hugging Face causal language model to learn from, with hyper.distill_alpha."""
     teacher_cache: bool = False
     """Whether the teacher's logits are kept on disk for runs that see the same batches."""
-    steps: int = 2400
+    steps: int = 2800
     """Hyper steps of the whole run."""
     seed: int = 0
     """Seed of the parameters and of the order of the batches."""
