@@ -46,7 +46,7 @@ def matmul(
 ) -> Float[Tensor, "*batch rows out_dim"]:
     """x @ weights, as groups of a grouped matmul where a kernel takes them.
 
-    That halves the time where the library's product leaves the processor's widest vectors unused (docs/benchmarks.md).
+    That is faster where the library's product leaves the processor's widest vectors unused (docs/benchmarks.md).
     """
     fits = x.shape[:-2] == weights.shape[:-2] and x.shape[-1] == weights.shape[-2]  # else the library's word on it
     if not fits or is_traced(x) or not native.can_take(x, weights):
