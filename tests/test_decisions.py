@@ -203,6 +203,15 @@ def test_mapped_runs_choose_each_by_its_own_bias_and_budget() -> None:
     assert torch.equal(shared.expert_ids[2], route(logits[2], real[0], config, 0.6, bias[1]).expert_ids)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_mask_of_all_runs_asks_of_each_what_it_asks_of_one(sign: float, dtype: torch.dtype) -> None:
+    surprise, real = some_surprise(6, 9, 7, 0).view(3, 2, 9, 7).to(dtype), torch.rand(9, generator=seeded(1)) < 0.7
+    together = router_targets(surprise, real, 2, sign)
+    for run in range(3):
+        same([t[run] for t in together[:3]], router_targets(surprise[run], real, 2, sign)[:3])
+
+
 def test_runs_of_a_vmap_are_decided_each_for_itself() -> None:
     surprise, real = some_surprise(6, 9, 7, 0).view(3, 2, 9, 7), torch.rand(3, 9, generator=seeded(1)) < 0.7
     least, sign = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, -1.0, 0.5])

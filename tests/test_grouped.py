@@ -1,5 +1,6 @@
 """Grouped matmul, outer, dispatch and combine: against loops over single rows, in every transform."""
 
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -574,6 +575,11 @@ def test_a_product_equals_the_librarys_with_its_gradients_transposed_and_with_an
 def test_sizes_that_do_not_fit_are_refused_as_by_the_library(shapes: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises((RuntimeError, TypeError)):
         matmul(*(normal(*shape, dtype=torch.float32) for shape in shapes))
+
+
+def test_sizes_are_compared_before_a_kernel_reads_and_not_by_the_checker_of_types_alone() -> None:
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        inspect.unwrap(matmul)(normal(4, 12, dtype=torch.float32), normal(16, 4, dtype=torch.float32))
 
 
 def test_one_matrix_for_all_is_multiplied_with_each() -> None:

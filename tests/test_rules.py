@@ -145,6 +145,16 @@ def test_a_mapped_temperature_of_zero_is_the_hard_target() -> None:
     assert_close(shares[1], wanted, 1e-6)
 
 
+def test_temperatures_of_runs_in_double_precision_leave_the_shares_as_wide_as_the_surprise() -> None:
+    surprise = torch.rand(2, 3, 5, 4, generator=seeded(0))
+    temperatures = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    real = torch.ones(2, 5, dtype=torch.bool)
+    together = router_targets(surprise, real, 2, 1.0, temperatures).shares
+    assert together.dtype == torch.float32
+    for run, temperature in enumerate((1e-9, 0.5)):
+        assert_close(together[run], router_targets(surprise[run], real[run], 2, 1.0, temperature).shares, 1e-6)
+
+
 def test_a_weight_that_underflowed_divides_nothing() -> None:
     surprise, ids = torch.tensor([[[0.0, 4.0, torch.inf]]]), torch.tensor([[[1, 0, 2]]])
     weights, active = torch.tensor([[[0.5, 0.0, 0.0]]]), torch.tensor([[[True, True, False]]])

@@ -70,7 +70,7 @@ class Targets(NamedTuple):
 
 def router_targets(
     per_token_surprise: Float[Tensor, "*runs layers tokens experts"],
-    real: Bool[Tensor, "*runs tokens"],
+    real: Bool[Tensor, "*#runs tokens"],
     min_candidates: Number,
     sign: Number = 1.0,
     temperature: Number = 0.0,
@@ -83,9 +83,9 @@ def router_targets(
     of a token without gradient (surprise 0 everywhere) would quietly favour the first expert. A lone candidate, allowed
     by min_candidates = 1, is not a tie.
     """
-    runs, numbers = real.shape[:-1], (min_candidates, sign)
+    runs, numbers = per_token_surprise.shape[:-3], (min_candidates, sign)  # a kernel reads one of each run
     least, side = (torch.as_tensor(n, device=real.device, dtype=torch.float32).expand(runs) for n in numbers)
-    real = real.expand(*per_token_surprise.shape[:-3], -1)
+    real = real.expand(*runs, -1)
     expert, informative, tied = over_runs(_hard_targets, per_token_surprise, real, least, side)
     if is_off(temperature):
         return Targets(expert, informative, tied, None)
