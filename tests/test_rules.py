@@ -497,3 +497,11 @@ def test_thresholds_choose_k_themselves() -> None:
 def test_a_benefit_of_bfloat16_is_added_up_in_float32() -> None:
     x, grad = (torch.randn(5, 64, generator=seeded(seed)).bfloat16() for seed in (0, 1))
     assert torch.equal(row_dot(x, grad), (x.float() * grad.float()).sum(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_candidates_that_are_equal_and_negative_are_tied_beside_others_not_visited(dtype: torch.dtype) -> None:
+    surprise = torch.tensor([[[-2.0, -2.0, torch.inf], [-2.0, -1.0, torch.inf]]], dtype=dtype)
+    targets = router_targets(surprise, torch.ones(2, dtype=torch.bool), 2)
+    assert targets.tied.tolist() == [[True, False]]
+    assert targets.informative.tolist() == [[False, True]]
