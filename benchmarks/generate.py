@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Timing, interleaved, machine, ratio
-from tiny_onn_func import ModelConfig, generate, init_params, save_pretrained
+from tiny_onn_func import ModelConfig, init_params, save_pretrained
+from tiny_onn_func.inference import generate
 from training.memory import keep_freed_memory
 from training.run_config import DEFAULT_MODEL
 
-OURS, PEER = "tiny_onn_func.generate", "transformers generate"
+OURS, PEER = "tiny_onn_func.inference.generate", "transformers generate"
 Subjects = dict[str, Callable[[], Tensor]]
 
 

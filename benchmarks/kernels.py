@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import interleaved, machine, table, write_json
-from tiny_onn_func import kernels
-from tiny_onn_func.attend import attend
-from tiny_onn_func.attention import causal_bias
+from tiny_onn_func.attention import attend, causal_bias
+from tiny_onn_func.kernels import forward as forward_kernels
 from training.memory import keep_freed_memory
 
 Subject = Callable[[], object]
@@ -55,11 +54,11 @@ def products(rows: int, experts: int, inner: int, outer: int) -> dict[str, Subje
     x, grad, w = torch.randn(rows, inner), torch.randn(rows, outer), torch.randn(experts, inner, outer)
     one = offsets[None]
     return {
-        "product": lambda: kernels.matmul([(x[None], w[None])], one),
+        "product": lambda: forward_kernels.matmul([(x[None], w[None])], one),
         "product, grouped_mm": lambda: F.grouped_mm(x, w, offs=offsets),
-        "transposed": lambda: kernels.matmul([(grad[None], w[None].mT)], one),
+        "transposed": lambda: forward_kernels.matmul([(grad[None], w[None].mT)], one),
         "transposed, grouped_mm": lambda: F.grouped_mm(grad, w.mT, offs=offsets),
-        "outer": lambda: kernels.outer(x[None], grad[None], one),
+        "outer": lambda: forward_kernels.outer(x[None], grad[None], one),
         "outer, grouped_mm": lambda: F.grouped_mm(x.mT, grad, offs=offsets),
     }
 
@@ -69,11 +68,11 @@ def projections(runs: int, rows: int, inner: int, outer: int) -> dict[str, Subje
     x, grad, w = torch.randn(runs, rows, inner), torch.randn(runs, rows, outer), torch.randn(runs, inner, outer)
     ends, group = torch.full((runs, 1), rows, dtype=torch.int32), w.unsqueeze(1)
     return {
-        "product": lambda: kernels.matmul([(x, group)], ends),
+        "product": lambda: forward_kernels.matmul([(x, group)], ends),
         "product, matmul": lambda: x @ w,
-        "transposed": lambda: kernels.matmul([(grad, group.mT)], ends),
+        "transposed": lambda: forward_kernels.matmul([(grad, group.mT)], ends),
         "transposed, matmul": lambda: grad @ w.mT,
-        "outer": lambda: kernels.outer(x, grad, ends),
+        "outer": lambda: forward_kernels.outer(x, grad, ends),
         "outer, matmul": lambda: x.mT @ grad,
     }
 

@@ -160,7 +160,7 @@ def _be_child(argv: Sequence[str], disk: Path, spoil: tuple[int, int], log: Path
 
 def subjects(home: Path) -> list[Subject]:
     """A run, a study of four vmapped runs, and a run whose cache of tokens is what fails."""
-    from tiny_onn_func.native import library
+    from tiny_onn_func.kernels.build import library
 
     (home / "text.txt").write_text(TEXT, encoding="utf-8")
     os.environ |= {"TINY_ONN_CACHE": str(home / "cache"), "TINY_ONN_NATIVE_CACHE": str(home / "native")}

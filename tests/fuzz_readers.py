@@ -33,7 +33,7 @@ class Reader(NamedTuple):
 
 def readers(home: Path) -> dict[str, Reader]:
     """Name -> reader, with right files made below `home`."""
-    from tiny_onn_func.interop import load_pretrained
+    from tiny_onn_func.huggingface.pretrained import load_pretrained
     from training.bpe import train_tokenizer
     from training.checkpoint import load_checkpoint
     from training.cli import main

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from tests.helpers import assert_close, seeded
-from tiny_onn_func import kernels, native
-from tiny_onn_func.attend import ATTEND, attend
-from tiny_onn_func.attention import causal_bias
-from tiny_onn_func.twins import function_of
+from tiny_onn_func.attention import ATTEND, attend, causal_bias
+from tiny_onn_func.kernels import build
+from tiny_onn_func.kernels import forward as forward_kernels
+from tiny_onn_func.primitives.fused import function_of
 
 OWN = function_of(ATTEND)
 WAYS = {"as called": attend, "with its own gradients": lambda *inputs: OWN.apply(*inputs)[0]}
@@ -125,38 +125,38 @@ def test_a_tangent_of_one_input_is_its_difference_quotient(place: int, way: str)
     assert_close(found, quotient, 1e-7)
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C compiler to make the kernels with")
+@pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")
 def test_the_kernels_bits_depend_on_no_thread_and_no_neighbour_and_it_keeps_what_is_no_number() -> None:
     q, k, v = inputs(3, 2, 2, 40, 16, torch.float32)
     bias, _ = mask_of(3, 40, 0, torch.float32)
-    out, log_sums = kernels.attention(q, k, v, bias)
-    alone = kernels.attention(q[1:2], k[1:2], v[1:2], bias[1:2])
+    out, log_sums = forward_kernels.attention(q, k, v, bias)
+    alone = forward_kernels.attention(q[1:2], k[1:2], v[1:2], bias[1:2])
     assert torch.equal(out[1:2], alone[0])
     assert torch.equal(log_sums[1:2], alone[1])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert torch.equal(kernels.attention(q, k, v, bias)[0], out)
+        assert torch.equal(forward_kernels.attention(q, k, v, bias)[0], out)
     finally:
         torch.set_num_threads(threads)
     k[1, 0, 0, 0] = torch.nan
-    assert kernels.attention(q, k, v, bias)[0][1, :, 0].isnan().all()
+    assert forward_kernels.attention(q, k, v, bias)[0][1, :, 0].isnan().all()
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C compiler to make the kernels with")
+@pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")
 @pytest.mark.parametrize("at", [1, 7, 16, 31])
 def test_later_keys_leave_every_bit_of_earlier_queries_however_large_they_are(at: int) -> None:
     """A largest score that were theirs would let all earlier ones underflow."""
     q, k, v = inputs(1, 1, 2, 33, 8, torch.float32)
     bias = causal_bias(None, 33, torch.device("cpu"), torch.float32)
     huge = [torch.where(torch.arange(33)[:, None] < at, t, 1e4 * t) for t in (k, v)]
-    out, log_sums = kernels.attention(q, k, v, bias)
-    found, found_sums = kernels.attention(q, *huge, bias)
+    out, log_sums = forward_kernels.attention(q, k, v, bias)
+    found, found_sums = forward_kernels.attention(q, *huge, bias)
     assert torch.equal(found[:, :at], out[:, :at])
     assert torch.equal(found_sums[..., :at], log_sums[..., :at])
     upstream = drawn(*out.shape, seed=3, dtype=torch.float32) * (torch.arange(33) < at)[:, None, None, None]
-    wanted = kernels.attention_grad(q, k, v, bias, out, log_sums, upstream)
-    slopes = kernels.attention_grad(q, *huge, bias, found, found_sums, upstream)
+    wanted = forward_kernels.attention_grad(q, k, v, bias, out, log_sums, upstream)
+    slopes = forward_kernels.attention_grad(q, *huge, bias, found, found_sums, upstream)
     for some, all_ in zip(slopes, wanted, strict=True):
         assert torch.equal(some[..., :at, :], all_[..., :at, :])
         assert not some[..., at:, :].any()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.func import vmap
 
 from tests.helpers import tiny_batch, tiny_config
-from tiny_onn_func.grouped import grouped_matmul, grouped_outer
-from tiny_onn_func.tiles import TILE, cut_tiles, tiled_matmul, tiled_outer
+from tiny_onn_func.primitives.grouped import grouped_matmul, grouped_outer
+from tiny_onn_func.primitives.tiled import TILE, cut_tiles, tiled_matmul, tiled_outer
 from tiny_onn_func.tree import flatten, stack
 from training import HyperParams, hyper_step, init_state
 from training.compiled import compile_step, trace_step

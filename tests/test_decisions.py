@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from tests.helpers import seeded
-from tiny_onn_func import decisions, native
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import sort_by_expert
+from tiny_onn_func.kernels import build, runtime
+from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.routing import route
 from training.metrics import finite_sum
@@ -23,7 +24,7 @@ from training.objectives import router_targets
 from training.step_metrics import _routing_sums
 from training.surprise import surface_of
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler to make the kernels with")
+pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")
 EXPERTS = st.sampled_from([1, 2, 7, 15, 16, 17, 33, 64, 70])  # around whole vectors
 SIZES = {"tokens": st.integers(1, 40), "experts": EXPERTS, "seed": st.integers(0, 99)}
 
@@ -31,7 +32,7 @@ SIZES = {"tokens": st.integers(1, 40), "experts": EXPERTS, "seed": st.integers(0
 @contextmanager
 def without_kernels() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "can_take", lambda *_: False)
+        patch.setattr(runtime, "can_take", lambda *_: False)
         yield
 
 
@@ -122,8 +123,8 @@ def test_the_best_are_those_of_a_sort_by_score_then_logit_then_place(
     bias = torch.randint(3, (1, experts), generator=seeded(seed + 1)) / 4.0
     real, budget = torch.ones(1, tokens, dtype=torch.bool), torch.ones(1, dtype=torch.float64)
     for slots in {1, min(3, experts), min(20, experts), experts}:
-        weights, ids, active = decisions.choose(logits, bias, budget, real, slots=slots, least=1, dynamic=False)
-        scores = decisions.choose(logits, 0 * bias, budget, real, slots=experts, least=1, dynamic=False)
+        weights, ids, active = forward_kernels.choose(logits, bias, budget, real, slots=slots, least=1, dynamic=False)
+        scores = forward_kernels.choose(logits, 0 * bias, budget, real, slots=experts, least=1, dynamic=False)
         p = torch.zeros(tokens, experts).scatter(-1, scores[1][0], scores[0][0])
         for token in range(tokens):
             keys = [(-float(p[token, e] + bias[0, e]), -float(logits[0, token, e]), e) for e in range(experts)]
@@ -174,7 +175,7 @@ def test_a_bias_and_a_mask_of_all_runs_are_those_of_each() -> None:
 def test_what_is_not_a_number_comes_last_and_shows_in_the_weights() -> None:
     logits = torch.tensor([[[1.0, 2.0, 2.0, torch.nan, -torch.inf], [torch.nan] * 5]])
     given_ = torch.zeros(1, 5), torch.ones(1, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
-    weights, ids, _ = decisions.choose(logits, *given_, slots=5, least=1, dynamic=False)
+    weights, ids, _ = forward_kernels.choose(logits, *given_, slots=5, least=1, dynamic=False)
     assert ids.tolist() == [[[1, 2, 0, 3, 4], [0, 1, 2, 3, 4]]]
     assert weights.isnan().all()
 
@@ -184,7 +185,7 @@ def test_one_logit_that_is_not_a_number_shows_in_the_weights_of_all_that_are_cho
     logits = torch.randn(1, 3, experts, generator=seeded(0))
     logits[0, 1, 2] = torch.nan
     given_ = torch.zeros(1, experts), torch.ones(1, dtype=torch.float64), torch.ones(1, 3, dtype=torch.bool)
-    weights, ids, _ = decisions.choose(logits, *given_, slots=2, least=1, dynamic=False)
+    weights, ids, _ = forward_kernels.choose(logits, *given_, slots=2, least=1, dynamic=False)
     assert not (ids[0, 1] == 2).any()
     assert weights.isnan().all(dim=-1).tolist() == [[False, True, False]]
 

@@ -23,10 +23,11 @@ from tests.helpers import (
     spread_params,
     tiny_config,
 )
-from tiny_onn_func import ModelConfig, decode, forward, generate, init_params, save_pretrained
-from tiny_onn_func.decode import open_text, read
-from tiny_onn_func.generate import stream
-from tiny_onn_func.sampling import penalize, sample
+from tiny_onn_func import ModelConfig, forward, init_params, save_pretrained
+from tiny_onn_func.inference import decode, generate
+from tiny_onn_func.inference.decode import open_text, read
+from tiny_onn_func.inference.generate import stream
+from tiny_onn_func.inference.sampling import penalize, sample
 from tiny_onn_func.tree import flatten, unflatten
 from training.checkpoint import save_checkpoint
 from training.cli import main

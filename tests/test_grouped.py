@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from tests.helpers import assert_close, seeded
-from tiny_onn_func import grouped, native
-from tiny_onn_func.dispatch import combine_rows, dispatch_rows
-from tiny_onn_func.folding import one_axis
-from tiny_onn_func.gated import ACTIVATE, gate_and_up
-from tiny_onn_func.grouped import GroupedSum, grouped_matmul, grouped_outer, matmul
-from tiny_onn_func.twins import function_of
+from tiny_onn_func.kernels import runtime
+from tiny_onn_func.ops import ACTIVATE
+from tiny_onn_func.primitives import grouped
+from tiny_onn_func.primitives.dispatch import combine_rows, dispatch_rows
+from tiny_onn_func.primitives.fused import function_of
+from tiny_onn_func.primitives.gate_up import gate_and_up
+from tiny_onn_func.primitives.grouped import GroupedSum, grouped_matmul, grouped_outer, matmul
+from tiny_onn_func.primitives.vmap import one_axis
 
 ACTIVATED = function_of(ACTIVATE)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -497,7 +499,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def without_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "can_take", lambda *_: False)
+    monkeypatch.setattr(runtime, "can_take", lambda *_: False)
 
 
 def test_without_our_kernels_aligned_float32_takes_the_librarys_forward_and_backward(

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from tests.helpers import assert_close, assert_same_bits, seeded, spread_params, tiny_batch, tiny_config
 from tiny_onn_func import ModelConfig, forward, load_pretrained, save_pretrained
-from tiny_onn_func.hf_config import _parse
-from tiny_onn_func.hf_folder import write_folder
+from tiny_onn_func.huggingface.config import _parse
+from tiny_onn_func.huggingface.folder import write_folder
 from tiny_onn_func.tree import Tree, flatten, tree_map, unflatten
 from training.checkpoint import load_params, save_checkpoint
 from training.cli import main
@@ -196,7 +196,7 @@ def test_a_failure_half_way_leaves_what_was_there(ours: Path, copy: Path, monkey
         raise OSError(28, "No space left on device")
 
     params, config = load_pretrained(ours)
-    monkeypatch.setattr("tiny_onn_func.hf_folder._flush", full)
+    monkeypatch.setattr("tiny_onn_func.huggingface.folder._flush", full)
     with pytest.raises(ValueError, match="No space left on device"):
         save_pretrained(tree_map(lambda leaf: leaf + 1, params), config, copy)
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
@@ -204,7 +204,7 @@ def test_a_failure_half_way_leaves_what_was_there(ours: Path, copy: Path, monkey
 
 
 def test_many_shards_hold_the_same_model(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiny_onn_func.interop.write_folder", partial(write_folder, shard_bytes=20_000))
+    monkeypatch.setattr("tiny_onn_func.huggingface.pretrained.write_folder", partial(write_folder, shard_bytes=20_000))
     params, config = load_pretrained(ours)
     save_pretrained(params, config, tmp_path / "out")
     assert (tmp_path / "out" / INDEX).exists()
@@ -435,8 +435,8 @@ def test_nothing_is_allocated_before_the_headers_are_right(copy: Path, monkeypat
         raise AssertionError("a tensor was made")
 
     edit(copy, hidden_size=2**30, vocab_size=2**30)
-    monkeypatch.setattr("tiny_onn_func.interop.torch.zeros", never)
-    monkeypatch.setattr("tiny_onn_func.interop.read_tensors", never)
+    monkeypatch.setattr("tiny_onn_func.huggingface.pretrained.torch.zeros", never)
+    monkeypatch.setattr("tiny_onn_func.huggingface.pretrained.read_tensors", never)
     assert_refused(copy, "model.embed_tokens.weight")
 
 

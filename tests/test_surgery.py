@@ -26,9 +26,10 @@ from torch import Tensor
 
 from tests.helpers import assert_close, assert_same_bits, seeded
 from tests.test_interop import make_run
-from tiny_onn_func import forward, hf_folder, load_pretrained
-from tiny_onn_func.hf_config import read_config
-from tiny_onn_func.hf_folder import read_headers
+from tiny_onn_func import forward, load_pretrained
+from tiny_onn_func.huggingface import folder
+from tiny_onn_func.huggingface.config import read_config
+from tiny_onn_func.huggingface.folder import read_headers
 from tiny_onn_func.tree import tree_map
 from training import surgery
 from training.cli import main
@@ -417,10 +418,10 @@ def test_most_of_a_checkpoint_is_never_held_at_once(tmp_path: Path, monkeypatch:
         held.append(sum(nbytes for tensor, nbytes in born if tensor() is not None))
         save(*arguments, **options)
 
-    read, cut, save = surgery.read_tensors, surgery._cut_layer, hf_folder.save_file
+    read, cut, save = surgery.read_tensors, surgery._cut_layer, folder.save_file
     monkeypatch.setattr(surgery, "read_tensors", reading)
     monkeypatch.setattr(surgery, "_cut_layer", cutting)
-    monkeypatch.setattr(hf_folder, "save_file", saving)
+    monkeypatch.setattr(folder, "save_file", saving)
     monkeypatch.setattr(surgery, "SHARD_BYTES", 1)
     cut_into_experts(tmp_path / "dense", tmp_path / "out", num_experts=8)
     assert len(held) == 10

@@ -13,7 +13,7 @@ from torch.func import grad, jvp, vmap
 
 from tests.helpers import Case, assert_close, cases, seeded, spread_params, tiny_batch, tiny_config
 from tiny_onn_func import ModelConfig, forward
-from tiny_onn_func.mapped import each_run, over_runs, over_trees, peel, wrap
+from tiny_onn_func.primitives.vmap import each_run, over_runs, over_trees, peel, wrap
 from tiny_onn_func.routing import route
 from tiny_onn_func.tree import partition, stack, tree_map, unstack, walk
 from training import Batch, HyperParams, TrainState, hyper_step, per_token_surprise

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tiny_onn_func import native
+from tiny_onn_func.kernels import build
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler to make the kernels with")
+pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")
 
 
 @pytest.fixture
@@ -21,9 +21,9 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     home, mark = tmp_path / "home", tmp_path / "it-ran"
     home.mkdir(mode=0o700)
     monkeypatch.setenv("TINY_ONN_NATIVE_CACHE", str(home))
-    library = home / f"kernels-{native._fingerprint()}.so"
-    real = Path(str(native.library()))
-    monkeypatch.setattr(native, "_compile", lambda path: os.replace(shutil.copy(real, home / "draft"), path))
+    library = home / f"kernels-{build._fingerprint()}.so"
+    real = Path(str(build.library()))
+    monkeypatch.setattr(build, "_compile", lambda path: os.replace(shutil.copy(real, home / "draft"), path))
     source = f'#include <stdio.h>\n__attribute__((constructor)) void run(void) {{ fopen("{mark}", "w"); }}'
     subprocess.run(["cc", "-shared", "-fPIC", "-xc", "-", "-o", library], input=source.encode(), check=True)
     library.chmod(0o700)
@@ -31,14 +31,14 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
 
 
 def test_a_library_of_this_user_s_own_is_loaded(trap: tuple[Path, Path]) -> None:
-    assert native.find_library() == trap[0]
+    assert build.find_library() == trap[0]
     assert trap[1].exists()
 
 
 @pytest.mark.parametrize("rights", [0o720, 0o702, 0o777], ids=oct)
 def test_a_library_that_others_can_write_is_not_loaded_but_made_anew(rights: int, trap: tuple[Path, Path]) -> None:
     trap[0].chmod(rights)
-    assert hasattr(ctypes.CDLL(str(native.find_library())), "grouped_matmul")
+    assert hasattr(ctypes.CDLL(str(build.find_library())), "grouped_matmul")
     assert not trap[1].exists()
 
 
@@ -47,11 +47,11 @@ def test_a_library_of_another_user_is_not_loaded_but_made_anew(
 ) -> None:
     if os.geteuid() == 0:
         os.chown(trap[0], 12345, -1)
-        assert hasattr(ctypes.CDLL(str(native.find_library())), "grouped_matmul")
+        assert hasattr(ctypes.CDLL(str(build.find_library())), "grouped_matmul")
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
         with pytest.raises(PermissionError):
-            native.find_library()
+            build.find_library()
     assert not trap[1].exists()
 
 
@@ -59,8 +59,8 @@ def test_a_library_of_another_user_is_not_loaded_but_made_anew(
 def test_no_library_is_taken_from_a_folder_that_others_can_write(rights: int, trap: tuple[Path, Path]) -> None:
     trap[0].parent.chmod(rights)
     with pytest.raises(PermissionError, match="others can write to this folder"):
-        native.find_library()
-    assert native.library.__wrapped__() is None
+        build.find_library()
+    assert build.library.__wrapped__() is None
     assert not trap[1].exists()
 
 
@@ -70,15 +70,15 @@ def test_the_folder_of_the_kernels_is_this_user_s_alone_whatever_the_umask(
     monkeypatch.setenv("TINY_ONN_NATIVE_CACHE", str(tmp_path / "new" / "home"))
     before = os.umask(0)
     try:
-        made = native.find_library()
+        made = build.find_library()
     finally:
         os.umask(before)
     assert [path.stat().st_mode & 0o777 for path in (made.parent, made)] == [0o700, 0o700]
 
 
 def test_no_argument_chooses_what_is_loaded() -> None:
-    assert not inspect.signature(native.find_library).parameters
-    assert not inspect.signature(native.library).parameters
+    assert not inspect.signature(build.find_library).parameters
+    assert not inspect.signature(build.library).parameters
 
 
 def test_a_user_without_a_home_has_no_kernels_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,4 +88,4 @@ def test_a_user_without_a_home_has_no_kernels_and_no_error(monkeypatch: pytest.M
     for name in ("HOME", "TINY_ONN_NATIVE_CACHE", "TINY_ONN_NATIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    assert native.library.__wrapped__() is None
+    assert build.library.__wrapped__() is None

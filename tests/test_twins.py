@@ -11,18 +11,15 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from tests.helpers import assert_close, seeded
-from tiny_onn_func import native
-from tiny_onn_func.attend import ATTEND
-from tiny_onn_func.attention import causal_bias
-from tiny_onn_func.gated import ACTIVATE
-from tiny_onn_func.heads import SPLIT_HEADS, split_heads
-from tiny_onn_func.ops import RMS_NORM, rotary_angles
-from tiny_onn_func.twins import Twin, function_of, with_kernel
+from tiny_onn_func.attention import ATTEND, SPLIT_HEADS, causal_bias, split_heads
+from tiny_onn_func.kernels import build, runtime
+from tiny_onn_func.ops import ACTIVATE, RMS_NORM, rotary_angles
+from tiny_onn_func.primitives.fused import Twin, function_of, with_kernel
 from training.cross_entropy import CROSS_ENTROPY
 from training.objectives import ROUTER_SUMS
 
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-NATIVE = pytest.mark.skipif(native.library() is None, reason="no C compiler to make the kernels with")
+NATIVE = pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")
 
 
 Tensors = tuple[Tensor, ...]
@@ -101,7 +98,7 @@ def test_the_kernel_equals_the_plain_way_with_its_gradients(name: str, seed: int
     twin, draw = CASES[name]
     width = min(width, 40) if name != "cross_entropy" else width
     inputs = draw(seed, size, width)
-    assert native.may_run(*single(inputs)[: twin.differentiable])
+    assert runtime.may_run(*single(inputs)[: twin.differentiable])
     found, found_slopes = slopes(twin, function_of(twin).apply, single(inputs))
     wanted, wanted_slopes = slopes(twin, twin.plain, inputs)
     for ours, theirs in zip((*found, *found_slopes), (*wanted, *wanted_slopes), strict=True):

@@ -1,18 +1,19 @@
-"""Causal grouped-query attention with QK norm, as in Qwen3."""
+"""Causal grouped-query attention with QK norm, as in Qwen3: projections, heads with rotary positions, softmax."""
 
 import math
 from collections.abc import Mapping
 
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tiny_onn_func.attend import attend
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.folding import one_of_shared
-from tiny_onn_func.grouped import matmul
-from tiny_onn_func.heads import split_heads
+from tiny_onn_func.kernels import forward as forward_kernels
+from tiny_onn_func.ops import rms_norm, rotate
+from tiny_onn_func.primitives.fused import Twin, Values, with_kernel
+from tiny_onn_func.primitives.grouped import matmul
+from tiny_onn_func.primitives.vmap import one_axis, one_of_shared
 
 
 def causal_bias(
@@ -56,3 +57,108 @@ def attention(
     out = attend(q, k, v, bias)
     out = rearrange(out, "... batch seq groups share dim -> ... (batch seq) (groups share dim)")
     return rearrange(matmul(out, params["o_proj"]), "... (batch seq) dim -> ... batch seq dim", batch=batch)
+
+
+def split_heads(
+    qkv: Float[Tensor, "*runs batch seq all_heads dim"],
+    norms: Float[Tensor, "*runs normed dim"],
+    rotary: tuple[Float[Tensor, "*#batch seq dim"], Float[Tensor, "*#batch seq dim"]],
+    eps: float,
+) -> tuple[
+    Float[Tensor, "*runs batch heads seq dim"],
+    Float[Tensor, "*runs batch groups seq dim"],
+    Float[Tensor, "*runs batch groups seq dim"],
+]:
+    """q and k normed, times their head's norms, and turned by their positions' angles; v as it is.
+
+    Args:
+        qkv: heads of q, as many groups of k as there are more norms, and as many of v.
+        rotary: as `rotary_angles` gives them; the kernel takes angles that all of a batch share.
+    """
+    cosines, sines = (t.view(-1, *t.shape[-2:]) for t in rotary)
+    q, k, v = (_split_heads if rotary[0].ndim == 2 else split_heads_reference)(qkv, norms, cosines, sines, eps)
+    return q, k, v
+
+
+def split_heads_reference(qkv: Tensor, norms: Tensor, cosines: Tensor, sines: Tensor, eps: float) -> Values:
+    groups = qkv.shape[-2] - norms.shape[-2]
+    by_head = rearrange(qkv, "... seq heads dim -> ... heads seq dim")
+    qk, v = by_head.split((norms.shape[-2], groups), dim=-3)
+    qk = rms_norm(qk, None, eps) * rearrange(norms, "... heads dim -> ... 1 heads 1 dim")
+    turned = rotate(qk, cosines, sines)
+    q, k = turned.split((norms.shape[-2] - groups, groups), dim=-3)
+    return q, k, v
+
+
+def _split_heads_kernel(qkv: Tensor, norms: Tensor, cosines: Tensor, sines: Tensor, eps: float) -> Values:
+    made = forward_kernels.split_heads(*_split_heads_inputs(qkv, norms, cosines, sines), eps)
+    return tuple(t.view(*qkv.shape[:-3], *t.shape[2:]) for t in made)
+
+
+def _split_heads_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
+    qkv, norms, cosines, sines, eps = inputs
+    folded = [one_axis(grad, 4) for grad in grads]
+    grad_qkv, grad_norms = forward_kernels.split_heads_grad(
+        folded, *_split_heads_inputs(qkv, norms, cosines, sines), eps
+    )
+    return grad_qkv.view(qkv.shape), grad_norms.view(norms.shape)
+
+
+def _split_heads_inputs(
+    qkv: Tensor, norms: Tensor, cosines: Tensor, sines: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All leading axes as one of runs; the angles are those of all."""
+    cosines, sines = (t.flatten(0, -3)[0] for t in (cosines, sines))
+    return one_axis(qkv, 4), one_axis(norms, 2), cosines, sines
+
+
+SPLIT_HEADS = Twin(split_heads_reference, _split_heads_kernel, _split_heads_kernel_grad, differentiable=2, smooth=3)
+_split_heads = with_kernel(SPLIT_HEADS)
+
+
+def attend(
+    q: Float[Tensor, "*runs batch groups share seq dim"],
+    k: Float[Tensor, "*runs batch groups seq dim"],
+    v: Float[Tensor, "*runs batch groups seq dim"],
+    bias: Float[Tensor, "*#runs #batch seq seq"],
+) -> Float[Tensor, "*runs batch seq groups share dim"]:
+    """What each query takes from the values; `share` queries have one key and value.
+
+    Args:
+        bias: added to the scores, the dtype's minimum on what may not be seen; later keys never are.
+    """
+    return _attend(q, k, v, bias)[0]
+
+
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
+    """The values, and logarithms of the softmaxes' sums: they save the kernel's backward a pass."""
+    scores = einsum(q, k, "... share i dim, ... j dim -> ... share i j") + bias.unsqueeze(-3).unsqueeze(-3)
+    out = einsum(scores.softmax(dim=-1), v, "... share i j, ... j dim -> ... share i dim")
+    return rearrange(out, "... groups share i dim -> ... i groups share dim"), scores.detach().logsumexp(dim=-1)
+
+
+def _attend_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
+    out, log_sums = forward_kernels.attention(one_axis(q, 4), one_axis(k, 3), one_axis(v, 3), _masks(q, bias))
+    return out.reshape(*q.shape[:-4], *out.shape[1:]), log_sums.view(q.shape[:-1])
+
+
+def _attend_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
+    q, k, v, bias = inputs
+    out, log_sums = outputs
+    made = forward_kernels.attention_grad(
+        one_axis(q, 4), one_axis(k, 3), one_axis(v, 3), _masks(q, bias),
+        one_axis(out, 4), one_axis(log_sums, 3), one_axis(grads[0], 4),
+    )  # fmt: skip
+    return tuple(grad.view(t.shape) for grad, t in zip(made, (q, k, v), strict=True))
+
+
+ATTEND = Twin(attend_reference, _attend_kernel, _attend_kernel_grad, differentiable=3, smooth=1)
+_attend = with_kernel(ATTEND)
+
+
+def _masks(q: Tensor, bias: Tensor) -> Tensor:
+    """The bias of all runs' batches, or what all runs share of it."""
+    runs = bias.shape[:-3]
+    if all(size == 1 or stride == 0 for size, stride in zip(runs, bias.stride(), strict=False)):
+        return bias[(0,) * len(runs)]
+    return bias.expand(*q.shape[:-4], -1, -1).reshape(-1, *bias.shape[-2:])

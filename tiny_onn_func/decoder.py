@@ -11,9 +11,9 @@ from torch import Tensor
 from tiny_onn_func.attention import attention, causal_bias
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_w2, apply_w13
-from tiny_onn_func.grouped import matmul
 from tiny_onn_func.moe import RouterTrace, RoutingInputs, moe
 from tiny_onn_func.ops import embed, rms_norm, rotary_angles, wide_dtype
+from tiny_onn_func.primitives.grouped import matmul
 from tiny_onn_func.tree import flatten, unflatten
 
 

@@ -8,11 +8,13 @@ from einops import rearrange
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from tiny_onn_func import kernels, native
-from tiny_onn_func.dispatch import combine_rows, dispatch_rows
-from tiny_onn_func.gated import activate, gate_and_up
-from tiny_onn_func.grouped import grouped_matmul
-from tiny_onn_func.mapped import over_runs
+from tiny_onn_func.kernels import forward as forward_kernels
+from tiny_onn_func.kernels import runtime
+from tiny_onn_func.ops import activate
+from tiny_onn_func.primitives.dispatch import combine_rows, dispatch_rows
+from tiny_onn_func.primitives.gate_up import gate_and_up
+from tiny_onn_func.primitives.grouped import grouped_matmul
+from tiny_onn_func.primitives.vmap import over_runs
 from tiny_onn_func.routing import Routing
 
 
@@ -63,7 +65,7 @@ def input_of(x: Float[Tensor, "*runs inputs dim"], rows: Rows) -> Int[Tensor, "*
 def sort_by_expert(routing: Routing, num_experts: int) -> Rows:
     """Sort the (token, slot) pairs by expert, stably, inactive ones last, with static shapes."""
     given = routing.weights.detach(), routing.expert_ids, routing.active
-    sort = over_runs if native.can_take(routing.weights) else lambda function, *inputs: function(*inputs)
+    sort = over_runs if runtime.can_take(routing.weights) else lambda function, *inputs: function(*inputs)
     order, inverse, expert, offsets = sort(
         lambda weights, ids, active: _sorted(weights, ids, active, num_experts), *given
     )
@@ -72,8 +74,8 @@ def sort_by_expert(routing: Routing, num_experts: int) -> Rows:
 
 def _sorted(weights: Tensor, expert_ids: Tensor, active: Tensor, num_experts: int) -> tuple[Tensor, ...]:
     """(order, inverse, expert, offsets), of one run or of several with axes of them in front."""
-    if native.may_run(weights):
-        return kernels.sort_rows(expert_ids, active, num_experts)
+    if runtime.may_run(weights):
+        return forward_kernels.sort_rows(expert_ids, active, num_experts)
     expert = torch.where(active, expert_ids, num_experts)
     expert, order = rearrange(expert, "... tokens slots -> ... (tokens slots)").sort(stable=True)
     positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_experts, apply_w13
-from tiny_onn_func.grouped import matmul
 from tiny_onn_func.hashing import hash_logits
 from tiny_onn_func.ops import rms_norm, scale_gradient, wide_dtype
+from tiny_onn_func.primitives.grouped import matmul
 from tiny_onn_func.routing import route, send_alone
 
 

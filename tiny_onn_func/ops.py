@@ -8,9 +8,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiny_onn_func import kernels
-from tiny_onn_func.mapped import over_runs
-from tiny_onn_func.twins import Twin, Values, with_kernel
+from tiny_onn_func.kernels import forward as forward_kernels
+from tiny_onn_func.primitives.fused import Twin, Values, with_kernel
+from tiny_onn_func.primitives.vmap import over_runs
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,12 +46,12 @@ def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> Values:
 
 
 def _norm_kernel(x: Tensor, weight: Tensor, eps: float) -> Values:
-    return (kernels.rms_norm(*_rows(x, weight), eps).view(x.shape),)
+    return (forward_kernels.rms_norm(*_rows(x, weight), eps).view(x.shape),)
 
 
 def _norm_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
     x, weight, eps = inputs
-    grad_x, grad_weight = kernels.rms_norm_grad(_rows(grads[0], weight)[0], *_rows(x, weight), eps)
+    grad_x, grad_weight = forward_kernels.rms_norm_grad(_rows(grads[0], weight)[0], *_rows(x, weight), eps)
     return grad_x.view(x.shape), grad_weight.view(weight.shape)
 
 
@@ -110,3 +110,18 @@ def scale_gradient(x: Tensor, scale: int | float | Tensor) -> Tensor:
         return x
     scale = as_wide_as(x, scale.to(x.dtype) if isinstance(scale, Tensor) else scale)
     return x.detach() + scale * (x - x.detach())
+
+
+def activate(gate: Float[Tensor, "*rows inner"], up: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows inner"]:
+    """silu(gate) * up, forward and backward in one pass each where a kernel takes them."""
+    return _activate(gate, up)[0]
+
+
+ACTIVATE = Twin(
+    lambda gate, up: (swiglu(gate, up),),
+    lambda gate, up: (forward_kernels.swiglu(gate, up),),
+    lambda grads, inputs, _: forward_kernels.swiglu_grad(*grads, *inputs),
+    differentiable=2,
+    smooth=1,
+)
+_activate = with_kernel(ACTIVATE)

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiny_onn_func import decisions, native
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
-from tiny_onn_func.folding import one_axis
-from tiny_onn_func.mapped import over_runs
+from tiny_onn_func.kernels import forward as forward_kernels
+from tiny_onn_func.kernels import runtime
 from tiny_onn_func.ops import wide_dtype
+from tiny_onn_func.primitives.vmap import one_axis, over_runs
 
 
 class Routing(NamedTuple):
@@ -83,11 +83,11 @@ def _chosen(
     Which experts they are has no gradient, and is decided once: a gradient of the weights is that of these experts.
     """
     seen = logits.detach()
-    if native.may_run(seen):
+    if runtime.may_run(seen):
         one_run = one_axis(seen, 2), one_axis(bias, 1), one_axis(budget, 0).to(torch.float64), one_axis(real, 1)
-        made = decisions.choose(*one_run, slots=slots, least=least, dynamic=dynamic)
+        made = forward_kernels.choose(*one_run, slots=slots, least=least, dynamic=dynamic)
         weights, expert_ids, active = (t.view(*logits.shape[:-1], slots) for t in made)
-        return (weights if native.may_run(logits) else _weights(logits, expert_ids, active)), expert_ids, active
+        return (weights if runtime.may_run(logits) else _weights(logits, expert_ids, active)), expert_ids, active
     p = seen.softmax(dim=-1)
     expert_ids = (p + bias.detach().unsqueeze(-2)).topk(slots, dim=-1).indices
     kept = torch.ones_like(expert_ids, dtype=torch.bool)

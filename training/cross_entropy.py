@@ -5,8 +5,8 @@ from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiny_onn_func import kernels
-from tiny_onn_func.twins import Twin, Values, with_kernel
+from tiny_onn_func.kernels import step as step_kernels
+from tiny_onn_func.primitives.fused import Twin, Values, with_kernel
 from training.batch import IGNORE_INDEX
 
 
@@ -33,8 +33,8 @@ def plain(logits: Tensor, labels: Tensor) -> Values:
 
 def _kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
     logits, labels = inputs
-    return (kernels.cross_entropy_grad(grads[0], logits, labels, outputs[3]),)
+    return (step_kernels.cross_entropy_grad(grads[0], logits, labels, outputs[3]),)
 
 
-CROSS_ENTROPY = Twin(plain, kernels.cross_entropy, _kernel_grad, differentiable=1, smooth=1)
+CROSS_ENTROPY = Twin(plain, step_kernels.cross_entropy, _kernel_grad, differentiable=1, smooth=1)
 _cross_entropy = with_kernel(CROSS_ENTROPY)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from tiny_onn_func.mapped import only_vmaps, over_trees, peel
+from tiny_onn_func.primitives.vmap import only_vmaps, over_trees, peel
 from tiny_onn_func.tree import leaves, tree_map
 
 Objective = Callable[..., tuple[Tensor, Any]]

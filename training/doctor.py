@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from packaging.requirements import Requirement
 
-from tiny_onn_func import native
+from tiny_onn_func.kernels import build
 from training.checkpoint_files import DRAFT, read_meta, steps_in
 from training.errors import UserError, one_line
 from training.folder_lock import holder
@@ -95,7 +95,7 @@ def _native() -> Finding:
     if os.environ.get("TINY_ONN_NATIVE") == "0":
         return Finding("kernels", "left alone: TINY_ONN_NATIVE=0")
     try:
-        return Finding("kernels", str(native.find_library()))
+        return Finding("kernels", str(build.find_library()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         advice = "all works without, several times slower; mend that, or set TINY_ONN_NATIVE=0"
         return Finding("kernels", f"none: {one_line(error)}", advice)

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tiny_onn_func.config import DYNAMIC_K
-from tiny_onn_func.hf_folder import check_target
-from tiny_onn_func.interop import inexpressible, save_model
+from tiny_onn_func.huggingface.folder import check_target
+from tiny_onn_func.huggingface.pretrained import inexpressible, save_model
 from training.bpe import tokenizer_settings
 from training.errors import UserError
 from training.regular_file import read_object

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.hf_config import MOE, OWN, read_config
-from tiny_onn_func.interop import load_pretrained
+from tiny_onn_func.huggingface.config import MOE, OWN, read_config
+from tiny_onn_func.huggingface.pretrained import load_pretrained
 from tiny_onn_func.tree import tree_map
 from training.errors import UserError
 from training.hyper_step import TrainState, init_state, state_of

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from tiny_onn_func.experts import ApplyW2, ApplyW13, Rows, input_of, spread
 from tiny_onn_func.experts import apply_w2 as plain_apply_w2
 from tiny_onn_func.experts import apply_w13 as plain_apply_w13
-from tiny_onn_func.mapped import peel, wrap
+from tiny_onn_func.primitives.vmap import peel, wrap
 from training.surprise import SurpriseKind, row_norm, row_surprise, sparse_fill, surface_of
 
 

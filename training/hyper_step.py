@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.grouped import matmul
-from tiny_onn_func.mapped import over_trees
 from tiny_onn_func.ops import as_wide_as, wide_dtype
 from tiny_onn_func.params import init_params
+from tiny_onn_func.primitives.grouped import matmul
+from tiny_onn_func.primitives.vmap import over_trees
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training import metrics as measure
 from training.batch import Batch

@@ -10,8 +10,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
-from tiny_onn_func.mapped import each_run
 from tiny_onn_func.ops import wide_dtype
+from tiny_onn_func.primitives.vmap import each_run
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training import metrics as measure
 from training.batch import Batch

@@ -7,11 +7,11 @@ from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiny_onn_func import decisions, native
-from tiny_onn_func.folding import one_axis
-from tiny_onn_func.mapped import over_runs
+from tiny_onn_func.kernels import runtime
+from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import as_wide_as
-from tiny_onn_func.twins import Twin, Values, with_kernel
+from tiny_onn_func.primitives.fused import Twin, Values, with_kernel
+from tiny_onn_func.primitives.vmap import one_axis, over_runs
 from training.batch import IGNORE_INDEX
 from training.cross_entropy import cross_entropy
 from training.hyper import HyperParams, Number, is_off
@@ -104,9 +104,9 @@ def router_targets(
 
 def _hard_targets(surprise: Tensor, real: Tensor, least: Tensor, sign: Tensor) -> Values:
     """(expert, informative, tied), of one run or of several with axes of them in front."""
-    if native.may_run(surprise):
+    if runtime.may_run(surprise):
         one_run = one_axis(surprise, 3), one_axis(real, 1), one_axis(least, 0), one_axis(sign, 0)
-        return tuple(t.view(surprise.shape[:-1]) for t in decisions.least_surprised(*one_run))
+        return tuple(t.view(surprise.shape[:-1]) for t in step_kernels.least_surprised(*one_run))
     finite = surprise.isfinite()
     signed = torch.where(finite, surprise * sign[..., None, None, None], torch.inf)
     lowest = signed.amin(dim=-1)
@@ -199,13 +199,13 @@ def _one_run(logits: Tensor, target: Tensor, informative: Tensor, real: Tensor) 
 
 
 def _sums_kernel(*inputs: Tensor) -> Values:
-    made = decisions.router_sums(*_one_run(*inputs))
+    made = step_kernels.router_sums(*_one_run(*inputs))
     return tuple(t.view(*inputs[0].shape[:-3], *t.shape[1:]) for t in made)
 
 
 def _sums_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
     picked, mass, squares = one_axis(grads[0], 1), one_axis(grads[1], 2), one_axis(grads[2], 1)
-    return (decisions.router_sums_grad((picked, mass, squares), *_one_run(*inputs)).view(inputs[0].shape),)
+    return (step_kernels.router_sums_grad((picked, mass, squares), *_one_run(*inputs)).view(inputs[0].shape),)
 
 
 ROUTER_SUMS = Twin(plain_sums, _sums_kernel, _sums_kernel_grad, differentiable=1, smooth=3)

@@ -8,10 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from tiny_onn_func import kernels, native
-from tiny_onn_func.mapped import over_trees
+from tiny_onn_func.kernels import runtime
+from tiny_onn_func.kernels import step as step_kernels
+from tiny_onn_func.kernels.runtime import is_traced
 from tiny_onn_func.ops import as_wide_as
-from tiny_onn_func.tiles import is_traced
+from tiny_onn_func.primitives.vmap import over_trees
 from tiny_onn_func.tree import Tree, flatten, leaves, tree_map, unflatten
 from training.hyper import HyperParams, Number
 
@@ -105,7 +106,7 @@ def _native_update(
     """The same, each leaf read and written once."""
     numbers = {kind: _stacked(steps[kind], runs) for kind in set(kinds.values())}
     flat = ([t.reshape(runs.numel(), -1) for t in tree.values()] for tree in (p, {n: g[n] for n in p}, mu, nu))
-    made = kernels.adamw([numbers[kinds[name]] for name in p], *flat)
+    made = step_kernels.adamw([numbers[kinds[name]] for name in p], *flat)
     shaped = ([t.view(leaf.shape) for t, leaf in zip(leaves, p.values(), strict=True)] for leaves in made)
     return dict(zip(p, zip(*shaped, strict=True), strict=True))
 
@@ -114,7 +115,7 @@ def _may_take_kernel(trees: Any, numbers: Any) -> bool:
     """Whether the kernel takes the leaves, and nobody asks for derivatives or is tracing."""
     tensors = [leaf for leaf in leaves((trees, numbers)) if isinstance(leaf, Tensor)]
     followed = any(t.requires_grad or is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors)
-    return not followed and native.can_take(*leaves(trees))
+    return not followed and runtime.can_take(*leaves(trees))
 
 
 def _stacked(numbers: tuple[Number, ...], runs: torch.Size) -> Float[Tensor, "runs numbers"]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from tiny_onn_func.generate import generate
+from tiny_onn_func.inference.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
 from training.alarms import collapse_alarms
 from training.data import Splits, held_out_batches, scored_span

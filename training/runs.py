@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.generate import stream
-from tiny_onn_func.hf_config import CONFIG
-from tiny_onn_func.interop import load_pretrained
+from tiny_onn_func.huggingface.config import CONFIG
+from tiny_onn_func.huggingface.pretrained import load_pretrained
+from tiny_onn_func.inference.generate import stream
 from tiny_onn_func.params import check_params
 from tiny_onn_func.routing import Routing
 from tiny_onn_func.tree import Tree, flatten, tree_map

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tiny_onn_func.attention import attention, causal_bias
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.hf_folder import Stored, read_tensors
-from tiny_onn_func.hf_layout import EMBEDDING
+from tiny_onn_func.huggingface.folder import Stored, read_tensors
+from tiny_onn_func.huggingface.layout import EMBEDDING
 from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu
 from training.errors import UserError
 from training.regular_file import open_regular

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tiny_onn_func import decisions, native
-from tiny_onn_func.folding import one_axis
-from tiny_onn_func.mapped import over_runs
+from tiny_onn_func.kernels import runtime
+from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.moe import RouterTrace
+from tiny_onn_func.primitives.vmap import one_axis, over_runs
 from training import metrics as measure
 from training.hyper import HyperParams
 from training.objectives import LanguageModelling, RouterLoss, Targets, predictive_integrity
@@ -112,10 +112,10 @@ def _routing_sums(
     real: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(informative, hits, tied, visits, chance, routed, wanted, size, sized) of one run or of several, in front."""
-    if native.may_run(logits, surprise):
+    if runtime.may_run(logits, surprise):
         by_width = (logits, surprise, ids, active), (target, informative, tied), (real,)
         given = [one_axis(t, 3 - place) for place, some in enumerate(by_width) for t in some]
-        counts, chance, *by_expert = decisions.routing_sums(*given)
+        counts, chance, *by_expert = step_kernels.routing_sums(*given)
         runs, by_expert[2] = logits.shape[:-3], by_expert[2].to(torch.float32)
         totals = counts.sum(dim=-1).unbind(0)
         of_runs = (t.view(runs) for t in (*totals, chance.sum(dim=-1)))

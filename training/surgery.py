@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
-from tiny_onn_func.hf_config import DENSE, MOE, OWN, config_values, read_config, shown
-from tiny_onn_func.hf_folder import DTYPES, Stored, check_target, read_headers, read_tensors, write_folder
-from tiny_onn_func.hf_layout import layout
-from tiny_onn_func.interop import check_headers
+from tiny_onn_func.huggingface.config import DENSE, MOE, OWN, config_values, read_config, shown
+from tiny_onn_func.huggingface.folder import DTYPES, Stored, check_target, read_headers, read_tensors, write_folder
+from tiny_onn_func.huggingface.layout import layout
+from tiny_onn_func.huggingface.pretrained import check_headers
 from training.errors import UserError
 from training.split import calibrate, cluster_neurons, fit_router, read_calibration
 

@@ -19,11 +19,11 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiny_onn_func import decisions, native
 from tiny_onn_func.experts import Rows
-from tiny_onn_func.folding import one_axis
-from tiny_onn_func.mapped import over_runs
+from tiny_onn_func.kernels import runtime
+from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import as_wide_as
+from tiny_onn_func.primitives.vmap import one_axis, over_runs
 from training.hyper import Number
 
 SurpriseKind = Literal["w2", "unweighted", "experts", "input", "benefit", "oracle"]
@@ -81,9 +81,9 @@ def surface_of(
 def _surface(
     left: Tensor, grad: Tensor, token: Tensor, expert: Tensor, tokens: int, experts: int, is_signed: bool
 ) -> Tensor:
-    if native.may_run(left, grad):
+    if runtime.may_run(left, grad):
         one_run = one_axis(left, 2), one_axis(grad, 2), one_axis(token, 1), one_axis(expert, 1)
-        made = decisions.spread_surprise(*one_run, tokens, experts, is_signed=is_signed)
+        made = step_kernels.spread_surprise(*one_run, tokens, experts, is_signed=is_signed)
         return made.view(*left.shape[:-2], tokens, experts)
     measured = row_dot(left, grad) if is_signed else row_surprise(left, grad)
     return sparse_fill(measured, token, expert, tokens, experts)

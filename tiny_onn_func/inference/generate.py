@@ -9,9 +9,9 @@ from jaxtyping import Int
 from torch import Generator, Tensor
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.decode import open_text, read
+from tiny_onn_func.inference.decode import open_text, read
+from tiny_onn_func.inference.sampling import penalize, sample
 from tiny_onn_func.routing import Routing
-from tiny_onn_func.sampling import penalize, sample
 
 Watch = Callable[[Int[Tensor, "batch new"], tuple[Routing, ...]], None]  # tokens that were read, their routes a layer
 

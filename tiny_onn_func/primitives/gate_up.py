@@ -1,4 +1,4 @@
-"""The gated half of an expert: gate and up of each row, and their activation, with gradients of their own."""
+"""Gate and up projections of each row, with gradients and a vmap rule of their own."""
 
 import inspect
 from typing import Any
@@ -8,14 +8,12 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 from torch.autograd import Function
 
-from tiny_onn_func import kernels, native
-from tiny_onn_func.dispatch import dispatch_rows, undo_dispatch
-from tiny_onn_func.folding import batch_first, one_axis
-from tiny_onn_func.grouped import GroupedMatmul, GroupedOuter, GroupedSum, matmul_kernel, sum_of
-from tiny_onn_func.mapped import over_runs
-from tiny_onn_func.ops import swiglu
-from tiny_onn_func.tiles import is_traced
-from tiny_onn_func.twins import Twin, with_kernel
+from tiny_onn_func.kernels import forward as forward_kernels
+from tiny_onn_func.kernels import runtime
+from tiny_onn_func.kernels.runtime import is_traced
+from tiny_onn_func.primitives.dispatch import dispatch_rows, undo_dispatch
+from tiny_onn_func.primitives.grouped import GroupedMatmul, GroupedOuter, GroupedSum, matmul_kernel, sum_of
+from tiny_onn_func.primitives.vmap import batch_first, one_axis, over_runs
 
 
 def gate_and_up(
@@ -36,19 +34,14 @@ def gate_and_up(
     return gate, up
 
 
-def activate(gate: Float[Tensor, "*rows inner"], up: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows inner"]:
-    """silu(gate) * up, forward and backward in one pass each where a kernel takes them."""
-    return _activate(gate, up)[0]
-
-
 class _GateAndUp(Function):
     @staticmethod
     def forward(
         x: Tensor, w1: Tensor, w3: Tensor, token: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if not is_traced(offsets) and native.can_take(x, w1, w3):
+        if not is_traced(offsets) and runtime.can_take(x, w1, w3):
             plain = one_axis(x, 2), one_axis(token, 1)
-            gate, up = (kernels.token_matmul(*plain, one_axis(w, 3), one_axis(offsets, 1)) for w in (w1, w3))
+            gate, up = (forward_kernels.token_matmul(*plain, one_axis(w, 3), one_axis(offsets, 1)) for w in (w1, w3))
             return gate.view(*token.shape, -1), up.view(*token.shape, -1)
         rows = dispatch_rows(x, order, inverse, order.shape[-1] // x.shape[-2])
         return matmul_kernel(rows, w1, offsets), matmul_kernel(rows, w3, offsets)
@@ -95,21 +88,13 @@ def _outer_products(
     x: Tensor, gate: Tensor, up: Tensor, token: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of w1 and w3 from those of gate and up."""
-    if native.may_run(x, gate, up):
+    if runtime.may_run(x, gate, up):
         plain = one_axis(x, 2), one_axis(token, 1)
-        made = (kernels.token_outer(*plain, one_axis(grad, 2), one_axis(offsets, 1)) for grad in (gate, up))
+        made = (forward_kernels.token_outer(*plain, one_axis(grad, 2), one_axis(offsets, 1)) for grad in (gate, up))
         grad_w1, grad_w3 = (t.view(*offsets.shape, *t.shape[2:]) for t in made)
         return grad_w1, grad_w3
     rows = dispatch_rows(x, order, inverse, order.shape[-1] // x.shape[-2])
     return GroupedOuter.apply(rows, gate, offsets), GroupedOuter.apply(rows, up, offsets)
 
 
-ACTIVATE = Twin(
-    lambda gate, up: (swiglu(gate, up),),
-    lambda gate, up: (kernels.swiglu(gate, up),),
-    lambda grads, inputs, _: kernels.swiglu_grad(*grads, *inputs),
-    differentiable=2,
-    smooth=1,
-)
-_activate = with_kernel(ACTIVATE)
 _GateAndUp.forward.__signature__ = inspect.signature(_GateAndUp.forward)  # type: ignore[attr-defined]  # see twins.py

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function
 
-from tiny_onn_func import native
-from tiny_onn_func.folding import batch_first
-from tiny_onn_func.mapped import over_runs
+from tiny_onn_func.kernels import runtime
+from tiny_onn_func.primitives.vmap import batch_first, over_runs
 
 Values = tuple[Any, ...]
 
@@ -35,7 +34,7 @@ def with_kernel(twin: Twin) -> Callable[..., Values]:
     function = function_of(twin)
 
     def either(*inputs: Any) -> Values:
-        kernel = native.can_take(*inputs[: twin.differentiable])
+        kernel = runtime.can_take(*inputs[: twin.differentiable])
         return over_runs(function.apply, *inputs) if kernel else twin.plain(*inputs)
 
     return either
@@ -47,7 +46,7 @@ def function_of(twin: Twin) -> type[Function]:
     class Either(Function):
         @staticmethod
         def forward(*inputs: Any) -> Values:
-            if native.may_run(*inputs[: twin.differentiable]):
+            if runtime.may_run(*inputs[: twin.differentiable]):
                 return twin.kernel(*inputs)
             return tuple(t.clone() for t in twin.plain(*inputs))  # a view of an input would be no output of its own
 
@@ -65,7 +64,7 @@ def function_of(twin: Twin) -> type[Function]:
             saved, slopes = tuple(map(unwrap_if_dead, ctx.saved_tensors)), grads[: twin.smooth]
             tensors, outputs = saved[: len(saved) - len(grads)], saved[len(saved) - len(grads) :]
             inputs = (*tensors, *ctx.numbers)
-            if native.may_run(*slopes, *inputs[: twin.differentiable]):
+            if runtime.may_run(*slopes, *inputs[: twin.differentiable]):
                 made = twin.kernel_grad(slopes, inputs, outputs)
             else:
                 smooth, followed = _smooth_part(twin, inputs)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tiny_onn_func.hf_config import CONFIG, SECTION, read_json, shown
+from tiny_onn_func.huggingface.config import CONFIG, SECTION, read_json, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX_BYTES = 1 << 28

@@ -1,7 +1,7 @@
-"""The kernels of csrc/, compiled for this very processor when they are first asked for, and kept for later runs.
+"""Compile csrc/ for this processor when a kernel is first needed, and keep the library for later processes.
 
-Nothing needs them: without a C compiler, for another dtype or device, or with TINY_ONN_NATIVE=0, grouped.py computes
-the same with PyTorch's own operations, several times slower where experts are small.
+The kernels are optional: without a C compiler, for another dtype or device, or with TINY_ONN_NATIVE=0, PyTorch's own
+operations compute the same, several times slower where experts are small.
 """
 
 import ctypes
@@ -17,27 +17,9 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-
-from tiny_onn_func.tiles import is_traced
-
 SOURCES = sorted(Path(__file__).with_name("csrc").iterdir())
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 TOO_LONG = 120  # seconds for a compiler
-
-
-def can_take(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: float32 on a CPU, and they could be compiled."""
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and library() is not None
-
-
-def may_run(*tensors: Tensor) -> bool:
-    """Whether the kernels take these here and now: nobody transforms, traces or differentiates what is done to them."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
-    return not any(is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors) and can_take(*tensors)
 
 
 @cache

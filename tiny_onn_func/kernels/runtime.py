@@ -1,10 +1,21 @@
-"""The compiled library with the argument types of its kernels: sizes, pointers, numbers."""
+"""The loaded library with its argument types, and the conditions under which its kernels may be called."""
 
 import ctypes
 from functools import cache
 from typing import Any
 
-from tiny_onn_func.native import library
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from tiny_onn_func.kernels.build import library
+
+
+def is_traced(t: Tensor) -> bool:
+    """Whether the program is being traced: there are shapes, but no values."""
+    return isinstance(t, FakeTensor)
+
 
 SIZE, POINTER, INT, FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
@@ -40,3 +51,15 @@ def typed(kernels: Any) -> Any:
     kernels.router_sums_grad.argtypes = [SIZE] * 4 + [POINTER] * 8 + [INT]
     kernels.routing_sums.argtypes = [SIZE] * 5 + [POINTER] * 14 + [INT]
     return kernels
+
+
+def can_take(*tensors: Tensor) -> bool:
+    """Whether the kernels take these: float32 on a CPU, and they could be compiled."""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and library() is not None
+
+
+def may_run(*tensors: Tensor) -> bool:
+    """Whether the kernels take these here and now: nobody transforms, traces or differentiates what is done to them."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return not any(is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors) and can_take(*tensors)

@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiny_onn_func.attention import causal_bias
-from tiny_onn_func.cache import empty_cache, recall, remember
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.decoder import unstack_layers
-from tiny_onn_func.grouped import grouped_matmul
 from tiny_onn_func.hashing import hash_logits
+from tiny_onn_func.inference.kv_cache import empty_cache, recall, remember
 from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu, wide_dtype
+from tiny_onn_func.primitives.grouped import grouped_matmul
 from tiny_onn_func.routing import Routing, route
 
 

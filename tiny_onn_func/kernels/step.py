@@ -1,35 +1,60 @@
-"""The compiled kernels of what the router decides and learns from, as functions of plain tensors; see kernels.py."""
+"""Kernels of the hyper step: surprise, targets, losses, counts and AdamW; functions of float32 CPU tensors."""
+
+import ctypes
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from tiny_onn_func.signatures import loaded
+from tiny_onn_func.kernels.runtime import loaded
 
 
-def choose(
-    logits: Float[Tensor, "runs tokens experts"],
-    bias: Float[Tensor, "runs experts"],
-    budgets: Float64[Tensor, " runs"],
-    real: Bool[Tensor, "runs tokens"],
-    *,
-    slots: int,
-    least: int,
-    dynamic: bool,
-) -> tuple[Float[Tensor, "runs tokens slots"], Int64[Tensor, "runs tokens slots"], Bool[Tensor, "runs tokens slots"]]:
-    """(weights, expert_ids, active): the experts of the largest softmax + bias, and the softmax of those that are kept.
+def cross_entropy(
+    logits: Float[Tensor, "*rows vocab"], labels: Int[Tensor, "*rows"]
+) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"], Int[Tensor, "*rows"], Float[Tensor, "*rows"]]:
+    """-log softmax at the label and the softmax's entropy, both 0 where the label is negative; the first of the largest
+    logits; the logarithm of the softmax's sum."""
+    logits, labels = logits.contiguous(), labels.contiguous()
+    made = [torch.empty_like(labels, dtype=dtype) for dtype in (logits.dtype, logits.dtype, labels.dtype, logits.dtype)]
+    pointers = (t.data_ptr() for t in (logits, labels, *made))
+    loaded().cross_entropy(labels.numel(), logits.shape[-1], *pointers, torch.get_num_threads())
+    return made[0], made[1], made[2], made[3]
+
+
+def cross_entropy_grad(
+    grads: Float[Tensor, "*rows"],
+    logits: Float[Tensor, "*rows vocab"],
+    labels: Int[Tensor, "*rows"],
+    log_sums: Float[Tensor, "*rows"],
+) -> Float[Tensor, "*rows vocab"]:
+    """Gradients of the losses of `cross_entropy` in the logits."""
+    given = [t.contiguous() for t in (grads, logits, labels, log_sums)]
+    out = torch.empty_like(given[1])
+    pointers = (t.data_ptr() for t in (*given, out))
+    loaded().cross_entropy_grad(labels.numel(), logits.shape[-1], *pointers, torch.get_num_threads())
+    return out
+
+
+def adamw(
+    numbers: Sequence[Float[Tensor, "runs 6"]],
+    params: Sequence[Float[Tensor, "runs _"]],
+    grads: Sequence[Float[Tensor, "runs _"]],
+    mu: Sequence[Float[Tensor, "runs _"]],
+    nu: Sequence[Float[Tensor, "runs _"]],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """New parameters and moments of every leaf, each read and written once.
 
     Args:
-        least: experts that are kept in any case, where `dynamic` keeps those that the budget leaves.
+        numbers: of each leaf and run, what gradients are multiplied with, 1 - beta1, 1 - beta2, eps, decay and step.
     """
-    given = [t.contiguous() for t in (logits, bias, budgets, real)]
-    runs, tokens, experts = logits.shape
-    weights = logits.new_empty(runs, tokens, slots)
-    made = weights, torch.empty_like(weights, dtype=torch.int64), torch.empty_like(weights, dtype=torch.bool)
-    pointers = (t.data_ptr() for t in (*given, *made))
-    if loaded().choose(runs, tokens, experts, slots, least, dynamic, *pointers, torch.get_num_threads()):
-        raise MemoryError("choose: expected memory for one token's experts, got none; use fewer experts")
-    return made
+    given = [[t.contiguous() for t in leaves] for leaves in (numbers, params, grads, mu, nu)]
+    made = [[torch.empty_like(t) for t in given[1]] for _ in range(3)]
+    count, tiny = len(params), torch.finfo(params[0].dtype).tiny
+    counts = (ctypes.c_int64 * count)(*(t.shape[1] for t in params))
+    read, *rest = ((ctypes.c_void_p * count)(*(t.data_ptr() for t in leaves)) for leaves in (*given, *made))
+    loaded().adamw(count, params[0].shape[0], counts, read, tiny, *rest, torch.get_num_threads())
+    return made[0], made[1], made[2]
 
 
 def spread_surprise(

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 TILE = 16
 
@@ -23,11 +22,6 @@ class Tiles(NamedTuple):
     expert: Int[Tensor, " tiles"]
     place: Int[Tensor, " rows"]  # of each row among all tiles' places
     owned: Bool[Tensor, " rows"]  # False behind the last offset
-
-
-def is_traced(t: Tensor) -> bool:
-    """Whether the program is being traced: there are shapes, but no values."""
-    return isinstance(t, FakeTensor)
 
 
 def cut_tiles(offsets: Int32[Tensor, " experts"], num_rows: int) -> Tiles:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
-from tiny_onn_func.hf_config import MOE, OWN, config_values, read_config, shown
-from tiny_onn_func.hf_folder import DTYPES, Stored, read_headers, read_tensors, write_folder
-from tiny_onn_func.hf_layout import EMBEDDING, HEAD, Spelling, layout
+from tiny_onn_func.huggingface.config import MOE, OWN, config_values, read_config, shown
+from tiny_onn_func.huggingface.folder import DTYPES, Stored, read_headers, read_tensors, write_folder
+from tiny_onn_func.huggingface.layout import EMBEDDING, HEAD, Spelling, layout
 from tiny_onn_func.params import check_params, param_specs
 from tiny_onn_func.tree import ROUTER_LEAVES, Tree, flatten, unflatten
 

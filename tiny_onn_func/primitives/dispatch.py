@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd import Function
 
-from tiny_onn_func import kernels, native
-from tiny_onn_func.folding import batch_first, fold, one_axis
-from tiny_onn_func.grouped import sum_of
-from tiny_onn_func.mapped import over_runs
+from tiny_onn_func.kernels import forward as forward_kernels
+from tiny_onn_func.kernels import runtime
+from tiny_onn_func.primitives.grouped import sum_of
+from tiny_onn_func.primitives.vmap import batch_first, fold, one_axis, over_runs
 
 
 def dispatch_rows(
@@ -91,8 +91,8 @@ class _Dispatch(Function):
 class _Combine(Function):
     @staticmethod
     def forward(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        if native.may_run(y, weights):
-            return kernels.combined_rows(y, weights, inverse)
+        if runtime.may_run(y, weights):
+            return forward_kernels.combined_rows(y, weights, inverse)
         bags = rearrange(inverse, "(tokens slots) -> tokens slots", slots=weights.shape[-1])
         return F.embedding_bag(bags, y, per_sample_weights=weights, mode="sum")
 
@@ -105,8 +105,8 @@ class _Combine(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         y, weights, order, inverse = ctx.saved_tensors
         slots = weights.shape[-1]
-        if not ctx.needs_input_grad[1] and native.may_run(grad, weights):
-            return kernels.scaled_rows(grad, weights, order), None, None, None
+        if not ctx.needs_input_grad[1] and runtime.may_run(grad, weights):
+            return forward_kernels.scaled_rows(grad, weights, order), None, None, None
         rows = _Dispatch.apply(grad, order, inverse, slots)
         grad_weights = grad_y = None
         if ctx.needs_input_grad[1]:

@@ -17,10 +17,11 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.autograd import Function
 
-from tiny_onn_func import kernels, native
-from tiny_onn_func.folding import batch_first, fold, one_axis, unfold
-from tiny_onn_func.mapped import over_runs
-from tiny_onn_func.tiles import is_traced, tiled_matmul, tiled_outer
+from tiny_onn_func.kernels import forward as forward_kernels
+from tiny_onn_func.kernels import runtime
+from tiny_onn_func.kernels.runtime import is_traced
+from tiny_onn_func.primitives.tiled import tiled_matmul, tiled_outer
+from tiny_onn_func.primitives.vmap import batch_first, fold, one_axis, over_runs, unfold
 
 
 def grouped_matmul(
@@ -49,7 +50,7 @@ def matmul(
     That is faster where the library's product leaves the processor's widest vectors unused (docs/benchmarks.md).
     """
     fits = x.shape[:-2] == weights.shape[:-2] and x.shape[-1] == weights.shape[-2]  # else the library's word on it
-    if not fits or is_traced(x) or not native.can_take(x, weights):
+    if not fits or is_traced(x) or not runtime.can_take(x, weights):
         return x @ weights
     ends = torch.arange(1, x.shape[:-2].numel() + 1, dtype=torch.int32, device=x.device) * x.shape[-2]
     out = grouped_matmul(x.reshape(-1, x.shape[-1]), weights.reshape(-1, *weights.shape[-2:]), ends)
@@ -170,9 +171,9 @@ def matmul_kernel(
     """Each row times its expert's weights, plus others times their weights; inside a Function's forward, where no
     transform is in sight and tensors are plain."""
     pairs = [(rows, weights)] if others is None or other_weights is None else [(rows, weights), (others, other_weights)]
-    if not is_traced(offsets) and native.can_take(*itertools.chain(*pairs)):
+    if not is_traced(offsets) and runtime.can_take(*itertools.chain(*pairs)):
         folded = [(one_axis(left, 2), one_axis(right, 3)) for left, right in pairs]
-        out = kernels.matmul(folded, one_axis(offsets, 1))
+        out = forward_kernels.matmul(folded, one_axis(offsets, 1))
         return out.reshape(*rows.shape[:-1], -1)
     first, *more = (_matmul_fallback(*pair, offsets) for pair in pairs)
     return first + more[0] if more else first
@@ -211,8 +212,8 @@ def _outer_kernel(
 ) -> Float[Tensor, "*runs experts in_dim out_dim"]:
     runs = rows.shape[:-2]
     rows, grads, offsets = (one_axis(t, dims) for t, dims in ((rows, 2), (grads, 2), (offsets, 1)))
-    if not is_traced(offsets) and native.can_take(rows, grads):
-        out = kernels.outer(rows, grads, offsets)
+    if not is_traced(offsets) and runtime.can_take(rows, grads):
+        out = forward_kernels.outer(rows, grads, offsets)
     elif rows.shape[0] == 1:
         out = _outer_of_one_run(rows[0], grads[0], offsets[0])[None]
     else:

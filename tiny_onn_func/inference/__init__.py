@@ -1,0 +1,1 @@
+"""Generate text: decode with a key-value cache, sample the next token."""

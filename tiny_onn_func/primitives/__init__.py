@@ -1,0 +1,1 @@
+"""Operations with gradients and vmap rules of their own: grouped matmul, dispatch of rows, fused ops."""
