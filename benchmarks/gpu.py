@@ -23,10 +23,11 @@ from benchmarks.step import a_batch
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.params import count_active_params, count_params
 from tiny_onn_func.tree import merge, partition, stack, tree_map
-from training import Batch, HyperParams, TrainState, hyper_step, init_state
-from training.differentiate import gradients
-from training.main_gradients import main_gradients
-from training.objectives import language_modelling
+from training import Batch, HyperParams, TrainState, init_state
+from training.step import hyper_step
+from training.step.gradients import gradients
+from training.step.losses import language_modelling
+from training.step.main_pass import main_gradients
 
 LARGE = ModelConfig(151_936, 1024, 28, 16, 8, 64, 64, 32, num_experts_per_tok=8)
 SMALL = ModelConfig(257, 64, 2, 2, 1, 32, 32, 8, num_experts_per_tok=2)

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import machine
-from training import Batch, hyper_step, init_state
+from training import Batch, init_state
 from training.data import Splits, batch_at, held_out_batches, open_corpus, scored_span
 from training.evaluate import evaluate
 from training.memory import keep_freed_memory
 from training.run_config import RunConfig, hyper_params
 from training.settings import load_settings
+from training.step import hyper_step
 
 GOAL, TURN, BYTES = 1.88, 50, 65536
 CONFIG = Path(__file__).parents[1] / "configs" / "shakespeare_char.yaml"

@@ -17,7 +17,7 @@ from benchmarks.step import a_batch
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import leaves
 from training import HyperParams, init_state
-from training.main_gradients import main_gradients
+from training.step.main_pass import main_gradients
 
 BASE = {"V": 300, "D": 64, "L": 2, "H": 4, "G": 2, "d": 16, "F": 32, "E": 8, "K": 2, "B": 4, "S": 32}
 CHANGES: tuple[dict[str, int], ...] = (

@@ -30,13 +30,14 @@ from torch import Tensor
 from benchmarks.scaling_plan import Cluster, Layout, bytes_sent, flops_of, plan
 from benchmarks.timing import interleaved, machine, ratio
 from tiny_onn_func import ModelConfig
-from training import Batch, hyper_step, init_state
+from training import Batch, init_state
 from training.collectives import Group
 from training.distributed import layout_of
 from training.errors import UserError
 from training.memory import keep_freed_memory
 from training.parallel_step import own_state, parallel_step
 from training.run_config import RunConfig, hyper_params
+from training.step import hyper_step
 
 MODEL = ModelConfig(257, 256, 4, 4, 2, 64, 128, 32, num_experts_per_tok=4)
 TINY = ModelConfig(257, 8, 1, 1, 1, 8, 8, 4, num_experts_per_tok=1)

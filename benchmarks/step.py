@@ -16,11 +16,12 @@ import torch
 from benchmarks.timing import interleaved, machine, ratio, table, write_json
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.tree import merge, partition
-from training import Batch, HyperParams, hyper_step, init_state
-from training.differentiate import gradients
-from training.main_gradients import main_gradients
+from training import Batch, HyperParams, init_state
 from training.memory import keep_freed_memory
-from training.objectives import language_modelling
+from training.step import hyper_step
+from training.step.gradients import gradients
+from training.step.losses import language_modelling
+from training.step.main_pass import main_gradients
 
 SIZES = {  # configuration, batch, sequence
     "A": (ModelConfig(257, 128, 4, 4, 2, 32, 64, 16, num_experts_per_tok=4), 12, 64),

@@ -10,7 +10,7 @@ from tiny_onn_func import ModelConfig, init_params
 from tiny_onn_func.config import DYNAMIC_K
 from tiny_onn_func.tree import flatten, unflatten, walk
 from training import Batch, HyperParams
-from training.batch import IGNORE_INDEX
+from training.step.batch import IGNORE_INDEX
 
 TINY = ModelConfig(
     vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4,

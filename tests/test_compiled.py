@@ -13,8 +13,9 @@ from tests.helpers import tiny_batch, tiny_config
 from tiny_onn_func.primitives.grouped import grouped_matmul, grouped_outer
 from tiny_onn_func.primitives.tiled import TILE, cut_tiles, tiled_matmul, tiled_outer
 from tiny_onn_func.tree import flatten, stack
-from training import HyperParams, hyper_step, init_state
-from training.compiled import compile_step, trace_step
+from training import HyperParams, init_state
+from training.step import hyper_step
+from training.step.compile import compile_step, trace_step
 
 HYPER = HyperParams(balance_weight=1.0, warmup_steps=3, bias_speed=0.01)
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from tests.helpers import assert_close, spread_params, tiny_config
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.tree import stack
-from training.batch import IGNORE_INDEX, Batch
 from training.bpe import train_tokenizer
 from training.data import (
     BOUNDARY,
@@ -35,6 +34,7 @@ from training.data import (
 )
 from training.errors import UserError
 from training.sources import documents, find_source
+from training.step.batch import IGNORE_INDEX, Batch
 from training.tokenizer import open_tokenizer
 from training.tokens import is_held_out, tokenized
 

@@ -19,10 +19,9 @@ from tiny_onn_func.kernels import build, runtime
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.routing import route
-from training.metrics import finite_sum
-from training.objectives import router_targets
-from training.step_metrics import _routing_sums
-from training.surprise import surface_of
+from training.step.router_loss import router_targets
+from training.step.sums import _routing_sums, finite_sum
+from training.step.surprise import surface_of
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")
 EXPERTS = st.sampled_from([1, 2, 7, 15, 16, 17, 33, 64, 70])  # around whole vectors

@@ -31,7 +31,7 @@ from tiny_onn_func.moe import RoutingInputs, moe
 from tiny_onn_func.routing import Routing, route, send_alone
 from tiny_onn_func.tree import flatten, unflatten
 from training import HyperParams
-from training.draws import draw_exploration
+from training.step.counter_rng import draw_exploration
 
 
 class Question(NamedTuple):

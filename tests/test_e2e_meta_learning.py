@@ -13,7 +13,8 @@ import torch
 from tests.helpers import assert_same_bits, seeded, tiny_batch, tiny_config
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import flatten, partition
-from training import Batch, HyperParams, Metrics, TrainState, hyper_step, init_state
+from training import Batch, HyperParams, Metrics, TrainState, init_state
+from training.step import hyper_step
 
 TEXT = inspect.getsource(argparse).encode()[:1024]
 LANGUAGE = ModelConfig(

@@ -89,7 +89,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(run: Path, text: Path, tmp_p
 
 
 def interrupted_after(steps: int):
-    from training.hyper_step import hyper_step
+    from training.step.hyper_step import hyper_step
 
     def stepped(state, *rest, **statics):
         if int(state.step) == steps:

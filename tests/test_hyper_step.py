@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from tests.helpers import assert_close, real_tokens, spread_params, tiny_batch, tiny_config
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.tree import flatten, stack, unflatten, unstack
-from training import Batch, HyperParams, TrainState, hyper_step, init_state, per_token_surprise
+from training import Batch, HyperParams, TrainState, init_state, per_token_surprise
+from training.step import hyper_step
 
 CONFIG = tiny_config(num_experts_per_tok=3)
 HYPER = HyperParams(

@@ -10,14 +10,15 @@ import transformers
 from tests.helpers import assert_same_bits, spread_params, tiny_batch, tiny_config
 from tiny_onn_func import save_pretrained
 from tiny_onn_func.tree import flatten, tree_map
-from training import HyperParams, hyper_step, init_state
+from training import HyperParams, init_state
 from training.cli import main
 from training.export import byte_tokenizer_files
 from training.first_state import first_state
-from training.optim import is_backbone
 from training.recorder import read_history
 from training.run_config import RunConfig
 from training.settings import load_settings
+from training.step import hyper_step
+from training.step.optim import is_backbone
 from training.tokenizer import BYTES
 
 RUN = [

@@ -32,11 +32,13 @@ from tests.helpers import (
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.tree import flatten, leaves, partition, stack, tree_map
-from training import Batch, HyperParams, SurpriseHookManager, TrainState, hyper_step, init_state, per_token_surprise
-from training.main_gradients import main_gradients
-from training.metrics import routed_rows, shares
-from training.objectives import Targets, router_loss, router_targets
-from training.optim import adamw_init
+from training import Batch, HyperParams, SurpriseHookManager, TrainState, init_state, per_token_surprise
+from training.step import hyper_step
+from training.step.main_pass import main_gradients
+from training.step.metrics import shares
+from training.step.optim import adamw_init
+from training.step.router_loss import Targets, router_loss, router_targets
+from training.step.sums import routed_rows
 
 Params = dict[str, Any]
 IS_ROUTER = ("layers.moe.router", "layers.moe.router_bias")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import vmap
 
-from training.metrics import average_k, counts, dead_experts, finite_sum, load_entropy, max_vio, routed_rows, shares
+from training.step.metrics import average_k, dead_experts, load_entropy, max_vio, shares
+from training.step.sums import counts, finite_sum, routed_rows
 
 KINDS = ("random", "one expert takes all", "nothing routed", "one layer idle", "all padding")
 

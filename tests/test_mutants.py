@@ -21,4 +21,4 @@ def test_every_mutant_changes_one_place_and_is_still_python(file: str) -> None:
 
 def test_a_mutant_whose_text_is_gone_is_refused() -> None:
     with pytest.raises(ValueError, match="expected 'no such text' once, got it 0 times"):
-        apply(Mutant("training/hooks.py", "no such text", ""), "source")
+        apply(Mutant("training/step/hooks.py", "no such text", ""), "source")

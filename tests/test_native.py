@@ -25,8 +25,9 @@ from tiny_onn_func.primitives.fused import function_of
 from tiny_onn_func.primitives.gate_up import gate_and_up
 from tiny_onn_func.primitives.grouped import grouped_matmul
 from tiny_onn_func.tree import leaves
-from training import HyperParams, hyper_step, init_state
-from training.optim import adamw_init, adamw_update
+from training import HyperParams, init_state
+from training.step import hyper_step
+from training.step.optim import adamw_init, adamw_update
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")
 EPS = torch.finfo(torch.float32).eps

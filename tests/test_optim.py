@@ -12,9 +12,10 @@ from torch.func import vmap
 from tests.helpers import assert_close, seeded
 from tiny_onn_func.tree import leaves, stack, tree_map, unstack
 from training import HyperParams
-from training.hyper_step import balanced_bias
-from training.objectives import Targets, language_modelling, predictive_integrity, router_loss, router_targets
-from training.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
+from training.step.hyper_step import balanced_bias
+from training.step.losses import language_modelling, predictive_integrity
+from training.step.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
+from training.step.router_loss import Targets, router_loss, router_targets
 
 
 def drawn_tree(seed: int) -> dict:

@@ -14,10 +14,11 @@ from tests.helpers import spread_params, tiny_batch, tiny_config
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.routing import route
 from tiny_onn_func.tree import stack, unstack
-from training import Batch, HyperParams, hyper_step, init_state, per_token_surprise
-from training.batch import IGNORE_INDEX
-from training.oracle import PICKS, counterfactual_losses, draw_sample, fill_sampled, regret
+from training import Batch, HyperParams, init_state, per_token_surprise
 from training.routing_facts import co_activation_facts, drift, regret_facts
+from training.step import hyper_step
+from training.step.batch import IGNORE_INDEX
+from training.step.oracle import PICKS, counterfactual_losses, draw_sample, fill_sampled, regret
 
 SIZES: dict[str, dict[str, Any]] = {
     "dynamic K": {}, "K = 1": {"num_experts_per_tok": 1}, "K = E": {"num_experts_per_tok": 4},

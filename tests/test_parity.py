@@ -19,7 +19,7 @@ from tests.helpers import assert_close, seeded, tiny_batch, tiny_config
 from tiny_onn_func import ModelConfig, forward, init_params
 from tiny_onn_func.tree import Tree, flatten, unflatten
 from training import Batch
-from training.objectives import language_modelling
+from training.step.losses import language_modelling
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of their imports, not of their numbers

@@ -17,11 +17,12 @@ from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.experts import Rows
 from tiny_onn_func.routing import route
 from tiny_onn_func.tree import flatten, stack, unflatten, unstack, walk
-from training import HyperParams, TrainState, hyper_step, init_state, per_token_surprise
-from training.draws import Stream, draw_exploration, draw_normal, draw_words
-from training.objectives import Targets, router_targets, shuffled
-from training.regenerate import regenerate
-from training.surprise import MEASURED, beside_own_mean, per_weight, row_dot
+from training import HyperParams, TrainState, init_state, per_token_surprise
+from training.step import hyper_step
+from training.step.counter_rng import Stream, draw_exploration, draw_normal, draw_words
+from training.step.regenerate import regenerate
+from training.step.router_loss import Targets, router_targets, shuffled
+from training.step.surprise import MEASURED, beside_own_mean, per_weight, row_dot
 
 ROUTINGS = {"K=2": {"num_experts_per_tok": 2}, "dynamic": {}, "K=E": {"num_experts_per_tok": 4}}
 BIAS = "layers.moe.router_bias"

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
-from training.hyper import HyperParams
 from training.plain_yaml import read_yaml, scalar
 from training.settings import (
     HyperSettings,
@@ -24,7 +23,8 @@ from training.settings import (
     parse_train_args,
     save_settings,
 )
-from training.surprise import KINDS
+from training.step.hyper_params import HyperParams
+from training.step.surprise import KINDS
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -342,7 +342,7 @@ def test_the_packages_import_without_pydantic_and_tyro():
                 waiting += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Import):
                 waiting += [alias.name for alias in node.names]
-    assert {"training.hyper", "torch"} <= reached
+    assert {"training.step.hyper_params", "torch"} <= reached
     assert {"pydantic", "tyro", "training.settings"} & reached == set()
 
 

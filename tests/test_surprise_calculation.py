@@ -33,9 +33,10 @@ from tiny_onn_func.config import DYNAMIC_K
 from tiny_onn_func.experts import Rows
 from tiny_onn_func.experts import apply_w2 as plain
 from tiny_onn_func.tree import flatten, stack, tree_map, unflatten, unstack
-from training import Batch, HyperParams, SurpriseHookManager, TrainState, hyper_step, per_token_surprise
-from training.objectives import router_targets
-from training.optim import adamw_init
+from training import Batch, HyperParams, SurpriseHookManager, TrainState, per_token_surprise
+from training.step import hyper_step
+from training.step.optim import adamw_init
+from training.step.router_loss import router_targets
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 

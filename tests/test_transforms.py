@@ -16,9 +16,10 @@ from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.primitives.vmap import each_run, over_runs, over_trees, peel, wrap
 from tiny_onn_func.routing import route
 from tiny_onn_func.tree import partition, stack, tree_map, unstack, walk
-from training import Batch, HyperParams, TrainState, hyper_step, per_token_surprise
-from training.draws import draw_exploration
-from training.optim import adamw_init
+from training import Batch, HyperParams, TrainState, per_token_surprise
+from training.step import hyper_step
+from training.step.counter_rng import draw_exploration
+from training.step.optim import adamw_init
 
 # Mapped runs multiply matrices in another order. AdamW divides by sqrt(nu) + eps, so eps is kept well above that noise.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}

@@ -15,8 +15,8 @@ from tiny_onn_func.attention import ATTEND, SPLIT_HEADS, causal_bias, split_head
 from tiny_onn_func.kernels import build, runtime
 from tiny_onn_func.ops import ACTIVATE, RMS_NORM, rotary_angles
 from tiny_onn_func.primitives.fused import Twin, function_of, with_kernel
-from training.cross_entropy import CROSS_ENTROPY
-from training.objectives import ROUTER_SUMS
+from training.step.losses import CROSS_ENTROPY
+from training.step.router_loss import ROUTER_SUMS
 
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 NATIVE = pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")

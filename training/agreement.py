@@ -14,12 +14,12 @@ from tiny_onn_func.experts import apply_w2, apply_w13
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.tree import Tree
-from training.batch import Batch
-from training.differentiate import gradients
-from training.hooks import SurpriseHookManager
-from training.hyper import Number
-from training.objectives import language_modelling
-from training.surprise import PER_WEIGHT, SurpriseKind, per_weight
+from training.step.batch import Batch
+from training.step.gradients import gradients
+from training.step.hooks import SurpriseHookManager
+from training.step.hyper_params import Number
+from training.step.losses import language_modelling
+from training.step.surprise import PER_WEIGHT, SurpriseKind, per_weight
 
 RECORDED: tuple[SurpriseKind, ...] = ("w2", "experts", "input", "benefit")  # `unweighted` is w2 over the weight
 VALUES = (

@@ -24,10 +24,10 @@ import numpy.typing as npt
 import torch
 
 from tiny_onn_func.tree import Tree, stack
-from training.batch import Batch
 from training.data import Splits, batch_at
 from training.evaluate import Score
 from training.run_config import RunConfig
+from training.step.batch import Batch
 from training.study_config import StudyConfig, StudyRun
 from training.study_step import score_runs
 

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from training.batch import IGNORE_INDEX, Batch
 from training.corpus import Corpus, Splits, open_corpus
 from training.errors import UserError
+from training.step.batch import IGNORE_INDEX, Batch
 from training.tokenizer import BOUNDARY, BYTES, VOCAB_SIZE, Tokenizer, Tokens
 from training.tokens import CHUNK, decode, encode
 

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from training.batch import Batch
 from training.collectives import Group, Lost
 from training.continuity import facts_of
 from training.errors import UserError
-from training.hyper import is_off
-from training.hyper_step import TrainState
 from training.meeting import Place, ToldElsewhere, find_place, is_told, leave, meet, say_cause
 from training.parallel_step import Layout, own_state, whole_state
 from training.run_config import RunConfig, hyper_params
+from training.step.batch import Batch
+from training.step.hyper_params import is_off
+from training.step.hyper_step import TrainState
 
 SILENCE = timedelta(minutes=30)  # that a process may keep while others wait for it, as while one scores
 T = TypeVar("T")

@@ -10,9 +10,9 @@ from einops import rearrange
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.tree import Tree
-from training.batch import Batch
-from training.metrics import average_k
-from training.objectives import language_modelling
+from training.step.batch import Batch
+from training.step.losses import language_modelling
+from training.step.metrics import average_k
 
 
 class Score(NamedTuple):

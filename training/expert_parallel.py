@@ -18,8 +18,8 @@ from torch.autograd import Function
 
 from tiny_onn_func.experts import Rows, spread
 from training.collectives import Group
-from training.hooks import SurpriseHookManager
-from training.surprise import SurpriseKind, row_dot, row_surprise
+from training.step.hooks import SurpriseHookManager
+from training.step.surprise import SurpriseKind, row_dot, row_surprise
 
 ROWS, SURPRISE, SIZES = "rows of experts", "surprise of rows", "numbers of rows"  # purposes of messages
 

@@ -12,8 +12,8 @@ from tiny_onn_func.huggingface.config import MOE, OWN, read_config
 from tiny_onn_func.huggingface.pretrained import load_pretrained
 from tiny_onn_func.tree import tree_map
 from training.errors import UserError
-from training.hyper_step import TrainState, init_state, state_of
 from training.run_config import RunConfig
+from training.step.hyper_step import TrainState, init_state, state_of
 from training.tokenizer import FILE, Tokenizer, check_same_tokens
 
 # What may differ from the folder's: how many experts a token visits is no property of the weights.

@@ -13,12 +13,12 @@ from training.distributed import ALONE, Team
 from training.errors import UserError
 from training.first_state import first_state
 from training.history import remember
-from training.hyper_step import TrainState, init_state
 from training.products import Run
 from training.recorder import unbroken_upto
 from training.run_config import RunConfig
 from training.settings import load_settings, save_settings
 from training.sharded_checkpoint import FOLDER, is_sharded, load_sharded, open_sharded
+from training.step.hyper_step import TrainState, init_state
 from training.teacher import open_teacher
 from training.tokenizer import BYTES, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer, save_tokenizer
 

@@ -18,20 +18,8 @@ from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.tree import Tree, flatten, merge, partition, tree_map, unflatten
-from training.batch import Batch
 from training.collectives import Group
 from training.expert_parallel import TravellingRows
-from training.hooks import SurpriseHookManager
-from training.hyper import HyperParams
-from training.hyper_step import (
-    TrainState,
-    fast_update,
-    observe,
-    router_gradients,
-    slow_update,
-)
-from training.main_gradients import Share
-from training.optim import AdamWState
 from training.shards import (
     EXPERT_LEAVES,
     Vectors,
@@ -42,8 +30,15 @@ from training.shards import (
     share_of,
     to_vectors,
 )
-from training.step_metrics import Metrics, Sums
-from training.surprise import SurpriseKind
+from training.step.batch import Batch
+from training.step.hooks import SurpriseHookManager
+from training.step.hyper_params import HyperParams
+from training.step.hyper_step import TrainState, fast_update, observe, router_gradients, slow_update
+from training.step.main_pass import Share
+from training.step.metrics import Metrics
+from training.step.optim import AdamWState
+from training.step.sums import Sums
+from training.step.surprise import SurpriseKind
 
 
 class Layout(NamedTuple):

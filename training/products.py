@@ -18,9 +18,9 @@ from training.distributed import ALONE, Team
 from training.durable import write_text
 from training.evaluate import Score, evaluate
 from training.history import best_step
-from training.hyper_step import TrainState
 from training.report import draw_core_metrics, draw_expert_dashboard
 from training.run_config import RunConfig
+from training.step.hyper_step import TrainState
 from training.teacher import Teacher
 
 

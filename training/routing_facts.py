@@ -18,11 +18,11 @@ from tiny_onn_func.decoder import forward
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.tree import Tree, unstack
 from training.agreement import VALUES, all_surprises, rank_agreement
-from training.batch import IGNORE_INDEX, Batch
 from training.corpus import Corpus
 from training.data import batch_at, held_out_batches
-from training.oracle import counterfactual_losses, draw_sample, fill_sampled, regret
 from training.run_config import RunConfig
+from training.step.batch import IGNORE_INDEX, Batch
+from training.step.oracle import counterfactual_losses, draw_sample, fill_sampled, regret
 
 KINDS = (*VALUES, "oracle")  # rows and columns of the agreement matrices
 MOST_PICKS = 4  # sampled tokens of a sequence and layer: more sequences are more independent

@@ -8,8 +8,8 @@ import torch
 
 from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
-from training.hyper import HyperParams
-from training.surprise import KINDS, SurpriseKind
+from training.step.hyper_params import HyperParams
+from training.step.surprise import KINDS, SurpriseKind
 
 BYTE_TOKENS = 257  # bytes 0 to 255 and the document boundary
 MOST_THREADS = 4096
@@ -72,7 +72,7 @@ def _require(fine: bool, key: str, wanted: str, came: object) -> None:
 
 @dataclass(frozen=True)
 class HyperSettings:
-    """`training.hyper.HyperParams` as plain numbers: the same fields and defaults, without `total_steps`.
+    """`training.step.hyper_params.HyperParams` as plain numbers: the same fields and defaults, without `total_steps`.
 
     What each one means is said there. `total_steps` is no setting: `hyper_params` derives it from the run.
 
@@ -197,7 +197,7 @@ class RunConfig:
     shard_experts: int = 1
     """Processes over which the experts of a layer are spread; divides both their number and the processes'."""
     surprise_kind: SurpriseKind = "w2"
-    """What surprise is: w2, unweighted, experts, input or benefit, as training/surprise.py explains."""
+    """What surprise is: w2, unweighted, experts, input or benefit, as training/step/surprise.py explains."""
     model: ModelConfig = DEFAULT_MODEL
     """Sizes of the model."""
     hyper: HyperSettings = DEFAULT_HYPER

@@ -20,10 +20,10 @@ from training.checkpoint_files import STEP_FOLDER
 from training.data import baselines, held_out_batches, open_corpus, scored_span
 from training.errors import UserError
 from training.evaluate import Score, evaluate
-from training.hyper import HyperParams
 from training.run_config import RunConfig
 from training.settings import load_settings
 from training.sharded_checkpoint import check_whole
+from training.step.hyper_params import HyperParams
 from training.tokenizer import BYTES, FILE, TURN_END, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer
 
 PARAMETER_DTYPES = (torch.float32, torch.float64)  # what a run keeps them in

@@ -30,9 +30,9 @@ from training.collectives import Group
 from training.durable import flush, make_folder
 from training.errors import UserError
 from training.folder_lock import locked
-from training.hyper_step import TrainState
 from training.parallel_step import Layout
 from training.sharded_state import as_stored, empty_state, from_stored
+from training.step.hyper_step import TrainState
 
 FOLDER, INDEX, FORMAT = "sharded", ".metadata", 1
 TRUST = "its .metadata is a pickle, which can run code: only from folders that you trust"

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.tree import Tree, flatten, merge, partition, tree_map, unflatten
-from training.hyper_step import TrainState, init_state
-from training.optim import AdamWState
 from training.parallel_step import Layout, gathered, shares
 from training.shards import Vectors, fast_shapes, from_vectors, joined_shares, named_shares, to_vectors
+from training.step.hyper_step import TrainState, init_state
+from training.step.optim import AdamWState
 
 
 def as_stored(state: TrainState, config: ModelConfig, layout: Layout) -> dict[str, Any]:

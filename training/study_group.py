@@ -20,12 +20,12 @@ from training.durable import write_text
 from training.errors import UserError
 from training.first_state import first_state
 from training.guard import bad_runs, passed_over, where_runs
-from training.hyper_step import TrainState, init_state
 from training.recorder import FILE, Recorder, records_upto, rewrite_records
 from training.routing_facts import Glance, drift, glance, routing_facts
 from training.run_config import RunConfig
 from training.saver import Saver
-from training.step_metrics import Metrics
+from training.step.hyper_step import TrainState, init_state
+from training.step.metrics import Metrics
 from training.study_config import StudyConfig, StudyRun
 from training.study_plan import Chunk
 from training.study_results import (

@@ -18,9 +18,9 @@ from training.continual import Continual, Matrix, continual_measures
 from training.durable import write_text
 from training.errors import UserError
 from training.evaluate import Score
-from training.metrics import load_entropy
 from training.recorder import read_history
 from training.regular_file import read_small
+from training.step.metrics import load_entropy
 from training.study_config import StudyRun
 
 RESULTS, NEEDED = "results.csv", ("run", "arm", "seed", "status")

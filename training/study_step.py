@@ -10,15 +10,14 @@ from torch.func import vmap
 
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.tree import Tree
-from training.batch import IGNORE_INDEX, Batch
 from training.data import Splits, held_out_batches, scored_span
 from training.evaluate import Score
-from training.hyper import HyperParams
-from training.hyper_step import TrainState, hyper_step
-from training.metrics import average_k
-from training.objectives import language_modelling
 from training.run_config import RunConfig, hyper_params, statics
-from training.step_metrics import Metrics
+from training.step.batch import IGNORE_INDEX, Batch
+from training.step.hyper_params import HyperParams
+from training.step.hyper_step import TrainState, hyper_step
+from training.step.losses import language_modelling
+from training.step.metrics import Metrics, average_k
 from training.study_plan import check_alike
 
 SCORED_ROWS = 32  # windows of a batch of held-out text, or as many as are trained on

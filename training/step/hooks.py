@@ -10,7 +10,7 @@ from tiny_onn_func.experts import ApplyW2, ApplyW13, Rows, input_of, spread
 from tiny_onn_func.experts import apply_w2 as plain_apply_w2
 from tiny_onn_func.experts import apply_w13 as plain_apply_w13
 from tiny_onn_func.primitives.vmap import peel, wrap
-from training.surprise import SurpriseKind, row_norm, row_surprise, sparse_fill, surface_of
+from training.step.surprise import SurpriseKind, row_norm, row_surprise, sparse_fill, surface_of
 
 
 class SurpriseHookManager:
@@ -18,7 +18,7 @@ class SurpriseHookManager:
 
     surprise[l, t, e] = ||h_te|| * ||dLoss / dy_te||, the Frobenius norm of the gradient that token t alone puts on
     w2_e: that gradient is the outer product of h_te and dLoss / dy_te (Goodfellow 2015, arXiv 1510.01799). Other kinds
-    stand in `training.surprise`; `experts` and `input` want `apply_w13` passed on, too.
+    stand in `training.step.surprise`; `experts` and `input` want `apply_w13` passed on, too.
 
     Under a torch.func transform make `per_token_surprise` inside the transformed function, from a value that the
     transform has wrapped (`leaf.new_full(...)`), and return it through `has_aux`; a tensor from outside is refused.

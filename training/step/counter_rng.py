@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tiny_onn_func.hashing import WORD, mix
 from tiny_onn_func.ops import as_wide_as
-from training.hyper import Number
+from training.step.hyper_params import Number
 
 
 class Stream(IntEnum):

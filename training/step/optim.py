@@ -14,7 +14,7 @@ from tiny_onn_func.kernels.runtime import is_traced
 from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.primitives.vmap import over_trees
 from tiny_onn_func.tree import Tree, flatten, leaves, tree_map, unflatten
-from training.hyper import HyperParams, Number
+from training.step.hyper_params import HyperParams, Number
 
 
 class AdamWState(NamedTuple):

@@ -10,19 +10,29 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
+from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.primitives.vmap import each_run
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
-from training import metrics as measure
-from training.batch import Batch
-from training.differentiate import gradients
-from training.draws import draw_exploration
-from training.hooks import SurpriseHookManager
-from training.hyper import HyperParams, is_off
-from training.objectives import distillation, language_modelling
-from training.oracle import sampled_losses
-from training.step_metrics import Observed
-from training.surprise import PER_WEIGHT, SurpriseKind, per_weight
+from training.step import surprise
+from training.step.batch import Batch
+from training.step.counter_rng import draw_exploration
+from training.step.gradients import gradients
+from training.step.hooks import SurpriseHookManager
+from training.step.hyper_params import HyperParams, is_off
+from training.step.losses import LanguageModelling, distillation, language_modelling
+from training.step.oracle import sampled_losses
+from training.step.surprise import PER_WEIGHT, SurpriseKind, per_weight
+
+
+class Observed(NamedTuple):
+    """What one pass through the model yields beside the gradient."""
+
+    lm: LanguageModelling
+    trace: RouterTrace
+    per_token_surprise: Float[Tensor, "*runs layers tokens experts"]
+    distill_sum: Tensor  # KL(teacher || student), nats, summed over targets
+    nonfinite: Tensor  # routed (layer, token, expert) whose measured surprise is NaN or infinite
 
 
 class Share(NamedTuple):
@@ -87,7 +97,7 @@ def main_gradients(
     else:
         grads, seen = gradients(objective, (fast, router), given)
     trace = seen.trace
-    nonfinite = measure.nonfinite_surprise(seen.per_token_surprise, trace.expert_ids, trace.active)
+    nonfinite = surprise.nonfinite_surprise(seen.per_token_surprise, trace.expert_ids, trace.active)
     seen = seen._replace(nonfinite=nonfinite)
     if kind == "oracle":
         values = each_run(lambda one: sampled_losses(one, config), (params, batch, hyper, step), step.ndim)

@@ -13,24 +13,19 @@ from tiny_onn_func.params import init_params
 from tiny_onn_func.primitives.grouped import matmul
 from tiny_onn_func.primitives.vmap import over_trees
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
-from training import metrics as measure
-from training.batch import Batch
-from training.differentiate import gradients
-from training.draws import Stream, draw_words
-from training.hooks import SurpriseHookManager
-from training.hyper import HyperParams, Number, is_off
-from training.main_gradients import WHOLE, HooksOf, Share, main_gradients
-from training.objectives import (
-    RouterLoss,
-    Targets,
-    router_loss,
-    router_targets,
-    shuffled,
-)
-from training.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
-from training.regenerate import regenerate
-from training.step_metrics import Metrics, Observed, Sums, step_metrics, sums_of
-from training.surprise import SurpriseKind, beside_own_mean
+from training.step import metrics as measure
+from training.step.batch import Batch
+from training.step.counter_rng import Stream, draw_words
+from training.step.gradients import gradients
+from training.step.hooks import SurpriseHookManager
+from training.step.hyper_params import HyperParams, Number, is_off
+from training.step.main_pass import WHOLE, HooksOf, Observed, Share, main_gradients
+from training.step.metrics import Metrics, step_metrics
+from training.step.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
+from training.step.regenerate import regenerate
+from training.step.router_loss import RouterLoss, Targets, router_loss, router_targets, shuffled
+from training.step.sums import Sums, sums_of
+from training.step.surprise import SurpriseKind, beside_own_mean
 
 
 class TrainState(NamedTuple):
@@ -70,7 +65,7 @@ def hyper_step(
     least surprised. Runs under `vmap(lambda s, h: hyper_step(s, batch, h, config))` over stacked states and hypers.
 
     Args:
-        kind: what surprise is, see `training.surprise`; static, as it decides which hooks there are.
+        kind: what surprise is, see `training.step.surprise`; static, as it decides which hooks there are.
         compute_dtype: what everything but the router computes in, such as bfloat16; None is the parameters' own dtype.
             Parameters, moments, router, surprise and losses stay as wide as they are.
         teacher_logits: with `hyper.distill_alpha` the main loss, and so surprise, is the mixture of cross entropy and

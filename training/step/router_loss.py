@@ -1,9 +1,8 @@
-"""What the two systems minimise, and predictive integrity."""
+"""Router targets from surprise, and the losses of the router."""
 
 from typing import NamedTuple
 
 import torch
-from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -12,51 +11,7 @@ from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.primitives.fused import Twin, Values, with_kernel
 from tiny_onn_func.primitives.vmap import one_axis, over_runs
-from training.batch import IGNORE_INDEX
-from training.cross_entropy import cross_entropy
-from training.hyper import HyperParams, Number, is_off
-
-
-class LanguageModelling(NamedTuple):
-    """Sums over the tokens that have a target, of each run."""
-
-    loss_sum: Tensor  # nats
-    targets: Tensor  # number of target tokens
-    correct: Tensor  # targets that the most probable token hits
-    entropy_sum: Tensor  # of the output distribution, nats; detached
-
-
-def language_modelling(
-    logits: Float[Tensor, "*runs batch seq vocab"], labels: Int[Tensor, "*runs batch seq"]
-) -> LanguageModelling:
-    """Cross entropy of the labels, summed; labels of -100 count nowhere.
-
-    The *sum* is what surprise differentiates: a batch that is split or padded keeps every token's value.
-    """
-    losses, entropies, best, _ = cross_entropy(logits, labels)
-    summed = losses, labels != IGNORE_INDEX, best == labels, entropies.detach()
-    return LanguageModelling(*(t.sum(dim=(-2, -1)) for t in summed))
-
-
-def distillation(
-    logits: Float[Tensor, "*runs batch seq vocab"],
-    teacher_logits: Float[Tensor, "*runs batch seq vocab"],
-    labels: Int[Tensor, "*runs batch seq"],
-    temperature: Number,
-) -> Float[Tensor, "*runs"]:
-    """KL(teacher || student) at a temperature, summed over the tokens that have a target, nats (arXiv 1503.02531)."""
-    temperature = as_wide_as(logits, temperature)
-    log_p, log_q = ((x / temperature).log_softmax(dim=-1) for x in (teacher_logits.to(logits.dtype), logits))
-    finite = log_p.clamp_min(torch.finfo(log_p.dtype).min)  # a token that the teacher rules out (-inf) adds 0
-    kl = reduce(log_p.exp() * (finite - log_q), "... vocab -> ...", "sum")
-    return torch.where(labels != IGNORE_INDEX, kl, 0.0).sum(dim=(-2, -1))
-
-
-def predictive_integrity(
-    main_loss: Tensor, tau: Tensor, surprise: Tensor, pi_alpha: Number, pi_gamma: Number
-) -> Float[Tensor, "*runs"]:
-    """pi_score = exp(-pi_alpha * (main_loss / tau + pi_gamma * surprise)); losses and tau in nats."""
-    return torch.exp(-pi_alpha * (main_loss / tau.clamp_min(torch.finfo(tau.dtype).tiny) + pi_gamma * surprise))
+from training.step.hyper_params import HyperParams, Number, is_off
 
 
 class Targets(NamedTuple):

@@ -26,9 +26,9 @@ from tiny_onn_func.experts import apply_experts, apply_w2
 from tiny_onn_func.moe import RoutingInputs, moe
 from tiny_onn_func.ops import rms_norm, rotary_angles, wide_dtype
 from tiny_onn_func.routing import Routing
-from training.batch import IGNORE_INDEX, Batch
-from training.draws import Stream, draw_words
-from training.hyper import HyperParams, Number
+from training.step.batch import IGNORE_INDEX, Batch
+from training.step.counter_rng import Stream, draw_words
+from training.step.hyper_params import HyperParams, Number
 
 PICKS = 2  # sampled tokens of a layer and sequence in a training step
 

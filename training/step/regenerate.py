@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.tree import Tree
-from training.draws import Stream, draw_normal
-from training.hyper import HyperParams
-from training.optim import AdamWState
+from training.step.counter_rng import Stream, draw_normal
+from training.step.hyper_params import HyperParams
+from training.step.optim import AdamWState
 
 MATRICES = ("w1", "w2", "w3")
 

@@ -7,7 +7,7 @@
 | experts | norm of the gradient that the token puts on w1, w3 and w2 | depends on the loss, by its direction |
 | input | norm of the gradient that comes back through the expert to its input | depends on the loss |
 | benefit | <g, y>: slope of the loss in the routing weight, the lower the more helpful; signed | depends on the loss |
-| oracle | the token's own loss, had it visited that expert alone (`training.oracle`); no gradient | is the loss |
+| oracle | the token's own loss, had it visited that expert alone (`training.step.oracle`); no gradient | is the loss |
 
 `oracle` is known for every expert, but for a few sampled tokens a step only, and costs several steps: for small sizes.
 """
@@ -24,7 +24,18 @@ from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.primitives.vmap import one_axis, over_runs
-from training.hyper import Number
+from training.step.hyper_params import Number
+
+
+def nonfinite_surprise(
+    surprise: Float[Tensor, "*runs layers tokens experts"],
+    expert_ids: Int[Tensor, "*runs layers tokens slots"],
+    active: Bool[Tensor, "*runs layers tokens slots"],
+) -> Int[Tensor, "*runs"]:
+    """How many routed (layer, token, expert) have a surprise that is NaN or infinite; those not routed have none."""
+    routed = surprise.gather(-1, torch.where(active, expert_ids, 0))
+    return (active & ~routed.isfinite()).sum(dim=(-3, -2, -1))
+
 
 SurpriseKind = Literal["w2", "unweighted", "experts", "input", "benefit", "oracle"]
 KINDS: tuple[SurpriseKind, ...] = get_args(SurpriseKind)

@@ -1,0 +1,144 @@
+"""Sums over tokens and counts by expert: what a step adds up, over parts of a batch and over processes."""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tiny_onn_func.kernels import runtime
+from tiny_onn_func.kernels import step as step_kernels
+from tiny_onn_func.ops import wide_dtype
+from tiny_onn_func.primitives.vmap import one_axis, over_runs
+from training.step import sums as step_sums
+from training.step.main_pass import Observed
+from training.step.router_loss import Targets
+
+
+def routed_rows(
+    expert_ids: Int[Tensor, "*runs layers tokens slots"],
+    active: Bool[Tensor, "*runs layers tokens slots"],
+    num_experts: int,
+) -> Int[Tensor, "*runs layers experts"]:
+    """Rows of each layer that each expert got.
+
+    Args:
+        expert_ids: in [0, num_experts) on active slots, anything elsewhere.
+        active: which slots are routed.
+    """
+    flat = "... tokens slots -> ... (tokens slots)"
+    return counts(rearrange(expert_ids, flat), rearrange(active, flat), num_experts)
+
+
+def counts(
+    index: Int[Tensor, "*runs layers rows"], counted: Bool[Tensor, "*runs layers rows"], bins: int
+) -> Int[Tensor, "*runs layers bins"]:
+    """Each layer's counted rows that fall into each bin; uncounted rows go to a spare bin first."""
+    index = torch.where(counted, index, bins)
+    empty = index.new_zeros((*index.shape[:-1], bins + 1))
+    return empty.scatter_add(-1, index, torch.ones_like(index))[..., :bins]
+
+
+def count_visits(
+    active: Bool[Tensor, "*runs layers tokens slots"], real: Bool[Tensor, "*runs tokens"]
+) -> Int[Tensor, "*runs"]:
+    """Visits of real tokens to experts, over all layers."""
+    return (active & rearrange(real, "... tokens -> ... 1 tokens 1")).sum(dim=(-3, -2, -1))
+
+
+def finite_sum(x: Float[Tensor, "..."], dim: int | None = None) -> tuple[Float[Tensor, "..."], Int[Tensor, "..."]]:
+    """(sum of the finite entries, how many they are), over all of x or one axis."""
+    kept, finite = _finite_or_zero(x), x.isfinite()
+    return (kept.sum(), finite.sum()) if dim is None else (kept.sum(dim=dim), finite.sum(dim=dim))
+
+
+def _finite_or_zero(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), _wide(x), 0.0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(wide_dtype(x.dtype))
+
+
+class Sums(NamedTuple):
+    """Sums over tokens and counts of them: those of a batch's parts add up to those of the batch.
+
+    A number of each run unless a shape is given; counts are integers.
+    """
+
+    loss: Tensor  # nats
+    targets: Tensor  # target tokens
+    correct: Tensor
+    entropy: Tensor  # nats
+    distill: Tensor  # nats
+    real: Tensor  # tokens
+    visits: Tensor  # real (layer, token, expert)
+    informative: Tensor  # (layer, token)
+    hits: Tensor  # informative (layer, token) whose preferred expert is the target
+    chance: Tensor  # hits that a routed expert at random would score
+    tied: Tensor  # (layer, token)
+    routed: Tensor  # (L, E) rows
+    wanted: Tensor  # (L, E) informative tokens whose target it is
+    surprise: Tensor
+    surprised: Tensor  # (layer, token, expert) with a surprise
+    expert_surprise: Tensor  # (L, E)
+    expert_surprised: Tensor  # (L, E)
+    nonfinite: Tensor
+
+
+def sums_of(seen: Observed, targets: Targets, real: Bool[Tensor, "*runs tokens"]) -> Sums:
+    """What the step's objectives and metrics need of its tokens."""
+    lm, trace = seen.lm, seen.trace
+    of_tokens = trace.router_logits, seen.per_token_surprise, trace.expert_ids, trace.active
+    taught = targets.expert, targets.informative, targets.tied
+    counted = over_runs(_routing_sums, *of_tokens, *taught, real.expand(*trace.active.shape[:-3], -1))
+    informative, hits, tied, visits, chance, routed, wanted, size, sized = counted
+    return Sums(
+        loss=lm.loss_sum,
+        targets=lm.targets,
+        correct=lm.correct,
+        entropy=lm.entropy_sum,
+        distill=seen.distill_sum,
+        real=real.sum(dim=-1),
+        visits=visits,
+        informative=informative,
+        hits=hits,
+        chance=chance,
+        tied=tied,
+        routed=routed,
+        wanted=wanted,
+        surprise=size.sum(dim=(-2, -1)),
+        surprised=sized.sum(dim=(-2, -1)),
+        expert_surprise=size,
+        expert_surprised=sized,
+        nonfinite=seen.nonfinite,
+    )
+
+
+def _routing_sums(
+    logits: Tensor, surprise: Tensor, ids: Tensor, active: Tensor, target: Tensor, informative: Tensor, tied: Tensor,
+    real: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(informative, hits, tied, visits, chance, routed, wanted, size, sized) of one run or of several, in front."""
+    if runtime.may_run(logits, surprise):
+        by_width = (logits, surprise, ids, active), (target, informative, tied), (real,)
+        given = [one_axis(t, 3 - place) for place, some in enumerate(by_width) for t in some]
+        counts, chance, *by_expert = step_kernels.routing_sums(*given)
+        runs, by_expert[2] = logits.shape[:-3], by_expert[2].to(torch.float32)
+        totals = counts.sum(dim=-1).unbind(0)
+        of_runs = (t.view(runs) for t in (*totals, chance.sum(dim=-1)))
+        return *of_runs, *(t.view(*runs, *t.shape[1:]) for t in by_expert)
+    experts, all_tokens = logits.shape[-1], (-2, -1)
+    hits = (logits.argmax(dim=-1) == target) & informative
+    chance = torch.where(informative, 1 / active.sum(dim=-1).clamp_min(1), 0.0)
+    return (
+        informative.sum(dim=all_tokens),
+        hits.sum(dim=all_tokens),
+        tied.sum(dim=all_tokens),
+        step_sums.count_visits(active, real),
+        chance.sum(dim=all_tokens),
+        step_sums.routed_rows(ids, active, experts),
+        step_sums.counts(target, informative, experts),
+        *step_sums.finite_sum(surprise, dim=-2),
+    )
