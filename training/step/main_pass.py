@@ -14,7 +14,6 @@ from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.primitives.vmap import each_run
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
-from training.step import surprise
 from training.step.batch import Batch
 from training.step.counter_rng import draw_exploration
 from training.step.gradients import gradients
@@ -22,7 +21,7 @@ from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams, is_off
 from training.step.losses import LanguageModelling, distillation, language_modelling
 from training.step.oracle import sampled_losses
-from training.step.surprise import PER_WEIGHT, SurpriseKind, per_weight
+from training.step.surprise import PER_WEIGHT, SurpriseKind, nonfinite_surprise, per_weight
 
 
 class Observed(NamedTuple):
@@ -97,7 +96,7 @@ def main_gradients(
     else:
         grads, seen = gradients(objective, (fast, router), given)
     trace = seen.trace
-    nonfinite = surprise.nonfinite_surprise(seen.per_token_surprise, trace.expert_ids, trace.active)
+    nonfinite = nonfinite_surprise(seen.per_token_surprise, trace.expert_ids, trace.active)
     seen = seen._replace(nonfinite=nonfinite)
     if kind == "oracle":
         values = each_run(lambda one: sampled_losses(one, config), (params, batch, hyper, step), step.ndim)
