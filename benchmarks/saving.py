@@ -25,11 +25,11 @@ from benchmarks.timing import machine
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.params import count_params
 from training import HyperParams, TrainState, init_state
-from training.checkpoint import named_tensors, save_checkpoint
 from training.memory import keep_freed_memory
 from training.run_config import DEFAULT_MODEL
-from training.saver import Saver
 from training.step import hyper_step
+from training.storage.background_saver import Saver
+from training.storage.checkpoint import named_tensors, save_checkpoint
 
 LARGE = ModelConfig(32_000, 512, 8, 8, 4, 64, 64, 32, num_experts_per_tok=4)
 EVERY = 500  # steps between two checkpoints of the default run

@@ -86,8 +86,8 @@ class Subject(NamedTuple):
 
 def _damage(folder: Path) -> dict[str, str]:
     """A checkpoint that is not whole, which no fault may leave."""
-    from training.checkpoint_files import read_meta
     from training.errors import UserError
+    from training.storage.checkpoint_files import read_meta
 
     try:
         read_meta(folder)
@@ -138,7 +138,7 @@ def _be_child(argv: Sequence[str], disk: Path, spoil: tuple[int, int], log: Path
         import training.engine
         import training.products
         from training.cli import main
-        from training.durable import write_bytes
+        from training.storage.atomic import write_bytes
 
         def draw(run: training.products.Run) -> None:  # half a second saved: as a picture is written, but not drawn
             write_bytes(run.folder / "core_metrics_latest.png", b"picture")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import yaml
 
 from tests.fault_subjects import SIZES, TEXT
-from training.regular_file import read_small
+from training.storage.regular_file import read_small
 
 STUDY_FILES = [
     "study.yaml", "results.csv", "analysis.json", "runs/plain-seed0/metrics.jsonl", "runs/plain-seed0/summary.json",
@@ -35,13 +35,13 @@ def readers(home: Path) -> dict[str, Reader]:
     """Name -> reader, with right files made below `home`."""
     from tiny_onn_func.huggingface.pretrained import load_pretrained
     from training.bpe import train_tokenizer
-    from training.checkpoint import load_checkpoint
     from training.cli import main
     from training.export import export_run
     from training.html_report import write_report
-    from training.recorder import read_history
     from training.runs import open_run
     from training.settings import load_settings, parse_train_args
+    from training.storage.checkpoint import load_checkpoint
+    from training.storage.recorder import read_history
     from training.study_file import load_study
     from training.tokenizer import open_tokenizer
 
@@ -139,7 +139,7 @@ def _words(path: Path) -> list[str]:
 def _load_same(right: Path, folder: Path) -> object:
     """What is loaded is what was saved: no damage may pass for a value."""
     from tests.helpers import assert_same_bits
-    from training.checkpoint import load_checkpoint
+    from training.storage.checkpoint import load_checkpoint
 
     state = load_checkpoint(folder / STEP)
     assert_same_bits(state, load_checkpoint(right / STEP))
@@ -157,8 +157,8 @@ def _examined(folder: Path) -> object:
 
 def _load_signed(folder: Path) -> object:
     """A forger makes the checksums right: what is behind them must be safe, too."""
-    from training.checkpoint import load_params
-    from training.checkpoint_files import digest, sha256
+    from training.storage.checkpoint import load_params
+    from training.storage.checkpoint_files import digest, sha256
 
     step = folder / STEP
     with suppress(OSError, ValueError, RecursionError):  # no JSON: nothing to sign

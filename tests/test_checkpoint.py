@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.tree import tree_map, walk
-from training import checkpoint, checkpoint_files
-from training.checkpoint import latest_checkpoint, load_checkpoint, load_params, save_checkpoint
 from training.errors import UserError
+from training.storage import checkpoint, checkpoint_files
+from training.storage.checkpoint import latest_checkpoint, load_checkpoint, load_params, save_checkpoint
 
 CONFIG = ModelConfig(257, 8, 1, 2, 1, 4, 4, 3, num_experts_per_tok=2)
 MODEL = asdict(CONFIG)
@@ -201,7 +201,9 @@ def raises(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2], ids=["same step again", "next step"])
-@pytest.mark.parametrize("broken", ["os.replace", "os.fsync", "training.checkpoint_files.save_file", "json.dumps"])
+@pytest.mark.parametrize(
+    "broken", ["os.replace", "os.fsync", "training.storage.checkpoint_files.save_file", "json.dumps"]
+)
 def test_a_write_that_fails_in_the_middle_leaves_only_what_was_there(tmp_path, monkeypatch, broken, step):
     path = save(tmp_path, state_of(1))
     with monkeypatch.context() as patch:

@@ -15,7 +15,6 @@ from tests.helpers import assert_close
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import flatten
 from training import init_state, run_study
-from training.checkpoint import load_params
 from training.cli import main
 from training.continual import batches_at, continual_measures, row_tasks, task_at, task_that_ends
 from training.data import batch_at, held_out_batches, open_corpus, scored_span
@@ -25,6 +24,7 @@ from training.evaluate import evaluate
 from training.run_config import HyperSettings, RunConfig, hyper_params
 from training.sources import find_source
 from training.step import hyper_step
+from training.storage.checkpoint import load_params
 from training.study_config import Arm, StudyConfig, expand, study_values
 from training.study_file import load_study, save_study
 from training.study_plan import plan_chunks

@@ -17,18 +17,18 @@ from tiny_onn_func import forward, save_pretrained
 from tiny_onn_func.experts import Rows, apply_w2
 from tiny_onn_func.tree import flatten, unflatten
 from training import HyperParams, init_state
-from training.checkpoint import latest_checkpoint, load_checkpoint
 from training.cli import main
 from training.data import batch_at, open_corpus
 from training.errors import UserError
 from training.export import byte_tokenizer_files
 from training.first_state import first_state
-from training.recorder import read_history
 from training.run_config import HyperSettings, RunConfig, hyper_params
 from training.step import hyper_step
 from training.step.batch import IGNORE_INDEX
 from training.step.losses import distillation
 from training.step.main_pass import main_gradients
+from training.storage.checkpoint import latest_checkpoint, load_checkpoint
+from training.storage.recorder import read_history
 from training.study import run_study
 from training.study_config import StudyConfig, expand
 from training.study_file import parse_study

@@ -14,8 +14,6 @@ import torch
 from tests.helpers import assert_close, assert_same_bits
 from tests.processes import CASES, FIXED, LAYOUTS, SAVED, STEPS, alone, spawn, trained
 from tiny_onn_func.tree import flatten, partition, walk
-from training.checkpoint import load_checkpoint
-from training.checkpoint_files import digest
 from training.collectives import Group
 from training.errors import UserError
 from training.expert_parallel import ROWS, SIZES, SURPRISE
@@ -23,6 +21,8 @@ from training.parallel_step import Layout
 from training.sharded_checkpoint import check_whole, gather_sharded, load_sharded, open_sharded
 from training.shards import fast_shapes, from_vectors, joined_shares, named_shares, share_of, to_vectors
 from training.step.hyper_step import init_state
+from training.storage.checkpoint import load_checkpoint
+from training.storage.checkpoint_files import digest
 
 STATE, METRICS = 1e-12, 3e-7  # relative, in float64; some metrics are counted in float32
 CASE = [

@@ -15,8 +15,8 @@ import pytest
 from tests.helpers import assert_same_bits
 from tests.processes import ROOT, ended, free_port
 from tests.test_engine import SMALL
-from training.checkpoint import load_checkpoint
 from training.cli import main
+from training.storage.checkpoint import load_checkpoint
 
 RUN = [*SMALL, "--batch-size=4", "--model.num-hidden-layers=2", "--eval-every=0", "--checkpoint-every=5"]
 FLAGS = {

@@ -20,16 +20,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.fault_subjects import SIZES, TEXT
-from training.checkpoint_files import digest, sha256
 from training.cli import main
 from training.data import open_corpus
 from training.errors import LONGEST, UserError, one_line
 from training.html_report import write_report
-from training.plain_yaml import MOST_VALUES, read_yaml
-from training.recorder import read_history
-from training.regular_file import open_regular, read_object, read_small
 from training.runs import open_run
 from training.sources import LINE, documents, find_source
+from training.storage.checkpoint_files import digest, sha256
+from training.storage.plain_yaml import MOST_VALUES, read_yaml
+from training.storage.recorder import read_history
+from training.storage.regular_file import open_regular, read_object, read_small
 from training.study_plan import load_plan
 from training.study_results import read_results
 
@@ -100,7 +100,7 @@ def test_a_file_that_becomes_a_pipe_between_look_and_opening_does_not_block(
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     looks = iter((True, False))
-    monkeypatch.setattr("training.regular_file._is_regular", lambda _: next(looks))
+    monkeypatch.setattr("training.storage.regular_file._is_regular", lambda _: next(looks))
     with pytest.raises(OSError, match="a pipe or a device"):
         open_regular(tmp_path / "pipe")
 

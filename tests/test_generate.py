@@ -29,12 +29,12 @@ from tiny_onn_func.inference.decode import open_text, read
 from tiny_onn_func.inference.generate import stream
 from tiny_onn_func.inference.sampling import penalize, sample
 from tiny_onn_func.tree import flatten, unflatten
-from training.checkpoint import save_checkpoint
 from training.cli import main
 from training.errors import UserError
 from training.run_config import RunConfig
 from training.runs import expert_lines, stop_tokens
 from training.settings import save_settings
+from training.storage.checkpoint import save_checkpoint
 from training.tokenizer import BYTES
 
 PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])

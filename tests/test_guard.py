@@ -12,14 +12,14 @@ from tests.helpers import assert_same_bits, seeded, tiny_batch, tiny_config
 from tests.test_engine import TEXT, records, train
 from tiny_onn_func.tree import stack, tree_map, walk
 from training import Batch, HyperParams, init_state
-from training.checkpoint import load_checkpoint
 from training.cli import main
 from training.doctor import Finding, examine
 from training.guard import MOST, WATCHED, bad_numbers, bad_runs, finite_runs, passed_over, where_runs
-from training.recorder import to_record
 from training.step import hyper_step
 from training.step.hyper_step import TrainState
 from training.step.surprise import nonfinite_surprise
+from training.storage.checkpoint import load_checkpoint
+from training.storage.recorder import to_record
 
 CONFIG = tiny_config(num_hidden_layers=1)
 WILD = ("--hyper.lr=1e30", "--hyper.max-grad-norm=1e30", "--eval-every=0", "--sample-tokens=0", "--picture-every=0")

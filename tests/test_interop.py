@@ -25,10 +25,10 @@ from tiny_onn_func import ModelConfig, forward, load_pretrained, save_pretrained
 from tiny_onn_func.huggingface.config import _parse
 from tiny_onn_func.huggingface.folder import write_folder
 from tiny_onn_func.tree import Tree, flatten, tree_map, unflatten
-from training.checkpoint import load_params, save_checkpoint
 from training.cli import main
 from training.run_config import RunConfig
 from training.settings import save_settings
+from training.storage.checkpoint import load_params, save_checkpoint
 from training.tokens import decode, encode
 
 with warnings.catch_warnings():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from training.errors import UserError
-from training.recorder import open_recorder, read_history, to_record
+from training.storage.recorder import open_recorder, read_history, to_record
 
 
 class Measured(NamedTuple):

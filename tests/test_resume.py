@@ -16,17 +16,17 @@ import torch
 
 from tests.helpers import assert_same_bits
 from tests.test_engine import SMALL, TEXT, interrupted_after, records, train
-from training.checkpoint import latest_checkpoint, load_checkpoint, named_tensors, save_checkpoint
-from training.checkpoint_files import clean
 from training.cli import main
 from training.continuity import fingerprint
 from training.data import open_corpus
 from training.doctor import examine
 from training.engine import train as train_run
 from training.errors import UserError
-from training.folder_lock import LOCK, holder, locked
-from training.saver import Saver
 from training.settings import load_settings, parse_train_args
+from training.storage.background_saver import Saver
+from training.storage.checkpoint import latest_checkpoint, load_checkpoint, named_tensors, save_checkpoint
+from training.storage.checkpoint_files import clean
+from training.storage.lock import LOCK, holder, locked
 
 ROOT = Path(__file__).parents[1]
 
@@ -191,7 +191,7 @@ def test_a_full_disk_is_told_with_the_file_that_did_not_fit(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("training.durable.os.fsync", full)
+    monkeypatch.setattr("training.storage.atomic.os.fsync", full)
     assert train(text, tmp_path / "run", "--steps=1") == 2
     said = capsys.readouterr().err.strip().split("\n")[-1]
     assert said.startswith(f"tiny-onn: {tmp_path}: No space left")
@@ -319,7 +319,7 @@ def test_the_second_process_on_a_folder_is_refused_by_name_and_writes_nothing(
 
 def test_the_lock_of_a_killed_process_is_no_lock(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom training.folder_lock import locked\n"
+        "import sys, time\nfrom training.storage.lock import locked\n"
         "with locked(sys.argv[1]):\n print(1, flush=True)\n time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
-from training.plain_yaml import read_yaml, scalar
 from training.settings import (
     HyperSettings,
     RunConfig,
@@ -25,6 +24,7 @@ from training.settings import (
 )
 from training.step.hyper_params import HyperParams
 from training.step.surprise import KINDS
+from training.storage.plain_yaml import read_yaml, scalar
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -328,7 +328,7 @@ def test_help_lists_every_flag_with_its_meaning_and_its_value_and_exits_with_0(t
 
 def test_the_packages_import_without_pydantic_and_tyro():
     """Follow the imports that happen when a module is loaded; only settings.py may lead to either."""
-    waiting, reached = ["training", "tiny_onn_func", "training.run_config", "training.checkpoint"], set()
+    waiting, reached = ["training", "tiny_onn_func", "training.run_config", "training.storage.checkpoint"], set()
     while waiting:
         name = waiting.pop()
         path = ROOT / name.replace(".", "/")

@@ -16,14 +16,14 @@ from tests.helpers import assert_close
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import flatten
 from training import init_state, run_study
-from training.checkpoint import load_params
 from training.cli import main
 from training.data import batch_at, held_out_batches, open_corpus, scored_span
 from training.errors import UserError
 from training.evaluate import evaluate
-from training.recorder import to_record
 from training.run_config import HyperSettings, RunConfig, hyper_params
 from training.step import hyper_step
+from training.storage.checkpoint import load_params
+from training.storage.recorder import to_record
 from training.study_config import Arm, StudyConfig, baselines_of, expand, quick_study, study_values
 from training.study_file import load_study, parse_study, save_study
 from training.study_plan import memory_of_a_run, plan_chunks

@@ -18,11 +18,11 @@ import pytest
 
 from tests.test_study import assert_same_study, rows, small_study
 from training import run_study
-from training.checkpoint_files import steps_in
 from training.cli import main
 from training.errors import UserError
 from training.ray_node import check_place, progress_of, versions
 from training.ray_session import _check_address, session
+from training.storage.checkpoint_files import steps_in
 from training.study_config import StudyConfig
 from training.study_file import save_study
 from training.study_ray import on_ray

@@ -94,7 +94,7 @@ def test_every_exception_is_of_a_call_that_is_there() -> None:
 def test_the_yaml_loader_makes_plain_values_only() -> None:
     import yaml
 
-    from training.plain_yaml import _Loader
+    from training.storage.plain_yaml import _Loader
 
     assert issubclass(_Loader, yaml.SafeLoader)
     assert not [

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from training.arm_facts import mean_facts, read_facts
 from training.continual import Continual
-from training.durable import write_text
+from training.storage.atomic import write_text
 from training.study_config import StudyConfig, baselines_of, expand
 from training.study_results import DIVERGED, FINISHED, Row, pair_key, read_results
 

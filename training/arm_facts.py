@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from training.regular_file import read_object
+from training.storage.regular_file import read_object
 
 OWN = ("co_activation_cosine",)  # tables of one run's experts: those of other seeds are strangers, so no mean is made
 

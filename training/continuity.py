@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from training.checkpoint_files import version
 from training.corpus import Splits
 from training.errors import UserError
-from training.plain_yaml import shown
 from training.run_config import RunConfig
+from training.storage.checkpoint_files import version
+from training.storage.plain_yaml import shown
 
 # What may change when a run goes on: where things are, what is watched, how far it goes, what bad numbers do.
 FREE = {

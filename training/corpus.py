@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from training.durable import cache_folder
 from training.errors import UserError
 from training.sources import Source, documents, find_source, printable, refuse
+from training.storage.atomic import cache_folder
 from training.tokenizer import BYTES, Tokenizer, Tokens
 from training.tokens import CHUNK, SIDES, resolve_split, write_streams
 

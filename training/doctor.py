@@ -15,12 +15,12 @@ import torch
 from packaging.requirements import Requirement
 
 from tiny_onn_func.kernels import build
-from training.checkpoint_files import DRAFT, read_meta, steps_in
 from training.errors import UserError, one_line
-from training.folder_lock import holder
 from training.guard import EVIDENCE
-from training.recorder import FILE, read_history, unbroken_upto
 from training.settings import load_settings
+from training.storage.checkpoint_files import DRAFT, read_meta, steps_in
+from training.storage.lock import holder
+from training.storage.recorder import FILE, read_history, unbroken_upto
 
 PACKAGE = "tiny-onn-func"
 LITTLE = 1 << 30  # bytes free that a run should have at least

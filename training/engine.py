@@ -12,27 +12,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.checkpoint import named_tensors, save_checkpoint
 from training.continuity import check_same
 from training.data import batch_at
 from training.distributed import ALONE, Team
 from training.errors import UserError
-from training.folder_lock import locked
 from training.guard import NotFinite, bad_numbers, keep_evidence, passed_over
 from training.history import best_step, remember
 from training.memory import keep_freed_memory
 from training.opening import begin, check_folder, newest_checkpoint, open_new, tokenizer_of
 from training.parallel_step import parallel_step
 from training.products import Run, about_of, alarms, draw, finish, held_out_score
-from training.recorder import Recorder, no_recorder, open_recorder, to_record
 from training.run_config import RunConfig, hyper_params, statics
-from training.saver import Saver
 from training.sharded_checkpoint import save_sharded
 from training.step.batch import Batch
 from training.step.compile import compile_step
 from training.step.hyper_step import TrainState, hyper_step
 from training.step.metrics import Metrics
 from training.stopping import held_back
+from training.storage.background_saver import Saver
+from training.storage.checkpoint import named_tensors, save_checkpoint
+from training.storage.lock import locked
+from training.storage.recorder import Recorder, no_recorder, open_recorder, to_record
 
 Program = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 ALARM_EVERY = 50  # steps between two looks at the router's health

@@ -10,8 +10,8 @@ from tiny_onn_func.huggingface.folder import check_target
 from tiny_onn_func.huggingface.pretrained import inexpressible, save_model
 from training.bpe import tokenizer_settings
 from training.errors import UserError
-from training.regular_file import read_object
 from training.runs import open_run
+from training.storage.regular_file import read_object
 from training.tokenizer import (
     BOUNDARY,
     BOUNDARY_TEXT,

@@ -10,12 +10,12 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tiny_onn_func.tree import leaves, tree_map, walk
-from training.checkpoint import save_checkpoint
-from training.checkpoint_files import steps_in
 from training.errors import UserError
 from training.step.batch import Batch
 from training.step.hyper_step import TrainState
 from training.step.metrics import Metrics
+from training.storage.checkpoint import save_checkpoint
+from training.storage.checkpoint_files import steps_in
 
 WATCHED = ("main_loss", "distill_loss", "router_loss", "balance_loss", "z_loss", "grad_norm", "router_grad_norm")
 EVIDENCE, MOST = "nonfinite", 3  # folder of states and batches before a bad step, and how many are kept

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.durable import write_text
 from training.errors import UserError
 from training.html_arms import Study
 from training.html_run import RunFiles, run_page
 from training.html_study import study_page
-from training.plain_yaml import read_yaml
-from training.recorder import FILE, read_history
-from training.regular_file import read_object, read_small
 from training.series import Records
+from training.storage.atomic import write_text
+from training.storage.plain_yaml import read_yaml
+from training.storage.recorder import FILE, read_history
+from training.storage.regular_file import read_object, read_small
 from training.study_results import UNFINISHED, Row, read_results
 
 REPORT = "report.html"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from training.errors import UserError
-from training.plain_yaml import shown
+from training.storage.plain_yaml import shown
 
 PATIENCE = 20.0  # seconds in which all processes must have come
 ROUND, CAUSE = "round", "cause"  # names of notes: that of process 0, that of who ends with an error

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import torch
 
-from training.checkpoint import Checkpoint, load_state, open_checkpoint
-from training.checkpoint_files import clean, remove_steps, steps_in
 from training.continuity import check_same, deciding
 from training.data import baselines, open_corpus, scored_span
 from training.distributed import ALONE, Team
@@ -14,11 +12,13 @@ from training.errors import UserError
 from training.first_state import first_state
 from training.history import remember
 from training.products import Run
-from training.recorder import unbroken_upto
 from training.run_config import RunConfig
 from training.settings import load_settings, save_settings
 from training.sharded_checkpoint import FOLDER, is_sharded, load_sharded, open_sharded
 from training.step.hyper_step import TrainState, init_state
+from training.storage.checkpoint import Checkpoint, load_state, open_checkpoint
+from training.storage.checkpoint_files import clean, remove_steps, steps_in
+from training.storage.recorder import unbroken_upto
 from training.teacher import open_teacher
 from training.tokenizer import BYTES, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer, save_tokenizer
 

@@ -15,12 +15,12 @@ from tiny_onn_func.params import count_active_params, count_params
 from training.alarms import collapse_alarms
 from training.data import Splits, held_out_batches, scored_span
 from training.distributed import ALONE, Team
-from training.durable import write_text
 from training.evaluate import Score, evaluate
 from training.history import best_step
 from training.report import draw_core_metrics, draw_expert_dashboard
 from training.run_config import RunConfig
 from training.step.hyper_step import TrainState
+from training.storage.atomic import write_text
 from training.teacher import Teacher
 
 

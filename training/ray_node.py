@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from training.errors import UserError
-from training.folder_lock import LOCK
+from training.storage.lock import LOCK
 from training.study_config import StudyConfig
 from training.study_plan import Chunk
 from training.study_results import Row

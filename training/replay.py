@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from tiny_onn_func.tree import walk
-from training.checkpoint import load_state, open_checkpoint
-from training.checkpoint_files import Damaged, read_meta, steps_in
 from training.engine import program, step_batch
 from training.errors import UserError
 from training.guard import EVIDENCE, bad_numbers, passed_over
 from training.opening import open_past
 from training.products import Run
-from training.recorder import FILE, iter_history, to_record
 from training.run_config import hyper_params, statics
 from training.step.batch import Batch
 from training.step.hyper_step import TrainState
 from training.step.main_pass import main_gradients
+from training.storage.checkpoint import load_state, open_checkpoint
+from training.storage.checkpoint_files import Damaged, read_meta, steps_in
+from training.storage.recorder import FILE, iter_history, to_record
 
 
 class Replayed(NamedTuple):

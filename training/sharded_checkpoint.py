@@ -24,15 +24,15 @@ from typing import Any
 import torch
 
 from tiny_onn_func.config import ModelConfig
-from training.checkpoint import Checkpoint, save_checkpoint
-from training.checkpoint_files import DRAFT, META, clean, digest, remove_steps, sha256, steps_in, version
 from training.collectives import Group
-from training.durable import flush, make_folder
 from training.errors import UserError
-from training.folder_lock import locked
 from training.parallel_step import Layout
 from training.sharded_state import as_stored, empty_state, from_stored
 from training.step.hyper_step import TrainState
+from training.storage.atomic import flush, make_folder
+from training.storage.checkpoint import Checkpoint, save_checkpoint
+from training.storage.checkpoint_files import DRAFT, META, clean, digest, remove_steps, sha256, steps_in, version
+from training.storage.lock import locked
 
 FOLDER, INDEX, FORMAT = "sharded", ".metadata", 1
 TRUST = "its .metadata is a pickle, which can run code: only from folders that you trust"

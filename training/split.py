@@ -17,8 +17,8 @@ from tiny_onn_func.huggingface.folder import Stored, read_tensors
 from tiny_onn_func.huggingface.layout import EMBEDDING
 from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu
 from training.errors import UserError
-from training.regular_file import open_regular
 from training.sources import printable, refuse
+from training.storage.regular_file import open_regular
 from training.tokens import VOCAB_SIZE, encode
 
 ROWS, LENGTH = 8, 128  # sequences of the calibration text, and tokens of one

@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 
 from training.analysis import analyse, study_table
-from training.durable import make_folder
 from training.errors import UserError
 from training.first_state import first_state
-from training.folder_lock import locked
 from training.html_report import write_report
 from training.memory import keep_freed_memory
+from training.storage.atomic import make_folder
+from training.storage.lock import locked
 from training.study_config import StudyConfig, StudyRun, expand, study_values
 from training.study_group import teacher_of
 from training.study_launch import Launch, Launcher, here

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from tiny_onn_func.tree import stack, unstack
-from training.checkpoint import load_state, named_tensors, open_checkpoint, save_checkpoint
-from training.checkpoint_files import clean, steps_in
 from training.continual import batches_at, overall, score_tasks, task_that_ends, tasks_of
 from training.continuity import check_same
 from training.data import Splits
-from training.durable import write_text
 from training.errors import UserError
 from training.first_state import first_state
 from training.guard import bad_runs, passed_over, where_runs
-from training.recorder import FILE, Recorder, records_upto, rewrite_records
 from training.routing_facts import Glance, drift, glance, routing_facts
 from training.run_config import RunConfig
-from training.saver import Saver
 from training.step.hyper_step import TrainState, init_state
 from training.step.metrics import Metrics
+from training.storage.atomic import write_text
+from training.storage.background_saver import Saver
+from training.storage.checkpoint import load_state, named_tensors, open_checkpoint, save_checkpoint
+from training.storage.checkpoint_files import clean, steps_in
+from training.storage.recorder import FILE, Recorder, records_upto, rewrite_records
 from training.study_config import StudyConfig, StudyRun
 from training.study_plan import Chunk
 from training.study_results import (

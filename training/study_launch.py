@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from training.folder_lock import locked
+from training.storage.lock import locked
 from training.study_config import StudyConfig
 from training.study_group import Bar, run_chunk
 from training.study_plan import Chunk

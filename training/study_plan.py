@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tiny_onn_func.params import count_params
-from training.durable import make_folder, write_text
 from training.errors import UserError
-from training.regular_file import read_small
 from training.run_config import DEFAULT_HYPER, RunConfig
+from training.storage.atomic import make_folder, write_text
+from training.storage.regular_file import read_small
 from training.study_config import StudyRun, dotted
 
 MOST_AT_ONCE = 64

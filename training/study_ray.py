@@ -16,9 +16,9 @@ from typing import Any
 from tqdm import tqdm
 
 from training.errors import UserError
-from training.folder_lock import LOCK
 from training.ray_node import Job, Place, check_place, progress_of, train_remotely, versions
 from training.ray_session import session
+from training.storage.lock import LOCK
 from training.study_config import StudyConfig
 from training.study_launch import Finished, Launch, Launcher
 from training.study_plan import Chunk, memory_of_a_run

@@ -15,12 +15,12 @@ import torch
 from tiny_onn_func.params import count_active_flops, count_active_params, count_params
 from training.alarms import WINDOW, collapse_alarms
 from training.continual import Continual, Matrix, continual_measures
-from training.durable import write_text
 from training.errors import UserError
 from training.evaluate import Score
-from training.recorder import read_history
-from training.regular_file import read_small
 from training.step.metrics import load_entropy
+from training.storage.atomic import write_text
+from training.storage.recorder import read_history
+from training.storage.regular_file import read_small
 from training.study_config import StudyRun
 
 RESULTS, NEEDED = "results.csv", ("run", "arm", "seed", "status")

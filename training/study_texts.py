@@ -8,10 +8,10 @@ from typing import Any
 from training.continual import texts_of
 from training.continuity import check_same, fingerprint
 from training.data import Splits, open_corpus
-from training.durable import write_text
 from training.errors import UserError
-from training.regular_file import read_small
 from training.run_config import RunConfig
+from training.storage.atomic import write_text
+from training.storage.regular_file import read_small
 from training.study_config import StudyConfig
 from training.study_plan import Chunk
 from training.tokenizer import Tokenizer, open_tokenizer

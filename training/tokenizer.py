@@ -19,10 +19,10 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from training.durable import write_bytes
 from training.errors import UserError
-from training.regular_file import read_small
 from training.sources import printable
+from training.storage.atomic import write_bytes
+from training.storage.regular_file import read_small
 
 BOUNDARY = 256
 BOUNDARY_TEXT = "<|endoftext|>"

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.board import Board
-from training.durable import flush, make_folder, write_text
 from training.errors import UserError
-from training.regular_file import MOST, open_regular
+from training.storage.atomic import flush, make_folder, write_text
+from training.storage.regular_file import MOST, open_regular
+from training.storage.tensorboard import Board
 
 FILE = "metrics.jsonl"
 SCALAR_DIGITS, TABLE_DIGITS = 6, 4  # significant digits kept of scalars, and of entries of tensors with axes

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from training.durable import make_folder
 from training.errors import UserError
+from training.storage.atomic import make_folder
 
 LOCK = ".lock"
 POLL = 0.2  # seconds

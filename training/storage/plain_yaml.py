@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from training.durable import write_text
 from training.errors import UserError
-from training.regular_file import read_small
+from training.storage.atomic import write_text
+from training.storage.regular_file import read_small
 
 MOST_BYTES, MOST_VALUES = 1 << 18, 100_000  # of a file; in it, with its aliases written out
 PLAIN = {

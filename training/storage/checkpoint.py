@@ -1,6 +1,6 @@
 """Checkpoints: a tree of tensors as safetensors plus JSON, whole or not there at all, bit for bit the same when loaded.
 
-    RUN/checkpoints/step_000500/   a checkpoint; `training/checkpoint_files.py` says what is in it and how it is written
+    RUN/checkpoints/step_000500/   a checkpoint; `training/storage/checkpoint_files.py` says what is in it and how it is written
 
 A run folder stands for its newest checkpoint. One that is damaged is named on the error stream and passed over.
 """
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.tree import Tree, tree_map, unflatten, walk
-from training.checkpoint_files import (
+from training.errors import UserError
+from training.storage.checkpoint_files import (
     ALONE,
     MEND,
     META,
@@ -28,7 +29,6 @@ from training.checkpoint_files import (
     remove_steps,
     steps_in,
 )
-from training.errors import UserError
 
 
 class Checkpoint(NamedTuple):

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.durable import flush, make_folder
 from training.errors import UserError
-from training.regular_file import open_regular, read_small
+from training.storage.atomic import flush, make_folder
+from training.storage.regular_file import open_regular, read_small
 
 FORMAT = 1  # raise it when an older program could not read what is written
 STATE, META, ORDER = "state.safetensors", "meta.json", "leaves"
