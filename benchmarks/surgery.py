@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from tiny_onn_func import load_pretrained
-from training.data import Splits, batch_at, held_out_batches, open_corpus, scored_span
+from training.data.batches import Splits, batch_at, held_out_batches, open_corpus, scored_span
 from training.evaluate import evaluate
 from training.export import byte_tokenizer_files
 from training.surgery import cut_into_experts

@@ -34,8 +34,9 @@ class Reader(NamedTuple):
 def readers(home: Path) -> dict[str, Reader]:
     """Name -> reader, with right files made below `home`."""
     from tiny_onn_func.huggingface.pretrained import load_pretrained
-    from training.bpe import train_tokenizer
     from training.cli import main
+    from training.data.hf_tokenizer import open_tokenizer
+    from training.data.train_tokenizer import train_tokenizer
     from training.export import export_run
     from training.html_report import write_report
     from training.runs import open_run
@@ -43,7 +44,6 @@ def readers(home: Path) -> dict[str, Reader]:
     from training.storage.checkpoint import load_checkpoint
     from training.storage.recorder import read_history
     from training.study_file import load_study
-    from training.tokenizer import open_tokenizer
 
     texts = home / "texts"
     texts.mkdir()
@@ -105,7 +105,7 @@ def readers(home: Path) -> dict[str, Reader]:
 
 
 def _open_text(name: str, folder: Path) -> object:
-    from training.data import open_corpus
+    from training.data.batches import open_corpus
 
     return open_corpus(str(folder / name), sequence_length=16, cache_dir=folder / "cache")
 

@@ -17,12 +17,12 @@ from tiny_onn_func.tree import flatten
 from training import init_state, run_study
 from training.cli import main
 from training.continual import batches_at, continual_measures, row_tasks, task_at, task_that_ends
-from training.data import batch_at, held_out_batches, open_corpus, scored_span
+from training.data.batches import batch_at, held_out_batches, open_corpus, scored_span
+from training.data.sources import find_source
 from training.engine import train
 from training.errors import UserError
 from training.evaluate import evaluate
 from training.run_config import HyperSettings, RunConfig, hyper_params
-from training.sources import find_source
 from training.step import hyper_step
 from training.storage.checkpoint import load_params
 from training.study_config import Arm, StudyConfig, expand, study_values

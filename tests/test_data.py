@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 from tests.helpers import assert_close, spread_params, tiny_config
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.tree import stack
-from training.bpe import train_tokenizer
-from training.data import (
+from training.data.baselines import baselines
+from training.data.batches import (
     BOUNDARY,
     VOCAB_SIZE,
     Corpus,
     Splits,
-    baselines,
     batch_at,
     decode,
     encode,
@@ -32,11 +31,12 @@ from training.data import (
     open_corpus,
     scored_span,
 )
+from training.data.hf_tokenizer import open_tokenizer
+from training.data.sources import documents, find_source
+from training.data.streams import is_held_out, tokenized
+from training.data.train_tokenizer import train_tokenizer
 from training.errors import UserError
-from training.sources import documents, find_source
 from training.step.batch import IGNORE_INDEX, Batch
-from training.tokenizer import open_tokenizer
-from training.tokens import is_held_out, tokenized
 
 
 @pytest.fixture(autouse=True)
@@ -236,10 +236,11 @@ def test_a_folder_with_packed_files_has_an_entry_of_its_own(tmp_path: Path):
     (tmp_path / "a.txt").write_text("x" * 99)
     plain = opened(tmp_path / "a.txt", tmp_path).folder
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"x" * 99))
-    import training.corpus
+    import training.data.corpus
 
     keys = [
-        training.corpus._key(find_source(f"{tmp_path}/a.txt*"), 0.1, "auto", training.corpus.BYTES) for _ in range(2)
+        training.data.corpus._key(find_source(f"{tmp_path}/a.txt*"), 0.1, "auto", training.data.corpus.BYTES)
+        for _ in range(2)
     ]
     assert keys[0] == keys[1] != plain.name
 
@@ -394,7 +395,7 @@ def text(tmp_path: Path) -> Path:
 
 def test_an_entry_is_read_again_and_not_made_again(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first = opened(text, tmp_path)
-    monkeypatch.setattr("training.corpus.write_streams", None)
+    monkeypatch.setattr("training.data.corpus.write_streams", None)
     second = opened(text, tmp_path)
     assert isinstance(second.train.tokens, np.memmap)
     assert second.folder == first.folder
@@ -476,7 +477,7 @@ def test_an_interrupted_build_leaves_nothing(text: Path, tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.corpus._publish", interrupt)
+        patch.setattr("training.data.corpus._publish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             opened(text, tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -484,16 +485,16 @@ def test_an_interrupted_build_leaves_nothing(text: Path, tmp_path: Path, monkeyp
 
 
 def test_two_builders_of_one_entry_agree(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import training.corpus
+    import training.data.corpus
 
-    publish = training.corpus._publish
+    publish = training.data.corpus._publish
 
     def overtaken(draft: Path, entry: Path) -> None:
-        monkeypatch.setattr("training.corpus._publish", publish)
+        monkeypatch.setattr("training.data.corpus._publish", publish)
         opened(text, tmp_path)  # somebody else is first
         publish(draft, entry)
 
-    monkeypatch.setattr("training.corpus._publish", overtaken)
+    monkeypatch.setattr("training.data.corpus._publish", overtaken)
     assert opened(text, tmp_path).train.num_bytes == 810
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -516,7 +517,7 @@ def test_a_user_without_a_home_is_told_to_name_a_cache_folder(text: Path, monkey
 
 def test_documents_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write_jsonl(tmp_path / "big.jsonl", [{"text": f"{i} " + "x" * 100_000} for i in range(60)])  # 6 MB
-    monkeypatch.setattr("training.corpus.CHUNK", 1 << 16)
+    monkeypatch.setattr("training.data.corpus.CHUNK", 1 << 16)
     tracemalloc.start()
     opened(path, tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
@@ -535,10 +536,10 @@ def test_a_long_text_is_read_piece_by_piece_into_the_same_tokens(
     path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     whole = opened(path, tmp_path)
     for piece in (1 << 16, 4099):
-        monkeypatch.setattr("training.sources.PIECE", piece)
-        monkeypatch.setattr("training.sources.LONG", 1 << 16)
-        monkeypatch.setattr("training.tokens.CHUNK", 1 << 16)
-        monkeypatch.setattr("training.corpus.CHUNK", 1 << 16)
+        monkeypatch.setattr("training.data.readers.PIECE", piece)
+        monkeypatch.setattr("training.data.readers.LONG", 1 << 16)
+        monkeypatch.setattr("training.data.streams.CHUNK", 1 << 16)
+        monkeypatch.setattr("training.data.corpus.CHUNK", 1 << 16)
         tracemalloc.start()
         pieces = open_corpus(str(path), sequence_length=4, cache_dir=tmp_path / f"other{piece}")
         peak = tracemalloc.get_traced_memory()[1]
@@ -557,8 +558,8 @@ def test_a_long_text_in_other_tokens_is_cut_where_no_token_is(tmp_path: Path, mo
     train_tokenizer(str(tmp_path / "long.py"), tmp_path / "bpe", 300)
     tokenizer = open_tokenizer(tmp_path / "bpe")
     (whole,) = documents(find_source(str(tmp_path / "long.py")))
-    monkeypatch.setattr("training.sources.PIECE", 5000)
-    monkeypatch.setattr("training.sources.LONG", 1)
+    monkeypatch.setattr("training.data.readers.PIECE", 5000)
+    monkeypatch.setattr("training.data.readers.LONG", 1)
     (pieces,) = documents(find_source(str(tmp_path / "long.py")))
     assert len([*pieces]) > 20
     assert is_held_out(whole, 0.5) == is_held_out(pieces, 0.5)
@@ -567,8 +568,8 @@ def test_a_long_text_in_other_tokens_is_cut_where_no_token_is(tmp_path: Path, mo
 
 
 def test_a_late_nul_byte_makes_a_long_file_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("training.sources.PIECE", 100)
-    monkeypatch.setattr("training.sources.LONG", 1000)
+    monkeypatch.setattr("training.data.readers.PIECE", 100)
+    monkeypatch.setattr("training.data.readers.LONG", 1000)
     (tmp_path / "late.txt").write_bytes(b"text\n" * 1000 + b"\0")
     with pytest.raises(UserError, match=r"late\.txt: expected a text file, got a binary one"):
         opened(tmp_path / "late.txt", tmp_path)
@@ -581,7 +582,7 @@ def test_a_bar_is_drawn_on_the_error_stream_only_when_asked(
 
     import tqdm
 
-    monkeypatch.setattr("training.corpus.tqdm", lambda **about: partial(tqdm.tqdm, **about)(delay=0))
+    monkeypatch.setattr("training.data.corpus.tqdm", lambda **about: partial(tqdm.tqdm, **about)(delay=0))
     path = write_jsonl(tmp_path / "lines.jsonl", [{"text": f"line {i}"} for i in range(99)])
     opened(path, tmp_path)
     assert capsys.readouterr() == ("", "")
@@ -791,7 +792,7 @@ def test_spans_and_counts_do_not_depend_on_the_size_of_the_chunks(monkeypatch: p
     noise = random.Random(0)
     stream = corpus([noise.choice((65, 66, BOUNDARY)) for _ in range(500)], [noise.randrange(2) for _ in range(500)])
     whole = [scored_span(stream, limit) for limit in (None, 1, 50, 120)], baselines(stream, stream, 120)
-    monkeypatch.setattr("training.data.CHUNK", 7)
+    monkeypatch.setattr("training.data.batches.CHUNK", 7)
     assert whole == ([scored_span(stream, limit) for limit in (None, 1, 50, 120)], baselines(stream, stream, 120))
 
 

@@ -18,7 +18,8 @@ from tiny_onn_func.experts import Rows, apply_w2
 from tiny_onn_func.tree import flatten, unflatten
 from training import HyperParams, init_state
 from training.cli import main
-from training.data import batch_at, open_corpus
+from training.data.batches import batch_at, open_corpus
+from training.data.tokenizer import BYTES
 from training.errors import UserError
 from training.export import byte_tokenizer_files
 from training.first_state import first_state
@@ -33,7 +34,6 @@ from training.study import run_study
 from training.study_config import StudyConfig, expand
 from training.study_file import parse_study
 from training.teacher import open_teacher
-from training.tokenizer import BYTES
 
 CONFIG = tiny_config(num_experts_per_tok=2)
 BATCH = tiny_batch(CONFIG, batch=3, seq=6, left=(0, 2, 0), right=(0, 1, 3), unlabelled=0.3)

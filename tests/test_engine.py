@@ -7,10 +7,11 @@ import pytest
 
 from tests.helpers import assert_same_bits
 from training.cli import main
-from training.data import baselines, open_corpus
+from training.data.baselines import baselines
+from training.data.batches import open_corpus
+from training.data.streams import decode, encode
 from training.runs import decode_stream
 from training.storage.checkpoint import latest_checkpoint, load_checkpoint
-from training.tokens import decode, encode
 
 TEXT = "the router sends each token to the expert that it surprises least.\n" * 60
 SMALL = [

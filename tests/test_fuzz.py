@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 
 from tests.fault_subjects import SIZES, TEXT
 from training.cli import main
-from training.data import open_corpus
+from training.data.batches import open_corpus
+from training.data.readers import LINE
+from training.data.sources import documents, find_source
 from training.errors import LONGEST, UserError, one_line
 from training.html_report import write_report
 from training.runs import open_run
-from training.sources import LINE, documents, find_source
 from training.storage.checkpoint_files import digest, sha256
 from training.storage.plain_yaml import MOST_VALUES, read_yaml
 from training.storage.recorder import read_history

@@ -30,12 +30,12 @@ from tiny_onn_func.inference.generate import stream
 from tiny_onn_func.inference.sampling import penalize, sample
 from tiny_onn_func.tree import flatten, unflatten
 from training.cli import main
+from training.data.tokenizer import BYTES
 from training.errors import UserError
 from training.run_config import RunConfig
 from training.runs import expert_lines, stop_tokens
 from training.settings import save_settings
 from training.storage.checkpoint import save_checkpoint
-from training.tokenizer import BYTES
 
 PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])
 LONG = torch.tensor([[1, 2, 3, 3, 9, 12, 0], [4, 5, 6, 11, 2, 2, 7]])

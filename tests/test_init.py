@@ -12,6 +12,7 @@ from tiny_onn_func import save_pretrained
 from tiny_onn_func.tree import flatten, tree_map
 from training import HyperParams, init_state
 from training.cli import main
+from training.data.tokenizer import BYTES
 from training.export import byte_tokenizer_files
 from training.first_state import first_state
 from training.run_config import RunConfig
@@ -19,7 +20,6 @@ from training.settings import load_settings
 from training.step import hyper_step
 from training.step.optim import is_backbone
 from training.storage.recorder import read_history
-from training.tokenizer import BYTES
 
 RUN = [
     "--batch-size=2",
@@ -54,7 +54,7 @@ def test_surgery_then_training_starts_at_the_loss_of_the_dense_model(text: Path,
     assert main(["train", *flags, *RUN]) == 0
     run = load_settings(str(tmp_path / "run" / "config.yaml"))
     assert (run.model.hidden_size, run.model.num_experts, run.model.num_experts_per_tok) == (16, 4, 4)
-    from training.data import batch_at, open_corpus
+    from training.data.batches import batch_at, open_corpus
 
     corpus = open_corpus(run.data, holdout=run.holdout, split=run.split, sequence_length=run.sequence_length)
     batch = batch_at(corpus.train, run.seed, 0, run.batch_size, run.sequence_length)

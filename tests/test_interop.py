@@ -26,10 +26,10 @@ from tiny_onn_func.huggingface.config import _parse
 from tiny_onn_func.huggingface.folder import write_folder
 from tiny_onn_func.tree import Tree, flatten, tree_map, unflatten
 from training.cli import main
+from training.data.streams import decode, encode
 from training.run_config import RunConfig
 from training.settings import save_settings
 from training.storage.checkpoint import load_params, save_checkpoint
-from training.tokens import decode, encode
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of their imports, not of their numbers

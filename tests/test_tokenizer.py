@@ -17,14 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training.cli import main
-from training.corpus import Corpus, Splits, open_corpus
-from training.data import IGNORE_INDEX, baselines, batch_at, held_out_batches, scored_span
+from training.data.baselines import baselines
+from training.data.batches import IGNORE_INDEX, batch_at, held_out_batches, scored_span
+from training.data.corpus import Corpus, Splits, open_corpus
+from training.data.hf_tokenizer import byte_alphabet, open_tokenizer
+from training.data.streams import BOUNDARY
+from training.data.tokenizer import BYTES, Tokenizer
 from training.errors import UserError
 from training.runs import decode_stream
 from training.settings import load_settings
 from training.study_config import changed
-from training.tokenizer import BYTES, Tokenizer, byte_alphabet, open_tokenizer
-from training.tokens import BOUNDARY
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -132,9 +134,9 @@ def test_the_alphabet_is_that_of_the_library() -> None:
 def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(bpe: Tokenizer, place: Path, tmp_path: Path) -> None:
     whole = opened(place / "text.txt", bpe).train.tokens.tolist()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.tokens.PIECE", 100)
+        patch.setattr("training.data.streams.PIECE", 100)
         assert opened(place / "text.txt", bpe, cache_dir=tmp_path).train.tokens.tolist() == whole
-        patch.setattr("training.tokens.SEAM", __import__("re").compile("(?!)"))  # no seam is found
+        patch.setattr("training.data.streams.SEAM", __import__("re").compile("(?!)"))  # no seam is found
         other = opened(place / "text.txt", bpe, cache_dir=tmp_path / "hard").train
     assert other.tokens.tolist() != whole
     assert bpe.decode(other.tokens)[:5000] == bpe.decode(whole)[:5000]
@@ -222,8 +224,8 @@ def test_baselines_are_byte_models_over_the_bytes_that_are_scored(
     lengths = bpe.lengths[splits.held_out.tokens[1 : span.end]]
     assert span.num_bytes == lengths.sum()
     assert max_bytes is None or span.num_bytes - lengths[-1] < max_bytes <= span.num_bytes
-    monkeypatch.setattr("training.data.CHUNK", 500)
-    monkeypatch.setattr("training.data.FEWER", 70)
+    monkeypatch.setattr("training.data.batches.CHUNK", 500)
+    monkeypatch.setattr("training.data.baselines.FEWER", 70)
     found = baselines(splits.train, splits.held_out, max_bytes)
     wanted = baselines(*map(spelled_out, splits[:2]), None if max_bytes is None else span.num_bytes)
     assert found == pytest.approx(wanted)

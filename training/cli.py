@@ -156,7 +156,7 @@ def _tokenizer(argv: Sequence[str]) -> None:
     parser.add_argument("--holdout", type=float, default=0.1, help="share of the text that is left out, as in a run")
     parser.add_argument("--split", choices=("auto", "document", "tail"), default="auto", help="as in a run")
     given = parser.parse_args(argv)
-    from training.bpe import train_tokenizer
+    from training.data.train_tokenizer import train_tokenizer
 
     print(train_tokenizer(given.data, given.out, given.vocab_size, holdout=given.holdout, split=given.split))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from training.corpus import Splits
+from training.data.corpus import Splits
 from training.errors import UserError
 from training.run_config import RunConfig
 from training.storage.checkpoint_files import version

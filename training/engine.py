@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.continuity import check_same
-from training.data import batch_at
+from training.data.batches import batch_at
 from training.distributed import ALONE, Team
 from training.errors import UserError
 from training.guard import NotFinite, bad_numbers, keep_evidence, passed_over

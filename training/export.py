@@ -8,21 +8,12 @@ from pathlib import Path
 from tiny_onn_func.config import DYNAMIC_K
 from tiny_onn_func.huggingface.folder import check_target
 from tiny_onn_func.huggingface.pretrained import inexpressible, save_model
-from training.bpe import tokenizer_settings
+from training.data.hf_tokenizer import byte_alphabet, library
+from training.data.tokenizer import BOUNDARY, BOUNDARY_TEXT, BYTES, FILE, SETTINGS, TURN_END, Tokenizer
+from training.data.train_tokenizer import tokenizer_settings
 from training.errors import UserError
 from training.runs import open_run
 from training.storage.regular_file import read_object
-from training.tokenizer import (
-    BOUNDARY,
-    BOUNDARY_TEXT,
-    BYTES,
-    FILE,
-    SETTINGS,
-    TURN_END,
-    Tokenizer,
-    byte_alphabet,
-    library,
-)
 
 
 def export_run(run: str | Path, out: str | Path, *, num_experts_per_tok: int | None = None) -> Path:
@@ -70,7 +61,7 @@ def _generation(boundary: int, turn: int | None = None) -> dict[str, bytes]:
 
 
 def byte_tokenizer_files(model_max_length: int) -> dict[str, bytes]:
-    """The bytes of `training.tokenizer` for `AutoTokenizer`, and what `generate` should stop at.
+    """The bytes of `training.data.tokenizer` for `AutoTokenizer`, and what `generate` should stop at.
 
     Ids 0 to 255 are the bytes of UTF-8, 256 is the document boundary; no merges, no normalisation. A text that spells
     the boundary is its bytes, as it is here: only the id 256 is the boundary.

@@ -11,10 +11,11 @@ from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.huggingface.config import MOE, OWN, read_config
 from tiny_onn_func.huggingface.pretrained import load_pretrained
 from tiny_onn_func.tree import tree_map
+from training.data.hf_tokenizer import check_same_tokens
+from training.data.tokenizer import FILE, Tokenizer
 from training.errors import UserError
 from training.run_config import RunConfig
 from training.step.hyper_step import TrainState, init_state, state_of
-from training.tokenizer import FILE, Tokenizer, check_same_tokens
 
 # What may differ from the folder's: how many experts a token visits is no property of the weights.
 FREE = ("num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok", "routing")

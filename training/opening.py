@@ -6,7 +6,10 @@ from pathlib import Path
 import torch
 
 from training.continuity import check_same, deciding
-from training.data import baselines, open_corpus, scored_span
+from training.data.baselines import baselines
+from training.data.batches import open_corpus, scored_span
+from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
+from training.data.tokenizer import BYTES, Tokenizer, check_vocab, save_tokenizer
 from training.distributed import ALONE, Team
 from training.errors import UserError
 from training.first_state import first_state
@@ -20,7 +23,6 @@ from training.storage.checkpoint import Checkpoint, load_state, open_checkpoint
 from training.storage.checkpoint_files import clean, remove_steps, steps_in
 from training.storage.recorder import unbroken_upto
 from training.teacher import open_teacher
-from training.tokenizer import BYTES, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer, save_tokenizer
 
 KINDS = ("checkpoints", FOLDER)  # folders of whole checkpoints and of those in many parts
 

@@ -18,8 +18,8 @@ from tiny_onn_func.decoder import forward
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.tree import Tree, unstack
 from training.agreement import VALUES, all_surprises, rank_agreement
-from training.corpus import Corpus
-from training.data import batch_at, held_out_batches
+from training.data.batches import batch_at, held_out_batches
+from training.data.corpus import Corpus
 from training.run_config import RunConfig
 from training.step.batch import IGNORE_INDEX, Batch
 from training.step.oracle import counterfactual_losses, draw_sample, fill_sampled, regret

@@ -15,7 +15,10 @@ from tiny_onn_func.inference.generate import stream
 from tiny_onn_func.params import check_params
 from tiny_onn_func.routing import Routing
 from tiny_onn_func.tree import Tree, flatten, tree_map
-from training.data import baselines, held_out_batches, open_corpus, scored_span
+from training.data.baselines import baselines
+from training.data.batches import held_out_batches, open_corpus, scored_span
+from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
+from training.data.tokenizer import BYTES, FILE, TURN_END, Tokenizer, check_vocab
 from training.errors import UserError
 from training.evaluate import Score, evaluate
 from training.run_config import RunConfig
@@ -24,7 +27,6 @@ from training.sharded_checkpoint import check_whole
 from training.step.hyper_params import HyperParams
 from training.storage.checkpoint import open_checkpoint, params_of
 from training.storage.checkpoint_files import STEP_FOLDER
-from training.tokenizer import BYTES, FILE, TURN_END, Tokenizer, check_vocab, kept_tokenizer, open_tokenizer
 
 PARAMETER_DTYPES = (torch.float32, torch.float64)  # what a run keeps them in
 

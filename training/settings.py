@@ -18,12 +18,12 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tiny_onn_func.config import ModelConfig
+from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
 from training.first_state import sizes_follow
 from training.run_config import HyperSettings, RunConfig, default_out, hyper_params
 from training.step.hyper_params import HyperParams
 from training.storage.plain_yaml import read_yaml, scalar, shown, write_yaml
-from training.tokenizer import vocab_follows
 
 __all__ = [
     "HyperSettings",

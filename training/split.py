@@ -16,10 +16,10 @@ from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.huggingface.folder import Stored, read_tensors
 from tiny_onn_func.huggingface.layout import EMBEDDING
 from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu
+from training.data.readers import printable, refuse
+from training.data.streams import VOCAB_SIZE, encode
 from training.errors import UserError
-from training.sources import printable, refuse
 from training.storage.regular_file import open_regular
-from training.tokens import VOCAB_SIZE, encode
 
 ROWS, LENGTH = 8, 128  # sequences of the calibration text, and tokens of one
 CHARACTERS = 1 << 16  # of the text that is read: more than enough for that many tokens

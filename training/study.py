@@ -11,6 +11,8 @@ import torch
 from tqdm import tqdm
 
 from training.analysis import analyse, study_table
+from training.data.hf_tokenizer import open_tokenizer
+from training.data.tokenizer import check_vocab, save_tokenizer
 from training.errors import UserError
 from training.first_state import first_state
 from training.html_report import write_report
@@ -29,7 +31,6 @@ from training.study_results import (
     write_results,
 )
 from training.study_texts import check_texts, corpora_of, fingerprints, save_texts
-from training.tokenizer import check_vocab, open_tokenizer, save_tokenizer
 
 
 class StudyResults(NamedTuple):

@@ -13,7 +13,9 @@ from torch import Tensor
 from tiny_onn_func.tree import stack, unstack
 from training.continual import batches_at, overall, score_tasks, task_that_ends, tasks_of
 from training.continuity import check_same
-from training.data import Splits
+from training.data.batches import Splits
+from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
+from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 from training.first_state import first_state
 from training.guard import bad_runs, passed_over, where_runs
@@ -36,7 +38,6 @@ from training.study_results import (
 from training.study_step import mapped_step
 from training.study_texts import began_with, corpora_of, fingerprints
 from training.teacher import Teacher, ask, open_teacher
-from training.tokenizer import Tokenizer, kept_tokenizer, open_tokenizer
 
 
 class Mapped(NamedTuple):

@@ -7,14 +7,15 @@ from typing import Any
 
 from training.continual import texts_of
 from training.continuity import check_same, fingerprint
-from training.data import Splits, open_corpus
+from training.data.batches import Splits, open_corpus
+from training.data.hf_tokenizer import open_tokenizer
+from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 from training.run_config import RunConfig
 from training.storage.atomic import write_text
 from training.storage.regular_file import read_small
 from training.study_config import StudyConfig
 from training.study_plan import Chunk
-from training.tokenizer import Tokenizer, open_tokenizer
 
 FILE = Path("checkpoints", "texts.json")  # of a study's folder: group -> task -> fingerprint
 

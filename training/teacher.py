@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tiny_onn_func.tree import unstack
+from training.data.hf_tokenizer import check_same_tokens
+from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 from training.run_config import RunConfig
 from training.step.batch import Batch
 from training.storage.atomic import cache_folder
-from training.tokenizer import Tokenizer, check_same_tokens
 
 Teacher = Callable[[Batch], Tensor]  # (batch) -> (B, S, V) float32 logits
 

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from training.sources import SEAM, Document, Segment, plain
-from training.tokenizer import (
+from training.data.readers import SEAM, Document, Segment, plain
+from training.data.tokenizer import (
     BOUNDARY,
     BOUNDARY_TEXT,
     BYTES,

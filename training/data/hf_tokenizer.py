@@ -1,8 +1,4 @@
-"""Text <-> tokens: the bytes themselves, or a byte-level tokenizer.json; a table says which bytes a token stands for.
-
-Any tokenizer here gives back the text it took, so bits per byte mean the same for all: nats over the BYTES of a text.
-A folder is not trusted: of it tokenizer.json and tokenizer_config.json are read, as data; no code in it is run.
-"""
+"""Open a Hugging Face tokenizer.json, and check that two tokenizers agree."""
 
 import hashlib
 import json
@@ -12,116 +8,20 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
+from training.data.readers import printable
+from training.data.tokenizer import BOUNDARY_TEXT, BYTES, FILE, HALF_PAIRS, SETTINGS, Tokenizer, Tokens, as_tokens
 from training.errors import UserError
-from training.sources import printable
-from training.storage.atomic import write_bytes
 from training.storage.regular_file import read_small
 
-BOUNDARY = 256
-BOUNDARY_TEXT = "<|endoftext|>"
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-VOCAB_SIZE = 257
-FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 MOST_TOKENS, MOST_BYTES = 1 << 24, 1 << 27  # ids, and bytes of a file
-HALF_PAIRS = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that do not stand for a byte
 LONE_BYTES = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as `surrogateescape` spells them
 PROBE = (  # a tokenizer that changes case, spaces, digits, ligatures or rare bytes does not give this back
     " a  b\n\n\tIF if 1234  don't\r\n \u00e9 e\u0301 \ufb01 \u212b \u6f22\u5b57 \u0e01 \U0001f600 \x00\x7f\u2581x "
-)
-
-Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-
-
-@dataclass(frozen=True, eq=False)
-class Tokenizer:
-    """How text becomes tokens, and what a token stands for.
-
-    name: as the user named it: `bytes`, a file or a folder.
-    fingerprint: `bytes`, or a hash of all that the tokens depend on.
-    boundary: id of the token that closes a document.
-    special: text -> id of the tokens that no text becomes: documents and turns are marked with them.
-    pieces: id -> the bytes it is written as; `vocab_size` of them.
-    lengths: (vocab_size,) int32, bytes of text that a token stands for; 0 for special ones.
-    encode: text -> (n,) tokens, uint16, or uint32 where more than 65,536 ids ask for it; total, never a special token.
-    files: name -> content, what other programs need to know of it; none for `bytes`.
-    """
-
-    name: str
-    fingerprint: str
-    boundary: int
-    special: Mapping[str, int]
-    pieces: tuple[bytes, ...]
-    lengths: npt.NDArray[np.int32]
-    encode: Callable[[str], Tokens]
-    files: Mapping[str, bytes] = field(default_factory=dict)
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids from 0 to the largest: what a model needs at least."""
-        return len(self.pieces)
-
-    @property
-    def dtype(self) -> type[np.uint16] | type[np.uint32]:
-        """Of its tokens: the smallest unsigned type that holds every id."""
-        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-
-    def spelled(self, token: int) -> bytes:
-        """The bytes a token is written as; an id that it does not have is a byte that is no UTF-8."""
-        return self.pieces[token] if 0 <= token < len(self.pieces) else b"\xff"
-
-    def decode(self, tokens: npt.ArrayLike) -> str:
-        """Tokens -> text; special ones are spelled out, what is no UTF-8 or no token becomes U+FFFD."""
-        values = np.asarray(tokens, np.int64).reshape(-1).tolist()
-        return b"".join(self.spelled(value) for value in values).decode("utf-8", "replace")
-
-    def one(self, token: int) -> Tokens:
-        """(1,) token."""
-        return as_tokens([token], self.vocab_size)
-
-    def encode_prompt(self, text: str) -> Tokens:
-        """Like `encode`, but what spells a special token is that token: a prompt is its author's, not a stranger's."""
-        if not self.special:
-            return self.encode(text)
-        marks = re.compile("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")")
-        parts: list[Tokens] = [
-            self.one(self.special[part]) if part in self.special else self.encode(part) for part in marks.split(text)
-        ]
-        return as_tokens(np.concatenate(parts), self.vocab_size)
-
-
-def as_tokens(ids: npt.ArrayLike, vocab_size: int) -> Tokens:
-    """Ids -> (n,) tokens of the smallest type that holds every id."""
-    return np.array(ids, np.uint16) if vocab_size <= 1 << 16 else np.array(ids, np.uint32)
-
-
-def utf8(text: str) -> bytes:
-    """The bytes of a text; a byte that was no UTF-8 (`surrogateescape`) comes back as it was."""
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # JSON may hold half of a surrogate pair, which stands for nothing
-        return HALF_PAIRS.sub("\ufffd", text).encode("utf-8", "surrogateescape")
-
-
-def encode_bytes(text: str) -> npt.NDArray[np.uint16]:
-    """Text -> (n,) tokens, the bytes of its UTF-8; a byte that was none (`surrogateescape`) comes back as it was."""
-    return np.frombuffer(utf8(text), np.uint8).astype(np.uint16)
-
-
-BYTES = Tokenizer(
-    name="bytes",
-    fingerprint="bytes",
-    boundary=BOUNDARY,
-    special={},
-    pieces=(*(bytes((value,)) for value in range(256)), BOUNDARY_TEXT.encode()),
-    lengths=np.array([1] * 256 + [0], np.int32),
-    encode=encode_bytes,
 )
 
 
@@ -176,13 +76,6 @@ def vocab_follows(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**given, "model.vocab_size": open_tokenizer(given["tokenizer"]).vocab_size}
 
 
-def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a model that has no row for some token."""
-    if vocab_size < tokenizer.vocab_size:
-        wanted = f"{tokenizer.vocab_size} (the tokens of {printable(tokenizer.name)}) or more"
-        raise UserError(f"model.vocab_size: expected {wanted}, got {vocab_size}; leave it away to follow the tokenizer")
-
-
 def check_same_tokens(tokenizer: Tokenizer, folder: str | Path, key: str) -> None:
     """Refuse the folder of a model, named by a setting, whose tokenizer.json spells the ids otherwise.
 
@@ -195,12 +88,6 @@ def check_same_tokens(tokenizer: Tokenizer, folder: str | Path, key: str) -> Non
     if theirs[:shared] != tokenizer.pieces[:shared]:
         wanted, came = f"the one of {key}, in {printable(Path(folder))}", printable(tokenizer.name)
         raise UserError(f"tokenizer: expected {wanted}, got {came}; write --tokenizer {printable(Path(folder))}")
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Put the tokenizer's files into a folder, each whole or not at all; `bytes` has none."""
-    for name, content in tokenizer.files.items():
-        write_bytes(folder / name, content)
 
 
 def library(who: str) -> Any:

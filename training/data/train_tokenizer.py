@@ -7,18 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from training.data.hf_tokenizer import library, open_tokenizer
+from training.data.readers import Document, printable
+from training.data.sources import documents, find_source
+from training.data.streams import is_held_out, resolve_split, seamless
+from training.data.tokenizer import BOUNDARY_TEXT, FILE, SETTINGS, TURN_END, TURN_START
 from training.errors import UserError
-from training.sources import Document, documents, find_source, printable
-from training.tokenizer import (
-    BOUNDARY_TEXT,
-    FILE,
-    SETTINGS,
-    TURN_END,
-    TURN_START,
-    library,
-    open_tokenizer,
-)
-from training.tokens import is_held_out, resolve_split, seamless
 
 MARKS = (BOUNDARY_TEXT, TURN_START, TURN_END)
 LEAST = 256 + len(MARKS)

@@ -26,11 +26,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from training.data.readers import printable, refuse
+from training.data.sources import Source, documents, find_source
+from training.data.streams import CHUNK, SIDES, resolve_split, write_streams
+from training.data.tokenizer import BYTES, Tokenizer, Tokens
 from training.errors import UserError
-from training.sources import Source, documents, find_source, printable, refuse
 from training.storage.atomic import cache_folder
-from training.tokenizer import BYTES, Tokenizer, Tokens
-from training.tokens import CHUNK, SIDES, resolve_split, write_streams
 
 FORMAT = 1  # of the cache; a new number forgets the entries of the old one
 RECORD = "entry.json"
@@ -79,7 +80,7 @@ def open_corpus(
     """The tokens of a source, from the cache or made now.
 
     Args:
-        source: what `training.sources` knows: stdlib, a text file, a folder, a glob, .jsonl, .parquet, .gz.
+        source: what `training.data.sources` knows: stdlib, a text file, a folder, a glob, .jsonl, .parquet, .gz.
         sequence_length: tokens of a training sequence; each side must have room for one and its last target.
         holdout: share that is held out, in (0, 1): of the documents, or of the text with `tail`.
         split: `auto`, `document` or `tail`.
