@@ -15,7 +15,8 @@ from tqdm import tqdm
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import stack, unstack
 from training import HyperParams, init_state
-from training.data.batches import batch_at, held_out_batches, open_corpus, scored_span
+from training.data.batches import batch_at, held_out_batches, scored_span
+from training.data.corpus import open_corpus
 from training.evaluate import evaluate
 from training.step import hyper_step
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from benchmarks.timing import machine
 from training import Batch, init_state
-from training.data.batches import Splits, batch_at, held_out_batches, open_corpus, scored_span
+from training.data.batches import batch_at, held_out_batches, scored_span
+from training.data.corpus import Splits, open_corpus
 from training.evaluate import evaluate
 from training.memory import keep_freed_memory
 from training.run_config import RunConfig, hyper_params

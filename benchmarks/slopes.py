@@ -26,7 +26,8 @@ from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import stack
 from training import Batch, HyperParams, TrainState, init_state
 from training.analysis import t_interval
-from training.data.batches import batch_at, open_corpus
+from training.data.batches import batch_at
+from training.data.corpus import open_corpus
 from training.step import hyper_step
 
 MODEL = ModelConfig(257, 32, 2, 2, 1, 16, 16, 16, num_experts_per_tok=4)

@@ -105,7 +105,7 @@ def readers(home: Path) -> dict[str, Reader]:
 
 
 def _open_text(name: str, folder: Path) -> object:
-    from training.data.batches import open_corpus
+    from training.data.corpus import open_corpus
 
     return open_corpus(str(folder / name), sequence_length=16, cache_dir=folder / "cache")
 

@@ -17,7 +17,8 @@ from tiny_onn_func.tree import flatten
 from training import init_state, run_study
 from training.cli import main
 from training.continual import batches_at, continual_measures, row_tasks, task_at, task_that_ends
-from training.data.batches import batch_at, held_out_batches, open_corpus, scored_span
+from training.data.batches import batch_at, held_out_batches, scored_span
+from training.data.corpus import open_corpus
 from training.data.sources import find_source
 from training.engine import train
 from training.errors import UserError

@@ -19,21 +19,12 @@ from tests.helpers import assert_close, spread_params, tiny_config
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.tree import stack
 from training.data.baselines import baselines
-from training.data.batches import (
-    BOUNDARY,
-    VOCAB_SIZE,
-    Corpus,
-    Splits,
-    batch_at,
-    decode,
-    encode,
-    held_out_batches,
-    open_corpus,
-    scored_span,
-)
+from training.data.batches import batch_at, held_out_batches, scored_span
+from training.data.corpus import Corpus, Splits, open_corpus
 from training.data.hf_tokenizer import open_tokenizer
 from training.data.sources import documents, find_source
-from training.data.streams import is_held_out, tokenized
+from training.data.streams import decode, encode, is_held_out, tokenized
+from training.data.tokenizer import BOUNDARY, VOCAB_SIZE
 from training.data.train_tokenizer import train_tokenizer
 from training.errors import UserError
 from training.step.batch import IGNORE_INDEX, Batch

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers import assert_same_bits
 from training.cli import main
 from training.data.baselines import baselines
-from training.data.batches import open_corpus
+from training.data.corpus import open_corpus
 from training.data.streams import decode, encode
 from training.runs import decode_stream
 from training.storage.checkpoint import latest_checkpoint, load_checkpoint

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from tests.fault_subjects import SIZES, TEXT
 from training.cli import main
-from training.data.batches import open_corpus
+from training.data.corpus import open_corpus
 from training.data.readers import LINE
 from training.data.sources import documents, find_source
 from training.errors import LONGEST, UserError, one_line

@@ -54,7 +54,8 @@ def test_surgery_then_training_starts_at_the_loss_of_the_dense_model(text: Path,
     assert main(["train", *flags, *RUN]) == 0
     run = load_settings(str(tmp_path / "run" / "config.yaml"))
     assert (run.model.hidden_size, run.model.num_experts, run.model.num_experts_per_tok) == (16, 4, 4)
-    from training.data.batches import batch_at, open_corpus
+    from training.data.batches import batch_at
+    from training.data.corpus import open_corpus
 
     corpus = open_corpus(run.data, holdout=run.holdout, split=run.split, sequence_length=run.sequence_length)
     batch = batch_at(corpus.train, run.seed, 0, run.batch_size, run.sequence_length)

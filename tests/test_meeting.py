@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT, ended, free_port
+from tiny_onn_func.config import ModelConfig
 from training import meeting
 from training.distributed import check_sizes
 from training.errors import UserError
 from training.meeting import PATIENCE, Met, Place, ToldElsewhere, meet
-from training.run_config import HyperSettings, ModelConfig, RunConfig
+from training.run_config import HyperSettings, RunConfig
 
 SOON = 30.0  # seconds
 

@@ -18,7 +18,7 @@ from tests.helpers import assert_same_bits
 from tests.test_engine import SMALL, TEXT, interrupted_after, records, train
 from training.cli import main
 from training.continuity import fingerprint
-from training.data.batches import open_corpus
+from training.data.corpus import open_corpus
 from training.doctor import examine
 from training.engine import train as train_run
 from training.errors import UserError

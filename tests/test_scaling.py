@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.gpu import LARGE
 from benchmarks.saved import measured, models
-from benchmarks.scaling import LARGE, MODELS, best_of_each_kind, main
+from benchmarks.scaling import MODELS, best_of_each_kind, main
 from benchmarks.scaling_plan import (
     ADAMW_TRAFFIC,
     Cluster,

@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 
 from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
-from training.settings import (
-    HyperSettings,
-    RunConfig,
-    default_out,
-    hyper_params,
-    key_types,
-    load_settings,
-    parse_train_args,
-    save_settings,
-)
+from training.run_config import HyperSettings, RunConfig, default_out, hyper_params
+from training.settings import key_types, load_settings, parse_train_args, save_settings
 from training.step.hyper_params import HyperParams
 from training.step.surprise import KINDS
 from training.storage.plain_yaml import read_yaml, scalar

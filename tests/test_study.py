@@ -17,7 +17,8 @@ from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import flatten
 from training import init_state, run_study
 from training.cli import main
-from training.data.batches import batch_at, held_out_batches, open_corpus, scored_span
+from training.data.batches import batch_at, held_out_batches, scored_span
+from training.data.corpus import open_corpus
 from training.errors import UserError
 from training.evaluate import evaluate
 from training.run_config import HyperSettings, RunConfig, hyper_params

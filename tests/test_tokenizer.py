@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 from training.cli import main
 from training.data.baselines import baselines
-from training.data.batches import IGNORE_INDEX, batch_at, held_out_batches, scored_span
+from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import Corpus, Splits, open_corpus
 from training.data.hf_tokenizer import byte_alphabet, open_tokenizer
-from training.data.streams import BOUNDARY
-from training.data.tokenizer import BYTES, Tokenizer
+from training.data.tokenizer import BOUNDARY, BYTES, Tokenizer
 from training.errors import UserError
 from training.runs import decode_stream
 from training.settings import load_settings
+from training.step.batch import IGNORE_INDEX
 from training.study_config import changed
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -24,7 +24,8 @@ import numpy.typing as npt
 import torch
 
 from tiny_onn_func.tree import Tree, stack
-from training.data.batches import Splits, batch_at
+from training.data.batches import batch_at
+from training.data.corpus import Splits
 from training.evaluate import Score
 from training.run_config import RunConfig
 from training.step.batch import Batch

@@ -7,7 +7,8 @@ import torch
 
 from training.continuity import check_same, deciding
 from training.data.baselines import baselines
-from training.data.batches import open_corpus, scored_span
+from training.data.batches import scored_span
+from training.data.corpus import open_corpus
 from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
 from training.data.tokenizer import BYTES, Tokenizer, check_vocab, save_tokenizer
 from training.distributed import ALONE, Team

@@ -16,7 +16,8 @@ from tiny_onn_func.params import check_params
 from tiny_onn_func.routing import Routing
 from tiny_onn_func.tree import Tree, flatten, tree_map
 from training.data.baselines import baselines
-from training.data.batches import held_out_batches, open_corpus, scored_span
+from training.data.batches import held_out_batches, scored_span
+from training.data.corpus import open_corpus
 from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
 from training.data.tokenizer import BYTES, FILE, TURN_END, Tokenizer, check_vocab
 from training.errors import UserError

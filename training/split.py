@@ -17,7 +17,8 @@ from tiny_onn_func.huggingface.folder import Stored, read_tensors
 from tiny_onn_func.huggingface.layout import EMBEDDING
 from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu
 from training.data.readers import printable, refuse
-from training.data.streams import VOCAB_SIZE, encode
+from training.data.streams import encode
+from training.data.tokenizer import VOCAB_SIZE
 from training.errors import UserError
 from training.storage.regular_file import open_regular
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tiny_onn_func.tree import stack, unstack
 from training.continual import batches_at, overall, score_tasks, task_that_ends, tasks_of
 from training.continuity import check_same
-from training.data.batches import Splits
+from training.data.corpus import Splits
 from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError

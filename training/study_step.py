@@ -10,7 +10,8 @@ from torch.func import vmap
 
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.tree import Tree
-from training.data.batches import Splits, held_out_batches, scored_span
+from training.data.batches import held_out_batches, scored_span
+from training.data.corpus import Splits
 from training.evaluate import Score
 from training.run_config import RunConfig, hyper_params, statics
 from training.step.batch import IGNORE_INDEX, Batch

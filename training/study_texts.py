@@ -7,7 +7,7 @@ from typing import Any
 
 from training.continual import texts_of
 from training.continuity import check_same, fingerprint
-from training.data.batches import Splits, open_corpus
+from training.data.corpus import Splits, open_corpus
 from training.data.hf_tokenizer import open_tokenizer
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError

@@ -24,21 +24,6 @@ from training.data.tokenizer import BOUNDARY, VOCAB_SIZE, Tokens
 from training.errors import UserError
 from training.step.batch import IGNORE_INDEX, Batch
 
-__all__ = [
-    "BOUNDARY",
-    "VOCAB_SIZE",
-    "Corpus",
-    "ScoredSpan",
-    "Splits",
-    "baselines",
-    "batch_at",
-    "decode",
-    "encode",
-    "held_out_batches",
-    "open_corpus",
-    "scored_span",
-]
-
 REDRAWS = 1000  # of windows without a target, before the targets are listed, which takes a pass over the text
 Array = npt.NDArray[np.int64]
 

@@ -33,20 +33,6 @@ from training.data.tokenizer import (
     utf8,
 )
 
-__all__ = [
-    "BOUNDARY",
-    "BOUNDARY_TEXT",
-    "CHUNK",
-    "SIDES",
-    "VOCAB_SIZE",
-    "Tokens",
-    "decode",
-    "encode",
-    "is_held_out",
-    "resolve_split",
-    "write_streams",
-]
-
 SIDES = ("train", "held_out")
 CHUNK = 1 << 22  # tokens handled at a time
 PIECE = 1 << 16  # characters that a tokenizer other than the bytes is given at a time
