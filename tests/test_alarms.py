@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.alarms import MIN_RECORDS, WINDOW, collapse_alarms
+from training.report.alarms import MIN_RECORDS, WINDOW, collapse_alarms
 
 E, L = 8, 2
 EVEN = [[1 / E] * E] * L

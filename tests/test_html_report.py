@@ -17,16 +17,16 @@ from tests.test_study import small_study
 from training.analysis import analyse, study_table
 from training.cli import main
 from training.continual import continual_measures
-from training.html_arms import scores_by_seed, shared_end
-from training.html_layers import by_layer, layer_key, measures
-from training.html_maps import NONE, UNKNOWN, heat_map, load_levels
-from training.html_pieces import MINUS, NOTHING, VOID, element, number, versions
 from training.html_report import write_report
+from training.report.html.charts import Curve, Difference, line_chart, reach, ticks
+from training.report.html.elements import MINUS, NOTHING, VOID, element, number, versions
+from training.report.html.heat_maps import NONE, UNKNOWN, heat_map, load_levels
+from training.report.html.study_arms import scores_by_seed, shared_end
+from training.report.html.study_layers import by_layer, layer_key, measures
 from training.settings import save_settings
 from training.study_config import Arm, StudyConfig, StudyRun, expand
 from training.study_file import save_study
 from training.study_results import DIVERGED, FINISHED, UNFINISHED, empty_row, write_results
-from training.svg import Curve, Difference, line_chart, reach, ticks
 
 HOSTILE = "</title><script>alert('a')</script>\"&amp; x"
 LONG = "an_arm_whose_name_has_no_place_to_break_" * 4
@@ -315,7 +315,7 @@ def test_what_all_labels_of_a_group_end_with_is_said_once() -> None:
 
 
 def test_curves_are_means_over_seeds(tmp_path: Path) -> None:
-    from training.html_arms import Study, read_groups
+    from training.report.html.study_arms import Study, read_groups
 
     folder = fake_study(tmp_path / "means", small_study(arms=(), baseline=""))
     histories = {

@@ -15,9 +15,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from training import report
-from training.plots import OCTAVES, quiet_glyphs, wrap_to
-from training.report import (
+from training.report import figures
+from training.report.figures import (
     ALARM,
     FOOTNOTE,
     NO_ALARM,
@@ -26,7 +25,8 @@ from training.report import (
     draw_expert_dashboard,
     expert_dashboard_figure,
 )
-from training.series import column_tables, columns, gather, smooth, table_shape
+from training.report.plots import OCTAVES, quiet_glyphs, wrap_to
+from training.report.series import column_tables, columns, gather, smooth, table_shape
 
 SCALARS = (
     "main_loss", "router_loss", "main_acc", "gating_acc", "gating_trivial", "pi_score", "surprise", "tau", "avg_k",
@@ -201,7 +201,7 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: py
             file.write(b"half")
             raise OSError("no space left")
 
-    monkeypatch.setattr(report, "core_metrics_figure", lambda *_, **__: Broken())
+    monkeypatch.setattr(figures, "core_metrics_figure", lambda *_, **__: Broken())
     with pytest.raises(OSError, match="no space"):
         draw_core_metrics([], path)
     assert path.read_bytes() == b"old"
@@ -211,9 +211,9 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: py
 def test_many_records_are_drawn_in_few_columns() -> None:
     records = [{"step": i, "main_loss": 1.0, "expert_load": [[0.5, 0.5]]} for i in range(2000)]
     figure = core_metrics_figure(records)
-    assert max(len(line.get_xdata()) for ax in figure.axes for line in ax.lines) <= report.COLUMNS
-    at = columns(records, report.COLUMNS)
-    assert column_tables(records, "expert_load", (1, 2), at.starts, 1600).shape == (report.COLUMNS, 1, 2)
+    assert max(len(line.get_xdata()) for ax in figure.axes for line in ax.lines) <= figures.COLUMNS
+    at = columns(records, figures.COLUMNS)
+    assert column_tables(records, "expert_load", (1, 2), at.starts, 1600).shape == (figures.COLUMNS, 1, 2)
 
 
 # Odd records: holes everywhere, tables of any shape, numbers of any size.

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.errors import UserError
-from training.html_arms import Study
-from training.html_run import RunFiles, run_page
-from training.html_study import study_page
-from training.series import Records
+from training.report.html.run_page import RunFiles, run_page
+from training.report.html.study_arms import Study
+from training.report.html.study_page import study_page
+from training.report.series import Records
 from training.storage.atomic import write_text
 from training.storage.plain_yaml import read_yaml
 from training.storage.recorder import FILE, read_history

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from tiny_onn_func.inference.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
-from training.alarms import collapse_alarms
 from training.data.batches import held_out_batches, scored_span
 from training.data.corpus import Splits
 from training.distributed import ALONE, Team
 from training.evaluate import Score, evaluate
 from training.history import best_step
-from training.report import draw_core_metrics, draw_expert_dashboard
+from training.report.alarms import collapse_alarms
+from training.report.figures import draw_core_metrics, draw_expert_dashboard
 from training.run_config import RunConfig
 from training.step.hyper_step import TrainState
 from training.storage.atomic import write_text

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from tiny_onn_func.params import count_active_flops, count_active_params, count_params
-from training.alarms import WINDOW, collapse_alarms
 from training.continual import Continual, Matrix, continual_measures
 from training.errors import UserError
 from training.evaluate import Score
+from training.report.alarms import WINDOW, collapse_alarms
 from training.step.metrics import load_entropy
 from training.storage.atomic import write_text
 from training.storage.recorder import read_history

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from training import html_pieces as h
-from training.html_arms import Group, ShownArm, Study
-from training.html_maps import SHADES, level_class
-from training.html_pieces import Html, bounds, element, number, with_small
+from training.report.html import elements as h
+from training.report.html.elements import Html, bounds, element, number, with_small
+from training.report.html.heat_maps import SHADES, level_class
+from training.report.html.study_arms import Group, ShownArm, Study
 
 SummaryOf = Callable[[str], Mapping[str, Any]]  # run -> its summary.json
 HEAD = {

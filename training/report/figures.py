@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from training import plots
-from training.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, curve, legend, panel, printable, twin
-from training.series import Columns, Records, column_tables, columns, gather, numbers, table_shape, tables
+from training.report import plots
+from training.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, curve, legend, panel, printable, twin
+from training.report.series import Columns, Records, column_tables, columns, gather, numbers, table_shape, tables
 from training.storage.atomic import write_bytes
 
 COLUMNS = 800  # most points of a curve, most columns of a map

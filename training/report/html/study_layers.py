@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from training.series import Records, table_shape, tables
+from training.report.series import Records, table_shape, tables
 
 LAYERED = (
     ("load entropy", "share of log E"),

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training import html_pieces as h
-from training.html_arms import Group, ShownArm, Study, scores_by_seed
-from training.html_layers import LAYERED, layer_key, shown_layers
-from training.html_maps import alarm_counts, load_legend, load_map
-from training.html_pieces import Html, bounds, element, join, number, with_small
-from training.svg import Difference, forest, legend, line_chart
+from training.report.html import elements as h
+from training.report.html.charts import Difference, forest, legend, line_chart
+from training.report.html.elements import Html, bounds, element, join, number, with_small
+from training.report.html.heat_maps import alarm_counts, load_legend, load_map
+from training.report.html.study_arms import Group, ShownArm, Study, scores_by_seed
+from training.report.html.study_layers import LAYERED, layer_key, shown_layers
 
 CHARTS = (
     ("Training loss", "nats per token", "main_loss"),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 
-from training.html_style import STYLE
+from training.report.html.style import STYLE
 
 NOTHING = "\u2013"  # an empty cell of a table
 MINUS = "\u2212"  # as wide as a plus sign

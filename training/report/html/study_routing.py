@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from training import html_pieces as h
-from training.html_arms import Group, ShownArm
-from training.html_layers import shown_layers
-from training.html_maps import NONE, UNKNOWN, heat_map, map_legend
-from training.html_pieces import Html, element, number, with_small
+from training.report.html import elements as h
+from training.report.html.elements import Html, element, number, with_small
+from training.report.html.heat_maps import NONE, UNKNOWN, heat_map, map_legend
+from training.report.html.study_arms import Group, ShownArm
+from training.report.html.study_layers import shown_layers
 
 RULES = {  # rule of `training.routing_facts.regret_facts` -> head of its column
     "router": "router's first choice", "random": "any at random", "visited random": "visited, at random",

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training import html_pieces as h
 from training.analysis import MATCHED
-from training.html_arms import Group, ShownArm, Study, arm_name, read_groups
-from training.html_pieces import Html, bounds, element, join, number, with_small
-from training.html_routing import routing_part
-from training.html_study_charts import curves, differences, layers, loads
-from training.html_tasks import tasks_part
-from training.series import Records
+from training.report.html import elements as h
+from training.report.html.elements import Html, bounds, element, join, number, with_small
+from training.report.html.study_arms import Group, ShownArm, Study, arm_name, read_groups
+from training.report.html.study_charts import curves, differences, layers, loads
+from training.report.html.study_routing import routing_part
+from training.report.html.study_tasks import tasks_part
+from training.report.series import Records
 from training.study_config import dotted
 from training.study_results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
 

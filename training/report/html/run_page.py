@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training import html_pieces as h
-from training.html_maps import last_tables, load_legend, load_map, surprise_map
-from training.html_pieces import Html, element, join, number
-from training.series import LARGEST, Records, columns, gather, numbers
-from training.svg import Curve, legend, line_chart
+from training.report.html import elements as h
+from training.report.html.charts import Curve, legend, line_chart
+from training.report.html.elements import Html, element, join, number
+from training.report.html.heat_maps import last_tables, load_legend, load_map, surprise_map
+from training.report.series import LARGEST, Records, columns, gather, numbers
 
 POINTS = 500  # most of a curve
 TRIVIAL = "gating_trivial"

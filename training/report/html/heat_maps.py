@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from training.alarms import WINDOW
-from training.html_pieces import Html, element, escaped
-from training.series import Records, gather, table_shape, tables
+from training.report.alarms import WINDOW
+from training.report.html.elements import Html, element, escaped
+from training.report.series import Records, gather, table_shape, tables
 
 OCTAVES = 3  # maps of load tell 1/8 to 8 fair shares apart
 MOST_EXPERTS = 128  # columns of a map; beyond it neighbours share one

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from training.html_pieces import Html, element, join, number
+from training.report.html.elements import Html, element, join, number
 
 HEIGHT = 190  # pixels of a chart's field
 SCALE = 52  # pixels of the numbers on its left

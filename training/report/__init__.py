@@ -1,0 +1,1 @@
+"""Pictures and pages from records and results: values in, values out."""

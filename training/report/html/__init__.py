@@ -1,0 +1,1 @@
+"""HTML pages of runs and studies, one file each, without scripts."""
