@@ -31,11 +31,11 @@ from benchmarks.scaling_plan import Cluster, Layout, bytes_sent, flops_of, plan
 from benchmarks.timing import interleaved, machine, ratio
 from tiny_onn_func import ModelConfig
 from training import Batch, init_state
-from training.collectives import Group
-from training.distributed import layout_of
+from training.distributed.collectives import Group
+from training.distributed.layout import layout_of, own_state
+from training.distributed.parallel_step import parallel_step
 from training.errors import UserError
 from training.memory import keep_freed_memory
-from training.parallel_step import own_state, parallel_step
 from training.run_config import RunConfig, hyper_params
 from training.step import hyper_step
 

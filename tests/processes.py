@@ -16,10 +16,10 @@ from tests.helpers import spread_params, tiny_batch, tiny_config
 from tests.test_hyper_step import HYPER, as_double
 from tiny_onn_func import ModelConfig
 from training import Batch, TrainState, init_state
-from training.collectives import Group
-from training.distributed import layout_of
-from training.parallel_step import own_state, parallel_step, whole_state
-from training.sharded_checkpoint import load_sharded, open_sharded, save_sharded
+from training.distributed.collectives import Group
+from training.distributed.layout import layout_of, own_state, whole_state
+from training.distributed.parallel_step import parallel_step
+from training.distributed.sharded_checkpoint import load_sharded, open_sharded, save_sharded
 from training.step import hyper_step
 
 ROOT = Path(__file__).parent.parent

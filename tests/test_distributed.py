@@ -14,12 +14,19 @@ import torch
 from tests.helpers import assert_close, assert_same_bits
 from tests.processes import CASES, FIXED, LAYOUTS, SAVED, STEPS, alone, spawn, trained
 from tiny_onn_func.tree import flatten, partition, walk
-from training.collectives import Group
+from training.distributed.collectives import Group
+from training.distributed.expert_parallel import ROWS, SIZES, SURPRISE
+from training.distributed.flat_params import (
+    fast_shapes,
+    from_vectors,
+    joined_shares,
+    named_shares,
+    share_of,
+    to_vectors,
+)
+from training.distributed.layout import Layout
+from training.distributed.sharded_checkpoint import check_whole, gather_sharded, load_sharded, open_sharded
 from training.errors import UserError
-from training.expert_parallel import ROWS, SIZES, SURPRISE
-from training.parallel_step import Layout
-from training.sharded_checkpoint import check_whole, gather_sharded, load_sharded, open_sharded
-from training.shards import fast_shapes, from_vectors, joined_shares, named_shares, share_of, to_vectors
 from training.step.hyper_step import init_state
 from training.storage.checkpoint import load_checkpoint
 from training.storage.checkpoint_files import digest

@@ -15,10 +15,10 @@ import pytest
 
 from tests.processes import ROOT, ended, free_port
 from tiny_onn_func.config import ModelConfig
-from training import meeting
-from training.distributed import check_sizes
+from training.distributed import rendezvous
+from training.distributed.rendezvous import PATIENCE, Met, Place, ToldElsewhere, meet
 from training.errors import UserError
-from training.meeting import PATIENCE, Met, Place, ToldElsewhere, meet
+from training.run.launch import check_sizes
 from training.run_config import HyperSettings, RunConfig
 
 SOON = 30.0  # seconds
@@ -63,7 +63,7 @@ def test_all_meet_in_one_store_and_know_of_the_restarts() -> None:
 def test_notes_of_an_earlier_round_disturb_nobody() -> None:
     """The store of torchrun's agent outlives the processes: those that were killed have left their notes in it."""
     port = free_port()
-    store = meeting.dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store = rendezvous.dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     hosted = [place._replace(hosted=True) for place in places(2, port)]
     for attempt in range(3):
         ends = meeting_of(hosted, [{"seed": attempt}] * 2)
@@ -86,13 +86,13 @@ def test_a_mistake_of_one_is_said_by_it_alone() -> None:
 
 
 def test_who_is_missing_is_named_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "PATIENCE", 1.0)
+    monkeypatch.setattr(rendezvous, "PATIENCE", 1.0)
     (text,) = told(meeting_of(places(3, free_port())[:2], [{"seed": 1}] * 2))
     assert "expected 3 processes within 1 s, got none of rank 2; start all of them with the same command" in text
 
 
 def test_a_port_in_use_and_an_address_out_of_reach_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "PATIENCE", 1.0)
+    monkeypatch.setattr(rendezvous, "PATIENCE", 1.0)
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
         other.listen()

@@ -77,7 +77,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _train(argv: Sequence[str]) -> None:
-    from training.distributed import open_team
+    from training.run.launch import open_team
     from training.settings import parse_train_args  # pydantic and tyro, wanted by this verb alone
 
     with open_team(lambda: parse_train_args(argv)) as (team, config, resume):
@@ -141,7 +141,7 @@ def _export(argv: Sequence[str]) -> None:
     from training.export import export_run
 
     if given.from_sharded:
-        from training.sharded_checkpoint import gather_sharded
+        from training.distributed.sharded_checkpoint import gather_sharded
 
         gather_sharded(given.run)
     print(export_run(given.run, given.out, num_experts_per_tok=given.num_experts_per_tok))

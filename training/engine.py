@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 from training.continuity import check_same
 from training.data.batches import batch_at
-from training.distributed import ALONE, Team
+from training.distributed.parallel_step import parallel_step
+from training.distributed.sharded_checkpoint import save_sharded
+from training.distributed.team import ALONE, Team
 from training.errors import UserError
 from training.guard import NotFinite, bad_numbers, keep_evidence, passed_over
 from training.history import best_step, remember
 from training.memory import keep_freed_memory
 from training.opening import begin, check_folder, newest_checkpoint, open_new, tokenizer_of
-from training.parallel_step import parallel_step
 from training.products import Run, about_of, alarms, draw, finish, held_out_score
 from training.run_config import RunConfig, hyper_params, statics
-from training.sharded_checkpoint import save_sharded
 from training.step.batch import Batch
 from training.step.compile import compile_step
 from training.step.hyper_step import TrainState, hyper_step

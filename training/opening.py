@@ -11,14 +11,14 @@ from training.data.batches import scored_span
 from training.data.corpus import open_corpus
 from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
 from training.data.tokenizer import BYTES, Tokenizer, check_vocab, save_tokenizer
-from training.distributed import ALONE, Team
+from training.distributed.sharded_checkpoint import FOLDER, is_sharded, load_sharded, open_sharded
+from training.distributed.team import ALONE, Team
 from training.errors import UserError
 from training.first_state import first_state
 from training.history import remember
 from training.products import Run
 from training.run_config import RunConfig
 from training.settings import load_settings, save_settings
-from training.sharded_checkpoint import FOLDER, is_sharded, load_sharded, open_sharded
 from training.step.hyper_step import TrainState, init_state
 from training.storage.checkpoint import Checkpoint, load_state, open_checkpoint
 from training.storage.checkpoint_files import clean, remove_steps, steps_in

@@ -14,7 +14,7 @@ from tiny_onn_func.inference.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
 from training.data.batches import held_out_batches, scored_span
 from training.data.corpus import Splits
-from training.distributed import ALONE, Team
+from training.distributed.team import ALONE, Team
 from training.evaluate import Score, evaluate
 from training.history import best_step
 from training.report.alarms import collapse_alarms

@@ -20,11 +20,11 @@ from training.data.batches import held_out_batches, scored_span
 from training.data.corpus import open_corpus
 from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
 from training.data.tokenizer import BYTES, FILE, TURN_END, Tokenizer, check_vocab
+from training.distributed.sharded_checkpoint import check_whole
 from training.errors import UserError
 from training.evaluate import Score, evaluate
 from training.run_config import RunConfig
 from training.settings import load_settings
-from training.sharded_checkpoint import check_whole
 from training.step.hyper_params import HyperParams
 from training.storage.checkpoint import open_checkpoint, params_of
 from training.storage.checkpoint_files import STEP_FOLDER

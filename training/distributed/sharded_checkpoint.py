@@ -1,6 +1,6 @@
 """Checkpoints of states that no process has whole: torch.distributed.checkpoint (DCP), each process writes its ranges.
 
-    RUN/sharded/step_000500/*.distcp     ranges of six vectors: parameters and both moments of `training.shards`
+    RUN/sharded/step_000500/*.distcp     ranges of six vectors: parameters and both moments of `training.distributed.flat_params`
     RUN/sharded/step_000500/.metadata    which range stands where, a pickle
     RUN/sharded/step_000500/meta.json    format, step, sizes, settings, SHA-256 of every other file
 
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from tiny_onn_func.config import ModelConfig
-from training.collectives import Group
+from training.distributed.collectives import Group
+from training.distributed.layout import Layout
+from training.distributed.sharded_state import as_stored, empty_state, from_stored
 from training.errors import UserError
-from training.parallel_step import Layout
-from training.sharded_state import as_stored, empty_state, from_stored
 from training.step.hyper_step import TrainState
 from training.storage.atomic import flush, make_folder
 from training.storage.checkpoint import Checkpoint, save_checkpoint

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tiny_onn_func.experts import Rows, spread
-from training.collectives import Group
+from training.distributed.collectives import Group
 from training.step.hooks import SurpriseHookManager
 from training.step.surprise import SurpriseKind, row_dot, row_surprise
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.tree import Tree, flatten, merge, partition, tree_map, unflatten
-from training.parallel_step import Layout, gathered, shares
-from training.shards import Vectors, fast_shapes, from_vectors, joined_shares, named_shares, to_vectors
+from training.distributed.flat_params import Vectors, fast_shapes, from_vectors, joined_shares, named_shares, to_vectors
+from training.distributed.layout import Layout, gathered, shares
 from training.step.hyper_step import TrainState, init_state
 from training.step.optim import AdamWState
 

@@ -5,31 +5,29 @@
 
 Sums are sums over tokens, never means of means, so uneven padding and uneven targets change nothing. Optimizer states
 may be shared out (each process updates its range of the fast parameters and gathers the others'; ZeRO-1, arXiv
-1910.02054), and experts spread over processes (`training.expert_parallel`).
+1910.02054), and experts spread over processes (`training.distributed.expert_parallel`).
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.tree import Tree, flatten, merge, partition, tree_map, unflatten
-from training.collectives import Group
-from training.expert_parallel import TravellingRows
-from training.shards import (
-    EXPERT_LEAVES,
+from tiny_onn_func.tree import Tree, partition
+from training.distributed.collectives import Group
+from training.distributed.expert_parallel import TravellingRows
+from training.distributed.flat_params import (
     Vectors,
     from_vectors,
     joined_shares,
     named_shares,
     padded,
-    share_of,
     to_vectors,
 )
+from training.distributed.layout import Layout, gathered, shares
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams
@@ -39,24 +37,6 @@ from training.step.metrics import Metrics
 from training.step.optim import AdamWState
 from training.step.sums import Sums
 from training.step.surprise import SurpriseKind
-
-
-class Layout(NamedTuple):
-    """Who holds what: all processes; those that hold a layer's experts together; those that hold the same experts."""
-
-    world: Group
-    experts: Group
-    replicas: Group
-    shard_optimizer: bool = False
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether no process has the whole state."""
-        return self.world.size > 1 and (self.shard_optimizer or self.experts.size > 1)
-
-    def own_experts(self, config: ModelConfig) -> int:
-        """How many of a layer's experts this process holds."""
-        return config.num_experts // self.experts.size
 
 
 def parallel_step(
@@ -128,70 +108,3 @@ def _fast_step(
     start = own_ranges[0].start
     new, optimizer = step(named_shares(mine, start, config), named_shares(mine_grads, start, config))
     return from_vectors(gathered(joined_shares(new), vectors, layout), config, experts), optimizer, grad_norm
-
-
-def shares(vectors: Vectors, layout: Layout) -> tuple[slice, slice]:
-    """The ranges of a process's two vectors whose optimizer state it keeps."""
-    groups = layout.world, layout.replicas
-    return tuple(share_of(len(v), group.size, group.rank) for v, group in zip(vectors, groups, strict=True))  # type: ignore[return-value]
-
-
-def gathered(mine: Vectors, like: Vectors, layout: Layout) -> Vectors:
-    """Both vectors of a process from the shares of all that have one; `like` says how long they are."""
-    whole = []
-    for share, vector, group in zip(mine, like, (layout.world, layout.replicas), strict=True):
-        each = -(-len(vector) // group.size)
-        room = torch.cat((share, share.new_zeros(each - len(share))))
-        whole.append(group.gather(room, "parameters")[: len(vector)])
-    return Vectors(*whole)
-
-
-# Whole states and parts of them ---------------------------------------------------------------------------------------
-
-
-def own_state(state: TrainState, config: ModelConfig, layout: Layout) -> TrainState:
-    """This process's part of a whole state."""
-    if not layout.is_sharded:
-        return state
-    fast, router = partition(state.params)
-    mu, nu = (_own_moment(moment, config, layout) for moment in (state.expert_opt.mu, state.expert_opt.nu))
-    params = tree_map(lambda _, leaf: leaf, state.params, merge(_own_experts(fast, config, layout), router))
-    return state._replace(params=params, expert_opt=state.expert_opt._replace(mu=mu, nu=nu))
-
-
-def whole_state(state: TrainState, config: ModelConfig, layout: Layout) -> TrainState:
-    """The inverse of `own_state`, on every process."""
-    if not layout.is_sharded:
-        return state
-    fast, router = partition(state.params)
-    like = to_vectors(fast, config)
-
-    def whole(vectors: Vectors) -> Tree:
-        experts = layout.experts.gather(vectors.experts, "whole state")
-        return from_vectors(Vectors(vectors.dense, experts), config, config.num_experts)
-
-    def moment(tree: Tree) -> Tree:
-        own = gathered(joined_shares(tree), like, layout) if layout.shard_optimizer else to_vectors(tree, config)
-        return whole(own)
-
-    params = tree_map(lambda _, leaf: leaf, state.params, merge(whole(like), router))
-    optimizer = state.expert_opt._replace(mu=moment(state.expert_opt.mu), nu=moment(state.expert_opt.nu))
-    return state._replace(params=params, expert_opt=optimizer)
-
-
-def _own_experts(fast: Tree, config: ModelConfig, layout: Layout) -> Tree:
-    count = layout.own_experts(config)
-    first = layout.experts.rank * count
-    return unflatten(
-        {n: leaf[:, first : first + count] if n in EXPERT_LEAVES else leaf for n, leaf in flatten(fast).items()}
-    )
-
-
-def _own_moment(moment: Tree, config: ModelConfig, layout: Layout) -> Tree:
-    own = _own_experts(moment, config, layout)
-    if not layout.shard_optimizer:
-        return own
-    vectors = to_vectors(own, config)
-    ranges = shares(vectors, layout)
-    mine = Vectors(*(vector[where].clone() for vector, where in zip(vectors, ranges, strict=True)))
-    return named_shares(mine, ranges[0].start, config)

@@ -1,0 +1,1 @@
+"""Many processes make the step of one: ranks, collectives, expert parallelism, sharded checkpoints."""

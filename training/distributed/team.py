@@ -1,0 +1,85 @@
+"""One run on many processes: `torchrun --nnodes N --nproc-per-node P -m training train ...`.
+
+Every process makes the same program's steps on its own rows of each batch (`training.distributed.parallel_step`). Process 0 alone
+writes: lock, records, checkpoints, pictures, progress. `team.world.sent` counts the bytes that this process has sent
+since the run began, by purpose, as `training.distributed.collectives` says; summary.json has them per step as `bytes_sent`.
+
+Without torchrun's environment variables there is one process, and nothing of this is at work.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from training.distributed.collectives import Group
+from training.distributed.layout import Layout, own_state, whole_state
+from training.distributed.rendezvous import Place
+from training.run_config import RunConfig
+from training.step.batch import Batch
+from training.step.hyper_step import TrainState
+
+SILENCE = timedelta(minutes=30)  # that a process may keep while others wait for it, as while one scores
+T = TypeVar("T")
+
+
+class Team(NamedTuple):
+    """The processes of a run, as one of them sees them."""
+
+    layout: Layout
+    local_rank: int = 0  # among those of this machine
+    restarts: int = 0  # how often torchrun has begun again
+
+    @property
+    def world(self) -> Group:
+        return self.layout.world
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.world.rank == 0
+
+    def rows(self, batch: Batch) -> Batch:
+        """This process's rows of a batch."""
+        each = batch.input_ids.shape[0] // self.world.size
+        return Batch(*(part[self.world.rank * each : (self.world.rank + 1) * each] for part in batch))
+
+    def whole(self, state: TrainState, config: RunConfig) -> TrainState:
+        """The whole state; all processes must ask."""
+        return whole_state(state, config.model, self.layout)
+
+    def own(self, state: TrainState, config: RunConfig) -> TrainState:
+        """This process's part of process 0's state; the others' may be of any content."""
+        return own_state(self.world.copy_first(state), config.model, self.layout)
+
+    def one_by_one(self, work: Callable[[], T]) -> T:
+        """The work of every process, the first of each machine before the others, who find what it left on the disk."""
+        if self.local_rank == 0:
+            done = work()
+            self.world.wait_for_all()
+        else:
+            self.world.wait_for_all()
+            done = work()
+        return done
+
+
+ALONE = Team(Layout(Group(), Group(), Group()))
+
+
+@contextmanager
+def _connected(place: Place, store: Any) -> Iterator[None]:
+    """torch.distributed, where there is more than one process: gloo for tensors on the CPU, nccl on CUDA."""
+    if place.size == 1:
+        yield
+        return
+    both = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if both else "gloo", store=store, rank=place.rank, world_size=place.size, timeout=SILENCE
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
