@@ -13,7 +13,7 @@ from benchmarks.runs import SIZES
 from benchmarks.step import a_batch
 from benchmarks.timing import interleaved, machine, table, write_json
 from training import Batch, HyperParams, TrainState, init_state
-from training.memory import keep_freed_memory
+from training.run.process import keep_freed_memory
 from training.step import hyper_step
 from training.step.compile import compile_step
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks.timing import Timing, interleaved, machine, ratio
 from tiny_onn_func import ModelConfig, init_params, save_pretrained
 from tiny_onn_func.inference import generate
-from training.memory import keep_freed_memory
-from training.run_config import DEFAULT_MODEL
+from training.run.config import DEFAULT_MODEL
+from training.run.process import keep_freed_memory
 
 OURS, PEER = "tiny_onn_func.inference.generate", "transformers generate"
 Subjects = dict[str, Callable[[], Tensor]]

@@ -15,7 +15,7 @@ from tiny_onn_func.decoder import unstack_layers
 from tiny_onn_func.experts import apply_w2
 from tiny_onn_func.moe import RoutingInputs, moe
 from tiny_onn_func.ops import swiglu
-from training.memory import keep_freed_memory
+from training.run.process import keep_freed_memory
 
 Subject = Callable[[], object]
 

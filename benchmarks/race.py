@@ -24,10 +24,10 @@ from benchmarks.timing import machine
 from training import Batch, init_state
 from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import Splits, open_corpus
-from training.evaluate import evaluate
-from training.memory import keep_freed_memory
-from training.run_config import RunConfig, hyper_params
-from training.settings import load_settings
+from training.run.config import RunConfig, hyper_params
+from training.run.evaluate import evaluate
+from training.run.process import keep_freed_memory
+from training.run.settings import load_settings
 from training.step import hyper_step
 
 GOAL, TURN, BYTES = 1.88, 50, 65536

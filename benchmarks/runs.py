@@ -15,7 +15,7 @@ from benchmarks.timing import interleaved, machine, table, write_json
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import stack
 from training import HyperParams, init_state
-from training.memory import keep_freed_memory
+from training.run.process import keep_freed_memory
 from training.step import hyper_step
 
 SIZES = {  # configuration, batch, sequence, numbers of runs

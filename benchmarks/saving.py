@@ -25,8 +25,8 @@ from benchmarks.timing import machine
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.params import count_params
 from training import HyperParams, TrainState, init_state
-from training.memory import keep_freed_memory
-from training.run_config import DEFAULT_MODEL
+from training.run.config import DEFAULT_MODEL
+from training.run.process import keep_freed_memory
 from training.step import hyper_step
 from training.storage.background_saver import Saver
 from training.storage.checkpoint import named_tensors, save_checkpoint

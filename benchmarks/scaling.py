@@ -21,7 +21,7 @@ from benchmarks.scaling_plan import Cluster, Plan, layouts_of, plan
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.params import count_active_params, count_params
 from training.errors import UserError
-from training.run_config import RunConfig
+from training.run.config import RunConfig
 
 MODELS = {
     "small": RunConfig().model,
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ModelConfig, Cluster
 
 def _model(name: str, rest: Sequence[str]) -> ModelConfig:
     if rest:
-        from training.settings import parse_train_args
+        from training.run.settings import parse_train_args
 
         return parse_train_args(list(rest))[0].model
     if name not in MODELS:

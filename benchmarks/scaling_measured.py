@@ -35,8 +35,8 @@ from training.distributed.collectives import Group
 from training.distributed.layout import layout_of, own_state
 from training.distributed.parallel_step import parallel_step
 from training.errors import UserError
-from training.memory import keep_freed_memory
-from training.run_config import RunConfig, hyper_params
+from training.run.config import RunConfig, hyper_params
+from training.run.process import keep_freed_memory
 from training.step import hyper_step
 
 MODEL = ModelConfig(257, 256, 4, 4, 2, 64, 128, 32, num_experts_per_tok=4)

@@ -22,8 +22,8 @@ import torch
 from tiny_onn_func import load_pretrained
 from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import Splits, open_corpus
-from training.evaluate import evaluate
 from training.export import byte_tokenizer_files
+from training.run.evaluate import evaluate
 from training.surgery import cut_into_experts
 
 SEQUENCE = 64

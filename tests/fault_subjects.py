@@ -135,15 +135,15 @@ def _be_child(argv: Sequence[str], disk: Path, spoil: tuple[int, int], log: Path
         descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        import training.engine
-        import training.products
+        import training.run.engine
+        import training.run.summary
         from training.cli import main
         from training.storage.atomic import write_bytes
 
-        def draw(run: training.products.Run) -> None:  # half a second saved: as a picture is written, but not drawn
+        def draw(run: training.run.context.Run) -> None:  # half a second saved: as a picture is written, but not drawn
             write_bytes(run.folder / "core_metrics_latest.png", b"picture")
 
-        training.engine.draw = training.products.draw = draw
+        training.run.engine.draw = training.run.summary.draw = draw
         ctypes.CDLL(None).arm(str(disk).encode(), spoil[0], spoil[1], str(log or "").encode())
         status = main(argv)
     except BaseException:

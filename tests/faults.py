@@ -189,9 +189,9 @@ def main() -> int:
     if READY not in os.environ:
         return _with_shim()
     import training.cli
-    import training.engine
     import training.html_report
-    import training.settings
+    import training.run.engine
+    import training.run.settings
     import training.study  # noqa: F401  what every fork would load
 
     tries = []

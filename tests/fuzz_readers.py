@@ -39,8 +39,8 @@ def readers(home: Path) -> dict[str, Reader]:
     from training.data.train_tokenizer import train_tokenizer
     from training.export import export_run
     from training.html_report import write_report
-    from training.runs import open_run
-    from training.settings import load_settings, parse_train_args
+    from training.run.finished import open_run
+    from training.run.settings import load_settings, parse_train_args
     from training.storage.checkpoint import load_checkpoint
     from training.storage.recorder import read_history
     from training.study_file import load_study

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.analysis import analyse_rows, holm, study_table, t_interval, t_test, tost
-from training.run_config import RunConfig
+from training.run.config import RunConfig
 from training.study_config import Arm, StudyConfig, expand
 from training.study_results import empty_row
 

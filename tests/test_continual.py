@@ -20,10 +20,10 @@ from training.continual import batches_at, continual_measures, row_tasks, task_a
 from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import open_corpus
 from training.data.sources import find_source
-from training.engine import train
 from training.errors import UserError
-from training.evaluate import evaluate
-from training.run_config import HyperSettings, RunConfig, hyper_params
+from training.run.config import HyperSettings, RunConfig, hyper_params
+from training.run.engine import train
+from training.run.evaluate import evaluate
 from training.step import hyper_step
 from training.storage.checkpoint import load_params
 from training.study_config import Arm, StudyConfig, expand, study_values

@@ -23,8 +23,9 @@ from training.data.corpus import open_corpus
 from training.data.tokenizer import BYTES
 from training.errors import UserError
 from training.export import byte_tokenizer_files
-from training.first_state import first_state
-from training.run_config import HyperSettings, RunConfig, hyper_params
+from training.run.config import HyperSettings, RunConfig, hyper_params
+from training.run.initial_state import first_state
+from training.run.teacher import open_teacher
 from training.step import hyper_step
 from training.step.batch import IGNORE_INDEX
 from training.step.losses import distillation
@@ -34,7 +35,6 @@ from training.storage.recorder import read_history
 from training.study import run_study
 from training.study_config import StudyConfig, expand
 from training.study_file import parse_study
-from training.teacher import open_teacher
 
 CONFIG = tiny_config(num_experts_per_tok=2)
 BATCH = tiny_batch(CONFIG, batch=3, seq=6, left=(0, 2, 0), right=(0, 1, 3), unlabelled=0.3)

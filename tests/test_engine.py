@@ -7,10 +7,10 @@ import pytest
 
 from tests.helpers import assert_same_bits
 from training.cli import main
+from training.commands.generate import decode_stream
 from training.data.baselines import baselines
 from training.data.corpus import open_corpus
 from training.data.streams import decode, encode
-from training.runs import decode_stream
 from training.storage.checkpoint import latest_checkpoint, load_checkpoint
 
 TEXT = "the router sends each token to the expert that it surprises least.\n" * 60
@@ -76,7 +76,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(run: Path, text: Path, tmp_p
     """The cosine ends at `steps`, so the stopped run is the long one, stopped by Ctrl-C."""
     out = tmp_path / "stopped"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.engine.hyper_step", interrupted_after(3))
+        patch.setattr("training.run.engine.hyper_step", interrupted_after(3))
         assert train(text, out, "--steps=6", "--eval-every=3", "--checkpoint-every=2") == 130
     assert [record["step"] for record in records(out)] == [1, 2, 3]
     assert main(["train", "--out", str(out), "--resume"]) == 0
@@ -192,11 +192,11 @@ def test_memory_that_is_not_there_is_one_line(
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("training.runs.evaluate_run", fails)
+    monkeypatch.setattr("training.commands.evaluate.evaluate_run", fails)
     assert main(["evaluate", str(run)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("tiny-onn: memory: expected enough for what was asked, got: ")
     assert said.count("\n") == 1
-    monkeypatch.setattr("training.runs.evaluate_run", lambda *_, **__: next(iter(())))
+    monkeypatch.setattr("training.commands.evaluate.evaluate_run", lambda *_, **__: next(iter(())))
     with pytest.raises(StopIteration):  # what nobody foresaw is not dressed up
         main(["evaluate", str(run)])

@@ -26,7 +26,7 @@ from training.data.readers import LINE
 from training.data.sources import documents, find_source
 from training.errors import LONGEST, UserError, one_line
 from training.html_report import write_report
-from training.runs import open_run
+from training.run.finished import open_run
 from training.storage.checkpoint_files import digest, sha256
 from training.storage.plain_yaml import MOST_VALUES, read_yaml
 from training.storage.recorder import read_history

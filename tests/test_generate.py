@@ -30,11 +30,11 @@ from tiny_onn_func.inference.generate import stream
 from tiny_onn_func.inference.sampling import penalize, sample
 from tiny_onn_func.tree import flatten, unflatten
 from training.cli import main
+from training.commands.generate import expert_lines, stop_tokens
 from training.data.tokenizer import BYTES
 from training.errors import UserError
-from training.run_config import RunConfig
-from training.runs import expert_lines, stop_tokens
-from training.settings import save_settings
+from training.run.config import RunConfig
+from training.run.settings import save_settings
 from training.storage.checkpoint import save_checkpoint
 
 PROMPT = torch.tensor([[1, 2, 3], [4, 5, 6]])

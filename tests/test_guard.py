@@ -14,8 +14,9 @@ from tiny_onn_func.tree import stack, tree_map, walk
 from training import Batch, HyperParams, init_state
 from training.cli import main
 from training.doctor import Finding, examine
-from training.guard import MOST, WATCHED, bad_numbers, bad_runs, finite_runs, passed_over, where_runs
+from training.run.nonfinite import MOST, bad_numbers
 from training.step import hyper_step
+from training.step.finite import WATCHED, bad_runs, finite_runs, passed_over, where_runs
 from training.step.hyper_step import TrainState
 from training.step.surprise import nonfinite_surprise
 from training.storage.checkpoint import load_checkpoint

@@ -1,6 +1,6 @@
 """The records in memory: all of a short run, few of a long one, and the same whether it was stopped or not."""
 
-from training.history import ENDS, MOST, best_step, remember
+from training.run.context import ENDS, MOST, best_step, remember
 
 
 def held(steps: int, scored: dict[int, float] | None = None, first: list[dict] | None = None, begin: int = 1) -> list:

@@ -23,7 +23,7 @@ from training.report.html.elements import MINUS, NOTHING, VOID, element, number,
 from training.report.html.heat_maps import NONE, UNKNOWN, heat_map, load_levels
 from training.report.html.study_arms import scores_by_seed, shared_end
 from training.report.html.study_layers import by_layer, layer_key, measures
-from training.settings import save_settings
+from training.run.settings import save_settings
 from training.study_config import Arm, StudyConfig, StudyRun, expand
 from training.study_file import save_study
 from training.study_results import DIVERGED, FINISHED, UNFINISHED, empty_row, write_results

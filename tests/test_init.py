@@ -14,9 +14,9 @@ from training import HyperParams, init_state
 from training.cli import main
 from training.data.tokenizer import BYTES
 from training.export import byte_tokenizer_files
-from training.first_state import first_state
-from training.run_config import RunConfig
-from training.settings import load_settings
+from training.run.config import RunConfig
+from training.run.initial_state import first_state
+from training.run.settings import load_settings
 from training.step import hyper_step
 from training.step.optim import is_backbone
 from training.storage.recorder import read_history

@@ -27,8 +27,8 @@ from tiny_onn_func.huggingface.folder import write_folder
 from tiny_onn_func.tree import Tree, flatten, tree_map, unflatten
 from training.cli import main
 from training.data.streams import decode, encode
-from training.run_config import RunConfig
-from training.settings import save_settings
+from training.run.config import RunConfig
+from training.run.settings import save_settings
 from training.storage.checkpoint import load_params, save_checkpoint
 
 with warnings.catch_warnings():

@@ -18,8 +18,8 @@ from tiny_onn_func.config import ModelConfig
 from training.distributed import rendezvous
 from training.distributed.rendezvous import PATIENCE, Met, Place, ToldElsewhere, meet
 from training.errors import UserError
+from training.run.config import HyperSettings, RunConfig
 from training.run.launch import check_sizes
-from training.run_config import HyperSettings, RunConfig
 
 SOON = 30.0  # seconds
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from training.cli import USAGE, main
-from training.settings import key_types
+from training.run.settings import key_types
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,12 +17,11 @@ import torch
 from tests.helpers import assert_same_bits
 from tests.test_engine import SMALL, TEXT, interrupted_after, records, train
 from training.cli import main
-from training.continuity import fingerprint
-from training.data.corpus import open_corpus
+from training.data.corpus import fingerprint, open_corpus
 from training.doctor import examine
-from training.engine import train as train_run
 from training.errors import UserError
-from training.settings import load_settings, parse_train_args
+from training.run.engine import train as train_run
+from training.run.settings import load_settings, parse_train_args
 from training.storage.background_saver import Saver
 from training.storage.checkpoint import latest_checkpoint, load_checkpoint, named_tensors, save_checkpoint
 from training.storage.checkpoint_files import clean
@@ -48,7 +47,7 @@ def run(text: Path, tmp_path: Path) -> Path:
     """Stopped in its sixth step of eight, with checkpoints of steps 2, 4 and 5."""
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.engine.hyper_step", interrupted_after(5))
+        patch.setattr("training.run.engine.hyper_step", interrupted_after(5))
         flags = ("--steps=8", "--checkpoint-every=2", "--keep-checkpoints=9", "--eval-every=0")
         assert train(text, out, *flags) == 130
     assert sorted(path.name[-1] for path in (out / "checkpoints").iterdir()) == ["2", "4", "5"]
@@ -427,7 +426,7 @@ def test_whatever_stops_a_run_the_last_whole_step_is_saved(
     def fails(run: object) -> None:
         raise error
 
-    monkeypatch.setattr("training.engine.draw", fails)
+    monkeypatch.setattr("training.run.engine.draw", fails)
     flags = ["--data", str(text), "--out", str(tmp_path / "run"), *SMALL, "--steps=9", "--picture-every=3"]
     config, _ = parse_train_args(flags)
     with pytest.raises(type(error)):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
-from training.run_config import HyperSettings, RunConfig, default_out, hyper_params
-from training.settings import key_types, load_settings, parse_train_args, save_settings
+from training.run.config import HyperSettings, RunConfig, default_out, hyper_params
+from training.run.settings import key_types, load_settings, parse_train_args, save_settings
 from training.step.hyper_params import HyperParams
 from training.step.surprise import KINDS
 from training.storage.plain_yaml import read_yaml, scalar
@@ -320,7 +320,7 @@ def test_help_lists_every_flag_with_its_meaning_and_its_value_and_exits_with_0(t
 
 def test_the_packages_import_without_pydantic_and_tyro():
     """Follow the imports that happen when a module is loaded; only settings.py may lead to either."""
-    waiting, reached = ["training", "tiny_onn_func", "training.run_config", "training.storage.checkpoint"], set()
+    waiting, reached = ["training", "tiny_onn_func", "training.run.config", "training.storage.checkpoint"], set()
     while waiting:
         name = waiting.pop()
         path = ROOT / name.replace(".", "/")
@@ -335,7 +335,7 @@ def test_the_packages_import_without_pydantic_and_tyro():
             elif isinstance(node, ast.Import):
                 waiting += [alias.name for alias in node.names]
     assert {"training.step.hyper_params", "torch"} <= reached
-    assert {"pydantic", "tyro", "training.settings"} & reached == set()
+    assert {"pydantic", "tyro", "training.run.settings"} & reached == set()
 
 
 # Round trip

@@ -20,8 +20,8 @@ from training.cli import main
 from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import open_corpus
 from training.errors import UserError
-from training.evaluate import evaluate
-from training.run_config import HyperSettings, RunConfig, hyper_params
+from training.run.config import HyperSettings, RunConfig, hyper_params
+from training.run.evaluate import evaluate
 from training.step import hyper_step
 from training.storage.checkpoint import load_params
 from training.storage.recorder import to_record

@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from training import continuity
+from training.run import identity
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -88,7 +88,7 @@ def test_every_exception_is_of_a_call_that_is_there() -> None:
             ast.unparse(node) for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)
         ]
         assert call in calls, name
-    assert continuity.PACKAGES == ("tiny_onn_func", "training")
+    assert identity.PACKAGES == ("tiny_onn_func", "training")
 
 
 def test_the_yaml_loader_makes_plain_values_only() -> None:

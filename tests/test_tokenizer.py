@@ -17,14 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training.cli import main
+from training.commands.generate import decode_stream
 from training.data.baselines import baselines
 from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import Corpus, Splits, open_corpus
 from training.data.hf_tokenizer import byte_alphabet, open_tokenizer
 from training.data.tokenizer import BOUNDARY, BYTES, Tokenizer
 from training.errors import UserError
-from training.runs import decode_stream
-from training.settings import load_settings
+from training.run.settings import load_settings
 from training.step.batch import IGNORE_INDEX
 from training.study_config import changed
 
@@ -77,7 +77,7 @@ def bpe(place: Path) -> Tokenizer:
 def own_cache_and_no_pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINY_ONN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("training.engine.draw", lambda _: None)
+        patch.setattr("training.run.engine.draw", lambda _: None)
         yield
 
 

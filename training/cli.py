@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from training.errors import UserError, is_out_of_memory, one_line
-from training.stopping import stop_politely
+from training.run.process import stop_politely
 
 USAGE = """usage: tiny-onn VERB ...
 
@@ -78,11 +78,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _train(argv: Sequence[str]) -> None:
     from training.run.launch import open_team
-    from training.settings import parse_train_args  # pydantic and tyro, wanted by this verb alone
+    from training.run.settings import parse_train_args  # pydantic and tyro, wanted by this verb alone
 
     with open_team(lambda: parse_train_args(argv)) as (team, config, resume):
         stop_politely()
-        from training.engine import train
+        from training.run.engine import train
         from training.tables import summary_table
 
         summary = train(config, resume=resume, team=team)
@@ -96,7 +96,7 @@ def _evaluate(argv: Sequence[str]) -> None:
     parser.add_argument("--data", help="score the held-out part of another source")
     parser.add_argument("--bytes", type=int, help="held-out bytes to score; all of them by default")
     arguments = parser.parse_args(argv)
-    from training.runs import evaluate_run
+    from training.commands.evaluate import evaluate_run
     from training.tables import score_table
 
     score, baselines = evaluate_run(arguments.run, data=arguments.data, max_bytes=arguments.bytes)
@@ -118,7 +118,7 @@ def _generate(argv: Sequence[str]) -> None:
     parser.add_argument("--show-experts", action="store_true", help="then list the experts that every token visited")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
-    from training.runs import stream_run
+    from training.commands.generate import stream_run
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     pieces = stream_run(

@@ -26,8 +26,8 @@ import torch
 from tiny_onn_func.tree import Tree, stack
 from training.data.batches import batch_at
 from training.data.corpus import Splits
-from training.evaluate import Score
-from training.run_config import RunConfig
+from training.run.config import RunConfig
+from training.run.evaluate import Score
 from training.step.batch import Batch
 from training.study_config import StudyConfig, StudyRun
 from training.study_step import score_runs

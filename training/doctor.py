@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 
 from tiny_onn_func.kernels import build
 from training.errors import UserError, one_line
-from training.guard import EVIDENCE
-from training.settings import load_settings
+from training.run.nonfinite import EVIDENCE
+from training.run.settings import load_settings
 from training.storage.checkpoint_files import DRAFT, read_meta, steps_in
 from training.storage.lock import holder
 from training.storage.recorder import FILE, read_history, unbroken_upto

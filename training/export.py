@@ -12,7 +12,7 @@ from training.data.hf_tokenizer import byte_alphabet, library
 from training.data.tokenizer import BOUNDARY, BOUNDARY_TEXT, BYTES, FILE, SETTINGS, TURN_END, Tokenizer
 from training.data.train_tokenizer import tokenizer_settings
 from training.errors import UserError
-from training.runs import open_run
+from training.run.finished import open_run
 from training.storage.regular_file import read_object
 
 

@@ -75,7 +75,7 @@ def train_remotely(job: Job) -> list[Row]:
     """
     import torch
 
-    from training.memory import keep_freed_memory
+    from training.run.process import keep_freed_memory
     from training.study_launch import train_group
 
     folder = Path(job.place.folder)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from tiny_onn_func.tree import walk
-from training.engine import program, step_batch
 from training.errors import UserError
-from training.guard import EVIDENCE, bad_numbers, passed_over
-from training.opening import open_past
-from training.products import Run
-from training.run_config import hyper_params, statics
+from training.run.config import hyper_params, statics
+from training.run.context import Run
+from training.run.engine import program, step_batch
+from training.run.nonfinite import EVIDENCE, bad_numbers
+from training.run.start import open_past
 from training.step.batch import Batch
+from training.step.finite import passed_over
 from training.step.hyper_step import TrainState
 from training.step.main_pass import main_gradients
 from training.storage.checkpoint import load_state, open_checkpoint

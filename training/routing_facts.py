@@ -20,7 +20,7 @@ from tiny_onn_func.tree import Tree, unstack
 from training.agreement import VALUES, all_surprises, rank_agreement
 from training.data.batches import batch_at, held_out_batches
 from training.data.corpus import Corpus
-from training.run_config import RunConfig
+from training.run.config import RunConfig
 from training.step.batch import IGNORE_INDEX, Batch
 from training.step.oracle import counterfactual_losses, draw_sample, fill_sampled, regret
 

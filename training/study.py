@@ -14,9 +14,9 @@ from training.analysis import analyse, study_table
 from training.data.hf_tokenizer import open_tokenizer
 from training.data.tokenizer import check_vocab, save_tokenizer
 from training.errors import UserError
-from training.first_state import first_state
 from training.html_report import write_report
-from training.memory import keep_freed_memory
+from training.run.initial_state import first_state
+from training.run.process import keep_freed_memory
 from training.storage.atomic import make_folder
 from training.storage.lock import locked
 from training.study_config import StudyConfig, StudyRun, expand, study_values
@@ -109,7 +109,7 @@ def _begin(
     study: StudyConfig, runs: Sequence[StudyRun], folder: Path, resume: bool, runs_at_once: int | None
 ) -> list[Chunk]:
     """The folder with the study's description in it, and the chunks; a resumed study must be the same one."""
-    from training.settings import save_settings
+    from training.run.settings import save_settings
     from training.study_file import load_study, save_study  # pydantic, which the package does without
 
     described, home = folder / "study.yaml", folder / "checkpoints"

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
-from training.first_state import sizes_follow
-from training.run_config import RunConfig
+from training.run.config import RunConfig
+from training.run.initial_state import sizes_follow
 
 QUICK_PARTS = ("seeds", "arms", "axes", "orders")  # of a study that its short version may change, beside the base
 Values = Mapping[str, Any]  # dotted key -> value

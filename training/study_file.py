@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
-from training.run_config import RunConfig
-from training.settings import _checked
+from training.run.config import RunConfig
+from training.run.settings import _checked
 from training.storage.plain_yaml import read_yaml, shown, write_yaml
 from training.study_config import QUICK_PARTS, Arm, StudyConfig, changed, dotted, near, quick_study, study_values
 

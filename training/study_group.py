@@ -12,15 +12,16 @@ from torch import Tensor
 
 from tiny_onn_func.tree import stack, unstack
 from training.continual import batches_at, overall, score_tasks, task_that_ends, tasks_of
-from training.continuity import check_same
 from training.data.corpus import Splits
 from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
-from training.first_state import first_state
-from training.guard import bad_runs, passed_over, where_runs
 from training.routing_facts import Glance, drift, glance, routing_facts
-from training.run_config import RunConfig
+from training.run.config import RunConfig
+from training.run.identity import check_same
+from training.run.initial_state import first_state
+from training.run.teacher import Teacher, ask, open_teacher
+from training.step.finite import bad_runs, passed_over, where_runs
 from training.step.hyper_step import TrainState, init_state
 from training.step.metrics import Metrics
 from training.storage.atomic import write_text
@@ -37,7 +38,6 @@ from training.study_results import (
 )
 from training.study_step import mapped_step
 from training.study_texts import began_with, corpora_of, fingerprints
-from training.teacher import Teacher, ask, open_teacher
 
 
 class Mapped(NamedTuple):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tiny_onn_func.params import count_params
 from training.errors import UserError
-from training.run_config import DEFAULT_HYPER, RunConfig
+from training.run.config import DEFAULT_HYPER, RunConfig
 from training.storage.atomic import make_folder, write_text
 from training.storage.regular_file import read_small
 from training.study_config import StudyRun, dotted

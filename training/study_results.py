@@ -15,8 +15,8 @@ import torch
 from tiny_onn_func.params import count_active_flops, count_active_params, count_params
 from training.continual import Continual, Matrix, continual_measures
 from training.errors import UserError
-from training.evaluate import Score
 from training.report.alarms import WINDOW, collapse_alarms
+from training.run.evaluate import Score
 from training.step.metrics import load_entropy
 from training.storage.atomic import write_text
 from training.storage.recorder import read_history

@@ -12,8 +12,8 @@ from tiny_onn_func.decoder import forward
 from tiny_onn_func.tree import Tree
 from training.data.batches import held_out_batches, scored_span
 from training.data.corpus import Splits
-from training.evaluate import Score
-from training.run_config import RunConfig, hyper_params, statics
+from training.run.config import RunConfig, hyper_params, statics
+from training.run.evaluate import Score
 from training.step.batch import IGNORE_INDEX, Batch
 from training.step.hyper_params import HyperParams
 from training.step.hyper_step import TrainState, hyper_step

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from training.continual import texts_of
-from training.continuity import check_same, fingerprint
-from training.data.corpus import Splits, open_corpus
+from training.data.corpus import Splits, fingerprint, open_corpus
 from training.data.hf_tokenizer import open_tokenizer
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
-from training.run_config import RunConfig
+from training.run.config import RunConfig
+from training.run.identity import check_same
 from training.storage.atomic import write_text
 from training.storage.regular_file import read_small
 from training.study_config import StudyConfig

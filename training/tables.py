@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from training.evaluate import Score
+from training.run.evaluate import Score
 
 if TYPE_CHECKING:
     from training.replay import Replayed

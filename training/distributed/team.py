@@ -18,7 +18,7 @@ import torch.distributed as dist
 from training.distributed.collectives import Group
 from training.distributed.layout import Layout, own_state, whole_state
 from training.distributed.rendezvous import Place
-from training.run_config import RunConfig
+from training.run.config import RunConfig
 from training.step.batch import Batch
 from training.step.hyper_step import TrainState
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from training.continuity import facts_of
 from training.distributed.collectives import Group, Lost
 from training.distributed.layout import Layout, layout_of
 from training.distributed.rendezvous import Place, ToldElsewhere, find_place, is_told, leave, meet, say_cause
 from training.distributed.team import ALONE, Team, _connected
 from training.errors import UserError
-from training.run_config import RunConfig, hyper_params
+from training.run.config import RunConfig, hyper_params
+from training.run.identity import facts_of
 from training.step.hyper_params import is_off
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from training.continuity import check_same, deciding
 from training.data.baselines import baselines
 from training.data.batches import scored_span
 from training.data.corpus import open_corpus
@@ -14,16 +13,16 @@ from training.data.tokenizer import BYTES, Tokenizer, check_vocab, save_tokenize
 from training.distributed.sharded_checkpoint import FOLDER, is_sharded, load_sharded, open_sharded
 from training.distributed.team import ALONE, Team
 from training.errors import UserError
-from training.first_state import first_state
-from training.history import remember
-from training.products import Run
-from training.run_config import RunConfig
-from training.settings import load_settings, save_settings
+from training.run.config import RunConfig
+from training.run.context import Run, remember
+from training.run.identity import check_same, deciding
+from training.run.initial_state import first_state
+from training.run.settings import load_settings, save_settings
+from training.run.teacher import open_teacher
 from training.step.hyper_step import TrainState, init_state
 from training.storage.checkpoint import Checkpoint, load_state, open_checkpoint
 from training.storage.checkpoint_files import clean, remove_steps, steps_in
 from training.storage.recorder import unbroken_upto
-from training.teacher import open_teacher
 
 KINDS = ("checkpoints", FOLDER)  # folders of whole checkpoints and of those in many parts
 

@@ -20,8 +20,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tiny_onn_func.config import ModelConfig
 from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
-from training.first_state import sizes_follow
-from training.run_config import HyperSettings, RunConfig, default_out, hyper_params
+from training.run.config import HyperSettings, RunConfig, default_out, hyper_params
+from training.run.initial_state import sizes_follow
 from training.step.hyper_params import HyperParams
 from training.storage.plain_yaml import read_yaml, scalar, shown, write_yaml
 

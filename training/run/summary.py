@@ -2,10 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,35 +11,12 @@ from tqdm import tqdm
 from tiny_onn_func.inference.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
 from training.data.batches import held_out_batches, scored_span
-from training.data.corpus import Splits
-from training.distributed.team import ALONE, Team
-from training.evaluate import Score, evaluate
-from training.history import best_step
 from training.report.alarms import collapse_alarms
 from training.report.figures import draw_core_metrics, draw_expert_dashboard
-from training.run_config import RunConfig
+from training.run.context import Run, best_step
+from training.run.evaluate import Score, evaluate
 from training.step.hyper_step import TrainState
 from training.storage.atomic import write_text
-from training.teacher import Teacher
-
-
-class Run(NamedTuple):
-    """A run that is under way."""
-
-    config: RunConfig
-    folder: Path
-    corpus: Splits
-    history: list[dict[str, Any]]  # the records that `training.history` keeps, oldest first
-    baselines: dict[str, float]  # bits per byte on the held-out bytes of the final score
-    settings: dict[str, Any]  # what a run that goes on from here must have the same
-    bytes_per_token: float = 1.0  # of held-out text
-    teacher: Teacher | None = None
-    team: Team = ALONE
-    first_step: int = 0  # at which this process began
-
-    @property
-    def tokens_a_step(self) -> int:
-        return self.config.batch_size * self.config.sequence_length
 
 
 def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
@@ -80,15 +55,6 @@ def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
 def _sent_per_step(run: Run, step: int) -> dict[str, int]:
     """Bytes that process 0 sent, by purpose; nothing where it is alone."""
     return {purpose: round(n / max(1, step - run.first_step)) for purpose, n in run.team.world.sent.items()}
-
-
-def about_of(run: Run) -> dict[str, Any]:
-    """What a checkpoint says of its run, beside the state: keywords of `save_checkpoint`."""
-    return {
-        "config_dict": asdict(run.config.model),
-        "tokenizer": run.corpus.train.tokenizer.fingerprint,
-        "settings": run.settings,
-    }
 
 
 def held_out_score(run: Run, state: TrainState, max_bytes: int | None, *, show: bool = False) -> Score:

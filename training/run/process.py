@@ -1,6 +1,8 @@
 """Ctrl-C and a polite kill: at once where one process has the whole state, between two steps where many share it."""
 
+import ctypes
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -42,3 +44,22 @@ def held_back(wanted: bool) -> Iterator[Callable[[], bool]]:
     finally:
         for number in before.keys() - {*asked}:
             signal.signal(number, before[number])
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's numbers, from malloc.h
+_NEVER = -1
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed blocks instead of handing them to the kernel; whether it was done.
+
+    By default every block above some hundred kilobytes goes back when it is freed, and the next step pays a page fault
+    for each 4 KiB that it touches again. The process then stays as large as its largest step.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))

@@ -14,7 +14,7 @@ from tiny_onn_func.tree import tree_map
 from training.data.hf_tokenizer import check_same_tokens
 from training.data.tokenizer import FILE, Tokenizer
 from training.errors import UserError
-from training.run_config import RunConfig
+from training.run.config import RunConfig
 from training.step.hyper_step import TrainState, init_state, state_of
 
 # What may differ from the folder's: how many experts a token visits is no property of the weights.

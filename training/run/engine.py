@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.continuity import check_same
 from training.data.batches import batch_at
 from training.distributed.parallel_step import parallel_step
 from training.distributed.sharded_checkpoint import save_sharded
 from training.distributed.team import ALONE, Team
 from training.errors import UserError
-from training.guard import NotFinite, bad_numbers, keep_evidence, passed_over
-from training.history import best_step, remember
-from training.memory import keep_freed_memory
-from training.opening import begin, check_folder, newest_checkpoint, open_new, tokenizer_of
-from training.products import Run, about_of, alarms, draw, finish, held_out_score
-from training.run_config import RunConfig, hyper_params, statics
+from training.run.config import RunConfig, hyper_params, statics
+from training.run.context import Run, about_of, best_step, remember
+from training.run.identity import check_same
+from training.run.nonfinite import NotFinite, bad_numbers, keep_evidence
+from training.run.process import held_back, keep_freed_memory
+from training.run.start import begin, check_folder, newest_checkpoint, open_new, tokenizer_of
+from training.run.summary import alarms, draw, finish, held_out_score
 from training.step.batch import Batch
 from training.step.compile import compile_step
+from training.step.finite import passed_over
 from training.step.hyper_step import TrainState, hyper_step
 from training.step.metrics import Metrics
-from training.stopping import held_back
 from training.storage.background_saver import Saver
 from training.storage.checkpoint import named_tensors, save_checkpoint
 from training.storage.lock import locked

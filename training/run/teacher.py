@@ -19,7 +19,7 @@ from tiny_onn_func.tree import unstack
 from training.data.hf_tokenizer import check_same_tokens
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
-from training.run_config import RunConfig
+from training.run.config import RunConfig
 from training.step.batch import Batch
 from training.storage.atomic import cache_folder
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from training.data.corpus import Splits
+from training.data.corpus import Splits, fingerprint
 from training.errors import UserError
-from training.run_config import RunConfig
+from training.run.config import RunConfig
 from training.storage.checkpoint_files import version
 from training.storage.plain_yaml import shown
 
@@ -23,7 +23,6 @@ FREE = {
 }  # fmt: skip
 ELSEWHERE = ("data", "init", "teacher_cache", "threads")  # may differ between processes: where things are on a machine
 PACKAGES = ("tiny_onn_func", "training")
-WINDOWS, WINDOW = 256, 65_536  # of a text that are looked at, and tokens of each
 
 
 def deciding(config: RunConfig, corpus: Splits) -> dict[str, Any]:
@@ -50,18 +49,6 @@ def check_same(now: Mapping[str, Any], before: Mapping[str, Any], folder: str | 
             f"--resume: expected the settings and the text that {folder} began with, got {', '.join(said)}; "
             "go on with those, or name a new --out"
         )
-
-
-def fingerprint(corpus: Splits) -> str:
-    """Of both sides' tokens: all of them up to 16 million, of longer texts evenly spaced windows, and their number."""
-    digest = hashlib.blake2b(digest_size=16)
-    for side in (corpus.train, corpus.held_out):
-        total = len(side.tokens)
-        digest.update(f"{total} {side.num_documents} {side.tokens.dtype} ".encode())
-        stride = max(WINDOW, total // WINDOWS)
-        for start in range(0, total, stride):
-            digest.update(side.tokens[start : start + WINDOW].tobytes())
-    return digest.hexdigest()
 
 
 def facts_of(config: RunConfig, resume: bool) -> dict[str, Any]:

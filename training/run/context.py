@@ -1,0 +1,60 @@
+"""RunContext: what the parts of a run share, and the records that it holds in memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from training.data.corpus import Splits
+from training.distributed.team import ALONE, Team
+from training.run.config import RunConfig
+from training.run.teacher import Teacher
+
+MOST, ENDS = 4096, 256  # records between the ends at most, of the first and of the last; all records up to MOST steps
+
+
+def remember(history: list[dict[str, Any]], record: dict[str, Any]) -> None:
+    """Append the record of a step; now and then let go of what is no longer needed."""
+    history.append(record)
+    now = record["step"]
+    if now > MOST and now % ENDS == 0:
+        stride, best = 1 << ((now - 1) // MOST).bit_length(), best_step(history)
+        history[:] = [
+            one
+            for one in history
+            if one["step"] % stride == 0 or one["step"] <= ENDS or one["step"] > now - ENDS or one["step"] == best
+        ]
+
+
+def best_step(history: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step of the lowest held-out loss that was scored during the run; the first of equals."""
+    scored = [record for record in history if isinstance(record.get("held_out_nats"), int | float)]
+    return min(scored, key=lambda record: record["held_out_nats"])["step"] if scored else None
+
+
+class Run(NamedTuple):
+    """A run that is under way."""
+
+    config: RunConfig
+    folder: Path
+    corpus: Splits
+    history: list[dict[str, Any]]  # the records that `training.run.context` keeps, oldest first
+    baselines: dict[str, float]  # bits per byte on the held-out bytes of the final score
+    settings: dict[str, Any]  # what a run that goes on from here must have the same
+    bytes_per_token: float = 1.0  # of held-out text
+    teacher: Teacher | None = None
+    team: Team = ALONE
+    first_step: int = 0  # at which this process began
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.config.batch_size * self.config.sequence_length
+
+
+def about_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint says of its run, beside the state: keywords of `save_checkpoint`."""
+    return {
+        "config_dict": asdict(run.config.model),
+        "tokenizer": run.corpus.train.tokenizer.fingerprint,
+        "settings": run.settings,
+    }
