@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.analysis import t_interval
-from training.arm_facts import read_facts
-from training.study_results import FINISHED, Row, pair_key, read_results
+from training.storage.results import FINISHED, Row, pair_key, read_results
+from training.study.analysis import read_facts
+from training.study.statistics import t_interval
 
 VALUES = ("w2", "unweighted", "experts", "input", "benefit", "visited best")
 AGREEING = ("w2", "benefit")

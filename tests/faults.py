@@ -189,10 +189,10 @@ def main() -> int:
     if READY not in os.environ:
         return _with_shim()
     import training.cli
-    import training.html_report
     import training.run.engine
     import training.run.settings
-    import training.study  # noqa: F401  what every fork would load
+    import training.study.report
+    import training.study.runner  # noqa: F401  what every fork would load
 
     tries = []
     with tempfile.TemporaryDirectory() as folder:

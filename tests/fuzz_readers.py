@@ -38,12 +38,12 @@ def readers(home: Path) -> dict[str, Reader]:
     from training.data.hf_tokenizer import open_tokenizer
     from training.data.train_tokenizer import train_tokenizer
     from training.export import export_run
-    from training.html_report import write_report
     from training.run.finished import open_run
     from training.run.settings import load_settings, parse_train_args
     from training.storage.checkpoint import load_checkpoint
     from training.storage.recorder import read_history
-    from training.study_file import load_study
+    from training.study.file import load_study
+    from training.study.report import write_report
 
     texts = home / "texts"
     texts.mkdir()
@@ -111,9 +111,9 @@ def _open_text(name: str, folder: Path) -> object:
 
 
 def _load_plan(folder: Path) -> object:
-    from training.study_config import expand
-    from training.study_file import load_study
-    from training.study_plan import load_plan
+    from training.study.config import expand
+    from training.study.file import load_study
+    from training.study.plan import load_plan
 
     return load_plan(expand(load_study(folder / "study.yaml")), folder / "checkpoints")
 

@@ -6,8 +6,8 @@ import torch
 
 from tests.helpers import spread_params, tiny_batch, tiny_config
 from training import HyperParams, per_token_surprise
-from training.agreement import VALUES, all_surprises, rank_agreement
 from training.step.surprise import MEASURED
+from training.study.agreement import VALUES, all_surprises, rank_agreement
 
 UNEVEN = dict(batch=3, seq=6, left=(0, 2, 0), right=(0, 1, 3), unlabelled=0.3)
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.analysis import analyse_rows, holm, study_table, t_interval, t_test, tost
 from training.run.config import RunConfig
-from training.study_config import Arm, StudyConfig, expand
-from training.study_results import empty_row
+from training.study.analysis import analyse_rows, study_table
+from training.study.config import Arm, StudyConfig, expand
+from training.study.statistics import holm, t_interval, t_test, tost
+from training.study.summary import empty_row
 
 DIFFERENCES = [-0.03, -0.01, -0.025, -0.02, -0.015]
 

@@ -12,8 +12,8 @@ import pytest
 from tests.browser import CHROMIUM, Browser, chromium
 from tests.test_html_report import fake_run, fake_study, many_arms, odd_status
 from tests.test_study import small_study
-from training.html_report import write_report
-from training.study_config import StudyConfig
+from training.study.config import StudyConfig
+from training.study.report import write_report
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH"),

@@ -16,7 +16,6 @@ from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import flatten
 from training import init_state, run_study
 from training.cli import main
-from training.continual import batches_at, continual_measures, row_tasks, task_at, task_that_ends
 from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import open_corpus
 from training.data.sources import find_source
@@ -26,10 +25,11 @@ from training.run.engine import train
 from training.run.evaluate import evaluate
 from training.step import hyper_step
 from training.storage.checkpoint import load_params
-from training.study_config import Arm, StudyConfig, expand, study_values
-from training.study_file import load_study, save_study
-from training.study_plan import plan_chunks
-from training.study_step import mapped_step
+from training.study.config import Arm, StudyConfig, expand, study_values
+from training.study.file import load_study, save_study
+from training.study.plan import plan_chunks
+from training.study.tasks import batches_at, continual_measures, row_tasks, task_at, task_that_ends
+from training.study.vmapped import mapped_step
 
 MODEL = ModelConfig(257, 16, 1, 2, 1, 8, 8, 4, num_experts_per_tok=2)
 ARMS = (Arm("plain"), Arm("replay", {"replay": 0.5}))
@@ -211,7 +211,7 @@ def test_a_stream_that_is_stopped_behind_a_task_and_resumed_has_the_same_bits(
         return stepped
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.study_group.mapped_step", counted)
+        patch.setattr("training.study.group.mapped_step", counted)
         with pytest.raises(KeyboardInterrupt):
             run_study(stream_study(texts), out)
     run_study(stream_study(texts), out, resume=True)
@@ -306,7 +306,7 @@ MISTAKES = {
 def test_a_bad_stream_gets_one_line(
     lines: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.study_plan.available_memory", lambda: 0)
+    monkeypatch.setattr("training.study.plan.available_memory", lambda: 0)
     path = tmp_path / "bad.yaml"
     path.write_text(f"margin: 0.02\nseeds: [0]\n{lines}\n", encoding="utf-8")
     flags = ["--quick"] if "quick" in lines else []

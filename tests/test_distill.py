@@ -32,9 +32,9 @@ from training.step.losses import distillation
 from training.step.main_pass import main_gradients
 from training.storage.checkpoint import latest_checkpoint, load_checkpoint
 from training.storage.recorder import read_history
-from training.study import run_study
-from training.study_config import StudyConfig, expand
-from training.study_file import parse_study
+from training.study.config import StudyConfig, expand
+from training.study.file import parse_study
+from training.study.runner import run_study
 
 CONFIG = tiny_config(num_experts_per_tok=2)
 BATCH = tiny_batch(CONFIG, batch=3, seq=6, left=(0, 2, 0), right=(0, 1, 3), unlabelled=0.3)

@@ -25,14 +25,14 @@ from training.data.corpus import open_corpus
 from training.data.readers import LINE
 from training.data.sources import documents, find_source
 from training.errors import LONGEST, UserError, one_line
-from training.html_report import write_report
 from training.run.finished import open_run
 from training.storage.checkpoint_files import digest, sha256
 from training.storage.plain_yaml import MOST_VALUES, read_yaml
 from training.storage.recorder import read_history
 from training.storage.regular_file import open_regular, read_object, read_small
-from training.study_plan import load_plan
-from training.study_results import read_results
+from training.storage.results import read_results
+from training.study.plan import load_plan
+from training.study.report import write_report
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 
 from tests.test_study import small_study
-from training.analysis import analyse, study_table
 from training.cli import main
-from training.continual import continual_measures
-from training.html_report import write_report
 from training.report.html.charts import Curve, Difference, line_chart, reach, ticks
 from training.report.html.elements import MINUS, NOTHING, VOID, element, number, versions
 from training.report.html.heat_maps import NONE, UNKNOWN, heat_map, load_levels
 from training.report.html.study_arms import scores_by_seed, shared_end
 from training.report.html.study_layers import by_layer, layer_key, measures
 from training.run.settings import save_settings
-from training.study_config import Arm, StudyConfig, StudyRun, expand
-from training.study_file import save_study
-from training.study_results import DIVERGED, FINISHED, UNFINISHED, empty_row, write_results
+from training.storage.results import DIVERGED, FINISHED, UNFINISHED, write_results
+from training.study.analysis import analyse, study_table
+from training.study.config import Arm, StudyConfig, StudyRun, expand
+from training.study.file import save_study
+from training.study.report import write_report
+from training.study.summary import empty_row
+from training.study.tasks import continual_measures
 
 HOSTILE = "</title><script>alert('a')</script>\"&amp; x"
 LONG = "an_arm_whose_name_has_no_place_to_break_" * 4

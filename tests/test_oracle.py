@@ -15,10 +15,10 @@ from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.routing import route
 from tiny_onn_func.tree import stack, unstack
 from training import Batch, HyperParams, init_state, per_token_surprise
-from training.routing_facts import co_activation_facts, drift, regret_facts
 from training.step import hyper_step
 from training.step.batch import IGNORE_INDEX
 from training.step.oracle import PICKS, counterfactual_losses, draw_sample, fill_sampled, regret
+from training.study.routing_analysis import co_activation_facts, drift, regret_facts
 
 SIZES: dict[str, dict[str, Any]] = {
     "dynamic K": {}, "K = 1": {"num_experts_per_tok": 1}, "K = E": {"num_experts_per_tok": 4},

@@ -25,10 +25,10 @@ from training.run.evaluate import evaluate
 from training.step import hyper_step
 from training.storage.checkpoint import load_params
 from training.storage.recorder import to_record
-from training.study_config import Arm, StudyConfig, baselines_of, expand, quick_study, study_values
-from training.study_file import load_study, parse_study, save_study
-from training.study_plan import memory_of_a_run, plan_chunks
-from training.study_step import mapped_step, split_numbers
+from training.study.config import Arm, StudyConfig, baselines_of, expand, quick_study, study_values
+from training.study.file import load_study, parse_study, save_study
+from training.study.plan import memory_of_a_run, plan_chunks
+from training.study.vmapped import mapped_step, split_numbers
 
 TEXT = "the router sends each token to the expert that it surprises least.\n" * 60
 MODEL = ModelConfig(257, 16, 2, 2, 1, 8, 8, 4, num_experts_per_tok=2)
@@ -194,7 +194,7 @@ def run_counted_study(
 
         return stepped
 
-    patch.setattr("training.study_group.mapped_step", counted)
+    patch.setattr("training.study.group.mapped_step", counted)
     run_study(study, out, **how)
     return len(calls)
 
@@ -234,7 +234,7 @@ def test_a_text_that_changed_is_noticed_before_any_group_goes_on(
         return mapped_step(configs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.study_group.mapped_step", interrupted)
+        patch.setattr("training.study.group.mapped_step", interrupted)
         with pytest.raises(RuntimeError, match="killed"):
             run_study(study, out)
     assert not [*out.glob("checkpoints/group_*/checkpoints/step_*")]
@@ -249,7 +249,7 @@ def test_a_text_that_changed_is_noticed_before_any_group_goes_on(
 def test_a_finished_study_is_not_repeated(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.study_group.mapped_step", lambda configs: pytest.fail("trained again"))
+    monkeypatch.setattr("training.study.group.mapped_step", lambda configs: pytest.fail("trained again"))
     copy = tmp_path / "copy"
     shutil.copytree(done, copy)
     assert main(["study", "--resume", "--out", str(copy)]) == 0
@@ -308,7 +308,7 @@ def test_as_many_runs_at_once_as_memory_allows(monkeypatch: pytest.MonkeyPatch) 
     runs = expand(small_study(arms=(), baseline="", seeds=range(20)))
     need = memory_of_a_run(runs[0].config)
     for free, wanted in ((0, 1), (2 * 5 * need, 5), (2**60, 20)):
-        monkeypatch.setattr("training.study_plan.available_memory", lambda free=free: free)
+        monkeypatch.setattr("training.study.plan.available_memory", lambda free=free: free)
         assert max(len(chunk.runs) for chunk in plan_chunks(runs)) == wanted
     large = [run._replace(config=replace(run.config, batch_size=4096)) for run in runs]
     assert max(len(chunk.runs) for chunk in plan_chunks(large)) < 5, "a large step has no overhead to share"

@@ -20,13 +20,13 @@ from tests.test_study import assert_same_study, rows, small_study
 from training import run_study
 from training.cli import main
 from training.errors import UserError
-from training.ray_node import check_place, progress_of, versions
-from training.ray_session import _check_address, session
 from training.storage.checkpoint_files import steps_in
-from training.study_config import StudyConfig
-from training.study_file import save_study
-from training.study_ray import on_ray
-from training.study_step import mapped_step
+from training.study.config import StudyConfig
+from training.study.file import save_study
+from training.study.ray.launcher import on_ray
+from training.study.ray.session import _check_address, session
+from training.study.ray.worker import check_place, progress_of, versions
+from training.study.vmapped import mapped_step
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra cluster is not installed")
 TEXT = "the router sends each token to the expert that it surprises least.\n" * 60
@@ -126,7 +126,7 @@ def test_a_killed_worker_loses_only_its_unfinished_group_and_no_number(
 def test_a_group_without_retries_left_is_named_the_others_end_and_the_local_launcher_goes_on(
     ray: Any, study: StudyConfig, local: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.study_ray.RETRIES", 0)
+    monkeypatch.setattr("training.study.ray.launcher.RETRIES", 0)
     out = home / "lost"
 
     def kill() -> None:
@@ -160,7 +160,7 @@ def test_ray_goes_on_with_what_the_local_launcher_began_and_a_mistake_in_a_group
         return stepped
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.study_group.mapped_step", counted)
+        patch.setattr("training.study.group.mapped_step", counted)
         with pytest.raises(KeyboardInterrupt):
             run_study(study, home / "mixed", runs_at_once=AT_ONCE)
     (home / "text.txt").write_text(TEXT[::-1], encoding="utf-8")
@@ -282,7 +282,7 @@ def test_an_address_where_nobody_is_is_refused_before_anything_is_written(
 
 @needs_ray
 def test_a_port_of_something_else_is_refused_in_time(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.ray_session.REHEARSE", 3.0)
+    monkeypatch.setattr("training.study.ray.session.REHEARSE", 3.0)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -307,10 +307,10 @@ def test_what_is_wrong_with_a_node_or_a_group_is_one_line(
     ray: Any, study: StudyConfig, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("training.study_ray.versions", lambda: versions() | {"torch": "9"})
+        patch.setattr("training.study.ray.launcher.versions", lambda: versions() | {"torch": "9"})
         with pytest.raises(UserError, match=r"node .*: expected torch 9 as on the driver"):
             run_study(study, home / "none", launcher=on_ray())
     assert not (home / "none").exists()
-    monkeypatch.setattr("training.study_ray.memory_of_a_run", lambda _: 1 << 38)
+    monkeypatch.setattr("training.study.ray.launcher.memory_of_a_run", lambda _: 1 << 38)
     with pytest.raises(UserError, match=r"group_000: expected a node with 768\.5 GiB"):
         run_study(study, home / "large", runs_at_once=AT_ONCE, launcher=on_ray())

@@ -26,7 +26,7 @@ from training.data.tokenizer import BOUNDARY, BYTES, Tokenizer
 from training.errors import UserError
 from training.run.settings import load_settings
 from training.step.batch import IGNORE_INDEX
-from training.study_config import changed
+from training.study.config import changed
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -6,7 +6,7 @@ from training.step.hyper_params import HyperParams
 from training.step.hyper_step import TrainState, hyper_step, init_state
 from training.step.main_pass import per_token_surprise
 from training.step.metrics import Metrics
-from training.study import run_study
+from training.study.runner import run_study
 
 __all__ = [
     "Batch",

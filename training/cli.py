@@ -191,14 +191,14 @@ def _study(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
     if given.address and given.launcher != "ray":
         raise UserError("--address: expected --launcher ray with it, got --launcher local; add it, or leave --address")
-    from training.study_file import load_study, named_study
+    from training.study.file import load_study, named_study
 
     file, out = named_study(given.file, given.out, quick=given.quick, resume=given.resume)
     study = load_study(file, quick=given.quick)
     stop_politely()
-    from training.study import run_study
-    from training.study_launch import here
-    from training.study_ray import on_ray
+    from training.study.launch import here
+    from training.study.ray.launcher import on_ray
+    from training.study.runner import run_study
 
     launcher = on_ray(given.address) if given.launcher == "ray" else here
     results = run_study(study, out, resume=given.resume, runs_at_once=given.runs_at_once, launcher=launcher)
@@ -229,7 +229,7 @@ def _report(argv: Sequence[str]) -> None:
     parser = _Parser("tiny-onn report", description="Write report.html into the folder of a study or of a run.")
     parser.add_argument("folder", metavar="DIR", help="what `tiny-onn study` or `tiny-onn train` made")
     given = parser.parse_args(argv)
-    from training.html_report import write_report
+    from training.study.report import write_report
 
     report = write_report(given.folder)
     print(f"{report.text}\n\nreport: {report.path}")

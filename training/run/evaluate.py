@@ -1,16 +1,21 @@
 """The held-out score of a model: nats per token, bits per byte."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
+from torch import Tensor
+from torch.func import vmap
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.tree import Tree
-from training.step.batch import Batch
+from training.data.batches import held_out_batches, scored_span
+from training.data.corpus import Splits
+from training.run.config import RunConfig
+from training.step.batch import IGNORE_INDEX, Batch
 from training.step.losses import language_modelling
 from training.step.metrics import average_k
 
@@ -61,3 +66,33 @@ def evaluate(
         tokens=tokens,
         bytes=num_bytes,
     )
+
+
+SCORED_ROWS = 32  # windows of a batch of held-out text, or as many as are trained on
+
+
+def score_runs(params: Tree, configs: Sequence[RunConfig], corpus: Splits, max_bytes: int | None) -> list[Score]:
+    """What `evaluate` says of every run, on the first `max_bytes` of the held-out text; `params` are stacked."""
+    model, length, rows = configs[0].model, configs[0].sequence_length, max(SCORED_ROWS, configs[0].batch_size)
+    budgets = torch.tensor([config.hyper.pi_alpha for config in configs], dtype=torch.float64)
+
+    def one(params: Tree, budget: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        logits, trace = forward(
+            params, batch.input_ids, model, attention_mask=batch.attention_mask, surprise_budget=budget
+        )
+        lm = language_modelling(logits, batch.labels)
+        real = (batch.attention_mask != 0).flatten()
+        return lm.loss_sum, lm.correct, average_k(trace.active, real) * real.sum()
+
+    sums = torch.zeros(3, len(configs), dtype=torch.float64)
+    tokens = real_tokens = 0
+    with torch.no_grad():
+        for batch in held_out_batches(corpus.held_out, rows, length, max_bytes=max_bytes, pack=configs[0].pack):
+            sums += torch.stack([part.double() for part in vmap(one, in_dims=(0, 0, None))(params, budgets, batch)])
+            tokens += int((batch.labels != IGNORE_INDEX).sum())
+            real_tokens += int((batch.attention_mask != 0).sum())
+    num_bytes = scored_span(corpus.held_out, max_bytes).num_bytes
+    return [
+        Score(nats / tokens, nats / math.log(2) / num_bytes, correct / tokens, visits / real_tokens, tokens, num_bytes)
+        for nats, correct, visits in sums.T.tolist()
+    ]

@@ -11,7 +11,7 @@ from training.report.html.elements import Html, with_small
 from training.report.html.heat_maps import last_tables
 from training.report.html.study_layers import LAYERED, by_layer, layer_key, shown_layers
 from training.report.series import Records, columns, gather, numbers
-from training.study_results import DIVERGED, FINISHED, Row, pair_key
+from training.storage.results import DIVERGED, FINISHED, Row, pair_key
 
 POINTS = 250  # most points of a curve
 CURVES = ("main_loss", "held_out_nats", "max_vio", "avg_k", "routing_drift")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.analysis import MATCHED
 from training.report.html import elements as h
 from training.report.html.elements import Html, bounds, element, join, number, with_small
 from training.report.html.study_arms import Group, ShownArm, Study, arm_name, read_groups
@@ -14,8 +13,9 @@ from training.report.html.study_charts import curves, differences, layers, loads
 from training.report.html.study_routing import routing_part
 from training.report.html.study_tasks import tasks_part
 from training.report.series import Records
-from training.study_config import dotted
-from training.study_results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
+from training.storage.results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
+from training.study.analysis import MATCHED
+from training.study.config import dotted
 
 HEAD = (
     "arm", "verdict", "nats per token", "difference to baseline", "avg K", "MaxVio", "dead experts",

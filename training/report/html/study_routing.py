@@ -11,7 +11,7 @@ from training.report.html.heat_maps import NONE, UNKNOWN, heat_map, map_legend
 from training.report.html.study_arms import Group, ShownArm
 from training.report.html.study_layers import shown_layers
 
-RULES = {  # rule of `training.routing_facts.regret_facts` -> head of its column
+RULES = {  # rule of `training.study.routing_analysis.regret_facts` -> head of its column
     "router": "router's first choice", "random": "any at random", "visited random": "visited, at random",
     "w2": "least w2 surprise", "unweighted": "unweighted", "experts": "experts", "input": "input", "benefit": "benefit",
     "weight": "lowest weight", "visited best": "visited, the best",

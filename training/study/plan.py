@@ -14,7 +14,7 @@ from training.errors import UserError
 from training.run.config import DEFAULT_HYPER, RunConfig
 from training.storage.atomic import make_folder, write_text
 from training.storage.regular_file import read_small
-from training.study_config import StudyRun, dotted
+from training.study.config import StudyRun, dotted
 
 MOST_AT_ONCE = 64
 BUSY = 1 << 22  # tokens * width * layers of a step, beyond which more runs gain little (docs/benchmarks.md)

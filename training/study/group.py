@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from tiny_onn_func.tree import stack, unstack
-from training.continual import batches_at, overall, score_tasks, task_that_ends, tasks_of
 from training.data.corpus import Splits
 from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
-from training.routing_facts import Glance, drift, glance, routing_facts
 from training.run.config import RunConfig
 from training.run.identity import check_same
 from training.run.initial_state import first_state
@@ -29,15 +27,22 @@ from training.storage.background_saver import Saver
 from training.storage.checkpoint import load_state, named_tensors, open_checkpoint, save_checkpoint
 from training.storage.checkpoint_files import clean, steps_in
 from training.storage.recorder import FILE, Recorder, records_upto, rewrite_records
-from training.study_config import StudyConfig, StudyRun
-from training.study_plan import Chunk
-from training.study_results import (
-    Row,
-    finished_row,
-    write_summary,
+from training.storage.results import Row
+from training.study.config import StudyConfig, StudyRun
+from training.study.plan import Chunk
+from training.study.routing_analysis import Glance, drift, glance, routing_facts
+from training.study.summary import finished_row, write_summary
+from training.study.tasks import (
+    batches_at,
+    began_with,
+    corpora_of,
+    fingerprints,
+    overall,
+    score_tasks,
+    task_that_ends,
+    tasks_of,
 )
-from training.study_step import mapped_step
-from training.study_texts import began_with, corpora_of, fingerprints
+from training.study.vmapped import mapped_step
 
 
 class Mapped(NamedTuple):

@@ -10,27 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from training.analysis import analyse, study_table
 from training.data.hf_tokenizer import open_tokenizer
 from training.data.tokenizer import check_vocab, save_tokenizer
 from training.errors import UserError
-from training.html_report import write_report
 from training.run.initial_state import first_state
 from training.run.process import keep_freed_memory
 from training.storage.atomic import make_folder
 from training.storage.lock import locked
-from training.study_config import StudyConfig, StudyRun, expand, study_values
-from training.study_group import teacher_of
-from training.study_launch import Launch, Launcher, here
-from training.study_plan import Chunk, load_plan, plan_chunks, save_plan
-from training.study_results import (
-    UNFINISHED,
-    Row,
-    empty_row,
-    read_results,
-    write_results,
-)
-from training.study_texts import check_texts, corpora_of, fingerprints, save_texts
+from training.storage.results import UNFINISHED, Row, read_results, write_results
+from training.study.analysis import analyse, study_table
+from training.study.config import StudyConfig, StudyRun, expand, study_values
+from training.study.group import teacher_of
+from training.study.launch import Launch, Launcher, here
+from training.study.plan import Chunk, load_plan, plan_chunks, save_plan
+from training.study.report import write_report
+from training.study.summary import empty_row
+from training.study.tasks import check_texts, corpora_of, fingerprints, save_texts
 
 
 class StudyResults(NamedTuple):
@@ -58,7 +53,7 @@ def run_study(
         out: the study's folder.
         resume: go on with the study in that folder: finished runs stay, the others go on from their checkpoints.
         runs_at_once: most runs of one vmapped program; None takes what memory allows.
-        launcher: where the groups are trained; `training.study_ray.on_ray` hands them to a cluster.
+        launcher: where the groups are trained; `training.study.ray.launcher.on_ray` hands them to a cluster.
 
     Raises:
         UserError: the data cannot be used, or the folder holds a study and `resume` was not asked for (or the reverse).
@@ -110,7 +105,7 @@ def _begin(
 ) -> list[Chunk]:
     """The folder with the study's description in it, and the chunks; a resumed study must be the same one."""
     from training.run.settings import save_settings
-    from training.study_file import load_study, save_study  # pydantic, which the package does without
+    from training.study.file import load_study, save_study  # pydantic, which the package does without
 
     described, home = folder / "study.yaml", folder / "checkpoints"
     if resume:

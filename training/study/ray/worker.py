@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from training.errors import UserError
 from training.storage.lock import LOCK
-from training.study_config import StudyConfig
-from training.study_plan import Chunk
-from training.study_results import Row
+from training.storage.results import Row
+from training.study.config import StudyConfig
+from training.study.plan import Chunk
 
 PROGRESS, EVERY = "progress.json", 0.5  # a group's file beside its checkpoints, and seconds between two versions
 
@@ -76,7 +76,7 @@ def train_remotely(job: Job) -> list[Row]:
     import torch
 
     from training.run.process import keep_freed_memory
-    from training.study_launch import train_group
+    from training.study.launch import train_group
 
     folder = Path(job.place.folder)
     if fault := check_place(*job.place):

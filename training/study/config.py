@@ -68,7 +68,7 @@ class StudyConfig:
         baseline: the arm that others are compared with; "" is the first one.
         record_every: steps between two records in a run's metrics.jsonl.
         analysis_tokens: held-out tokens a layer on which each finished run's router is compared with the counterfactual
-            oracle; 0 leaves out all that `training.routing_facts` says.
+            oracle; 0 leaves out all that `training.study.routing_analysis` says.
         quick: changes for a short version of the study: `seeds`, `axes`, `orders`, `arms` (names), and keys of base.
 
     Raises:

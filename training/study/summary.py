@@ -1,9 +1,6 @@
 """What a study leaves behind: results.csv, one row a run, and each run's summary.json."""
 
-import csv
-import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,25 +10,14 @@ import numpy as np
 import torch
 
 from tiny_onn_func.params import count_active_flops, count_active_params, count_params
-from training.continual import Continual, Matrix, continual_measures
-from training.errors import UserError
 from training.report.alarms import WINDOW, collapse_alarms
 from training.run.evaluate import Score
 from training.step.metrics import load_entropy
 from training.storage.atomic import write_text
 from training.storage.recorder import read_history
-from training.storage.regular_file import read_small
-from training.study_config import StudyRun
-
-RESULTS, NEEDED = "results.csv", ("run", "arm", "seed", "status")
-MEND = "remove the file, --resume makes it anew"
-MEASURES = (
-    "nats_per_token", "bits_per_byte", "avg_k", "max_vio", "dead_experts", "gating_acc", "gating_trivial",
-    "active_parameters", "flops_per_token", "load_entropy", "regret", "regret_random", "regret_w2", "oracle_hits",
-    "co_activation", "routing_drift", "seconds", "status",
-)  # fmt: skip
-FINISHED, DIVERGED, UNFINISHED = "finished", "diverged", "unfinished"
-Row = dict[str, Any]
+from training.storage.results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
+from training.study.config import StudyRun
+from training.study.tasks import Continual, Matrix, continual_measures
 
 
 def empty_row(run: StudyRun) -> Row:
@@ -48,11 +34,6 @@ def empty_row(run: StudyRun) -> Row:
     }
 
 
-def pair_key(row: Mapping[str, Any]) -> str:
-    """What two rows of a pair have in common: the seed, and the order of the tasks where there is one."""
-    return f"{row['seed']}, {row['order']}" if row.get("order") else str(row["seed"])
-
-
 def finished_row(
     run: StudyRun, score: Score | None, seconds: float, folder: Path, facts: Mapping[str, Any] | None = None,
     matrix: Matrix = (),
@@ -61,7 +42,7 @@ def finished_row(
 
     max_vio, gating_acc, gating_trivial and load_entropy are means over the last WINDOW records; dead_experts counts the
     (layer, expert) pairs that got no token in any of them; avg_k is the held-out one; routing_drift is that of the last
-    evaluation during the run. `facts` are those of `training.routing_facts`, `matrix` the scores of a stream of tasks.
+    evaluation during the run. `facts` are those of `training.study.routing_analysis`, `matrix` the scores of a stream of tasks.
     """
     row = empty_row(run) | {"seconds": round(seconds, 3), "status": DIVERGED}
     if score is None:
@@ -86,7 +67,7 @@ def finished_row(
 
 
 def routing_columns(facts: Mapping[str, Any] | None) -> dict[str, float | None]:
-    """What results.csv keeps of a run's `training.routing_facts`."""
+    """What results.csv keeps of a run's `training.study.routing_analysis`."""
     if facts is None:
         return {}
     of = facts["regret"]
@@ -121,38 +102,6 @@ def write_summary(
         known = None if score is None else [[_rounded(value) for value in line] for line in matrix]
         summary |= {key: row[key] for key in Continual._fields} | {"order": run.order, "score_matrix": known}
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def write_results(rows: Sequence[Row], folder: Path) -> None:
-    """results.csv of all rows, in one move."""
-    file = io.StringIO()
-    keys = dict.fromkeys(key for row in rows for key in row)  # rows of an older version may have fewer
-    writer = csv.DictWriter(file, fieldnames=[*keys], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(folder / RESULTS, file.getvalue())
-
-
-def read_results(folder: Path) -> list[Row]:
-    """The rows of results.csv as text; none when there is no such file.
-
-    Raises:
-        UserError: no table, a row without a name, arm, seed or status, or one that names a place outside the study.
-    """
-    path = folder / RESULTS
-    if not path.exists():
-        return []
-    text = read_small(path).decode("utf-8", "replace")
-    try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="more", restval=""))
-    except csv.Error as error:
-        raise UserError(f"{path}: expected a table, got: {error}; {MEND}") from None
-    for number, row in enumerate(rows, 2):
-        if missing := [key for key in NEEDED if not row.get(key)]:
-            raise UserError(f"{path}, line {number}: expected {missing[0]}, got none; {MEND}")
-        if not re.fullmatch(r"[^/\\\x00-\x1f]+", row["run"]) or row["run"] in (".", ".."):
-            raise UserError(f"{path}, line {number}: run: expected the name of a folder, got {row['run']!r}; {MEND}")
-    return rows
 
 
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:

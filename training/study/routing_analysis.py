@@ -17,12 +17,12 @@ from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.tree import Tree, unstack
-from training.agreement import VALUES, all_surprises, rank_agreement
 from training.data.batches import batch_at, held_out_batches
 from training.data.corpus import Corpus
 from training.run.config import RunConfig
 from training.step.batch import IGNORE_INDEX, Batch
 from training.step.oracle import counterfactual_losses, draw_sample, fill_sampled, regret
+from training.study.agreement import VALUES, all_surprises, rank_agreement
 
 KINDS = (*VALUES, "oracle")  # rows and columns of the agreement matrices
 MOST_PICKS = 4  # sampled tokens of a sequence and layer: more sequences are more independent

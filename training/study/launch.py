@@ -1,4 +1,4 @@
-"""Where the groups of a study are trained: here, one after another. `training.study_ray` hands them to a cluster."""
+"""Where the groups of a study are trained: here, one after another. `training.study.ray.launcher` hands them to a cluster."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -7,10 +7,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from training.storage.lock import locked
-from training.study_config import StudyConfig
-from training.study_group import Bar, run_chunk
-from training.study_plan import Chunk
-from training.study_results import Row
+from training.storage.results import Row
+from training.study.config import StudyConfig
+from training.study.group import Bar, run_chunk
+from training.study.plan import Chunk
 
 Finished = Generator[tuple[Chunk, list[Row]], None, None]  # groups as they finish, with the rows of their runs
 Launch = Callable[[StudyConfig, Sequence[Chunk], Path, tqdm], Finished]

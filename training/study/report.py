@@ -13,7 +13,7 @@ from training.storage.atomic import write_text
 from training.storage.plain_yaml import read_yaml
 from training.storage.recorder import FILE, read_history
 from training.storage.regular_file import read_object, read_small
-from training.study_results import UNFINISHED, Row, read_results
+from training.storage.results import UNFINISHED, Row, read_results
 
 REPORT = "report.html"
 ODD = (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)  # what a forged value of a file causes
@@ -51,7 +51,7 @@ def write_report(folder: str | Path) -> Report:
 
 
 def _study(name: str, home: Path) -> tuple[str, str]:
-    from training.analysis import study_table
+    from training.study.analysis import study_table
 
     rows = read_results(home)
     if not rows:
@@ -68,12 +68,12 @@ def _analysis(home: Path, rows: list[Row]) -> Mapping[str, Any]:
     """analysis.json, which is made if there is none; that of a study under way is made afresh and not written."""
     path = home / "analysis.json"
     if any(row["status"] == UNFINISHED for row in rows):
-        from training.analysis import analyse_rows
-        from training.study_file import load_study
+        from training.study.analysis import analyse_rows
+        from training.study.file import load_study
 
         return analyse_rows(load_study(home / "study.yaml"), rows)
     if not path.exists():
-        from training.analysis import analyse
+        from training.study.analysis import analyse
 
         return analyse(home)
     analysis = read_object(path)

@@ -15,9 +15,11 @@ so `bwt` is the backward transfer of Lopez-Paz and Ranzato (arXiv 1706.08840) wi
 `forgetting` that of Chaudhry et al. (arXiv 1801.10112), who take the best of all earlier scores.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +27,18 @@ import torch
 
 from tiny_onn_func.tree import Tree, stack
 from training.data.batches import batch_at
-from training.data.corpus import Splits
+from training.data.corpus import Splits, fingerprint, open_corpus
+from training.data.hf_tokenizer import open_tokenizer
+from training.data.tokenizer import Tokenizer
+from training.errors import UserError
 from training.run.config import RunConfig
-from training.run.evaluate import Score
+from training.run.evaluate import Score, score_runs
+from training.run.identity import check_same
 from training.step.batch import Batch
-from training.study_config import StudyConfig, StudyRun
-from training.study_step import score_runs
+from training.storage.atomic import write_text
+from training.storage.regular_file import read_small
+from training.study.config import StudyConfig, StudyRun
+from training.study.plan import Chunk
 
 ONLY = ""  # name of the task of a run that has one text
 REPLAY = 1 << 64  # added to the seed: draws of replay are none of those of batches, whose seeds are below 2**63
@@ -150,3 +158,54 @@ def overall(scores: Sequence[Score]) -> Score:
         tokens=sum(score.tokens for score in scores),
         bytes=sum(score.bytes for score in scores),
     )
+
+
+FILE = Path("checkpoints", "texts.json")  # of a study's folder: group -> task -> fingerprint
+
+
+def corpora_of(study: StudyConfig, config: RunConfig, tokenizer: Tokenizer) -> dict[str, Splits]:
+    """Task -> its text."""
+    how: dict[str, Any] = {"holdout": config.holdout, "split": config.split, "tokenizer": tokenizer}
+    return {
+        task: open_corpus(data, sequence_length=config.sequence_length, progress=True, **how)
+        for task, data in texts_of(study, config).items()
+    }
+
+
+def fingerprints(corpora: Mapping[str, Splits]) -> dict[str, str]:
+    """Task -> what its text is known by."""
+    return {task: fingerprint(corpus) for task, corpus in corpora.items()}
+
+
+def save_texts(texts: Mapping[str, Mapping[str, str]], folder: Path) -> None:
+    """Write down what the groups of a study begin with."""
+    write_text(folder / FILE, json.dumps(texts, indent=1) + "\n")
+
+
+def began_with(folder: Path, chunk: Chunk) -> dict[str, Any]:
+    """What `check_same` compares of a group; nothing in the folder of a version that did not write it down.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return {"text": dict(json.loads(read_small(folder / FILE))[chunk.name])}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"{folder / FILE}: expected the fingerprints of this study's texts, got others or none; name a new --out"
+        ) from None
+
+
+def check_texts(study: StudyConfig, chunks: Sequence[Chunk], folder: Path) -> None:
+    """Refuse to go on with any group where the text of one has changed.
+
+    Raises:
+        UserError: it has.
+    """
+    for chunk in chunks:
+        first = chunk.runs[0]
+        tokenizer = open_tokenizer("bytes" if first.config.tokenizer == "bytes" else folder / "runs" / first.id)
+        now = fingerprints(corpora_of(study, first.config, tokenizer))
+        check_same({"text": now}, began_with(folder, chunk), folder)

@@ -9,7 +9,7 @@ from training.errors import UserError
 from training.run.config import RunConfig
 from training.run.settings import _checked
 from training.storage.plain_yaml import read_yaml, shown, write_yaml
-from training.study_config import QUICK_PARTS, Arm, StudyConfig, changed, dotted, near, quick_study, study_values
+from training.study.config import QUICK_PARTS, Arm, StudyConfig, changed, dotted, near, quick_study, study_values
 
 KEYS = [field.name for field in fields(StudyConfig)]
 KINDS = {str: "text", dict: "keys and values below it", list: "a list", int: "a whole number", float: "a number"}

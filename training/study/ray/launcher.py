@@ -16,13 +16,13 @@ from typing import Any
 from tqdm import tqdm
 
 from training.errors import UserError
-from training.ray_node import Job, Place, check_place, progress_of, train_remotely, versions
-from training.ray_session import session
 from training.storage.lock import LOCK
-from training.study_config import StudyConfig
-from training.study_launch import Finished, Launch, Launcher
-from training.study_plan import Chunk, memory_of_a_run
-from training.study_results import Row
+from training.storage.results import Row
+from training.study.config import StudyConfig
+from training.study.launch import Finished, Launch, Launcher
+from training.study.plan import Chunk, memory_of_a_run
+from training.study.ray.session import session
+from training.study.ray.worker import Job, Place, check_place, progress_of, train_remotely, versions
 
 RETRIES = 3  # of a group whose worker was lost
 POLL = 0.5  # seconds between two looks at the tasks

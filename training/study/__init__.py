@@ -1,0 +1,1 @@
+"""Many runs in vmapped groups, compared arm by arm."""
