@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from tiny_onn_func import load_pretrained
+from training.commands.export import byte_tokenizer_files
+from training.commands.surgery import cut_into_experts
 from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import Splits, open_corpus
-from training.export import byte_tokenizer_files
 from training.run.evaluate import evaluate
-from training.surgery import cut_into_experts
 
 SEQUENCE = 64
 
@@ -108,14 +108,14 @@ def perplexity(folder: Path, experts_per_tok: int, corpus: Splits, max_bytes: in
 
 
 PEAK = """
-import sys, torch, training.surgery
+import sys, torch, training.commands.surgery
 def peak():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 torch.randn(64, 64) @ torch.randn(64, 64)
 before = peak()
 text = {"split": "clusters", "calibration": sys.argv[3]} if sys.argv[3:] else {}
-training.surgery.cut_into_experts(sys.argv[1], sys.argv[2], num_experts=32, **text)
+training.commands.surgery.cut_into_experts(sys.argv[1], sys.argv[2], num_experts=32, **text)
 print(before, peak())
 """
 

@@ -35,9 +35,9 @@ def readers(home: Path) -> dict[str, Reader]:
     """Name -> reader, with right files made below `home`."""
     from tiny_onn_func.huggingface.pretrained import load_pretrained
     from training.cli import main
+    from training.commands.export import export_run
     from training.data.hf_tokenizer import open_tokenizer
     from training.data.train_tokenizer import train_tokenizer
-    from training.export import export_run
     from training.run.finished import open_run
     from training.run.settings import load_settings, parse_train_args
     from training.storage.checkpoint import load_checkpoint
@@ -148,7 +148,7 @@ def _load_same(right: Path, folder: Path) -> object:
 
 def _examined(folder: Path) -> object:
     """The doctor is called for what is broken, and its lines go to a terminal."""
-    from training.doctor import examine
+    from training.commands.doctor import examine
 
     found = examine(folder)
     assert all(part.isprintable() for finding in found for part in finding), found

@@ -18,11 +18,11 @@ from tiny_onn_func.experts import Rows, apply_w2
 from tiny_onn_func.tree import flatten, unflatten
 from training import HyperParams, init_state
 from training.cli import main
+from training.commands.export import byte_tokenizer_files
 from training.data.batches import batch_at
 from training.data.corpus import open_corpus
 from training.data.tokenizer import BYTES
 from training.errors import UserError
-from training.export import byte_tokenizer_files
 from training.run.config import HyperSettings, RunConfig, hyper_params
 from training.run.initial_state import first_state
 from training.run.teacher import open_teacher

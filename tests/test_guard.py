@@ -13,7 +13,7 @@ from tests.test_engine import TEXT, records, train
 from tiny_onn_func.tree import stack, tree_map, walk
 from training import Batch, HyperParams, init_state
 from training.cli import main
-from training.doctor import Finding, examine
+from training.commands.doctor import Finding, examine
 from training.run.nonfinite import MOST, bad_numbers
 from training.step import hyper_step
 from training.step.finite import WATCHED, bad_runs, finite_runs, passed_over, where_runs
@@ -195,7 +195,7 @@ def test_replay_of_a_step_that_is_none_is_one_line(
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a compiler."""
-    monkeypatch.setattr("training.doctor._native", lambda: Finding("kernels", "kernels.so"))
+    monkeypatch.setattr("training.commands.doctor._native", lambda: Finding("kernels", "kernels.so"))
 
 
 @pytest.mark.usefixtures("kernels")

@@ -12,8 +12,8 @@ from tiny_onn_func import save_pretrained
 from tiny_onn_func.tree import flatten, tree_map
 from training import HyperParams, init_state
 from training.cli import main
+from training.commands.export import byte_tokenizer_files
 from training.data.tokenizer import BYTES
-from training.export import byte_tokenizer_files
 from training.run.config import RunConfig
 from training.run.initial_state import first_state
 from training.run.settings import load_settings

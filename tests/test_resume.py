@@ -17,8 +17,8 @@ import torch
 from tests.helpers import assert_same_bits
 from tests.test_engine import SMALL, TEXT, interrupted_after, records, train
 from training.cli import main
+from training.commands.doctor import examine
 from training.data.corpus import fingerprint, open_corpus
-from training.doctor import examine
 from training.errors import UserError
 from training.run.engine import train as train_run
 from training.run.settings import load_settings, parse_train_args

@@ -31,11 +31,11 @@ from tiny_onn_func.huggingface import folder
 from tiny_onn_func.huggingface.config import read_config
 from tiny_onn_func.huggingface.folder import read_headers
 from tiny_onn_func.tree import tree_map
-from training import surgery
 from training.cli import main
-from training.export import byte_tokenizer_files
-from training.split import Seen, assign_evenly, calibrate, cluster_neurons, fit_router, read_calibration
-from training.surgery import cut_into_experts
+from training.commands import surgery
+from training.commands.clusters import Seen, assign_evenly, calibrate, cluster_neurons, fit_router, read_calibration
+from training.commands.export import byte_tokenizer_files
+from training.commands.surgery import cut_into_experts
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of their imports, not of their numbers
@@ -430,13 +430,13 @@ def test_most_of_a_checkpoint_is_never_held_at_once(tmp_path: Path, monkeypatch:
 
 
 PEAK = """
-import sys, torch, training.surgery, training.split
+import sys, torch, training.commands.surgery, training.commands.clusters
 def peak():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 torch.randn(64, 64) @ torch.randn(64, 64)
 before = peak()
-training.surgery.cut_into_experts(sys.argv[1], sys.argv[2], num_experts=8)
+training.commands.surgery.cut_into_experts(sys.argv[1], sys.argv[2], num_experts=8)
 print(peak() - before)
 """
 

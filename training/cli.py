@@ -83,7 +83,7 @@ def _train(argv: Sequence[str]) -> None:
     with open_team(lambda: parse_train_args(argv)) as (team, config, resume):
         stop_politely()
         from training.run.engine import train
-        from training.tables import summary_table
+        from training.run.summary import summary_table
 
         summary = train(config, resume=resume, team=team)
         if team.first:
@@ -97,7 +97,7 @@ def _evaluate(argv: Sequence[str]) -> None:
     parser.add_argument("--bytes", type=int, help="held-out bytes to score; all of them by default")
     arguments = parser.parse_args(argv)
     from training.commands.evaluate import evaluate_run
-    from training.tables import score_table
+    from training.run.summary import score_table
 
     score, baselines = evaluate_run(arguments.run, data=arguments.data, max_bytes=arguments.bytes)
     print(score_table(score, baselines))
@@ -138,7 +138,7 @@ def _export(argv: Sequence[str]) -> None:
     parser.add_argument("--num-experts-per-tok", type=int, metavar="K", help="experts a token visits; the run's own")
     parser.add_argument("--from-sharded", action="store_true", help="the newest sharded checkpoint; trust the run")
     given = parser.parse_args(argv)
-    from training.export import export_run
+    from training.commands.export import export_run
 
     if given.from_sharded:
         from training.distributed.sharded_checkpoint import gather_sharded
@@ -170,7 +170,7 @@ def _surgery(argv: Sequence[str]) -> None:
     parser.add_argument("--split", choices=("contiguous", "clusters"), default="contiguous")
     parser.add_argument("--calibration", metavar="FILE", help="text whose activations --split clusters looks at")
     given = parser.parse_args(argv)
-    from training.surgery import cut_into_experts
+    from training.commands.surgery import cut_into_experts
 
     out = cut_into_experts(
         given.model, given.out, num_experts=given.num_experts, num_experts_per_tok=given.num_experts_per_tok,
@@ -210,8 +210,7 @@ def _replay(argv: Sequence[str]) -> None:
     parser.add_argument("run", help="run folder")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="number of the step, from 1 on")
     given = parser.parse_args(argv)
-    from training.replay import replay
-    from training.tables import replay_table
+    from training.commands.replay import replay, replay_table
 
     print(replay_table(replay(given.run, given.step)))
 
@@ -220,7 +219,7 @@ def _doctor(argv: Sequence[str]) -> int:
     parser = _Parser("tiny-onn doctor", description="Versions, machine, and the soundness of a run or study folder.")
     parser.add_argument("run", nargs="?", help="folder of a run or a study")
     given = parser.parse_args(argv)
-    from training.doctor import doctor
+    from training.commands.doctor import doctor
 
     return 0 if doctor(given.run) else 1
 

@@ -83,7 +83,7 @@ def _analysis(home: Path, rows: list[Row]) -> Mapping[str, Any]:
 
 
 def _run(name: str, home: Path) -> tuple[str, str]:
-    from training.tables import summary_table
+    from training.run.summary import summary_table
 
     described = home / "config.yaml"
     run = RunFiles(name, _text(described), read_yaml(str(described)), _summary(home), _history(home))

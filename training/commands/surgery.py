@@ -26,8 +26,8 @@ from tiny_onn_func.huggingface.config import DENSE, MOE, OWN, config_values, rea
 from tiny_onn_func.huggingface.folder import DTYPES, Stored, check_target, read_headers, read_tensors, write_folder
 from tiny_onn_func.huggingface.layout import layout
 from tiny_onn_func.huggingface.pretrained import check_headers
+from training.commands.clusters import calibrate, cluster_neurons, fit_router, read_calibration
 from training.errors import UserError
-from training.split import calibrate, cluster_neurons, fit_router, read_calibration
 
 SHARD_BYTES = 64 << 20  # of the result: small, for nothing larger is ever in memory but a layer
 ROUTER_LOGIT_STD = 1e-6  # at the inputs that the layer makes: 20 values of float32 near p = 1/E, and no logit feels it

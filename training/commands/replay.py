@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,3 +103,21 @@ def _gradients(run: Run, state: TrainState, batch: Batch) -> Iterator[tuple[str,
 def _extremes(leaf: Tensor) -> tuple[float, int]:
     finite = leaf.isfinite()
     return float(torch.where(finite, leaf, 0).abs().max()), int((~finite).sum())
+
+
+if TYPE_CHECKING:
+    pass
+
+
+def replay_table(found: "Replayed") -> str:
+    """What a step that was made again did: its scalars, its gradients, and whether it is the step on record."""
+    lines = [f"step {found.step}, from {found.start}, {found.steps_before} steps made again before it", ""]
+    lines += [f"{name:<19} {value}" for name, value in found.record.items() if not isinstance(value, list)]
+    lines += ["", f"{'gradient of the main loss':<40} {'largest':>12} {'not finite':>11}"]
+    lines += [f"{name:<40} {largest:>12.4g} {bad:>11,}" for name, (largest, bad) in found.gradients.items()]
+    lines += ["", f"NaN or infinite: {', '.join(found.bad) or 'nothing'}"]
+    if found.differences is None:
+        lines.append("on record: no such step")
+    else:
+        lines.append(f"on record: {'other ' + ', '.join(found.differences) if found.differences else 'the same'}")
+    return "\n".join(lines)
