@@ -1,4 +1,4 @@
-"""TODO caption."""
+"""`tiny-onn evaluate`: score a run on held-out text."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""TODO caption."""
+"""`tiny-onn generate`: write text with a run or a model folder, token by token."""
 
 import codecs
 from collections.abc import Iterable, Iterator

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,11 +105,7 @@ def _extremes(leaf: Tensor) -> tuple[float, int]:
     return float(torch.where(finite, leaf, 0).abs().max()), int((~finite).sum())
 
 
-if TYPE_CHECKING:
-    pass
-
-
-def replay_table(found: "Replayed") -> str:
+def replay_table(found: Replayed) -> str:
     """What a step that was made again did: its scalars, its gradients, and whether it is the step on record."""
     lines = [f"step {found.step}, from {found.start}, {found.steps_before} steps made again before it", ""]
     lines += [f"{name:<19} {value}" for name, value in found.record.items() if not isinstance(value, list)]

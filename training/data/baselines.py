@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from training.data.batches import Array, _chunks, scored_span
+from training.data.batches import Array, chunks, scored_span
 from training.data.corpus import Corpus
 from training.data.tokenizer import BOUNDARY, BYTES, VOCAB_SIZE, Tokenizer, Tokens
 
@@ -56,11 +56,11 @@ def _scored_text(corpus: Corpus, end: int) -> bytes:
 def _symbols(corpus: Corpus, end: int) -> Iterator[tuple[Tokens, Tokens, npt.NDArray[np.bool_]]]:
     """(the byte before, bytes, whether they are scored) over the bytes of tokens[1:end]; 256 is any special token."""
     if corpus.tokenizer is BYTES:
-        for start, tokens, is_target in _chunks(corpus, end):
+        for start, tokens, is_target in chunks(corpus, end):
             yield corpus.tokens[start - 1 : start - 1 + tokens.size], tokens, is_target
         return
     table, begins, counts = _spelling(corpus.tokenizer)
-    for start, _, flags in _chunks(corpus, end):
+    for start, _, flags in chunks(corpus, end):
         for first in range(0, flags.size, FEWER):  # a token may be many bytes
             is_target = flags[first : first + FEWER]
             tokens = corpus.tokens[start + first - 1 : start + first + is_target.size]

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from training.data.corpus import Corpus, Splits, open_corpus
-from training.data.streams import CHUNK, decode, encode
-from training.data.tokenizer import BOUNDARY, VOCAB_SIZE, Tokens
+from training.data.corpus import Corpus
+from training.data.streams import CHUNK
+from training.data.tokenizer import Tokens
 from training.errors import UserError
 from training.step.batch import IGNORE_INDEX, Batch
 
@@ -108,7 +108,7 @@ def scored_span(corpus: Corpus, max_bytes: int | None = None) -> ScoredSpan:
     if max_bytes is not None and max_bytes < 1:
         raise UserError(f"max_bytes: expected 1 or more, or none for all, got {max_bytes!r}")
     num_targets = num_bytes = 0
-    for start, tokens, is_target in _chunks(corpus, corpus.tokens.size):
+    for start, tokens, is_target in chunks(corpus, corpus.tokens.size):
         so_far = num_bytes + np.where(is_target, corpus.tokenizer.lengths[tokens], 0).cumsum(dtype=np.int64)
         if max_bytes is not None and so_far[-1] >= max_bytes:
             stop = int(np.searchsorted(so_far, max_bytes)) + 1
@@ -121,7 +121,7 @@ def scored_span(corpus: Corpus, max_bytes: int | None = None) -> ScoredSpan:
     return ScoredSpan(corpus.tokens.size, num_targets, num_bytes)
 
 
-def _chunks(corpus: Corpus, end: int) -> Iterator[tuple[int, Tokens, npt.NDArray[np.bool_]]]:
+def chunks(corpus: Corpus, end: int) -> Iterator[tuple[int, Tokens, npt.NDArray[np.bool_]]]:
     """(start, tokens, whether they are scored) over tokens[1:end], a few at a time."""
     for start in range(1, end, CHUNK):
         part = slice(start, min(start + CHUNK, end))

@@ -21,12 +21,9 @@ from tqdm import tqdm
 
 from training.data.readers import SEAM, Document, Segment, plain
 from training.data.tokenizer import (
-    BOUNDARY,
-    BOUNDARY_TEXT,
     BYTES,
     TURN_END,
     TURN_START,
-    VOCAB_SIZE,
     Tokenizer,
     Tokens,
     encode_bytes,

@@ -1,6 +1,6 @@
 """Checkpoints of states that no process has whole: torch.distributed.checkpoint (DCP), each process writes its ranges.
 
-    RUN/sharded/step_000500/*.distcp     ranges of six vectors: parameters and both moments of `training.distributed.flat_params`
+    RUN/sharded/step_000500/*.distcp     ranges of six vectors: parameters and both moments of `flat_params`
     RUN/sharded/step_000500/.metadata    which range stands where, a pickle
     RUN/sharded/step_000500/meta.json    format, step, sizes, settings, SHA-256 of every other file
 

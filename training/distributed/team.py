@@ -1,8 +1,8 @@
 """One run on many processes: `torchrun --nnodes N --nproc-per-node P -m training train ...`.
 
-Every process makes the same program's steps on its own rows of each batch (`training.distributed.parallel_step`). Process 0 alone
-writes: lock, records, checkpoints, pictures, progress. `team.world.sent` counts the bytes that this process has sent
-since the run began, by purpose, as `training.distributed.collectives` says; summary.json has them per step as `bytes_sent`.
+Every process makes the same program's steps on its own rows of each batch (`parallel_step`). Process 0 alone writes:
+lock, records, checkpoints, pictures, progress. `team.world.sent` counts the bytes that this process has sent since the
+run began, by purpose, as `collectives` says; summary.json has them per step as `bytes_sent`.
 
 Without torchrun's environment variables there is one process, and nothing of this is at work.
 """
@@ -70,7 +70,7 @@ ALONE = Team(Layout(Group(), Group(), Group()))
 
 
 @contextmanager
-def _connected(place: Place, store: Any) -> Iterator[None]:
+def connected(place: Place, store: Any) -> Iterator[None]:
     """torch.distributed, where there is more than one process: gloo for tensors on the CPU, nccl on CUDA."""
     if place.size == 1:
         yield

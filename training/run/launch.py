@@ -1,4 +1,4 @@
-"""TODO caption."""
+"""Join the processes of a torchrun launch to one team."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from training.distributed.collectives import Group, Lost
 from training.distributed.layout import Layout, layout_of
 from training.distributed.rendezvous import Place, ToldElsewhere, find_place, is_told, leave, meet, say_cause
-from training.distributed.team import ALONE, Team, _connected
+from training.distributed.team import ALONE, Team, connected
 from training.errors import UserError
 from training.run.config import RunConfig, hyper_params
 from training.run.identity import facts_of
@@ -43,7 +43,7 @@ def open_team(prepare: Callable[[], tuple[RunConfig, bool]]) -> Iterator[tuple[T
     assert prepared is not None, "who has none has said so in the meeting"
     config, resume = prepared
     try:
-        with _connected(place, met.store):
+        with connected(place, met.store):
             team = Team(_layout(place, config), place.local_rank, met.restarts)
             yield team, config, resume
     except Lost as error:

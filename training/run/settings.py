@@ -98,8 +98,8 @@ def _types(kind: type, prefix: str) -> dict[str, Any]:
 
 def _resolve(path: str | None, overrides: Mapping[str, Any], spell: Callable[[str], str]) -> RunConfig:
     """Defaults, then the file, then the overrides, whose keys `spell` names as the user wrote them."""
-    given = _checked(_read_file(path), lambda key: f"{path}: {key}") if path is not None else {}
-    asked = _checked(overrides, spell)
+    given = checked(_read_file(path), lambda key: f"{path}: {key}") if path is not None else {}
+    asked = checked(overrides, spell)
     if (given | asked).get("init"):
         given = sizes_follow(given | asked)
     else:
@@ -118,7 +118,7 @@ def _resolve(path: str | None, overrides: Mapping[str, Any], spell: Callable[[st
         raise UserError(f"{place}: {text}") from None
 
 
-def _checked(values: Mapping[str, Any], place: Callable[[str], str]) -> Values:
+def checked(values: Mapping[str, Any], place: Callable[[str], str]) -> Values:
     """The values with their types enforced: no text for numbers, no booleans for integers, no NaN."""
     types, checked = key_types(), {}
     for key, value in values.items():

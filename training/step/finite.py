@@ -1,4 +1,4 @@
-"""TODO caption."""
+"""NaN and infinity: detect them in the step that produced them, run by run."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ from training.step import metrics as measure
 from training.step.hyper_params import HyperParams
 from training.step.losses import predictive_integrity
 from training.step.router_loss import RouterLoss
-from training.step.sums import Sums, _wide, count_visits
+from training.step.sums import Sums, as_float, count_visits
 
 
 def shares(counts: Int[Tensor, "*runs layers bins"]) -> Float[Tensor, "*runs layers bins"]:
@@ -23,7 +23,7 @@ def max_vio(load: Float[Tensor, "*runs layers experts"]) -> Float[Tensor, "*runs
 
     A layer without load counts as 0 (MaxVio: Wang et al. 2024, arXiv 2408.15664).
     """
-    load = _wide(load)
+    load = as_float(load)
     mean, highest = load.mean(dim=-1), load.amax(dim=-1)
     used = mean > 0
     return torch.where(used, (highest - mean) / torch.where(used, mean, 1.0), 0.0).mean(dim=-1)
@@ -39,7 +39,7 @@ def load_entropy(load: Float[Tensor, "layers experts"]) -> Float[Tensor, ""]:
 
     A layer without load counts as 0; a lone expert with load is even.
     """
-    load = _wide(load)
+    load = as_float(load)
     total = load.sum(dim=-1)
     p = load / torch.where(total > 0, total, 1.0).unsqueeze(-1)
     experts = load.shape[-1]

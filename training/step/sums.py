@@ -54,10 +54,10 @@ def finite_sum(x: Float[Tensor, "..."], dim: int | None = None) -> tuple[Float[T
 
 
 def _finite_or_zero(x: Tensor) -> Tensor:
-    return torch.where(x.isfinite(), _wide(x), 0.0)
+    return torch.where(x.isfinite(), as_float(x), 0.0)
 
 
-def _wide(x: Tensor) -> Tensor:
+def as_float(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x.dtype))
 
 

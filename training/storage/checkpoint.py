@@ -1,6 +1,6 @@
 """Checkpoints: a tree of tensors as safetensors plus JSON, whole or not there at all, bit for bit the same when loaded.
 
-    RUN/checkpoints/step_000500/   a checkpoint; `training/storage/checkpoint_files.py` says what is in it and how it is written
+    RUN/checkpoints/step_000500/   a checkpoint; `checkpoint_files.py` says what is in it and how it is written
 
 A run folder stands for its newest checkpoint. One that is damaged is named on the error stream and passed over.
 """

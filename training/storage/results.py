@@ -1,4 +1,4 @@
-"""TODO caption."""
+"""results.csv: one row a run, read and written."""
 
 import csv
 import io

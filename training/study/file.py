@@ -7,7 +7,7 @@ from typing import Any
 
 from training.errors import UserError
 from training.run.config import RunConfig
-from training.run.settings import _checked
+from training.run.settings import checked
 from training.storage.plain_yaml import read_yaml, shown, write_yaml
 from training.study.config import QUICK_PARTS, Arm, StudyConfig, changed, dotted, near, quick_study, study_values
 
@@ -116,7 +116,7 @@ def _axes(axes: Mapping[str, Any], prefix: str) -> dict[str, list[Any]]:
 
 def _typed(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Dotted key -> value of the key's type."""
-    return _checked(dotted(values), lambda key: prefix + key)
+    return checked(dotted(values), lambda key: prefix + key)
 
 
 def _kind(value: Any, kind: type, key: str) -> Any:

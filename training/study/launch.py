@@ -1,4 +1,4 @@
-"""Where the groups of a study are trained: here, one after another. `training.study.ray.launcher` hands them to a cluster."""
+"""Train the groups of a study one after another in this process; `study.ray.launcher` hands them to a cluster."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager

@@ -42,7 +42,7 @@ def finished_row(
 
     max_vio, gating_acc, gating_trivial and load_entropy are means over the last WINDOW records; dead_experts counts the
     (layer, expert) pairs that got no token in any of them; avg_k is the held-out one; routing_drift is that of the last
-    evaluation during the run. `facts` are those of `training.study.routing_analysis`, `matrix` the scores of a stream of tasks.
+    evaluation during the run. `facts` are those of `routing_analysis`, `matrix` the scores of a stream of tasks.
     """
     row = empty_row(run) | {"seconds": round(seconds, 3), "status": DIVERGED}
     if score is None:
