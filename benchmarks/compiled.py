@@ -12,9 +12,8 @@ import torch
 from benchmarks.runs import SIZES
 from benchmarks.step import a_batch
 from benchmarks.timing import interleaved, machine, table, write_json
-from training import Batch, HyperParams, TrainState, init_state
+from training import Batch, HyperParams, TrainState, hyper_step, init_state
 from training.run.process import keep_freed_memory
-from training.step import hyper_step
 from training.step.compile import compile_step
 
 HYPER = HyperParams(balance_weight=1.0)

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Timing, interleaved, machine, ratio
-from tiny_onn_func import ModelConfig, init_params, save_pretrained
-from tiny_onn_func.inference import generate
+from tiny_onn_func import ModelConfig, generate, init_params, save_pretrained
 from training.run.config import DEFAULT_MODEL
 from training.run.process import keep_freed_memory
 

@@ -23,8 +23,7 @@ from benchmarks.step import a_batch
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.params import count_active_params, count_params
 from tiny_onn_func.tree import merge, partition, stack, tree_map
-from training import Batch, HyperParams, TrainState, init_state
-from training.step import hyper_step
+from training import Batch, HyperParams, TrainState, hyper_step, init_state
 from training.step.gradients import gradients
 from training.step.losses import language_modelling
 from training.step.main_pass import main_gradients

@@ -14,11 +14,10 @@ from tqdm import tqdm
 
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import stack, unstack
-from training import HyperParams, init_state
+from training import HyperParams, hyper_step, init_state
 from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import open_corpus
 from training.run.evaluate import evaluate
-from training.step import hyper_step
 
 CONFIG = ModelConfig(257, 64, 2, 2, 1, 32, 32, 16, num_experts_per_tok=4)
 BATCH, LENGTH, SCORED = 8, 64, 8192

@@ -21,17 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import machine
-from training import Batch, init_state
+from training import Batch, hyper_step, init_state
 from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import Splits, open_corpus
+from training.presets.find import HOME
 from training.run.config import RunConfig, hyper_params
 from training.run.evaluate import evaluate
 from training.run.process import keep_freed_memory
 from training.run.settings import load_settings
-from training.step import hyper_step
 
 GOAL, TURN, BYTES = 1.88, 50, 65536
-CONFIG = Path(__file__).parents[1] / "configs" / "shakespeare_char.yaml"
+CONFIG = HOME / "shakespeare_char.yaml"
 
 
 class Racer(NamedTuple):

@@ -14,9 +14,8 @@ from benchmarks.step import a_batch
 from benchmarks.timing import interleaved, machine, table, write_json
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import stack
-from training import HyperParams, init_state
+from training import HyperParams, hyper_step, init_state
 from training.run.process import keep_freed_memory
-from training.step import hyper_step
 
 SIZES = {  # configuration, batch, sequence, numbers of runs
     "w32": (ModelConfig(257, 32, 2, 2, 1, 16, 16, 8, num_experts_per_tok=2), 4, 32, (16, 32)),

@@ -24,10 +24,9 @@ from benchmarks.step import a_batch
 from benchmarks.timing import machine
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.params import count_params
-from training import HyperParams, TrainState, init_state
+from training import HyperParams, TrainState, hyper_step, init_state
 from training.run.config import DEFAULT_MODEL
 from training.run.process import keep_freed_memory
-from training.step import hyper_step
 from training.storage.background_saver import Saver
 from training.storage.checkpoint import named_tensors, save_checkpoint
 

@@ -30,14 +30,13 @@ from torch import Tensor
 from benchmarks.scaling_plan import Cluster, Layout, bytes_sent, flops_of, plan
 from benchmarks.timing import interleaved, machine, ratio
 from tiny_onn_func import ModelConfig
-from training import Batch, init_state
+from training import Batch, hyper_step, init_state
 from training.distributed.collectives import Group
 from training.distributed.layout import layout_of, own_state
 from training.distributed.parallel_step import parallel_step
 from training.errors import UserError
 from training.run.config import RunConfig, hyper_params
 from training.run.process import keep_freed_memory
-from training.step import hyper_step
 
 MODEL = ModelConfig(257, 256, 4, 4, 2, 64, 128, 32, num_experts_per_tok=4)
 TINY = ModelConfig(257, 8, 1, 1, 1, 8, 8, 4, num_experts_per_tok=1)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.slopes [--data stdlib] [--seeds 0 1 2 3 4] [--steps 200] [--every 20] [--ahead 4]
 
-Runs with two teachers (the main loss with coupling 1, and surprise with weight 0.1), sizes and rates of
-configs/studies/routers.yaml, all seeds in one vmapped program. Every some steps: d (main loss on a batch that is not
+Runs with two teachers (the main loss with coupling 1, and surprise with weight 0.1), sizes and rates of the preset
+`routers`, all seeds in one vmapped program. Every some steps: d (main loss on a batch that is not
 trained on, after `ahead` more steps) / d log(number), exact, by reverse mode through those steps. Positive: less of the
 number would have been better. Means over the seeds' own means, nats, with 95 % t-intervals over seeds.
 
@@ -24,10 +24,9 @@ from torch.func import grad, vmap
 
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import stack
-from training import Batch, HyperParams, TrainState, init_state
+from training import Batch, HyperParams, TrainState, hyper_step, init_state
 from training.data.batches import batch_at
 from training.data.corpus import open_corpus
-from training.step import hyper_step
 from training.study.statistics import t_interval
 
 MODEL = ModelConfig(257, 32, 2, 2, 1, 16, 16, 16, num_experts_per_tok=4)

@@ -16,9 +16,8 @@ import torch
 from benchmarks.timing import interleaved, machine, ratio, table, write_json
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.tree import merge, partition
-from training import Batch, HyperParams, init_state
+from training import Batch, HyperParams, hyper_step, init_state
 from training.run.process import keep_freed_memory
-from training.step import hyper_step
 from training.step.gradients import gradients
 from training.step.losses import language_modelling
 from training.step.main_pass import main_gradients

@@ -1,5 +1,6 @@
 """What the tests share: tiny models, awkward batches, strategies that draw them, asserts that print a statistic."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from tiny_onn_func.tree import flatten, unflatten, walk
 from training import Batch, HyperParams
 from training.step.batch import IGNORE_INDEX
 
+ROOT = Path(__file__).parents[1]  # of the repository
 TINY = ModelConfig(
     vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
     moe_intermediate_size=6, num_experts=4,

@@ -2,14 +2,14 @@
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT
 from training.cli import USAGE, main
+from training.presets.find import resolve_preset
 from training.run.settings import key_types
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -34,7 +34,7 @@ def test_every_command_exists_with_its_flags(command: list[str], capsys: pytest.
         known = {f"--{key.replace('_', '-')}" for key in key_types()} | {"--config", "--resume"}
         assert set(flags) <= known
         configs = [command[i + 1] for i, word in enumerate(command) if word == "--config"]
-        assert all((ROOT / config).is_file() for config in configs)
+        assert all(Path(resolve_preset(config)).is_file() for config in configs)
     else:
         with pytest.raises(SystemExit):
             main([verb, "--help"])
@@ -59,7 +59,7 @@ def test_the_file_tree_is_the_tree() -> None:
         assert len(line.split(maxsplit=1)) == 2, f"{name} has no caption"
     there = {
         str(path.relative_to(ROOT))
-        for folder in ("tiny_onn_func", "training", "tests", "configs", "docs", "benchmarks")
+        for folder in ("tiny_onn_func", "training", "tests", "docs", "benchmarks")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".yaml", ".md") and path.name != "__init__.py"
     }
@@ -71,7 +71,7 @@ def test_every_extra_that_a_message_or_a_page_names_can_be_installed() -> None:
     """And a test that skips for want of a package proves nothing: the README's install line brings the small ones."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    places = [*ROOT.glob("*/*.py"), *ROOT.glob("docs/*.md")]
+    places = [*(ROOT / "training").rglob("*.py"), *ROOT.glob("docs/*.md")]
     found = [re.findall(r"tiny-onn-func\[(\w+)\]", path.read_text(encoding="utf-8")) for path in places]
     named = {name for names in found for name in names}
     assert "data" in named
@@ -83,7 +83,7 @@ def test_every_extra_that_a_message_or_a_page_names_can_be_installed() -> None:
 def test_no_property_sets_its_own_number_of_examples() -> None:
     """The profiles do: 50 and 1,000, as the README says; a share of them, where an example takes seconds."""
     pinned = re.compile(r"max_examples=\d")
-    assert not [path.name for path in (ROOT / "tests").glob("test_*.py") if pinned.search(path.read_text("utf-8"))]
+    assert not [path.name for path in (ROOT / "tests").rglob("test_*.py") if pinned.search(path.read_text("utf-8"))]
 
 
 def test_every_picture_is_there() -> None:

@@ -181,7 +181,12 @@ def _surgery(argv: Sequence[str]) -> None:
 
 def _study(argv: Sequence[str]) -> None:
     parser = _Parser("tiny-onn study", description="Make every run of a study, and compare its arms.")
-    parser.add_argument("file", nargs="?", metavar="FILE.yaml", help="the study; with --resume the folder's own")
+    parser.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE.yaml",
+        help="the study, or the name of a preset such as routers; with --resume the folder's own",
+    )
     parser.add_argument("--out", metavar="DIR", help="folder of the study; by default runs/<name of the file>")
     parser.add_argument("--quick", action="store_true", help="the short version that the file's `quick` describes")
     parser.add_argument("--resume", action="store_true", help="go on with the study in --out")

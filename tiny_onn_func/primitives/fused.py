@@ -86,7 +86,7 @@ def function_of(twin: Twin) -> type[Function]:
                 batch_first(info.batch_size, (dim,), t)[0] if isinstance(t, Tensor) else t
                 for t, dim in zip(inputs, in_dims, strict=True)
             )
-            out = Either.apply(*mapped)  # type: ignore[no-untyped-call]
+            out = Either.apply(*mapped)
             return out, (0,) * len(out)
 
     # `apply` asks for the signature at every call; made once here, a small step is a tenth faster

@@ -114,7 +114,7 @@ class HyperSettings:
         _check(self, HYPER_RULES, "hyper.")
 
 
-# The model and the numbers of the default preset; configs/small.yaml says the same, a test compares them.
+# The model and the numbers of the default preset; presets/small.yaml says the same, a test compares them.
 DEFAULT_MODEL = ModelConfig(
     vocab_size=BYTE_TOKENS,
     hidden_size=128,

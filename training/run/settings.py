@@ -20,21 +20,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tiny_onn_func.config import ModelConfig
 from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
-from training.run.config import HyperSettings, RunConfig, default_out, hyper_params
+from training.presets.find import resolve_preset
+from training.run.config import HyperSettings, RunConfig, default_out
 from training.run.initial_state import sizes_follow
 from training.step.hyper_params import HyperParams
 from training.storage.plain_yaml import read_yaml, scalar, shown, write_yaml
-
-__all__ = [
-    "HyperSettings",
-    "RunConfig",
-    "default_out",
-    "hyper_params",
-    "key_types",
-    "load_settings",
-    "parse_train_args",
-    "save_settings",
-]
 
 Values = dict[str, Any]  # dotted key -> value
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
@@ -199,7 +189,8 @@ def _read_flags(argv: Sequence[str]) -> tuple[Values, str | None, set[str]]:
                 raise UserError(f"{name}: expected a value, got {came}; if that is meant, write {name}={came}")
             text = words.pop(0)
         values[key] = scalar(text) if {int, float, bool} & {types[key], *get_args(types[key])} else text
-    return values, values.pop("config", None), switches
+    config = values.pop("config", None)
+    return values, None if config is None else resolve_preset(config), switches
 
 
 def _print_help(config: RunConfig) -> NoReturn:
@@ -211,7 +202,12 @@ def _print_help(config: RunConfig) -> NoReturn:
 
     about = {"__doc__": "Numbers of the hyper step."}
     numbers = make_dataclass("Numbers", columns(HyperSettings, _field_texts(HyperParams)), namespace=about)
-    file = Annotated[str | None, tyro.conf.arg(help="YAML file of settings; flags win.", metavar="FILE.yaml")]
+    file = Annotated[
+        str | None,
+        tyro.conf.arg(
+            help="YAML file of settings, or the name of a preset such as small; flags win.", metavar="FILE.yaml"
+        ),
+    ]
     switch = Annotated[bool, tyro.conf.arg(help="Go on from the newest checkpoint in the run folder.", metavar="")]
     own: list[Any] = [("config", file, None), ("resume", switch, False), ("hyper", numbers)]
     page = make_dataclass("Page", own, bases=(RunConfig,), frozen=True)

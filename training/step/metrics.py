@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from training.step import metrics as measure
 from training.step.hyper_params import HyperParams
 from training.step.losses import predictive_integrity
 from training.step.router_loss import RouterLoss
@@ -88,7 +87,7 @@ class Metrics(NamedTuple):
 def step_metrics(sums: Sums, loss: RouterLoss, hyper: HyperParams) -> Metrics:
     """All but what only the optimizers know: `grad_norm`, `router_grad_norm` and `lr` are zero here."""
     count, informative, layers = sums.targets.clamp_min(1), sums.informative.clamp_min(1), sums.routed.shape[-2]
-    main_loss, tau, load = sums.loss / count, sums.entropy / count, measure.shares(sums.routed)
+    main_loss, tau, load = sums.loss / count, sums.entropy / count, shares(sums.routed)
     surprise = sums.surprise / sums.surprised.clamp_min(1)
     unset = torch.zeros_like(main_loss)
     return Metrics(
@@ -103,8 +102,8 @@ def step_metrics(sums: Sums, loss: RouterLoss, hyper: HyperParams) -> Metrics:
         tau=tau,
         pi_score=predictive_integrity(main_loss, tau, surprise, hyper.pi_alpha, hyper.pi_gamma),
         avg_k=sums.visits.to(torch.float32) / (layers * sums.real).clamp_min(1),
-        max_vio=measure.max_vio(load),
-        dead_experts=measure.dead_experts(load),
+        max_vio=max_vio(load),
+        dead_experts=dead_experts(load),
         tie_rate=sums.tied / (sums.real * layers).clamp_min(1),
         balance_loss=loss.balance,
         z_loss=loss.z,
@@ -112,6 +111,6 @@ def step_metrics(sums: Sums, loss: RouterLoss, hyper: HyperParams) -> Metrics:
         router_grad_norm=unset,
         lr=unset,
         expert_load=load,
-        target_load=measure.shares(sums.wanted),
+        target_load=shares(sums.wanted),
         expert_surprise=sums.expert_surprise / sums.expert_surprised.clamp_min(1),
     )

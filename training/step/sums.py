@@ -11,7 +11,6 @@ from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.primitives.vmap import one_axis, over_runs
-from training.step import sums as step_sums
 from training.step.main_pass import Observed
 from training.step.router_loss import Targets
 
@@ -124,9 +123,9 @@ def _routing_sums(
     if runtime.may_run(logits, surprise):
         by_width = (logits, surprise, ids, active), (target, informative, tied), (real,)
         given = [one_axis(t, 3 - place) for place, some in enumerate(by_width) for t in some]
-        counts, chance, *by_expert = step_kernels.routing_sums(*given)
+        by_layer, chance, *by_expert = step_kernels.routing_sums(*given)
         runs, by_expert[2] = logits.shape[:-3], by_expert[2].to(torch.float32)
-        totals = counts.sum(dim=-1).unbind(0)
+        totals = by_layer.sum(dim=-1).unbind(0)
         of_runs = (t.view(runs) for t in (*totals, chance.sum(dim=-1)))
         return *of_runs, *(t.view(*runs, *t.shape[1:]) for t in by_expert)
     experts, all_tokens = logits.shape[-1], (-2, -1)
@@ -136,9 +135,9 @@ def _routing_sums(
         informative.sum(dim=all_tokens),
         hits.sum(dim=all_tokens),
         tied.sum(dim=all_tokens),
-        step_sums.count_visits(active, real),
+        count_visits(active, real),
         chance.sum(dim=all_tokens),
-        step_sums.routed_rows(ids, active, experts),
-        step_sums.counts(target, informative, experts),
-        *step_sums.finite_sum(surprise, dim=-2),
+        routed_rows(ids, active, experts),
+        counts(target, informative, experts),
+        *finite_sum(surprise, dim=-2),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
+from training.presets.find import STUDIES, resolve_preset
 from training.run.config import RunConfig
 from training.run.settings import checked
 from training.storage.plain_yaml import read_yaml, shown, write_yaml
@@ -36,7 +37,7 @@ def load_study(path: str | Path, *, quick: bool = False) -> StudyConfig:
 
 
 def named_study(file: str | None, out: str | None, *, quick: bool, resume: bool) -> tuple[Path, Path]:
-    """(the study's file, its folder) that a command line means.
+    """(the study's file, its folder) that a command line means; `file` may name a preset.
 
     Without a file, the one in the folder that is resumed; without a folder, runs/<name of the file>.
     """
@@ -45,7 +46,7 @@ def named_study(file: str | None, out: str | None, *, quick: bool, resume: bool)
     if file is None and quick:
         raise UserError("--quick: expected a FILE.yaml with it, got none; what is resumed is as short as it was begun")
     folder = Path(out or f"runs/{Path(file or '').stem}{'-quick' if quick else ''}")
-    return (folder / "study.yaml" if file is None else Path(file)), folder
+    return (folder / "study.yaml" if file is None else Path(resolve_preset(file, STUDIES))), folder
 
 
 def save_study(study: StudyConfig, path: str | Path) -> None:

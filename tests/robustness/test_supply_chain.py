@@ -1,0 +1,145 @@
+"""What is installed and what is read: bounds that were tested, exact versions, and no reader that can run code."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from tests.helpers import ROOT
+from training.run import identity
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CONSTRAINTS = ROOT / "constraints.txt"
+SOURCES = sorted(path for folder in ("tiny_onn_func", "training") for path in (ROOT / folder).rglob("*.py"))
+# Modules that load data by running what it says, and calls that do.
+MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+CALLS = {
+    "eval", "exec", "compile", "__import__", "torch.load", "torch.hub.load", "np.load", "numpy.load",
+    "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "os.system", "os.popen", "pd.read_pickle",
+    "torch.package.PackageImporter", "ctypes.CDLL", "ctypes.PyDLL", "ctypes.cdll.LoadLibrary", "torch.ops.load_library",
+    "torch.classes.load_library", "runpy.run_path", "import_module", "importlib.import_module",
+}  # fmt: skip
+ARGUMENTS = {
+    ("trust_remote_code", "True"), ("weights_only", "False"), ("allow_pickle", "True"), ("shell", "True"),
+}  # fmt: skip
+# The metadata of torch.distributed.checkpoint is a pickle: sharded runs alone use it, on folders that the user trusts.
+TRUSTED_FOLDERS_ONLY = "sharded_checkpoint.py"
+# Calls whose argument no file and no setting can choose: the kernels, whose folder is this user's alone and whose name
+# is a hash of their source and the processor (tests/tiny_onn_func/kernels/test_trust.py); the C library of the process;
+# the two packages.
+HARMLESS = {
+    ("build.py", "ctypes.CDLL(str(path))"), ("runtime.py", "ctypes.CDLL(str(library()))"),
+    ("process.py", "ctypes.CDLL(None)"), ("identity.py", "import_module(package)"),
+}  # fmt: skip
+
+
+def problems(source: str, name: str = "some.py") -> Iterator[str]:
+    """What in a source can run code that a file brings along."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            named = [alias.name for alias in node.names]
+            base = getattr(node, "module", None)
+            for module in [base, *(f"{base}.{one}" for one in named)] if base else named:
+                runs = module.split(".")[0] in MODULES or module.startswith("torch.distributed.checkpoint")
+                if runs and name != TRUSTED_FOLDERS_ONLY:
+                    yield f"imports {module}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in CALLS and (name, ast.unparse(node)) not in HARMLESS:
+                yield f"calls {called}"
+            if called == "yaml.load" and (len(node.args) < 2 or ast.unparse(node.args[1]) != "_Loader"):
+                yield "calls yaml.load without the safe loader"
+            for keyword in node.keywords:
+                value = ast.unparse(keyword.value)
+                if (keyword.arg, value) in ARGUMENTS:
+                    yield f"passes {keyword.arg}={value}"
+
+
+def test_no_source_can_run_what_it_reads() -> None:
+    found = {path.name: [*problems(path.read_text(encoding="utf-8"), path.name)] for path in SOURCES}
+    assert {name: bad for name, bad in found.items() if bad} == {}
+    assert len(found) > 80
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle", "from pickle import loads", "import torch\ntorch.load(path)", "eval(text)", "exec(text)",
+        "import yaml\nyaml.load(text, yaml.Loader)", "yaml.load(text)", "yaml.unsafe_load(text)",
+        "AutoModel.from_pretrained(folder, trust_remote_code=True)", "np.load(path, allow_pickle=True)",
+        "import torch.distributed.checkpoint as dcp", "from torch.distributed.checkpoint import load",
+        "from torch.distributed import checkpoint", "subprocess.run(text, shell=True)", "import joblib",
+        "ctypes.CDLL(path)", "torch.ops.load_library(path)", "importlib.import_module(name)",
+    ],
+)  # fmt: skip
+def test_each_way_to_run_what_is_read_would_be_noticed(source: str) -> None:
+    assert [*problems(source)]
+
+
+def test_every_exception_is_of_a_call_that_is_there() -> None:
+    for name, call in HARMLESS:
+        (path,) = (path for path in SOURCES if path.name == name)
+        calls = [
+            ast.unparse(node) for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)
+        ]
+        assert call in calls, name
+    assert identity.PACKAGES == ("tiny_onn_func", "training")
+
+
+def test_the_yaml_loader_makes_plain_values_only() -> None:
+    import yaml
+
+    from training.storage.plain_yaml import _Loader
+
+    assert issubclass(_Loader, yaml.SafeLoader)
+    assert not [
+        tag for tag in (*_Loader.yaml_constructors, *_Loader.yaml_multi_constructors) if tag and "python" in tag
+    ]
+
+
+# Versions -------------------------------------------------------------------------------------------------------------
+
+
+def requirements() -> list[Requirement]:
+    texts = [*PROJECT["dependencies"], *(text for extra in PROJECT["optional-dependencies"].values() for text in extra)]
+    return [Requirement(text) for text in texts]
+
+
+def constrained() -> dict[str, str]:
+    lines = [line.partition("#")[0].strip() for line in CONSTRAINTS.read_text(encoding="ascii").splitlines()]
+    return dict(line.split("==") for line in lines if line)
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_every_dependency_has_a_lower_and_an_upper_bound_around_the_constraint(requirement: Requirement) -> None:
+    operators = {specifier.operator for specifier in requirement.specifier}
+    assert operators == {">=", "<"}, f"{requirement}: a lower bound and a tested upper one"
+    exact = constrained()[canonical(requirement.name)]
+    assert requirement.specifier.contains(exact), f"{requirement} does not take the tested {exact}"
+
+
+def test_the_constraints_are_exact_versions_and_nothing_else() -> None:
+    text = CONSTRAINTS.read_text(encoding="ascii")
+    assert not re.search(r"https?:|file:|--|@|\+", text)
+    for name, version in constrained().items():
+        assert name == canonical(name)
+        assert str(Version(version)) == version
+    assert constrained()["torch"] == "2.13.0"
+
+
+def test_what_runs_here_is_within_the_bounds() -> None:
+    for requirement in requirements():
+        try:
+            there = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that is not installed
+        assert requirement.specifier.contains(there, prereleases=True), f"{requirement}: {there}"
