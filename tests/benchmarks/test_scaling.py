@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.gpu import LARGE
-from benchmarks.saved import measured, models
-from benchmarks.scaling import MODELS, best_of_each_kind, main
-from benchmarks.scaling_plan import (
+from benchmarks.memory.saved import measured, models
+from benchmarks.models import LARGE
+from benchmarks.scaling.plan import (
     ADAMW_TRAFFIC,
     Cluster,
     Layout,
@@ -26,6 +25,7 @@ from benchmarks.scaling_plan import (
     plan,
     saved_of,
 )
+from benchmarks.scaling.report import MODELS, best_of_each_kind, main
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.params import count_params
 from training.errors import UserError

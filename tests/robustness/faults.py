@@ -4,10 +4,10 @@
                            [--signals N] [--spoil N] [--cuts N] [--part K/N] [--seed N] [--json FILE]
 
 Every try is a process of its own that runs the command line: a fork of one that has the heavy libraries loaded. The
-calls that change files pass through tests/robustness/fault_shim.c, which lets a chosen one fail, write half, or be the last. What
-is left is resumed, and must end with the bits of the run that met no fault: the last checkpoint's file, the records
-but for their seconds, the summary but for its speed, every checkpoint whole, and no leftovers. `--spoil 0` means every
-call in every mode, `--cuts 0` a power cut before every one, `--part 2/3` the second third of those.
+calls that change files pass through fault_shim.c, which lets a chosen one fail, write half, or be the last. What is
+left is resumed, and must end with the bits of the run that met no fault: the last checkpoint's file, the records but
+for their seconds, the summary but for its speed, every checkpoint whole, and no leftovers. `--spoil 0` means every call
+in every mode, `--cuts 0` a power cut before every one, `--part 2/3` the second third of those.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The simulator against this machine: bytes sent, memory and step time of 1, 2 and 4 processes, predicted and measured.
 
-    python -m benchmarks.scaling --measure [--processes 2 4] [--json FILE]
+    python -m benchmarks.scaling.report --measure [--processes 2 4] [--json FILE]
 
 Every process makes the hyper step of a run under torchrun with gloo, one thread each, on its rows of the same batch.
 FLOP/s are those of one process, shared out where processes are more than cores; bandwidth and latency are those of
@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.scaling_plan import Cluster, Layout, bytes_sent, flops_of, plan
+from benchmarks.scaling.plan import Cluster, Layout, bytes_sent, flops_of, plan
 from benchmarks.timing import interleaved, machine, ratio
 from tiny_onn_func import ModelConfig
 from training import Batch, hyper_step, init_state
@@ -99,7 +99,7 @@ def compared(guess: float, seen: float) -> str:
 def last_line(size: int, *arguments: str) -> str:
     """What the first of so many processes of this file printed last."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    command += ["-m", "benchmarks.scaling_measured", *arguments]
+    command += ["-m", "benchmarks.scaling.measured", *arguments]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         status = subprocess.run(command, stdout=out, stderr=err, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         out.seek(0)

@@ -1,8 +1,8 @@
 """From which size on which layout? Memory, step time, communication and cost of a model on clusters of many sizes.
 
-    python -m benchmarks.scaling [--model 0.5B | 30B | small] [--gpus 1 8 64 512 4096] [--json FILE]
-    python -m benchmarks.scaling --model.num-experts 64 ...    any size of `tiny-onn train`, or --config FILE.yaml
-    python -m benchmarks.scaling --measure                     predictions against 1, 2 and 4 processes of this machine
+    python -m benchmarks.scaling.report [--model 0.5B | 30B | small] [--gpus 1 8 64 512 4096] [--json FILE]
+    python -m benchmarks.scaling.report --model.num-experts 64 ...   any size of `tiny-onn train`, or --config
+    python -m benchmarks.scaling.report --measure                    predictions against 1, 2 and 4 local processes
 
 Every device has `--sequences` of `--length` tokens, so twice the devices are twice the tokens of a step. For each
 number of devices the table has the cheapest layout of each kind that fits the memory (else the smallest one, marked).
@@ -16,8 +16,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import LARGE
-from benchmarks.scaling_plan import Cluster, Plan, layouts_of, plan
+from benchmarks.models import LARGE
+from benchmarks.scaling.plan import Cluster, Plan, layouts_of, plan
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.params import count_active_params, count_params
 from training.errors import UserError
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given, model, cluster = parse(sys.argv[1:] if argv is None else argv)
         if given.measure:
-            from benchmarks.scaling_measured import measured
+            from benchmarks.scaling.measured import measured
 
             found = measured(given.processes)
         else:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.json:
             Path(given.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     except (UserError, ValueError) as error:
-        print(f"benchmarks.scaling: {error}", file=sys.stderr)
+        print(f"benchmarks.scaling.report: {error}", file=sys.stderr)
         return 2
     return 0
 

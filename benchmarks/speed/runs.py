@@ -1,6 +1,6 @@
 """How many runs at once? One vmapped hyper step against the same runs one after another.
 
-python -m benchmarks.runs [--sizes w32 w64 A] [--repetitions N] [--threads N] [--json FILE]
+python -m benchmarks.speed.runs [--sizes w32 w64 A] [--repetitions N] [--threads N] [--json FILE]
 """
 
 import argparse
@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch.func import vmap
 
-from benchmarks.step import SIZES as STEP_SIZES
-from benchmarks.step import a_batch
+from benchmarks.models import SIZES as STEP_SIZES
+from benchmarks.models import a_batch
 from benchmarks.timing import interleaved, machine, table, write_json
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import stack

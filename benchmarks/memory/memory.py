@@ -1,6 +1,6 @@
 """Peak memory of a hyper step, next to a plain step of Qwen3-MoE: what a process grows by, each in one of its own.
 
-    python -m benchmarks.memory [--sizes A B] [--steps N] [--json FILE]
+    python -m benchmarks.memory.memory [--sizes A B] [--steps N] [--json FILE]
 
 Peak resident memory after the steps, less what the process held before its model was made, as the kernel counts it.
 """
@@ -41,13 +41,24 @@ def main() -> None:
 
 
 def in_a_process(subject: str, size: str, steps: int) -> float:
-    command = [sys.executable, "-m", "benchmarks.memory", "--only", subject, "--sizes", size, "--steps", str(steps)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.memory.memory",
+        "--only",
+        subject,
+        "--sizes",
+        size,
+        "--steps",
+        str(steps),
+    ]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def grown(subject: str, size: str, steps: int) -> float:
     """MiB by which the peak of this process rises above what it holds when all is imported and warm."""
-    from benchmarks.step import SIZES, ours, peer
+    from benchmarks.models import SIZES
+    from benchmarks.speed.step import ours, peer
 
     torch.set_num_threads(1)
     torch.randn(64, 64, requires_grad=True).square().sum().backward()  # the library's own buffers

@@ -1,6 +1,6 @@
 """Which way would gradient descent turn the router's numbers? Slopes of a later loss, through hyper steps.
 
-    python -m benchmarks.slopes [--data stdlib] [--seeds 0 1 2 3 4] [--steps 200] [--every 20] [--ahead 4]
+    python -m benchmarks.experiments.slopes [--data stdlib] [--seeds 0 1 2 3 4] [--steps 200] [--every 20] [--ahead 4]
 
 Runs with two teachers (the main loss with coupling 1, and surprise with weight 0.1), sizes and rates of the preset
 `routers`, all seeds in one vmapped program. Every some steps: d (main loss on a batch that is not

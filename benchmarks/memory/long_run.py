@@ -1,6 +1,6 @@
 """Does a long run stay flat? 20,000 small steps in a process of its own, whose memory, speed and folder are watched.
 
-    python -m benchmarks.long_run [--steps N] [--data SPEC] [--out DIR] [--json FILE]
+    python -m benchmarks.memory.long_run [--steps N] [--data SPEC] [--out DIR] [--json FILE]
 
 Checkpoints every 500 steps, a score every 100, pictures every 2,000, as the default run has them but for their sizes.
 The slope of memory is the line of least squares through the samples of the second half. Speed is told twice: in

@@ -1,6 +1,6 @@
 """What a finished study says beside its report: any two arms paired, and whether surprise points at good experts.
 
-    python -m benchmarks.compare DIR [--pair ARM OTHER]... [--measure nats_per_token]
+    python -m benchmarks.experiments.compare DIR [--pair ARM OTHER]... [--measure nats_per_token]
 
 Without --pair: for every arm, and for all runs together, how much of a token's own loss one saves by sending it alone
 to the visited expert that a value prefers, instead of to a visited expert at random. Nats per sampled token, mean over

@@ -1,6 +1,6 @@
 """How fast does text come? `generate` against `transformers`' `generate` on the same exported model, both greedy.
 
-    python -m benchmarks.generate [--batches 1 16] [--prompt N] [--new N] [--rounds N] [--threads N] [--json FILE]
+    python -m benchmarks.speed.generate [--batches 1 16] [--prompt N] [--new N] [--rounds N] [--threads N] [--json FILE]
 
 A model with the sizes of the default preset and random weights; `save_pretrained` writes it, `from_pretrained` reads.
 Both write the same tokens, which is checked first. Figures are of whole calls: prompt, cache, every token.

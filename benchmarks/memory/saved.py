@@ -1,8 +1,8 @@
 """What does autograd save of a forward pass? Bytes by what they grow with, fitted to models that differ in one size.
 
-    python -m benchmarks.saved
+    python -m benchmarks.memory.saved
 
-The coefficients are `SAVED` of `benchmarks.scaling_plan`, rounded; they hold for this code on a CPU.
+The coefficients are `SAVED` of `benchmarks.scaling.plan`, rounded; they hold for this code on a CPU.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from benchmarks.scaling_plan import saved_of
-from benchmarks.step import a_batch
+from benchmarks.models import a_batch
+from benchmarks.scaling.plan import saved_of
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import leaves
 from training import HyperParams, init_state

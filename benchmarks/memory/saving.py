@@ -1,6 +1,6 @@
 """What saving costs: the default run with and without checkpoints, and the longest stall of a large model's steps.
 
-    python -m benchmarks.saving [--rounds N] [--steps N] [--large-steps N] [--threads N] [--json FILE]
+    python -m benchmarks.memory.saving [--rounds N] [--steps N] [--large-steps N] [--threads N] [--json FILE]
 
 The default run saves every 500 of 2,000 steps: four checkpoints. Here a round takes `--steps` steps of the default
 preset without saving and as many with one checkpoint at its begin, waited for at its end; the share of 500 steps is
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.step import a_batch
+from benchmarks.models import a_batch
 from benchmarks.timing import machine
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.params import count_params

@@ -1,7 +1,7 @@
 """The compiled kernels beside PyTorch's: products of rows and experts beside `grouped_mm`, projections beside `matmul`,
 attention beside its own.
 
-python -m benchmarks.kernels [--repetitions N] [--threads N] [--json FILE]
+python -m benchmarks.speed.kernels [--repetitions N] [--threads N] [--json FILE]
 """
 
 import argparse

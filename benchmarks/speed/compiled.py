@@ -1,6 +1,6 @@
 """When does `--compile` pay? Time of tracing and compiling a hyper step, and its time beside the step as it is.
 
-python -m benchmarks.compiled [--sizes w32 A] [--repetitions N] [--threads N] [--json FILE]
+python -m benchmarks.speed.compiled [--sizes w32 A] [--repetitions N] [--threads N] [--json FILE]
 """
 
 import argparse
@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.runs import SIZES
-from benchmarks.step import a_batch
+from benchmarks.models import a_batch
+from benchmarks.speed.runs import SIZES
 from benchmarks.timing import interleaved, machine, table, write_json
 from training import Batch, HyperParams, TrainState, hyper_step, init_state
 from training.run.process import keep_freed_memory

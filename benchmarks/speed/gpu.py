@@ -1,6 +1,6 @@
 """On a GPU: tokens/s and FLOP utilisation of 0.5 billion parameters, the share of surprise, and how many runs fit.
 
-    python -m benchmarks.gpu [--peak-tflops 989] [--json FILE]
+    python -m benchmarks.speed.gpu [--peak-tflops 989] [--json FILE]
 
 The large model: 28 layers, width 1,024, F 64, 32 experts, K 8, vocabulary 151,936; computed in bfloat16, with router,
 surprise, parameters and moments in float32. FLOPs of a step: 6 per active matrix parameter and token, and 12 L S D per
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.func import vmap
 
-from benchmarks.step import a_batch
+from benchmarks.models import LARGE, a_batch
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.params import count_active_params, count_params
 from tiny_onn_func.tree import merge, partition, stack, tree_map
@@ -28,7 +28,6 @@ from training.step.gradients import gradients
 from training.step.losses import language_modelling
 from training.step.main_pass import main_gradients
 
-LARGE = ModelConfig(151_936, 1024, 28, 16, 8, 64, 64, 32, num_experts_per_tok=8)
 SMALL = ModelConfig(257, 64, 2, 2, 1, 32, 32, 8, num_experts_per_tok=2)
 HYPER = HyperParams(balance_weight=1.0)
 LOW = torch.bfloat16
@@ -42,7 +41,9 @@ def main() -> None:
     parser.add_argument("--json", help="where to write the figures")
     given = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu: expected a CUDA device, found none; this benchmark has nothing to say without one")
+        sys.exit(
+            "benchmarks.speed.gpu: expected a CUDA device, found none; this benchmark has nothing to say without one"
+        )
     found: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     found |= large_model(given.batch, given.sequence, given.peak_tflops) | many_runs()
     for name, value in found.items():

@@ -1,7 +1,7 @@
 """What does it cost to visit fewer experts after surgery? A small dense Qwen3, trained here, cut and scored at every K.
 
-    python -m benchmarks.surgery [--steps N] [--num-experts E] [--bytes N] [--threads N]
-    python -m benchmarks.surgery --memory
+    python -m benchmarks.experiments.surgery [--steps N] [--num-experts E] [--bytes N] [--threads N]
+    python -m benchmarks.experiments.surgery --memory
 
 The dense model reads the bytes of the Python standard library; the score is perplexity per byte on held-out modules.
 The calibration text of the clusters is one of its modules. With --memory: the peak of the process that cuts a larger

@@ -1,6 +1,6 @@
 """Which guards should the default have? Arms that differ in coefficients only, all trained in one vmapped program.
 
-    python benchmarks/guards.py [--steps N] [--seeds N]
+    python benchmarks/experiments/guards.py [--steps N] [--seeds N]
 
 Prints a Markdown table: held-out bits per byte of each arm on the standard library's text, and how routing looks.
 """

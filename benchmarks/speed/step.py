@@ -1,6 +1,6 @@
 """What does surprise cost? The hyper step against itself without hooks, and against a plain step of Qwen3-MoE.
 
-    python -m benchmarks.step [--sizes A B] [--repetitions N] [--threads N] [--json FILE]
+    python -m benchmarks.speed.step [--sizes A B] [--repetitions N] [--threads N] [--json FILE]
 
 The peer is `transformers`' Qwen3MoeForCausalLM with grouped-matmul experts, PyTorch's AdamW, the same sizes and batch:
 forward, backward, clipping, update. Ours does the same and measures surprise and trains the router beside it.
@@ -13,19 +13,16 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.models import SIZES, a_batch
 from benchmarks.timing import interleaved, machine, ratio, table, write_json
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.tree import merge, partition
-from training import Batch, HyperParams, hyper_step, init_state
+from training import HyperParams, hyper_step, init_state
 from training.run.process import keep_freed_memory
 from training.step.gradients import gradients
 from training.step.losses import language_modelling
 from training.step.main_pass import main_gradients
 
-SIZES = {  # configuration, batch, sequence
-    "A": (ModelConfig(257, 128, 4, 4, 2, 32, 64, 16, num_experts_per_tok=4), 12, 64),
-    "B": (ModelConfig(257, 256, 4, 4, 2, 64, 64, 32, num_experts_per_tok=4), 8, 128),
-}
 HYPER = HyperParams(balance_weight=1.0)
 
 
@@ -51,11 +48,6 @@ def main() -> None:
         )
     if given.json:
         write_json(given.json, results)
-
-
-def a_batch(config: ModelConfig, batch: int, seq: int) -> Batch:
-    ids = torch.randint(0, 256, (batch, seq + 1), generator=torch.Generator().manual_seed(0))
-    return Batch(ids[:, :-1], ids[:, 1:], torch.ones(batch, seq, dtype=torch.int64))
 
 
 def ours(config: ModelConfig, batch_size: int, seq: int) -> dict[str, Callable[[], object]]:

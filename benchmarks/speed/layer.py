@@ -1,6 +1,6 @@
 """One mixture-of-experts layer, forward and backward: against a dense layer of the same active size, and over T and E.
 
-python -m benchmarks.layer [--repetitions N] [--threads N] [--json FILE]
+python -m benchmarks.speed.layer [--repetitions N] [--threads N] [--json FILE]
 """
 
 import argparse

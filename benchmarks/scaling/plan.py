@@ -23,7 +23,7 @@ EXPERT_LEAVES = ("w1", "w2", "w3")
 HEADROOM = 0.9  # of a device's memory; the rest is the library's and lost to fragments
 COPIES = 3  # of the gradients when several processes add them up: as leaves, as a vector, as their sum
 ADAMW_TRAFFIC = 28  # bytes of a float32 parameter's update: it, gradient and moments read; it and moments written
-# Bytes that autograd saves for the backward pass, by what they grow with: `python -m benchmarks.saved` fits them
+# Bytes that autograd saves for the backward pass, by what they grow with: `python -m benchmarks.memory.saved` fits them
 SAVED = {4: (23.6, 17.3, 12.6, 4.2, 9.9, 5.1), 2: (36.7, 13.6, 11.9, 1.9, 39.5, 5.9)}  # of D, Q, N F, N D, E, V
 BACKWARD = 8  # bytes a logit, of its float32 gradient and softmax, when all else is still saved
 

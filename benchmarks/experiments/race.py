@@ -1,6 +1,6 @@
 """A race to 1.88 nats a character on tinyshakespeare: `shakespeare_char.yaml` against a dense GPT of nanoGPT's recipe.
 
-    python -m benchmarks.race TINYSHAKESPEARE.txt [--steps N] [--our-steps N] [--threads N] [--json FILE]
+    python -m benchmarks.experiments.race TINYSHAKESPEARE.txt [--steps N] [--our-steps N] [--threads N] [--json FILE]
 
 The dense model is nanoGPT's CPU recipe in torch.nn: 4 layers, 4 heads, width 128, context 64, batch 12, 2,000 steps,
 learning rate 1e-3 to 1e-4, 100 steps of warm-up, AdamW (0.9, 0.99), decay 0.1, no dropout; published: 1.88 after them.

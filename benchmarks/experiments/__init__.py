@@ -1,0 +1,1 @@
+"""Ask scientific questions; nothing is timed here."""

@@ -1,0 +1,1 @@
+"""Measure memory: of a step, of what autograd saves, of long runs and of saving."""
