@@ -21,9 +21,9 @@ def leaves(tree: Any) -> list[Any]:
     return pytree.tree_leaves(tree)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": t}} -> {"a.b": t}, in insertion order."""
-    flat: dict[str, Tensor] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat

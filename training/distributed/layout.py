@@ -20,23 +20,6 @@ from training.distributed.flat_params import (
 from training.step.hyper_step import TrainState
 
 
-def layout_of(world: Group, shard_optimizer: bool, shard_experts: int) -> Layout:
-    """Neighbours in rank, so on one machine as far as possible, hold the experts of a layer together."""
-    copies = world.size // shard_experts
-    copy, share = divmod(world.rank, shard_experts)
-    together = [list(range(c * shard_experts, (c + 1) * shard_experts)) for c in range(copies)]
-    same = [list(range(s, world.size, shard_experts)) for s in range(shard_experts)]
-    experts, replicas = (
-        [dist.new_group(ranks) if len(ranks) > 1 else None for ranks in groups] for groups in (together, same)
-    )
-    return Layout(
-        world,
-        Group(experts[copy], size=shard_experts, rank=share, sent=world.sent),
-        Group(replicas[share], size=copies, rank=copy, sent=world.sent),
-        shard_optimizer,
-    )
-
-
 class Layout(NamedTuple):
     """Who holds what: all processes; those that hold a layer's experts together; those that hold the same experts."""
 
@@ -53,6 +36,23 @@ class Layout(NamedTuple):
     def own_experts(self, config: ModelConfig) -> int:
         """How many of a layer's experts this process holds."""
         return config.num_experts // self.experts.size
+
+
+def layout_of(world: Group, shard_optimizer: bool, shard_experts: int) -> Layout:
+    """Neighbours in rank, so on one machine as far as possible, hold the experts of a layer together."""
+    copies = world.size // shard_experts
+    copy, share = divmod(world.rank, shard_experts)
+    together = [list(range(c * shard_experts, (c + 1) * shard_experts)) for c in range(copies)]
+    same = [list(range(s, world.size, shard_experts)) for s in range(shard_experts)]
+    experts, replicas = (
+        [dist.new_group(ranks) if len(ranks) > 1 else None for ranks in groups] for groups in (together, same)
+    )
+    return Layout(
+        world,
+        Group(experts[copy], size=shard_experts, rank=share, sent=world.sent),
+        Group(replicas[share], size=copies, rank=copy, sent=world.sent),
+        shard_optimizer,
+    )
 
 
 def shares(vectors: Vectors, layout: Layout) -> tuple[slice, slice]:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from tiny_onn_func.config import ModelConfig
 from training.distributed.collectives import Group
 from training.distributed.layout import Layout, own_state, whole_state
 from training.distributed.rendezvous import Place
-from training.run.config import RunConfig
 from training.step.batch import Batch
 from training.step.hyper_step import TrainState
 
@@ -47,13 +47,13 @@ class Team(NamedTuple):
         each = batch.input_ids.shape[0] // self.world.size
         return Batch(*(part[self.world.rank * each : (self.world.rank + 1) * each] for part in batch))
 
-    def whole(self, state: TrainState, config: RunConfig) -> TrainState:
+    def whole(self, state: TrainState, config: ModelConfig) -> TrainState:
         """The whole state; all processes must ask."""
-        return whole_state(state, config.model, self.layout)
+        return whole_state(state, config, self.layout)
 
-    def own(self, state: TrainState, config: RunConfig) -> TrainState:
+    def own(self, state: TrainState, config: ModelConfig) -> TrainState:
         """This process's part of process 0's state; the others' may be of any content."""
-        return own_state(self.world.copy_first(state), config.model, self.layout)
+        return own_state(self.world.copy_first(state), config, self.layout)
 
     def one_by_one(self, work: Callable[[], T]) -> T:
         """The work of every process, the first of each machine before the others, who find what it left on the disk."""

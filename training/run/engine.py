@@ -81,7 +81,7 @@ def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[st
     resume_step = int(state.step) if resume else None
     with open_recorder(folder, resume_step=resume_step) if team.first else no_recorder() as recorder:
         state, seconds = _loop(run, state, recorder)
-    state = team.whole(state, config)
+    state = team.whole(state, config.model)
     return finish(run, state, seconds) if team.first else {}
 
 
@@ -181,7 +181,7 @@ def _step(
         bad = bad or ["the state of another process"] * anywhere
     if not bad:
         return new_state, values, bool(end)
-    whole = run.team.whole(state, config)
+    whole = run.team.whole(state, config.model)
     if run.team.first:
         keep_evidence(run.folder, whole, batch, **about_of(run))
     if config.on_nonfinite == "stop":
@@ -194,7 +194,7 @@ def _step(
 
 def _held_out(run: Run, state: TrainState) -> dict[str, float]:
     """The score during the run, made by process 0 and told to all."""
-    whole, found = run.team.whole(state, run.config), {}
+    whole, found = run.team.whole(state, run.config.model), {}
     if run.team.first:
         score = held_out_score(run, whole, run.config.eval_bytes)
         found = {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
@@ -215,7 +215,7 @@ def _keep(run: Run, saver: Saver, recorder: Recorder, state: TrainState, best: i
             recorder.sync()  # as `_save` does
         save_sharded(run.folder, state, config.model, team.layout, about_of(run), config.keep_checkpoints, best)
         return
-    whole = team.whole(state, config)
+    whole = team.whole(state, config.model)
     if team.first:
         saver.save(named_tensors(whole), best)
 

@@ -80,7 +80,7 @@ def begin(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> Trai
     if checkpoint is not None and is_sharded(checkpoint):
         state = load_sharded(checkpoint, config.model, team.layout)
     else:
-        state = team.own(_whole(run, checkpoint, tokenizer), config)
+        state = team.own(_whole(run, checkpoint, tokenizer), config.model)
     if team.first:
         if checkpoint is None:
             save_tokenizer(tokenizer, folder)

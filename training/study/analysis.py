@@ -118,8 +118,8 @@ def analyse_rows(
     baseline = study.baseline or next(iter(baselines.values()))
     return {
         **facts, "baseline": baseline, "measure": MEASURE, "confidence": CONFIDENCE, "tuned": list(study.tune),
-        "answer": _answer(against, baseline, study.margin), "arms": arms, "against_baseline": against,
-        **stream,
+        "matched_within": MATCHED, "answer": _answer(against, baseline, study.margin), "arms": arms,
+        "against_baseline": against, **stream,
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from typing import Any, NamedTuple
 
+from tiny_onn_func.tree import flatten
 from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
 from training.run.config import RunConfig
@@ -135,7 +136,7 @@ def expand(study: StudyConfig) -> list[StudyRun]:
     for seed, (mark, order), cell in product(study.seeds, orders, found):
         tuned = {key: cell.point[key] for key in study.tune}
         name = " ".join(part for part in (cell.label, _point_text(tuned, study)) if part)
-        values = dotted(asdict(cell.config))
+        values = flatten(asdict(cell.config))
         overrides, config = {key: values[key] for key in keys}, replace(cell.config, seed=seed, out=None)
         runs.append(StudyRun(f"{_slug(name)}{mark}-seed{seed}", cell.label, overrides, seed, config, order))
     doubled = [name for name, count in Counter(run.id for run in runs).items() if count > 1]
@@ -216,19 +217,11 @@ def quick_study(study: StudyConfig) -> StudyConfig:
     return replace(study, base=changed(study.base, given, "quick: "), arms=arms, quick={}, **parts)
 
 
-def dotted(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """{"hyper": {"lr": 1e-3}} -> {"hyper.lr": 1e-3}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
 def _check_keys(study: StudyConfig) -> None:
-    known = dotted(asdict(study.base))
+    known = flatten(asdict(study.base))
     given = [(f"axes.{key}", key) for key in study.axes]
     given += [(f"arms.{arm.name}.set.{key}", key) for arm in study.arms for key in arm.set]
     given += [(f"quick.{key}", key) for key in study.quick if key not in QUICK_PARTS]

@@ -5,12 +5,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from tiny_onn_func.tree import flatten
 from training.errors import UserError
 from training.presets.find import STUDIES, resolve_preset
 from training.run.config import RunConfig
 from training.run.settings import checked
 from training.storage.plain_yaml import read_yaml, shown, write_yaml
-from training.study.config import QUICK_PARTS, Arm, StudyConfig, changed, dotted, near, quick_study, study_values
+from training.study.config import QUICK_PARTS, Arm, StudyConfig, changed, near, quick_study, study_values
 
 KEYS = [field.name for field in fields(StudyConfig)]
 KINDS = {str: "text", dict: "keys and values below it", list: "a list", int: "a whole number", float: "a number"}
@@ -109,7 +110,7 @@ def _arm(entry: Any, number: int) -> Arm:
 
 def _axes(axes: Mapping[str, Any], prefix: str) -> dict[str, list[Any]]:
     parsed = {}
-    for key, values in dotted(axes).items():
+    for key, values in flatten(axes).items():
         listed = _kind(values, list, f"{prefix}{key}")
         parsed[key] = [_typed({key: value}, prefix)[key] for value in listed]
     return parsed
@@ -117,7 +118,7 @@ def _axes(axes: Mapping[str, Any], prefix: str) -> dict[str, list[Any]]:
 
 def _typed(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Dotted key -> value of the key's type."""
-    return checked(dotted(values), lambda key: prefix + key)
+    return checked(flatten(values), lambda key: prefix + key)
 
 
 def _kind(value: Any, kind: type, key: str) -> Any:

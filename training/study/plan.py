@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tiny_onn_func.params import count_params
+from tiny_onn_func.tree import flatten
 from training.errors import UserError
 from training.run.config import DEFAULT_HYPER, RunConfig
 from training.storage.atomic import make_folder, write_text
 from training.storage.regular_file import read_small
-from training.study.config import StudyRun, dotted
+from training.study.config import StudyRun
 
 MOST_AT_ONCE = 64
 BUSY = 1 << 22  # tokens * width * layers of a step, beyond which more runs gain little (docs/benchmarks.md)
@@ -39,7 +40,7 @@ def static_part(config: RunConfig) -> RunConfig:
 
 def check_alike(configs: Sequence[RunConfig]) -> None:
     """Refuse runs that cannot share a program; the message names the static key that differs."""
-    first, *others = (dotted(asdict(static_part(config))) for config in configs)
+    first, *others = (flatten(asdict(static_part(config))) for config in configs)
     for key, value in first.items():
         for other in others:
             if other[key] != value:

@@ -226,7 +226,7 @@ def test_baselines_are_byte_models_over_the_bytes_that_are_scored(
     assert span.num_bytes == lengths.sum()
     assert max_bytes is None or span.num_bytes - lengths[-1] < max_bytes <= span.num_bytes
     monkeypatch.setattr("training.data.batches.CHUNK", 500)
-    monkeypatch.setattr("training.data.baselines.FEWER", 70)
+    monkeypatch.setattr(sys.modules["training.data.baselines"], "FEWER", 70)
     found = baselines(splits.train, splits.held_out, max_bytes)
     wanted = baselines(*map(spelled_out, splits[:2]), None if max_bytes is None else span.num_bytes)
     assert found == pytest.approx(wanted)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tiny_onn_func.tree import flatten
 from training.report.html import elements as h
 from training.report.html.elements import Html, bounds, element, join, number, with_small
 from training.report.html.study_arms import Group, ShownArm, Study, arm_name, read_groups
@@ -14,8 +15,6 @@ from training.report.html.study_routing import routing_part
 from training.report.html.study_tasks import tasks_part
 from training.report.series import Records
 from training.storage.results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
-from training.study.analysis import MATCHED
-from training.study.config import dotted
 
 HEAD = (
     "arm", "verdict", "nats per token", "difference to baseline", "avg K", "MaxVio", "dead experts",
@@ -112,13 +111,14 @@ def _results(study: Study, groups: Sequence[Group]) -> Html:
             rows.append([f"compared with {group.baseline}"])
         rows += [_result(arm) for arm in group.best_first()]
     margin, tuned = study.analysis["margin"], study.analysis.get("tuned")
+    within = study.analysis.get("matched_within", 0.05)  # what was used before analysis.json recorded it
     notes = [
         "Means over seeds of the held-out score, less is better; below them 95 % t-intervals. A difference is arm − "  # noqa: RUF001
         "baseline at the same seed, which means the same batches.",
         "better, worse: a paired t-test at 5 % finds a difference (p of no difference, corrected for the number of "
         f"arms by Holm's method). equivalent: two one-sided tests at 5 % put it within ± {margin:g} nats (p of no "
         "equivalence). undecided: neither; that is no proof of equality.",
-        f"avg K and active FLOPs are matched within {MATCHED:.0%} of the baseline's; compute was equal where the FLOPs "
+        f"avg K and active FLOPs are matched within {within:.0%} of the baseline's; compute was equal where the FLOPs "
         "are: those of a forward pass, two for every active weight that is multiplied, and those of attention.",
         "Gating accuracy says nothing without its trivial value, what a random choice among a token's experts scores.",
         "MaxVio is (max − mean) / mean load. Dead are (layer, expert) pairs without a row in the last records.",  # noqa: RUF001
@@ -167,7 +167,7 @@ def _settings(study: Study) -> Html:
     """What each arm sets, and the axes that all go through."""
     rows: list[list[object]] = []
     for arm in study.values.get("arms") or ():
-        changes = ", ".join(f"{key} = {value}" for key, value in dotted(arm.get("set") or {}).items())
+        changes = ", ".join(f"{key} = {value}" for key, value in flatten(arm.get("set") or {}).items())
         rows.append([arm.get("name"), changes or "nothing: the base as it is"])
     for key, points in (study.values.get("axes") or {}).items():
         rows.append([f"every arm at {key}", ", ".join(map(str, points))])
