@@ -11,9 +11,9 @@ from torch import Tensor
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.ops import rms_norm, rotate
-from tiny_onn_func.primitives.fused import Twin, Values, with_kernel
-from tiny_onn_func.primitives.grouped import matmul
-from tiny_onn_func.primitives.vmap import one_axis, one_of_shared
+from tiny_onn_func.primitives.fused import FusedOp, Values, fused
+from tiny_onn_func.primitives.grouped import dense_matmul
+from tiny_onn_func.primitives.vmap import drop_repeated_axes, flatten_runs
 
 
 def causal_bias(
@@ -27,7 +27,7 @@ def causal_bias(
     """
     visible = torch.ones(seq, seq, dtype=torch.bool, device=device).tril()[None]
     if attention_mask is not None:
-        mask = one_of_shared(attention_mask, 2)
+        mask = drop_repeated_axes(attention_mask, 2)
         key, query = mask.unsqueeze(-2), mask.unsqueeze(-1)
         visible = visible & (key != 0) & ((key == query) | (query == 0))
     return visible.new_zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
@@ -47,7 +47,7 @@ def attention(
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     runs, batch, dim = x.shape[:-3], x.shape[-3], config.head_dim
     tokens = rearrange(x, "... batch seq dim -> ... (batch seq) dim")
-    qkv = matmul(tokens, torch.cat([params[name] for name in ("q_proj", "k_proj", "v_proj")], dim=-1))
+    qkv = dense_matmul(tokens, torch.cat([params[name] for name in ("q_proj", "k_proj", "v_proj")], dim=-1))
     q_norm = params["q_norm"] / math.sqrt(config.head_dim)  # a few numbers to scale, where the scores are many
     each = ((q_norm, heads), (params["k_norm"], groups))
     norms = torch.cat([norm.unsqueeze(-2).expand(*runs, count, dim) for norm, count in each], dim=-2)
@@ -56,7 +56,7 @@ def attention(
     q = rearrange(q, "... (groups share) seq dim -> ... groups share seq dim", groups=groups)
     out = attend(q, k, v, bias)
     out = rearrange(out, "... batch seq groups share dim -> ... (batch seq) (groups share dim)")
-    return rearrange(matmul(out, params["o_proj"]), "... (batch seq) dim -> ... batch seq dim", batch=batch)
+    return rearrange(dense_matmul(out, params["o_proj"]), "... (batch seq) dim -> ... batch seq dim", batch=batch)
 
 
 def split_heads(
@@ -97,7 +97,7 @@ def _split_heads_kernel(qkv: Tensor, norms: Tensor, cosines: Tensor, sines: Tens
 
 def _split_heads_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
     qkv, norms, cosines, sines, eps = inputs
-    folded = [one_axis(grad, 4) for grad in grads]
+    folded = [flatten_runs(grad, 4) for grad in grads]
     grad_qkv, grad_norms = forward_kernels.split_heads_grad(
         folded, *_split_heads_inputs(qkv, norms, cosines, sines), eps
     )
@@ -109,11 +109,11 @@ def _split_heads_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All leading axes as one of runs; the angles are those of all."""
     cosines, sines = (t.flatten(0, -3)[0] for t in (cosines, sines))
-    return one_axis(qkv, 4), one_axis(norms, 2), cosines, sines
+    return flatten_runs(qkv, 4), flatten_runs(norms, 2), cosines, sines
 
 
-SPLIT_HEADS = Twin(split_heads_reference, _split_heads_kernel, _split_heads_kernel_grad, differentiable=2, smooth=3)
-_split_heads = with_kernel(SPLIT_HEADS)
+SPLIT_HEADS = FusedOp(split_heads_reference, _split_heads_kernel, _split_heads_kernel_grad, differentiable=2, smooth=3)
+_split_heads = fused(SPLIT_HEADS)
 
 
 def attend(
@@ -138,7 +138,9 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
 
 
 def _attend_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
-    out, log_sums = forward_kernels.attention(one_axis(q, 4), one_axis(k, 3), one_axis(v, 3), _masks(q, bias))
+    out, log_sums = forward_kernels.attention(
+        flatten_runs(q, 4), flatten_runs(k, 3), flatten_runs(v, 3), _masks(q, bias)
+    )
     return out.reshape(*q.shape[:-4], *out.shape[1:]), log_sums.view(q.shape[:-1])
 
 
@@ -146,14 +148,14 @@ def _attend_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Value
     q, k, v, bias = inputs
     out, log_sums = outputs
     made = forward_kernels.attention_grad(
-        one_axis(q, 4), one_axis(k, 3), one_axis(v, 3), _masks(q, bias),
-        one_axis(out, 4), one_axis(log_sums, 3), one_axis(grads[0], 4),
+        flatten_runs(q, 4), flatten_runs(k, 3), flatten_runs(v, 3), _masks(q, bias),
+        flatten_runs(out, 4), flatten_runs(log_sums, 3), flatten_runs(grads[0], 4),
     )  # fmt: skip
     return tuple(grad.view(t.shape) for grad, t in zip(made, (q, k, v), strict=True))
 
 
-ATTEND = Twin(attend_reference, _attend_kernel, _attend_kernel_grad, differentiable=3, smooth=1)
-_attend = with_kernel(ATTEND)
+ATTEND = FusedOp(attend_reference, _attend_kernel, _attend_kernel_grad, differentiable=3, smooth=1)
+_attend = fused(ATTEND)
 
 
 def _masks(q: Tensor, bias: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_w2, apply_w13
 from tiny_onn_func.moe import RouterTrace, RoutingInputs, moe
 from tiny_onn_func.ops import embed, rms_norm, rotary_angles, wide_dtype
-from tiny_onn_func.primitives.grouped import matmul
+from tiny_onn_func.primitives.grouped import dense_matmul
 from tiny_onn_func.tree import flatten, unflatten
 
 
@@ -77,7 +77,7 @@ def forward(
         traces.append(trace)
     head = params["embed_tokens"].mT if config.tie_word_embeddings else params["lm_head"]
     normed = rearrange(rms_norm(x, params["norm"], config.rms_norm_eps), "... b s dim -> ... (b s) dim")
-    logits = rearrange(matmul(normed, head), "... (b s) vocab -> ... b s vocab", b=batch)
+    logits = rearrange(dense_matmul(normed, head), "... (b s) vocab -> ... b s vocab", b=batch)
     stacked = (torch.stack(same, dim=-3) for same in zip(*traces, strict=True))
     return logits.to(wide_dtype(logits.dtype)), RouterTrace(*stacked)
 

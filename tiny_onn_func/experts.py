@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.kernels import runtime
-from tiny_onn_func.ops import activate
+from tiny_onn_func.ops import swiglu
 from tiny_onn_func.primitives.dispatch import combine_rows, dispatch_rows
 from tiny_onn_func.primitives.gate_up import gate_and_up
 from tiny_onn_func.primitives.grouped import grouped_matmul
-from tiny_onn_func.primitives.vmap import over_runs
+from tiny_onn_func.primitives.vmap import outside_vmap
 from tiny_onn_func.routing import Routing
 
 
@@ -65,7 +65,7 @@ def input_of(x: Float[Tensor, "*runs inputs dim"], rows: Rows) -> Int[Tensor, "*
 def sort_by_expert(routing: Routing, num_experts: int) -> Rows:
     """Sort the (token, slot) pairs by expert, stably, inactive ones last, with static shapes."""
     given = routing.weights.detach(), routing.expert_ids, routing.active
-    sort = over_runs if runtime.can_take(routing.weights) else lambda function, *inputs: function(*inputs)
+    sort = outside_vmap if runtime.supports(routing.weights) else lambda function, *inputs: function(*inputs)
     order, inverse, expert, offsets = sort(
         lambda weights, ids, active: _sorted(weights, ids, active, num_experts), *given
     )
@@ -74,7 +74,7 @@ def sort_by_expert(routing: Routing, num_experts: int) -> Rows:
 
 def _sorted(weights: Tensor, expert_ids: Tensor, active: Tensor, num_experts: int) -> tuple[Tensor, ...]:
     """(order, inverse, expert, offsets), of one run or of several with axes of them in front."""
-    if runtime.may_run(weights):
+    if runtime.usable_now(weights):
         return forward_kernels.sort_rows(expert_ids, active, num_experts)
     expert = torch.where(active, expert_ids, num_experts)
     expert, order = rearrange(expert, "... tokens slots -> ... (tokens slots)").sort(stable=True)
@@ -100,5 +100,5 @@ def apply_experts(
     """
     rows = sort_by_expert(routing, num_experts or params["w1"].shape[-3])
     gate, up = apply_w13(layer, x, params["w1"], params["w3"], rows)
-    y = apply_w2(layer, activate(gate, up), params["w2"], rows)
+    y = apply_w2(layer, swiglu(gate, up), params["w2"], rows)
     return combine_rows(y, routing.weights.to(y.dtype), rows.order, rows.inverse)

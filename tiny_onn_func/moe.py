@@ -10,7 +10,7 @@ from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_experts, apply_w13
 from tiny_onn_func.hashing import hash_logits
 from tiny_onn_func.ops import rms_norm, scale_gradient, wide_dtype
-from tiny_onn_func.primitives.grouped import matmul
+from tiny_onn_func.primitives.grouped import dense_matmul
 from tiny_onn_func.routing import route, send_alone
 
 
@@ -57,7 +57,7 @@ def moe(
         assert inputs.token_ids is not None, "forward gives them"
         logits = hash_logits(inputs.token_ids, layer, config.num_experts).to(dtype)
     else:
-        logits = matmul(seen.to(dtype), params["router"].to(dtype))
+        logits = dense_matmul(seen.to(dtype), params["router"].to(dtype))
     explore = None if inputs.explore is None else inputs.explore.select(-2, layer)
     routing = route(logits, inputs.real, config, inputs.surprise_budget, params["router_bias"], explore)
     if inputs.override is not None:

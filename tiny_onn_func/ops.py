@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tiny_onn_func.kernels import forward as forward_kernels
-from tiny_onn_func.primitives.fused import Twin, Values, with_kernel
-from tiny_onn_func.primitives.vmap import over_runs
+from tiny_onn_func.primitives.fused import FusedOp, Values, fused
+from tiny_onn_func.primitives.vmap import outside_vmap
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,7 +20,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def embed(ids: Int[Tensor, "*batch"], table: Float[Tensor, "*runs vocab dim"]) -> Float[Tensor, "*batch dim"]:
     """The rows of the table; runs of a vmap side by side in memory, as all that follows wants them."""
-    return over_runs(lambda *plain: (_embed(*plain),), ids, table)[0]
+    return outside_vmap(lambda *plain: (_embed(*plain),), ids, table)[0]
 
 
 def _embed(ids: Tensor, table: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ def _rows(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x.reshape(weight.shape[0], -1, x.shape[-1]), weight
 
 
-RMS_NORM = Twin(_plain_norm, _norm_kernel, _norm_kernel_grad, differentiable=2, smooth=1)
-_rms_norm = with_kernel(RMS_NORM)
+RMS_NORM = FusedOp(_plain_norm, _norm_kernel, _norm_kernel_grad, differentiable=2, smooth=1)
+_rms_norm = fused(RMS_NORM)
 
 
 def rotary_angles(
@@ -88,7 +88,7 @@ def rotate(
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-def swiglu(gate: Float[Tensor, "*batch dim"], up: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+def swiglu_reference(gate: Float[Tensor, "*batch dim"], up: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
     """silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
     return F.silu(gate) * up
 
@@ -112,16 +112,16 @@ def scale_gradient(x: Tensor, scale: int | float | Tensor) -> Tensor:
     return x.detach() + scale * (x - x.detach())
 
 
-def activate(gate: Float[Tensor, "*rows inner"], up: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows inner"]:
+def swiglu(gate: Float[Tensor, "*rows inner"], up: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows inner"]:
     """silu(gate) * up, forward and backward in one pass each where a kernel takes them."""
-    return _activate(gate, up)[0]
+    return _swiglu(gate, up)[0]
 
 
-ACTIVATE = Twin(
-    lambda gate, up: (swiglu(gate, up),),
+SWIGLU = FusedOp(
+    lambda gate, up: (swiglu_reference(gate, up),),
     lambda gate, up: (forward_kernels.swiglu(gate, up),),
     lambda grads, inputs, _: forward_kernels.swiglu_grad(*grads, *inputs),
     differentiable=2,
     smooth=1,
 )
-_activate = with_kernel(ACTIVATE)
+_swiglu = fused(SWIGLU)

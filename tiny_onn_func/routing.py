@@ -11,7 +11,7 @@ from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.kernels import runtime
 from tiny_onn_func.ops import wide_dtype
-from tiny_onn_func.primitives.vmap import one_axis, over_runs
+from tiny_onn_func.primitives.vmap import flatten_runs, outside_vmap
 
 
 class Routing(NamedTuple):
@@ -56,7 +56,7 @@ def route(
     dynamic = config.num_experts_per_tok == DYNAMIC_K
     budget = torch.as_tensor(surprise_budget, device=logits.device).expand(runs)
     given = logits, bias.to(logits.dtype).expand(*runs, experts), budget, real.expand(logits.shape[:-1])
-    weights, expert_ids, active = over_runs(_chosen, *given, slots, least, dynamic)
+    weights, expert_ids, active = outside_vmap(_chosen, *given, slots, least, dynamic)
     if explore is not None:
         routed = expert_ids, active
         expert_ids, kept = _try_expert(expert_ids, active, explore)
@@ -83,11 +83,16 @@ def _chosen(
     Which experts they are has no gradient, and is decided once: a gradient of the weights is that of these experts.
     """
     seen = logits.detach()
-    if runtime.may_run(seen):
-        one_run = one_axis(seen, 2), one_axis(bias, 1), one_axis(budget, 0).to(torch.float64), one_axis(real, 1)
+    if runtime.usable_now(seen):
+        one_run = (
+            flatten_runs(seen, 2),
+            flatten_runs(bias, 1),
+            flatten_runs(budget, 0).to(torch.float64),
+            flatten_runs(real, 1),
+        )
         made = forward_kernels.choose(*one_run, slots=slots, least=least, dynamic=dynamic)
         weights, expert_ids, active = (t.view(*logits.shape[:-1], slots) for t in made)
-        return (weights if runtime.may_run(logits) else _weights(logits, expert_ids, active)), expert_ids, active
+        return (weights if runtime.usable_now(logits) else _weights(logits, expert_ids, active)), expert_ids, active
     p = seen.softmax(dim=-1)
     expert_ids = (p + bias.detach().unsqueeze(-2)).topk(slots, dim=-1).indices
     kept = torch.ones_like(expert_ids, dtype=torch.bool)

@@ -201,11 +201,11 @@ def _study(argv: Sequence[str]) -> None:
     file, out = named_study(given.file, given.out, quick=given.quick, resume=given.resume)
     study = load_study(file, quick=given.quick)
     stop_politely()
-    from training.study.launch import here
-    from training.study.ray.launcher import on_ray
+    from training.study.launch import local_launcher
+    from training.study.ray.launcher import ray_launcher
     from training.study.runner import run_study
 
-    launcher = on_ray(given.address) if given.launcher == "ray" else here
+    launcher = ray_launcher(given.address) if given.launcher == "ray" else local_launcher
     results = run_study(study, out, resume=given.resume, runs_at_once=given.runs_at_once, launcher=launcher)
     print(f"{results.table}\n\nstudy folder: {results.folder}\nreport: {results.folder / 'report.html'}")
 

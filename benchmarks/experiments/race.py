@@ -27,7 +27,7 @@ from training.data.corpus import Splits, open_corpus
 from training.presets.find import HOME
 from training.run.config import RunConfig, hyper_params
 from training.run.evaluate import evaluate
-from training.run.process import keep_freed_memory
+from training.run.process import disable_heap_trimming
 from training.run.settings import load_settings
 
 GOAL, TURN, BYTES = 1.88, 50, 65536
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
     given = parser.parse_args()
-    keep_freed_memory()
+    disable_heap_trimming()
     torch.set_num_threads(given.threads)
     print(machine(), flush=True)
     config = replace(load_settings(str(CONFIG)), steps=given.our_steps)
@@ -115,7 +115,7 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norms[1](x))))
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.qkv(self.norms[0](x)).chunk(3, dim=-1)
+        return self.qkv(self.norms[0](x)).group(3, dim=-1)
 
 
 class GPT(nn.Module):

@@ -26,8 +26,8 @@ from tiny_onn_func import ModelConfig
 from tiny_onn_func.params import count_params
 from training import HyperParams, TrainState, hyper_step, init_state
 from training.run.config import DEFAULT_MODEL
-from training.run.process import keep_freed_memory
-from training.storage.background_saver import Saver
+from training.run.process import disable_heap_trimming
+from training.storage.background_saver import BackgroundSaver
 from training.storage.checkpoint import named_tensors, save_checkpoint
 
 LARGE = ModelConfig(32_000, 512, 8, 8, 4, 64, 64, 32, num_experts_per_tok=4)
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
     given = parser.parse_args()
-    keep_freed_memory()
+    disable_heap_trimming()
     torch.set_num_threads(given.threads)
     found = {**machine(), **small(given.rounds, given.steps), **large(given.large_steps)}
     for name, value in found.items():
@@ -62,7 +62,7 @@ def small(rounds: int, steps: int) -> dict[str, object]:
         for number in range(rounds + 1):
             plain, state = timed(step, state, steps)
             start = time.perf_counter()
-            with Saver(write) as saver:
+            with BackgroundSaver(write) as saver:
                 saver.save(named_tensors(state))
                 _, state = timed(step, state, steps)
             if number:  # the first round warms up
@@ -88,7 +88,7 @@ def large(steps: int) -> dict[str, object]:
         write(state)
         foreground = time.perf_counter() - start
         for _ in range(LARGE_ROUNDS):
-            with Saver(write) as saver:
+            with BackgroundSaver(write) as saver:
                 saver.save(named_tensors(state))
                 busy, state = each(step, state, steps)
             stalls.append(round((max(busy) - median) / median, 2))

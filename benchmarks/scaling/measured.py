@@ -36,7 +36,7 @@ from training.distributed.layout import layout_of, own_state
 from training.distributed.parallel_step import parallel_step
 from training.errors import UserError
 from training.run.config import RunConfig, hyper_params
-from training.run.process import keep_freed_memory
+from training.run.process import disable_heap_trimming
 
 MODEL = ModelConfig(257, 256, 4, 4, 2, 64, 128, 32, num_experts_per_tok=4)
 TINY = ModelConfig(257, 8, 1, 1, 1, 8, 8, 4, num_experts_per_tok=1)
@@ -116,12 +116,12 @@ def last_line(size: int, *arguments: str) -> str:
 class Waiting(Group):
     """A group whose sums are there when they are begun."""
 
-    def begin_sum(self, part: Tensor, purpose: str) -> Callable[[], Tensor]:
-        total = super().begin_sum(part, purpose)()
+    def all_reduce_async(self, part: Tensor, purpose: str) -> Callable[[], Tensor]:
+        total = super().all_reduce_async(part, purpose)()
         return lambda: total
 
-    def begin_scattered_sum(self, part: Tensor, purpose: str) -> Callable[[], Tensor]:
-        total = super().begin_scattered_sum(part, purpose)()
+    def reduce_scatter_async(self, part: Tensor, purpose: str) -> Callable[[], Tensor]:
+        total = super().reduce_scatter_async(part, purpose)()
         return lambda: total
 
 
@@ -152,7 +152,7 @@ def step_of_many(experts: int, shard_optimizer: bool) -> Found:
     for _ in range(WARM_UP):
         step(layout)
     grown = torch.tensor(_of_status("VmHWM") - before)
-    keep_freed_memory()  # as a run does
+    disable_heap_trimming()  # as a run does
     world.sent.clear()
     found = interleaved({"with": lambda: step(layout), "without": lambda: step(waiting)}, ROUNDS, WARM_UP)
     sent = sum(world.sent.values()) / (ROUNDS + WARM_UP)

@@ -13,7 +13,7 @@ from benchmarks.models import a_batch
 from benchmarks.speed.runs import SIZES
 from benchmarks.timing import interleaved, machine, table, write_json
 from training import Batch, HyperParams, TrainState, hyper_step, init_state
-from training.run.process import keep_freed_memory
+from training.run.process import disable_heap_trimming
 from training.step.compile import compile_step
 
 HYPER = HyperParams(balance_weight=1.0)
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
     given = parser.parse_args()
-    keep_freed_memory()
+    disable_heap_trimming()
     torch.set_num_threads(given.threads)
     print(machine())
     results = {}

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.timing import Timing, interleaved, machine, ratio
 from tiny_onn_func import ModelConfig, generate, init_params, save_pretrained
 from training.run.config import DEFAULT_MODEL
-from training.run.process import keep_freed_memory
+from training.run.process import disable_heap_trimming
 
 OURS, PEER = "tiny_onn_func.inference.generate", "transformers generate"
 Subjects = dict[str, Callable[[], Tensor]]
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
     given = parser.parse_args()
-    keep_freed_memory()
+    disable_heap_trimming()
     torch.set_num_threads(given.threads)
     told = machine()
     print(told, flush=True)

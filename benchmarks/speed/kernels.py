@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from benchmarks.timing import interleaved, machine, table, write_json
 from tiny_onn_func.attention import attend, causal_bias
 from tiny_onn_func.kernels import forward as forward_kernels
-from training.run.process import keep_freed_memory
+from training.run.process import disable_heap_trimming
 
 Subject = Callable[[], object]
 PRODUCTS = ((8192, 32, 256, 128), (3072, 16, 128, 128), (8192, 512, 128, 32), (8192, 512, 16, 128), (4096, 128, 32, 32))
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
     given = parser.parse_args()
-    keep_freed_memory()
+    disable_heap_trimming()
     torch.set_num_threads(given.threads)
     print(machine())
     results = {}

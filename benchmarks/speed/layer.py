@@ -14,8 +14,8 @@ from tiny_onn_func import ModelConfig, init_params
 from tiny_onn_func.decoder import unstack_layers
 from tiny_onn_func.experts import apply_w2
 from tiny_onn_func.moe import RoutingInputs, moe
-from tiny_onn_func.ops import swiglu
-from training.run.process import keep_freed_memory
+from tiny_onn_func.ops import swiglu_reference
+from training.run.process import disable_heap_trimming
 
 Subject = Callable[[], object]
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
     given = parser.parse_args()
-    keep_freed_memory()
+    disable_heap_trimming()
     torch.set_num_threads(given.threads)
     print(machine())
     lengths, counts = (512, 2048, 8192), (8, 32, 128, 512)
@@ -63,7 +63,7 @@ def dense(tokens: int, dim: int, inner: int) -> Subject:
     """Gradients of a plain SwiGLU."""
     w1, w3, w2 = ((torch.randn(shape) * 0.02).requires_grad_() for shape in ((dim, inner), (dim, inner), (inner, dim)))
     x, upstream = inputs(tokens, dim)
-    return lambda: torch.autograd.grad(swiglu(x @ w1, x @ w3) @ w2, [x, w1, w3, w2], upstream)
+    return lambda: torch.autograd.grad(swiglu_reference(x @ w1, x @ w3) @ w2, [x, w1, w3, w2], upstream)
 
 
 def inputs(tokens: int, dim: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from benchmarks.timing import interleaved, machine, table, write_json
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import stack
 from training import HyperParams, hyper_step, init_state
-from training.run.process import keep_freed_memory
+from training.run.process import disable_heap_trimming
 
 SIZES = {  # configuration, batch, sequence, numbers of runs
     "w32": (ModelConfig(257, 32, 2, 2, 1, 16, 16, 8, num_experts_per_tok=2), 4, 32, (16, 32)),
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
     given = parser.parse_args()
-    keep_freed_memory()
+    disable_heap_trimming()
     torch.set_num_threads(given.threads)
     print(machine())
     results = {}

@@ -18,7 +18,7 @@ from benchmarks.timing import interleaved, machine, ratio, table, write_json
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.tree import merge, partition
 from training import HyperParams, hyper_step, init_state
-from training.run.process import keep_freed_memory
+from training.run.process import disable_heap_trimming
 from training.step.gradients import gradients
 from training.step.losses import language_modelling
 from training.step.main_pass import main_gradients
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
     given = parser.parse_args()
-    keep_freed_memory()
+    disable_heap_trimming()
     torch.set_num_threads(given.threads)
     print(machine())
     results = {}

@@ -31,7 +31,7 @@ from tiny_onn_func.moe import RoutingInputs, moe
 from tiny_onn_func.routing import Routing, route, send_alone
 from tiny_onn_func.tree import flatten, unflatten
 from training import HyperParams
-from training.step.counter_rng import draw_exploration
+from training.step.counter_rng import random_exploration
 
 
 class Question(NamedTuple):
@@ -582,7 +582,7 @@ LAYERS, TOKENS, NUM_EXPERTS = 4, 8192, 7
 
 
 def drawn(seed: Any = 0, step: int = 0, probability: Any = 0.3, experts: int = NUM_EXPERTS) -> Tensor:
-    return draw_exploration(seed, torch.tensor(step), probability, LAYERS, TOKENS, experts)
+    return random_exploration(seed, torch.tensor(step), probability, LAYERS, TOKENS, experts)
 
 
 @pytest.mark.parametrize("probability", [0.01, 0.3, 0.9])

@@ -13,11 +13,11 @@ from torch.func import grad, jvp, vmap
 
 from tests.helpers import Case, assert_close, cases, seeded, spread_params, tiny_batch, tiny_config
 from tiny_onn_func import ModelConfig, forward
-from tiny_onn_func.primitives.vmap import each_run, over_runs, over_trees, peel, wrap
+from tiny_onn_func.primitives.vmap import each_run, outside_vmap, outside_vmap_tree, rewrap, unwrap
 from tiny_onn_func.routing import route
 from tiny_onn_func.tree import partition, stack, tree_map, unstack, walk
 from training import Batch, HyperParams, TrainState, hyper_step, per_token_surprise
-from training.step.counter_rng import draw_exploration
+from training.step.counter_rng import random_exploration
 from training.step.optim import adamw_init
 
 # Mapped runs multiply matrices in another order. AdamW divides by sqrt(nu) + eps, so eps is kept well above that noise.
@@ -108,9 +108,9 @@ def test_what_is_peeled_is_wrapped_again_whatever_axes_are_mapped(dims: tuple[in
     x, shapes = drawn(2, 3, 4), []
 
     def again(t: Tensor) -> Tensor:
-        plain, axes = peel(t)
+        plain, axes = unwrap(t)
         shapes.append((plain.shape, len(axes)))
-        return wrap(2 * plain, axes) - t
+        return rewrap(2 * plain, axes) - t
 
     outer, inner = dims
     found = vmap(vmap(again, inner, inner), outer, outer)(x)
@@ -130,7 +130,7 @@ def test_runs_of_nested_vmaps_lie_in_front_those_of_the_outer_first(order: tuple
         return a + 10 * b + 100 * c + 1000 * d + number, a.sum(dim=-1)
 
     def function(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        return over_runs(plain, a, b, c, of_none, 7)
+        return outside_vmap(plain, a, b, c, of_none, 7)
 
     outer, inner = order.index(0), order.index(1) - (order.index(1) > order.index(0))
     nested = vmap(vmap(function, (inner, None, 0)), (outer, 0, None))
@@ -150,8 +150,8 @@ def test_what_somebody_differentiates_is_left_to_the_transforms() -> None:
 
     x = drawn(4, 3)
     for function in (
-        lambda x: vmap(grad(lambda t: over_runs(cube, t)[0].sum()))(x),
-        grad(lambda x: vmap(lambda t: over_runs(cube, t)[0])(x).sum()),
+        lambda x: vmap(grad(lambda t: outside_vmap(cube, t)[0].sum()))(x),
+        grad(lambda x: vmap(lambda t: outside_vmap(cube, t)[0])(x).sum()),
     ):
         torch.testing.assert_close(function(x), 3 * x**2)
     assert shapes == [(3,), (3,)]
@@ -171,7 +171,7 @@ def test_a_tree_of_runs_gives_another_tree() -> None:
     a, b = drawn(2, 3, 5), drawn(3, 5, seed=1)
 
     def of_one(a: Tensor, b: Tensor) -> Any:
-        return over_trees(function, (a, {"b": b, "number": 3}))
+        return outside_vmap_tree(function, (a, {"b": b, "number": 3}))
 
     found = vmap(vmap(of_one), (0, None))(a, b)
     assert torch.equal(found["sums"][0], a + 3 * b)
@@ -330,7 +330,7 @@ def test_mapped_routing_and_mapped_exploration_equal_a_loop_bit_for_bit() -> Non
     seeds = torch.arange(4)
 
     def explored(seed: Tensor, budget: Tensor) -> Tensor:
-        return draw_exploration(seed, seed + 7, budget, 1, 9, 4)
+        return random_exploration(seed, seed + 7, budget, 1, 9, 4)
 
     tries = vmap(explored)(seeds, budgets)
     assert torch.equal(tries, torch.stack([explored(s, b) for s, b in zip(seeds, budgets, strict=True)]))

@@ -16,8 +16,8 @@ from tiny_onn_func.attention import causal_bias
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.decoder import unstack_layers
 from tiny_onn_func.hashing import hash_logits
-from tiny_onn_func.inference.kv_cache import empty_cache, recall, remember
-from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu, wide_dtype
+from tiny_onn_func.inference.kv_cache import append, empty_cache, view
+from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu_reference, wide_dtype
 from tiny_onn_func.primitives.grouped import grouped_matmul
 from tiny_onn_func.routing import Routing, route
 
@@ -38,7 +38,7 @@ class LayerWeights(NamedTuple):
     finite: bool  # whether all of w13 and w2 is
 
 
-class Text(NamedTuple):
+class DecodeState(NamedTuple):
     """A batch of texts that is being read: all that stays the same from token to token, and the cache."""
 
     config: ModelConfig
@@ -56,7 +56,7 @@ class Text(NamedTuple):
     memory: tuple[tuple[Tensor, Tensor], ...]  # the cache, layer by layer
 
 
-class Reading(NamedTuple):
+class DecodeOutput(NamedTuple):
     """What the model says after some more tokens, and where every layer sent them."""
 
     logits: Float[Tensor, "batch vocab"]  # of the last token
@@ -64,7 +64,7 @@ class Reading(NamedTuple):
 
 
 @torch.inference_mode()
-def open_text(
+def start_decoding(
     params: Mapping[str, Any],
     config: ModelConfig,
     batch: int,
@@ -73,7 +73,7 @@ def open_text(
     attention_mask: Int[Tensor, "batch prompt"] | None = None,
     context_length: int | None = None,
     surprise_budget: float = 0.5,
-) -> Text:
+) -> DecodeState:
     """Everything that reading up to `columns` tokens a row needs; the prompt may be padded on the left."""
     embedding = params["embed_tokens"]
     dtype, device = embedding.dtype, embedding.device
@@ -87,7 +87,7 @@ def open_text(
         positions = (positions - skipped).clamp_min(0)
     cos, sin = (angle.to(dtype)[:, :, None] for angle in rotary_angles(positions, config.head_dim, config.rope_theta))
     cache = empty_cache(config, batch, columns, dtype, device)
-    return Text(
+    return DecodeState(
         config, embedding, layers, params["norm"], embedding.mT if config.tie_word_embeddings else params["lm_head"],
         torch.tensor(config.rms_norm_eps, dtype=wide_dtype(dtype), device=device),
         cos, sin, mask, hidden, context_length or columns, surprise_budget,
@@ -116,49 +116,51 @@ def _lay_out(layer: Mapping[str, Any]) -> LayerWeights:
 
 
 @torch.inference_mode()
-def read(text: Text, tokens: Int[Tensor, "batch new"], start: int) -> Reading:
+def read(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> DecodeOutput:
     """Read the tokens of the columns start, start + 1, ...: one of each row, or the whole prompt at column 0.
 
     The logits are those of `forward` on the whole text, up to rounding, as long as the window holds it.
     """
     batch, new = tokens.shape
     flat = tokens.reshape(-1)
-    real = torch.ones_like(flat, dtype=torch.bool) if text.mask is None or start else text.mask.reshape(-1) != 0
-    first = 0 if new > 1 else max(0, start + 1 - text.window)
-    bias = _prompt_bias(text, new) if new > 1 else None if text.hidden is None else text.hidden[..., first : start + 1]
-    x, routes = F.embedding(flat, text.embedding), []
-    for index, layer in enumerate(text.layers):
-        x = _attend(text, layer, index, x.view(batch, new, -1), start, first, bias)
-        x, routing = _visit_experts(text, layer, index, x, flat, real)
+    real = torch.ones_like(flat, dtype=torch.bool) if state.mask is None or start else state.mask.reshape(-1) != 0
+    first = 0 if new > 1 else max(0, start + 1 - state.window)
+    bias = (
+        _prompt_bias(state, new) if new > 1 else None if state.hidden is None else state.hidden[..., first : start + 1]
+    )
+    x, routes = F.embedding(flat, state.embedding), []
+    for index, layer in enumerate(state.layers):
+        x = _attend(state, layer, index, x.view(batch, new, -1), start, first, bias)
+        x, routing = _visit_experts(state, layer, index, x, flat, real)
         routes.append(routing)
     last = x.view(batch, new, -1)[:, -1]
-    logits = _rms_norm(last, text.norm, text.eps) @ text.head
-    return Reading(logits.to(wide_dtype(logits.dtype)), tuple(routes))
+    logits = _rms_norm(last, state.norm, state.eps) @ state.head
+    return DecodeOutput(logits.to(wide_dtype(logits.dtype)), tuple(routes))
 
 
-def _prompt_bias(text: Text, new: int) -> Float[Tensor, "#batch 1 queries keys"]:
+def _prompt_bias(state: DecodeState, new: int) -> Float[Tensor, "#batch 1 queries keys"]:
     """Causal, padding hidden, and no key further back than the window; a group's queries lie one below the other."""
-    dtype, device = text.embedding.dtype, text.embedding.device
-    bias = causal_bias(text.mask, new, device, dtype)
+    dtype, device = state.embedding.dtype, state.embedding.device
+    bias = causal_bias(state.mask, new, device, dtype)
     place = torch.arange(new, device=device)
-    bias = bias.masked_fill(place[:, None] - place >= text.window, torch.finfo(dtype).min)
-    share = text.config.num_attention_heads // text.config.num_key_value_heads
+    bias = bias.masked_fill(place[:, None] - place >= state.window, torch.finfo(dtype).min)
+    share = state.config.num_attention_heads // state.config.num_key_value_heads
     return bias.repeat_interleave(share, dim=1)[:, None]
 
 
 def _attend(
-    text: Text, layer: LayerWeights, index: int, x: Tensor, start: int, first: int, bias: Tensor | None
+    state: DecodeState, layer: LayerWeights, index: int, x: Tensor, start: int, first: int, bias: Tensor | None
 ) -> Float[Tensor, "tokens dim"]:
     """x + attention(norm(x)), as in attention.py; the heads of a group are queries of one key head."""
-    config, (batch, new, width) = text.config, x.shape
+    config, (batch, new, width) = state.config, x.shape
     heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     x = x.view(-1, width)
-    qkv = (_rms_norm(x, layer.input_norm, text.eps) @ layer.qkv).view(batch, new, -1, head_dim)
-    qk = _rms_norm(qkv[:, :, : heads + groups], layer.qk_norm, text.eps)
+    qkv = (_rms_norm(x, layer.input_norm, state.eps) @ layer.qkv).view(batch, new, -1, head_dim)
+    qk = _rms_norm(qkv[:, :, : heads + groups], layer.qk_norm, state.eps)
     span = slice(start, start + new)
-    qk = torch.addcmul(qk * text.cos[:, span], qk.roll(head_dim // 2, -1), text.sin[:, span])
-    remember(text.memory[index], start, qk[:, :, heads:].transpose(1, 2), qkv[:, :, heads + groups :].transpose(1, 2))
-    keys, values = recall(text.memory[index], first, start + new)
+    qk = torch.addcmul(qk * state.cos[:, span], qk.roll(head_dim // 2, -1), state.sin[:, span])
+    append(state.memory[index], start, qk[:, :, heads:].transpose(1, 2), qkv[:, :, heads + groups :].transpose(1, 2))
+    keys, values = view(state.memory[index], first, start + new)
     q = qk[:, :, :heads].view(batch, new, groups, -1, head_dim).transpose(1, 2).reshape(batch, groups, -1, head_dim)
     if new == 1 and batch > 2:  # one query a row: two products take half the time of the library's kernel
         scores = torch.matmul(q * head_dim**-0.5, keys.mT)
@@ -170,32 +172,32 @@ def _attend(
 
 
 def _visit_experts(
-    text: Text, layer: LayerWeights, index: int, x: Tensor, token_ids: Tensor, real: Tensor
+    state: DecodeState, layer: LayerWeights, index: int, x: Tensor, token_ids: Tensor, real: Tensor
 ) -> tuple[Float[Tensor, "tokens dim"], Routing]:
     """x + moe(norm(x)), as in moe.py."""
-    config = text.config
-    normed = _rms_norm(x, layer.post_norm, text.eps)
+    config = state.config
+    normed = _rms_norm(x, layer.post_norm, state.eps)
     if config.routing == "hash":
         logits = hash_logits(token_ids, index, config.num_experts).to(layer.router.dtype)
     else:
         seen = normed
         if config.routing == "token":
-            seen = rms_norm(F.embedding(token_ids, text.embedding), None, config.rms_norm_eps)
+            seen = rms_norm(F.embedding(token_ids, state.embedding), None, config.rms_norm_eps)
         logits = seen.to(layer.router.dtype) @ layer.router
-    routing = _route(logits, real, text, layer.router_bias)
+    routing = _route(logits, real, state, layer.router_bias)
     tokens, slots = routing.expert_ids.shape
     visit = _visit_one_by_one if tokens == 1 else _visit_all if _are_few(tokens, slots, layer) else _visit_sorted
     return visit(x, normed, routing, layer), routing
 
 
-def _route(logits: Tensor, real: Bool[Tensor, " tokens"], text: Text, bias: Tensor) -> Routing:
+def _route(logits: Tensor, real: Bool[Tensor, " tokens"], state: DecodeState, bias: Tensor) -> Routing:
     """`route`, without the slots that no token fills; a fixed K of real tokens needs fewer operations."""
-    config = text.config
-    if config.num_experts_per_tok != DYNAMIC_K and text.mask is None:
+    config = state.config
+    if config.num_experts_per_tok != DYNAMIC_K and state.mask is None:
         expert_ids = (logits.softmax(dim=-1) + bias).topk(config.num_experts_per_tok, dim=-1).indices
         weights = logits.gather(-1, expert_ids).softmax(dim=-1)
         return Routing(expert_ids, weights, real[:, None].expand(expert_ids.shape))
-    routing = route(logits, real, config, text.surprise_budget, bias)
+    routing = route(logits, real, config, state.surprise_budget, bias)
     used = max(1, int(routing.active.sum(dim=-1).max()))  # kept slots come first
     return Routing(*(part[:, :used] for part in routing))
 
@@ -204,7 +206,7 @@ def _visit_one_by_one(x: Tensor, normed: Tensor, routing: Routing, layer: LayerW
     """One token: its experts' matrices are used where they lie."""
     visited = [layer.each[expert] for expert in routing.expert_ids[0].tolist()]
     gate, up = torch.cat([normed @ w13 for w13, _ in visited]).chunk(2, dim=-1)
-    hidden = swiglu(gate, up) * routing.weights.to(x.dtype).mT
+    hidden = swiglu_reference(gate, up) * routing.weights.to(x.dtype).mT
     for row, (_, w2) in zip(hidden.split(1), visited, strict=True):
         x = torch.addmm(x, row, w2)
     return x
@@ -227,7 +229,7 @@ def _visit_all(x: Tensor, normed: Tensor, routing: Routing, layer: LayerWeights)
     experts, tokens = layer.w2.shape[0], x.shape[0]
     weights = routing.weights.new_zeros(tokens, experts).scatter_add_(1, routing.expert_ids, routing.weights)
     gate, up = torch.bmm(normed.expand(experts, -1, -1), layer.w13).chunk(2, dim=-1)
-    hidden = swiglu(gate, up) * weights.to(x.dtype).mT[:, :, None]
+    hidden = swiglu_reference(gate, up) * weights.to(x.dtype).mT[:, :, None]
     return x + torch.bmm(hidden, layer.w2).sum(dim=0)
 
 
@@ -239,7 +241,7 @@ def _visit_sorted(x: Tensor, normed: Tensor, routing: Routing, layer: LayerWeigh
     rows = normed.index_select(0, order // slots)
     gate, up = grouped_matmul(rows, layer.w13, offsets).chunk(2, dim=-1)
     weights = routing.weights.to(x.dtype).flatten().index_select(0, order)[:, None]
-    y = grouped_matmul(swiglu(gate, up) * weights, layer.w2, offsets)
+    y = grouped_matmul(swiglu_reference(gate, up) * weights, layer.w2, offsets)
     return x + torch.empty_like(y).index_copy_(0, order, y).view(-1, slots, x.shape[1]).sum(dim=1)
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Generator, Tensor
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.inference.decode import open_text, read
+from tiny_onn_func.inference.decode import read, start_decoding
 from tiny_onn_func.inference.sampling import penalize, sample
 from tiny_onn_func.routing import Routing
 
@@ -90,7 +90,7 @@ def stream(
         {"stop_tokens": stop_tokens, "pad_token": (pad,)}, config,
     )  # fmt: skip
     batch, start = input_ids.shape[0], 0
-    text = open_text(
+    state = start_decoding(
         params, config, batch, input_ids.shape[1] + max_new_tokens, attention_mask=attention_mask,
         context_length=context_length, surprise_budget=surprise_budget,
     )  # fmt: skip
@@ -99,7 +99,7 @@ def stream(
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     tokens = input_ids
     for _ in range(max_new_tokens):
-        logits, routes = read(text, tokens, start)
+        logits, routes = read(state, tokens, start)
         if watch is not None:
             watch(tokens, routes)
         start += tokens.shape[1]

@@ -9,7 +9,7 @@ from torch import Tensor
 from tiny_onn_func.config import ModelConfig
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """What attention remembers. Columns are places in the text, the same ones for every row of a batch."""
 
     keys: Float[Tensor, "layers batch groups columns dim"]  # rotated
@@ -18,13 +18,13 @@ class Cache(NamedTuple):
 
 def empty_cache(
     config: ModelConfig, batch: int, columns: int, dtype: torch.dtype, device: torch.device | None = None
-) -> Cache:
+) -> KVCache:
     """Memory for `columns` tokens a row, all zeros: what nobody has written yet is finite, so a mask can hide it."""
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, columns, config.head_dim)
-    return Cache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in Cache._fields))
+    return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in KVCache._fields))
 
 
-def remember(
+def append(
     memory: tuple[Tensor, Tensor],
     start: int,
     keys: Float[Tensor, "batch groups new dim"],
@@ -35,7 +35,7 @@ def remember(
         columns.narrow(2, start, new.shape[2]).copy_(new)
 
 
-def recall(memory: tuple[Tensor, Tensor], first: int, end: int) -> tuple[Tensor, Tensor]:
+def view(memory: tuple[Tensor, Tensor], first: int, end: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer's columns first to end - 1, without a copy."""
     keys, values = memory
     return keys.narrow(2, first, end - first), values.narrow(2, first, end - first)

@@ -53,13 +53,13 @@ def typed(kernels: Any) -> Any:
     return kernels
 
 
-def can_take(*tensors: Tensor) -> bool:
+def supports(*tensors: Tensor) -> bool:
     """Whether the kernels take these: float32 on a CPU, and they could be compiled."""
     return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and library() is not None
 
 
-def may_run(*tensors: Tensor) -> bool:
+def usable_now(*tensors: Tensor) -> bool:
     """Whether the kernels take these here and now: nobody transforms, traces or differentiates what is done to them."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    return not any(is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors) and can_take(*tensors)
+    return not any(is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors) and supports(*tensors)

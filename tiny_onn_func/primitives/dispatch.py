@@ -13,7 +13,7 @@ from torch.autograd import Function
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.kernels import runtime
 from tiny_onn_func.primitives.grouped import sum_of
-from tiny_onn_func.primitives.vmap import batch_first, fold, one_axis, over_runs
+from tiny_onn_func.primitives.vmap import flatten_runs, fold, outside_vmap, runs_first
 
 
 def dispatch_rows(
@@ -23,7 +23,7 @@ def dispatch_rows(
     slots: int,
 ) -> Float[Tensor, "*runs rows dim"]:
     """rows[n] = x[order[n] // slots]: a copy of its token for every row, in the order of the experts."""
-    return over_runs(lambda *plain: (_dispatch(*plain),), x, order, inverse, slots)[0]
+    return outside_vmap(lambda *plain: (_dispatch(*plain),), x, order, inverse, slots)[0]
 
 
 def combine_rows(
@@ -33,7 +33,7 @@ def combine_rows(
     inverse: Int[Tensor, "*runs rows"],
 ) -> Float[Tensor, "*runs tokens dim"]:
     """out[t] = sum over slots m of weights[t, m] * y[inverse[t * slots + m]]."""
-    return over_runs(lambda *plain: (_combine(*plain),), y, weights, order, inverse)[0]
+    return outside_vmap(lambda *plain: (_combine(*plain),), y, weights, order, inverse)[0]
 
 
 def undo_dispatch(
@@ -84,14 +84,14 @@ class _Dispatch(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, order: Tensor, inverse: Tensor, slots: int) -> Any:
-        x, order, inverse = batch_first(info.batch_size, in_dims, x, order, inverse)
+        x, order, inverse = runs_first(info.batch_size, in_dims, x, order, inverse)
         return _dispatch(x, order, inverse, slots), 0
 
 
 class _Combine(Function):
     @staticmethod
     def forward(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        if runtime.may_run(y, weights):
+        if runtime.usable_now(y, weights):
             return forward_kernels.combined_rows(y, weights, inverse)
         bags = rearrange(inverse, "(tokens slots) -> tokens slots", slots=weights.shape[-1])
         return F.embedding_bag(bags, y, per_sample_weights=weights, mode="sum")
@@ -105,7 +105,7 @@ class _Combine(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         y, weights, order, inverse = ctx.saved_tensors
         slots = weights.shape[-1]
-        if not ctx.needs_input_grad[1] and runtime.may_run(grad, weights):
+        if not ctx.needs_input_grad[1] and runtime.usable_now(grad, weights):
             return forward_kernels.scaled_rows(grad, weights, order), None, None, None
         rows = _Dispatch.apply(grad, order, inverse, slots)
         grad_weights = grad_y = None
@@ -128,7 +128,7 @@ class _Combine(Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor
     ) -> Any:
-        return _combine(*batch_first(info.batch_size, in_dims, y, weights, order, inverse)), 0
+        return _combine(*runs_first(info.batch_size, in_dims, y, weights, order, inverse)), 0
 
 
 for function in (_Dispatch, _Combine):
@@ -137,6 +137,6 @@ for function in (_Dispatch, _Combine):
 
 def _fold_index(index: Tensor) -> Tensor:
     """Indices into each run's rows -> indices into all rows."""
-    index = one_axis(index, 1)
+    index = flatten_runs(index, 1)
     runs, rows = index.shape
     return fold(index + rearrange(torch.arange(runs, device=index.device) * rows, "runs -> runs 1"))

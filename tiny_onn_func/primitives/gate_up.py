@@ -13,7 +13,7 @@ from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels.runtime import is_traced
 from tiny_onn_func.primitives.dispatch import dispatch_rows, undo_dispatch
 from tiny_onn_func.primitives.grouped import GroupedMatmul, GroupedOuter, GroupedSum, matmul_kernel, sum_of
-from tiny_onn_func.primitives.vmap import batch_first, one_axis, over_runs
+from tiny_onn_func.primitives.vmap import flatten_runs, outside_vmap, runs_first
 
 
 def gate_and_up(
@@ -30,7 +30,7 @@ def gate_and_up(
         order, inverse: of the rows, as `sort_by_expert` gives them: what flows back is added up token by token.
     """
     token = order // (order.shape[-1] // x.shape[-2])
-    gate, up = over_runs(_GateAndUp.apply, x, w1, w3, token, order, inverse, offsets)
+    gate, up = outside_vmap(_GateAndUp.apply, x, w1, w3, token, order, inverse, offsets)
     return gate, up
 
 
@@ -39,9 +39,11 @@ class _GateAndUp(Function):
     def forward(
         x: Tensor, w1: Tensor, w3: Tensor, token: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if not is_traced(offsets) and runtime.can_take(x, w1, w3):
-            plain = one_axis(x, 2), one_axis(token, 1)
-            gate, up = (forward_kernels.token_matmul(*plain, one_axis(w, 3), one_axis(offsets, 1)) for w in (w1, w3))
+        if not is_traced(offsets) and runtime.supports(x, w1, w3):
+            plain = flatten_runs(x, 2), flatten_runs(token, 1)
+            gate, up = (
+                forward_kernels.token_matmul(*plain, flatten_runs(w, 3), flatten_runs(offsets, 1)) for w in (w1, w3)
+            )
             return gate.view(*token.shape, -1), up.view(*token.shape, -1)
         rows = dispatch_rows(x, order, inverse, order.shape[-1] // x.shape[-2])
         return matmul_kernel(rows, w1, offsets), matmul_kernel(rows, w3, offsets)
@@ -81,16 +83,18 @@ class _GateAndUp(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
-        return _GateAndUp.apply(*batch_first(info.batch_size, in_dims, *inputs)), (0, 0)
+        return _GateAndUp.apply(*runs_first(info.batch_size, in_dims, *inputs)), (0, 0)
 
 
 def _outer_products(
     x: Tensor, gate: Tensor, up: Tensor, token: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of w1 and w3 from those of gate and up."""
-    if runtime.may_run(x, gate, up):
-        plain = one_axis(x, 2), one_axis(token, 1)
-        made = (forward_kernels.token_outer(*plain, one_axis(grad, 2), one_axis(offsets, 1)) for grad in (gate, up))
+    if runtime.usable_now(x, gate, up):
+        plain = flatten_runs(x, 2), flatten_runs(token, 1)
+        made = (
+            forward_kernels.token_outer(*plain, flatten_runs(grad, 2), flatten_runs(offsets, 1)) for grad in (gate, up)
+        )
         grad_w1, grad_w3 = (t.view(*offsets.shape, *t.shape[2:]) for t in made)
         return grad_w1, grad_w3
     rows = dispatch_rows(x, order, inverse, order.shape[-1] // x.shape[-2])

@@ -21,7 +21,7 @@ from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels.runtime import is_traced
 from tiny_onn_func.primitives.tiled import tiled_matmul, tiled_outer
-from tiny_onn_func.primitives.vmap import batch_first, fold, one_axis, over_runs, unfold
+from tiny_onn_func.primitives.vmap import flatten_runs, fold, outside_vmap, runs_first, unfold
 
 
 def grouped_matmul(
@@ -30,7 +30,7 @@ def grouped_matmul(
     offsets: Int32[Tensor, "*runs experts"],
 ) -> Float[Tensor, "*runs rows out_dim"]:
     """out[n] = rows[n] @ weights[e] for offsets[e-1] <= n < offsets[e]; rows behind offsets[-1] give zeros."""
-    return over_runs(lambda *plain: (GroupedMatmul.apply(*plain),), rows, weights, offsets)[0]
+    return outside_vmap(lambda *plain: (GroupedMatmul.apply(*plain),), rows, weights, offsets)[0]
 
 
 def grouped_outer(
@@ -39,10 +39,10 @@ def grouped_outer(
     offsets: Int32[Tensor, "*runs experts"],
 ) -> Float[Tensor, "*runs experts in_dim out_dim"]:
     """out[e] = sum of rows[n]^T grads[n] over offsets[e-1] <= n < offsets[e]: the weight gradient of the matmul."""
-    return over_runs(lambda *plain: (GroupedOuter.apply(*plain),), rows, grads, offsets)[0]
+    return outside_vmap(lambda *plain: (GroupedOuter.apply(*plain),), rows, grads, offsets)[0]
 
 
-def matmul(
+def dense_matmul(
     x: Float[Tensor, "*batch rows in_dim"], weights: Float[Tensor, "*#batch in_dim out_dim"]
 ) -> Float[Tensor, "*batch rows out_dim"]:
     """x @ weights, as groups of a grouped matmul where a kernel takes them.
@@ -50,7 +50,7 @@ def matmul(
     That is faster where the library's product leaves the processor's widest vectors unused (docs/benchmarks.md).
     """
     fits = x.shape[:-2] == weights.shape[:-2] and x.shape[-1] == weights.shape[-2]  # else the library's word on it
-    if not fits or is_traced(x) or not runtime.can_take(x, weights):
+    if not fits or is_traced(x) or not runtime.supports(x, weights):
         return x @ weights
     ends = torch.arange(1, x.shape[:-2].numel() + 1, dtype=torch.int32, device=x.device) * x.shape[-2]
     out = grouped_matmul(x.reshape(-1, x.shape[-1]), weights.reshape(-1, *weights.shape[-2:]), ends)
@@ -84,7 +84,7 @@ class GroupedMatmul(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], rows: Tensor, weights: Tensor, offsets: Tensor) -> Any:
-        return GroupedMatmul.apply(*batch_first(info.batch_size, in_dims, rows, weights, offsets)), 0
+        return GroupedMatmul.apply(*runs_first(info.batch_size, in_dims, rows, weights, offsets)), 0
 
 
 class GroupedSum(Function):
@@ -123,7 +123,7 @@ class GroupedSum(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
-        return GroupedSum.apply(*batch_first(info.batch_size, in_dims, *inputs)), 0
+        return GroupedSum.apply(*runs_first(info.batch_size, in_dims, *inputs)), 0
 
 
 class GroupedOuter(Function):
@@ -153,7 +153,7 @@ class GroupedOuter(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], rows: Tensor, grads: Tensor, offsets: Tensor) -> Any:
-        return GroupedOuter.apply(*batch_first(info.batch_size, in_dims, rows, grads, offsets)), 0
+        return GroupedOuter.apply(*runs_first(info.batch_size, in_dims, rows, grads, offsets)), 0
 
 
 for function in (GroupedMatmul, GroupedSum, GroupedOuter):
@@ -171,9 +171,9 @@ def matmul_kernel(
     """Each row times its expert's weights, plus others times their weights; inside a Function's forward, where no
     transform is in sight and tensors are plain."""
     pairs = [(rows, weights)] if others is None or other_weights is None else [(rows, weights), (others, other_weights)]
-    if not is_traced(offsets) and runtime.can_take(*itertools.chain(*pairs)):
-        folded = [(one_axis(left, 2), one_axis(right, 3)) for left, right in pairs]
-        out = forward_kernels.matmul(folded, one_axis(offsets, 1))
+    if not is_traced(offsets) and runtime.supports(*itertools.chain(*pairs)):
+        folded = [(flatten_runs(left, 2), flatten_runs(right, 3)) for left, right in pairs]
+        out = forward_kernels.matmul(folded, flatten_runs(offsets, 1))
         return out.reshape(*rows.shape[:-1], -1)
     first, *more = (_matmul_fallback(*pair, offsets) for pair in pairs)
     return first + more[0] if more else first
@@ -181,7 +181,7 @@ def matmul_kernel(
 
 def _matmul_fallback(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     runs = rows.shape[:-2]
-    rows, weights, offsets = (one_axis(t, dims) for t, dims in ((rows, 2), (weights, 3), (offsets, 1)))
+    rows, weights, offsets = (flatten_runs(t, dims) for t, dims in ((rows, 2), (weights, 3), (offsets, 1)))
     if rows.shape[0] == 1:
         out = _matmul_of_one_run(rows[0], weights[0], offsets[0])[None]
     else:
@@ -211,8 +211,8 @@ def _outer_kernel(
     offsets: Int32[Tensor, "*runs experts"],
 ) -> Float[Tensor, "*runs experts in_dim out_dim"]:
     runs = rows.shape[:-2]
-    rows, grads, offsets = (one_axis(t, dims) for t, dims in ((rows, 2), (grads, 2), (offsets, 1)))
-    if not is_traced(offsets) and runtime.can_take(rows, grads):
+    rows, grads, offsets = (flatten_runs(t, dims) for t, dims in ((rows, 2), (grads, 2), (offsets, 1)))
+    if not is_traced(offsets) and runtime.supports(rows, grads):
         out = forward_kernels.outer(rows, grads, offsets)
     elif rows.shape[0] == 1:
         out = _outer_of_one_run(rows[0], grads[0], offsets[0])[None]

@@ -21,7 +21,7 @@ class Axis(NamedTuple):
     level: int
 
 
-def peel(t: Tensor) -> tuple[Tensor, list[Axis]]:
+def unwrap(t: Tensor) -> tuple[Tensor, list[Axis]]:
     """What a mapped tensor wraps, and its mapped axes, the outermost wrapper first; a plain tensor is itself."""
     axes = []
     while functorch.is_batchedtensor(t):
@@ -30,7 +30,7 @@ def peel(t: Tensor) -> tuple[Tensor, list[Axis]]:
     return t, axes
 
 
-def wrap(plain: Tensor, axes: list[Axis]) -> Tensor:
+def rewrap(plain: Tensor, axes: list[Axis]) -> Tensor:
     """The mapped tensor that `peel` took apart, or another of the same axes."""
     for dim, level in reversed(axes):
         plain = functorch._add_batch_dim(plain, dim, level)
@@ -42,7 +42,7 @@ def only_vmaps() -> bool:
     return all(level.key() == functorch.TransformType.Vmap for level in _levels())
 
 
-def over_runs(function: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:
+def outside_vmap(function: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:
     """The function of the plain tensors inside, every mapped axis in front as one, and what it gives mapped again.
 
     It runs outside of the vmaps, so nothing in it costs their dispatch; with the inputs as they are, if none is mapped.
@@ -60,8 +60,8 @@ def over_runs(function: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tupl
     return tuple(_mapped_again(t, levels) if isinstance(t, Tensor) else t for t in out)
 
 
-def over_trees(function: Callable[[Any], Any], given: Any) -> Any:
-    """`over_runs` of the tensors in a tree, for a function that gives another."""
+def outside_vmap_tree(function: Callable[[Any], Any], given: Any) -> Any:
+    """`outside_vmap` of the tensors in a tree, for a function that gives another."""
     if not functorch.get_interpreter_stack():
         return function(given)
     inputs, spec = pytree.tree_flatten(given)
@@ -72,7 +72,7 @@ def over_trees(function: Callable[[Any], Any], given: Any) -> Any:
         made.append(shape)
         return tuple(out)
 
-    return pytree.tree_unflatten(list(over_runs(of_runs, *inputs)), made[0])
+    return pytree.tree_unflatten(list(outside_vmap(of_runs, *inputs)), made[0])
 
 
 def each_run(function: Callable[[Any], Any], given: Any, axes: int) -> Any:
@@ -109,7 +109,7 @@ def _levels() -> Iterator[functorch.CInterpreter]:
     yield from functorch.get_interpreter_stack() or ()
 
 
-def batch_first(runs: int, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+def runs_first(runs: int, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Every tensor with the mapped axis first; those that are not mapped are repeated without a copy."""
     return tuple(
         t.expand(runs, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims, strict=False)
@@ -124,13 +124,13 @@ def unfold(t: Tensor, runs: int) -> Tensor:
     return rearrange(t, "(runs first) ... -> runs first ...", runs=runs)
 
 
-def one_axis(t: Tensor, dims: int) -> Tensor:
+def flatten_runs(t: Tensor, dims: int) -> Tensor:
     """All axes but the last `dims` as one axis of runs; one run where there is none."""
     first = t.ndim - dims
     return t.reshape(t.shape[:first].numel(), *t.shape[first:])
 
 
-def one_of_shared(t: Tensor, dims: int) -> Tensor:
+def drop_repeated_axes(t: Tensor, dims: int) -> Tensor:
     """Without the axes in front of the last `dims` that are there only by repetition."""
     while t.ndim > dims and t.stride(0) == 0:
         t = t[0]

@@ -15,7 +15,7 @@ from tiny_onn_func.attention import attention, causal_bias
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.huggingface.folder import Stored, read_tensors
 from tiny_onn_func.huggingface.layout import EMBEDDING
-from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu
+from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu_reference
 from training.data.readers import printable, refuse
 from training.data.streams import encode
 from training.data.tokenizer import VOCAB_SIZE
@@ -78,7 +78,7 @@ def calibrate(
     normed = rms_norm(states, weights["input_layernorm"], config.rms_norm_eps)
     x = states + attention(normed, projections, rotary, causal_bias(None, length, states.device, states.dtype), config)
     normed = rms_norm(x, weights["post_attention_layernorm"], config.rms_norm_eps)
-    hidden = swiglu(normed @ weights["mlp.gate_proj"].mT, normed @ weights["mlp.up_proj"].mT)
+    hidden = swiglu_reference(normed @ weights["mlp.gate_proj"].mT, normed @ weights["mlp.up_proj"].mT)
     out = x + hidden @ weights["mlp.down_proj"].mT
     inputs, activations = (rearrange(t, "batch seq size -> (batch seq) size") for t in (normed, hidden))
     return out, Seen(inputs, activations, weights["mlp.down_proj"])

@@ -52,7 +52,7 @@ def open_tokenizer(spec: str | Path) -> Tokenizer:
     return _parse(str(spec), path, data, parsed)
 
 
-def kept_tokenizer(folder: str | Path, spec: str, fingerprint: str) -> Tokenizer:
+def run_tokenizer(folder: str | Path, spec: str, fingerprint: str) -> Tokenizer:
     """The copy of a tokenizer in the folder of a run.
 
     Args:

@@ -16,7 +16,7 @@ from tiny_onn_func.tree import leaves, tree_map
 from training.errors import UserError
 
 
-class Lost(UserError):
+class PeerLost(UserError):
     """Another process of the run is gone, or does not answer."""
 
 
@@ -33,7 +33,7 @@ class Group:
         self.handle, self.size, self.rank = handle, size, rank
         self.sent: Counter[str] = Counter() if sent is None else sent
 
-    def begin_sum(self, part: Tensor, purpose: str) -> Callable[[], Tensor]:
+    def all_reduce_async(self, part: Tensor, purpose: str) -> Callable[[], Tensor]:
         """Begin to add up the processes' tensors of one shape; what is returned waits for the sum."""
         if self.size == 1:
             return lambda: part
@@ -51,9 +51,9 @@ class Group:
 
     def sum(self, part: Tensor, purpose: str) -> Tensor:
         """The sum of the processes' tensors of one shape."""
-        return self.begin_sum(part, purpose)()
+        return self.all_reduce_async(part, purpose)()
 
-    def sum_tree(self, part: Any, purpose: str) -> Any:
+    def all_reduce_tree(self, part: Any, purpose: str) -> Any:
         """The same for every leaf of a tree, in one message: of float64 where there are integers, exact up to 2**53."""
         if self.size == 1:
             return part
@@ -63,7 +63,7 @@ class Group:
         pieces = iter(total.split([leaf.numel() for leaf in own]))
         return tree_map(lambda leaf: next(pieces).reshape(leaf.shape).to(leaf.dtype), part)
 
-    def begin_scattered_sum(self, part: Tensor, purpose: str) -> Callable[[], Tensor]:
+    def reduce_scatter_async(self, part: Tensor, purpose: str) -> Callable[[], Tensor]:
         """Begin to add up vectors of size * n entries; each process waits for its n entries of the sum."""
         if self.size == 1:
             return lambda: part
@@ -89,7 +89,7 @@ class Group:
             dist.all_gather(list(whole.chunk(self.size)), part.detach().contiguous(), group=self.handle)
         return whole
 
-    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], purpose: str) -> Tensor:
+    def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], purpose: str) -> Tensor:
         """The first `sent[0]` rows go to process 0, the next ones to process 1, ...; what came, in the same order."""
         if self.size == 1:
             return rows
@@ -100,7 +100,7 @@ class Group:
             dist.all_to_all_single(out, rows.detach().contiguous(), list(received), list(sent), group=self.handle)
         return out
 
-    def tell(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The value of process 0, on all."""
         if self.size == 1:
             return value
@@ -109,7 +109,7 @@ class Group:
             dist.broadcast_object_list(box, group=self.handle, group_src=0)
         return box[0]
 
-    def copy_first(self, tree: Any) -> Any:
+    def broadcast(self, tree: Any) -> Any:
         """The tensors of process 0, on all; the other processes' trees say of what shapes they are."""
         if self.size == 1:
             return tree
@@ -122,7 +122,7 @@ class Group:
 
         return tree_map(copied, tree)
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Return when all processes have come here."""
         if self.size > 1:
             with _naming():
@@ -139,7 +139,7 @@ def _naming() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0].rpartition("] ")[2]
-        raise Lost(
+        raise PeerLost(
             f"expected an answer of every process, got: {reason}; one has ended or is out of reach, see what it said; "
             "`torchrun --max-restarts N` begins again from the last checkpoint"
         ) from None

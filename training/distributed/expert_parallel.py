@@ -19,12 +19,12 @@ from torch.autograd import Function
 from tiny_onn_func.experts import Rows, spread
 from training.distributed.collectives import Group
 from training.step.hooks import SurpriseHookManager
-from training.step.surprise import SurpriseKind, row_dot, row_surprise
+from training.step.surprise import SurpriseKind, outer_norm, row_dot
 
 ROWS, SURPRISE, SIZES = "rows of experts", "surprise of rows", "numbers of rows"  # purposes of messages
 
 
-class Journey(NamedTuple):
+class DispatchPlan(NamedTuple):
     """How the rows of one layer travel between the processes."""
 
     sent: list[int]  # rows to each process
@@ -34,7 +34,7 @@ class Journey(NamedTuple):
     rows: Rows  # the received ones; a row is its own token and input
 
 
-class TravellingRows(SurpriseHookManager):
+class ExpertParallelHooks(SurpriseHookManager):
     """The hook manager where experts are spread over a group: wraps the seams, and moves the rows between them.
 
     Args:
@@ -45,39 +45,39 @@ class TravellingRows(SurpriseHookManager):
     def __init__(self, per_token_surprise: Tensor, kind: SurpriseKind = "w2", *, group: Group) -> None:
         super().__init__(per_token_surprise, kind=kind)
         self._group = group
-        self._journeys: dict[int, Journey] = {}
+        self._plans: dict[int, DispatchPlan] = {}
         self._measured: dict[int, Tensor] = {}  # by layer: surprise of the received rows
 
     def apply_w13(self, layer: int, x: Tensor, w1: Tensor, w3: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Gate and up of the rows that came here; fewer or more rows than went away."""
-        journey = self._journeys[layer] = plan(rows, w1.shape[0], self._group)
+        plan = self._plans[layer] = plan_dispatch(rows, w1.shape[0], self._group)
 
         def came_back(surprise: Tensor) -> None:
             count = surprise.shape[0]
             sent = rows._replace(token=rows.token[:count], expert=rows.expert[:count])
-            super(TravellingRows, self)._fill(layer, surprise, sent)
+            super(ExpertParallelHooks, self)._fill(layer, surprise, sent)
 
-        there = _ToOwners.apply(spread(x, rows)[0], journey, self._group, lambda: self._measured.pop(layer), came_back)
-        return super().apply_w13(layer, there, w1, w3, journey.rows)
+        there = _ToOwners.apply(spread(x, rows)[0], plan, self._group, lambda: self._measured.pop(layer), came_back)
+        return super().apply_w13(layer, there, w1, w3, plan.rows)
 
     def apply_w2(self, layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
         """Outputs of the rows that went away, in the order in which they went."""
-        journey = self._journeys.pop(layer)
-        y = super().apply_w2(layer, hidden, w2, journey.rows)
-        return _FromOwners.apply(y, journey, self._group, rows.token.shape[0])
+        plan = self._plans.pop(layer)
+        y = super().apply_w2(layer, hidden, w2, plan.rows)
+        return _FromOwners.apply(y, plan, self._group, rows.token.shape[0])
 
     def _write(self, layer: int, left: Tensor, grad: Tensor, rows: Rows) -> None:
-        self._fill(layer, (row_dot if self._kind == "benefit" else row_surprise)(left, grad), rows)
+        self._fill(layer, (row_dot if self._kind == "benefit" else outer_norm)(left, grad), rows)
 
     def _fill(self, layer: int, values: Tensor, rows: Rows) -> None:
         self._measured[layer] = values
 
 
-def plan(rows: Rows, own_experts: int, group: Group) -> Journey:
+def plan_dispatch(rows: Rows, own_experts: int, group: Group) -> DispatchPlan:
     """Tell every process how many rows come for each of its experts, and sort what will come."""
     counts = torch.diff(rows.offsets.long(), prepend=rows.offsets.new_zeros(1, dtype=torch.int64))
     each = [own_experts] * group.size
-    came = group.exchange(counts, each, each, SIZES).reshape(group.size, own_experts)
+    came = group.all_to_all(counts, each, each, SIZES).reshape(group.size, own_experts)
     sent = counts.reshape(group.size, own_experts).sum(dim=1).tolist()
     expert = torch.arange(own_experts, device=counts.device).repeat(group.size).repeat_interleave(came.flatten())
     expert, order = expert.sort(stable=True)
@@ -86,7 +86,7 @@ def plan(rows: Rows, own_experts: int, group: Group) -> Journey:
     inverse = torch.empty_like(order).scatter(0, order, number)
     if not order.shape[0]:  # nothing came: an inactive row, as there is no computing with none
         number, expert = number.new_zeros(1), expert.new_full((1,), own_experts)
-    return Journey(sent, came.sum(dim=1).tolist(), order, inverse, Rows(number, expert, offsets, number, number))
+    return DispatchPlan(sent, came.sum(dim=1).tolist(), order, inverse, Rows(number, expert, offsets, number, number))
 
 
 class _ToOwners(Function):
@@ -94,23 +94,23 @@ class _ToOwners(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        journey: Journey,
+        plan: DispatchPlan,
         group: Group,
         measured: Callable[[], Tensor],
         came_back: Callable[[Tensor], None],
     ) -> Tensor:
-        ctx.about, ctx.rows = (journey, group, measured, came_back), x.shape[0]
-        came = group.exchange(x[: sum(journey.sent)], journey.sent, journey.received, ROWS)[journey.order]
-        return _behind(came, journey.rows.token.shape[0])
+        ctx.about, ctx.rows = (plan, group, measured, came_back), x.shape[0]
+        came = group.all_to_all(x[: sum(plan.sent)], plan.sent, plan.received, ROWS)[plan.order]
+        return _behind(came, plan.rows.token.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        journey, group, measured, came_back = ctx.about
+        plan, group, measured, came_back = ctx.about
         surprise = measured()
         # The bits of the number as columns: one of float32 or float64, two of bfloat16.
-        cargo = torch.cat((grad, surprise.unsqueeze(1).view(grad.dtype)), dim=1)[journey.inverse]
-        back = group.exchange(cargo, journey.received, journey.sent, ROWS)
-        extra = surprise.element_size() * (sum(journey.received) - journey.received[group.rank])
+        cargo = torch.cat((grad, surprise.unsqueeze(1).view(grad.dtype)), dim=1)[plan.inverse]
+        back = group.all_to_all(cargo, plan.received, plan.sent, ROWS)
+        extra = surprise.element_size() * (sum(plan.received) - plan.received[group.rank])
         group.sent.update({ROWS: -extra, SURPRISE: extra})
         came_back(back[:, grad.shape[1] :].contiguous().view(surprise.dtype).squeeze(1))
         return _behind(back[:, : grad.shape[1]], ctx.rows), None, None, None, None
@@ -118,15 +118,15 @@ class _ToOwners(Function):
 
 class _FromOwners(Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, journey: Journey, group: Group, rows: int) -> Tensor:
-        ctx.about = journey, group
-        return _behind(group.exchange(y[journey.inverse], journey.received, journey.sent, ROWS), rows)
+    def forward(ctx: Any, y: Tensor, plan: DispatchPlan, group: Group, rows: int) -> Tensor:
+        ctx.about = plan, group
+        return _behind(group.all_to_all(y[plan.inverse], plan.received, plan.sent, ROWS), rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        journey, group = ctx.about
-        there = group.exchange(grad[: sum(journey.sent)], journey.sent, journey.received, ROWS)
-        return _behind(there[journey.order], journey.rows.token.shape[0]), None, None, None
+        plan, group = ctx.about
+        there = group.all_to_all(grad[: sum(plan.sent)], plan.sent, plan.received, ROWS)
+        return _behind(there[plan.order], plan.rows.token.shape[0]), None, None, None
 
 
 def _behind(active: Tensor, rows: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.tree import Tree, partition
 from training.distributed.collectives import Group
-from training.distributed.expert_parallel import TravellingRows
+from training.distributed.expert_parallel import ExpertParallelHooks
 from training.distributed.flat_params import (
     Vectors,
     from_vectors,
@@ -31,8 +31,8 @@ from training.distributed.layout import Layout, gathered, shares
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams
-from training.step.hyper_step import TrainState, fast_update, observe, router_gradients, slow_update
-from training.step.main_pass import Share
+from training.step.hyper_step import TrainState, router_gradients, run_pass, update_experts, update_router
+from training.step.main_pass import BatchShard
 from training.step.metrics import Metrics
 from training.step.optim import AdamWState
 from training.step.sums import Sums
@@ -61,30 +61,32 @@ def parallel_step(
     """
     world = layout.world
     spread = layout.experts.size > 1
-    hooks_of = partial(TravellingRows, group=layout.experts) if spread else SurpriseHookManager
-    part = observe(
+    hooks_factory = partial(ExpertParallelHooks, group=layout.experts) if spread else SurpriseHookManager
+    part = run_pass(
         state, batch, hyper, config, kind=kind, compute_dtype=compute_dtype, teacher_logits=teacher_logits,
-        share=Share(world.rank, world.size), hooks_of=hooks_of,
+        share=BatchShard(world.rank, world.size), hooks_factory=hooks_factory,
     )  # fmt: skip
     grads = to_vectors(part.grads, config)
     pending = (  # on their way while the router's gradient is computed
         _begin(layout.world, grads.dense, "gradients", layout),
         _begin(layout.replicas, grads.experts, "gradients of experts", layout),
     )
-    sums = world.sum_tree(part.sums, "sums over tokens")
-    router_grads, loss = world.sum_tree(router_gradients(state, part, sums, hyper, config), "gradient of the router")
+    sums = world.all_reduce_tree(part.sums, "sums over tokens")
+    router_grads, loss = world.all_reduce_tree(
+        router_gradients(state, part, sums, hyper, config), "gradient of the router"
+    )
     fast, expert_opt, grad_norm = _fast_step(
         state, Vectors(*(wait() for wait in pending)), sums, hyper, config, layout
     )  # fmt: skip
-    new, metrics = slow_update(state, fast, expert_opt, router_grads, loss, sums, hyper, config)
+    new, metrics = update_router(state, fast, expert_opt, router_grads, loss, sums, hyper, config)
     return new, metrics._replace(grad_norm=grad_norm)
 
 
 def _begin(group: Group, grads: Tensor, purpose: str, layout: Layout) -> Callable[[], Tensor]:
     """The sum of a vector of gradients, or this process's share of it, under way."""
     if layout.shard_optimizer:
-        return group.begin_scattered_sum(padded(grads, group.size), purpose)
-    return group.begin_sum(grads, purpose)
+        return group.reduce_scatter_async(padded(grads, group.size), purpose)
+    return group.all_reduce_async(grads, purpose)
 
 
 def _fast_step(
@@ -97,7 +99,7 @@ def _fast_step(
     shared = layout.world.sum(dense + own, "norm") if layout.shard_optimizer else dense + holders.sum(own, "norm")
     grad_norm = shared.sqrt().to(grads.dense.dtype) / sums.targets.clamp_min(1)
     step = partial(
-        fast_update, optimizer=state.expert_opt, grad_norm=grad_norm, sums=sums, step=state.step, hyper=hyper
+        update_experts, optimizer=state.expert_opt, grad_norm=grad_norm, sums=sums, step=state.step, hyper=hyper
     )
     if not layout.shard_optimizer:
         return *step(fast, from_vectors(grads, config, experts)), grad_norm

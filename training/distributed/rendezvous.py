@@ -25,14 +25,14 @@ PATIENCE = 20.0  # seconds in which all processes must have come
 ROUND, CAUSE = "round", "cause"  # names of notes: that of process 0, that of who ends with an error
 
 
-class ToldElsewhere(UserError):
+class ReportedByAnotherRank(UserError):
     """Another process says what is wrong; this one ends without a word."""
 
     def __init__(self) -> None:
         super().__init__("")
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """What the environment says of this process."""
 
     rank: int
@@ -48,14 +48,14 @@ class Place(NamedTuple):
         return self.rank == 0 and not self.hosted
 
 
-class Met(NamedTuple):
+class Rendezvous(NamedTuple):
     """All processes have met."""
 
     store: Any  # of this round alone
     restarts: int  # the most that any process knows of
 
 
-def find_place() -> Place | None:
+def rank_from_environment() -> RankInfo | None:
     """From the environment variables of torchrun; None where this process is the only one.
 
     Raises:
@@ -67,13 +67,13 @@ def find_place() -> Place | None:
     rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     if not 0 <= rank < size:
         raise UserError(f"RANK: expected 0 to WORLD_SIZE - 1 ({size - 1}), got {rank}; start with torchrun")
-    return Place(
+    return RankInfo(
         rank, size, _number("LOCAL_RANK") if "LOCAL_RANK" in env else rank, env.get("MASTER_ADDR", ""), port,
         env.get("TORCHELASTIC_USE_AGENT_STORE") == "True", int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
     )  # fmt: skip
 
 
-def meet(place: Place, facts: Mapping[str, Any] | UserError, begun: float) -> Met:
+def join_rendezvous(rank_info: RankInfo, facts: Mapping[str, Any] | UserError, begun: float) -> Rendezvous:
     """Wait until all processes are there, and compare what decides their numbers.
 
     Args:
@@ -84,29 +84,31 @@ def meet(place: Place, facts: Mapping[str, Any] | UserError, begun: float) -> Me
         UserError: the store is out of reach or its port in use, a process is missing, fails or differs. It has a text
             on one process only, unless they cannot talk to each other.
     """
-    store = _store(place, begun + PATIENCE)
-    own: dict[str, Any] = {"nonce": uuid.uuid4().hex, "restarts": place.restarts}
+    store = _store(rank_info, begun + PATIENCE)
+    own: dict[str, Any] = {"nonce": uuid.uuid4().hex, "restarts": rank_info.restarts}
     if isinstance(facts, UserError):
         own["wrong"] = str(facts)
     else:
         text = json.dumps(dict(facts), sort_keys=True, default=str)
         own["digest"] = hashlib.sha256(text.encode()).hexdigest()
         store.set(f"facts/{own['digest']}", text)
-    store.set(f"note/{place.rank}", json.dumps(own))
+    store.set(f"note/{rank_info.rank}", json.dumps(own))
     try:
-        rounds = _call(store, place, begun + PATIENCE) if place.rank == 0 else _answer(store, place, own, begun)
+        rounds = (
+            _call(store, rank_info, begun + PATIENCE) if rank_info.rank == 0 else _answer(store, rank_info, own, begun)
+        )
         notes = rounds["notes"]
-        _check_notes(store, place, notes)
+        _check_notes(store, rank_info, notes)
     except UserError:
-        leave(store, place)
+        leave(store, rank_info)
         raise
     except RuntimeError:
         raise UserError("WORLD_SIZE: expected to meet rank 0, which has ended; see what it said, or start it") from None
     own_store = dist.PrefixStore(rounds["id"], store)  # type: ignore[attr-defined]
-    return Met(own_store, max(note["restarts"] for note in notes))
+    return Rendezvous(own_store, max(note["restarts"] for note in notes))
 
 
-def say_cause(store: Any) -> bool:
+def report_cause(store: Any) -> bool:
     """Leave a note that this process says why it ends; whether it is the first to do so."""
     try:
         return bool(store.add(CAUSE, 1) == 1)
@@ -114,20 +116,20 @@ def say_cause(store: Any) -> bool:
         return True
 
 
-def leave(store: Any, place: Place, seconds: float = 3.0) -> None:
+def leave(store: Any, rank_info: RankInfo, seconds: float = 3.0) -> None:
     """Say farewell before an end with an error: who keeps the store stays until the others have read in it."""
     end = time.monotonic() + seconds
     try:
-        store.set(f"farewell/{place.rank}", "")
-        while place.keeps_store and time.monotonic() < end:
-            if store.check([f"farewell/{rank}" for rank in range(place.size)]):
+        store.set(f"farewell/{rank_info.rank}", "")
+        while rank_info.keeps_store and time.monotonic() < end:
+            if store.check([f"farewell/{rank}" for rank in range(rank_info.size)]):
                 return
             time.sleep(0.05)
     except RuntimeError:
         return
 
 
-def is_told(store: Any, seconds: float = 2.0) -> bool:
+def cause_is_reported(store: Any, seconds: float = 2.0) -> bool:
     """Whether another process has said why it ended; waits a little for its note."""
     end = time.monotonic() + seconds
     try:
@@ -149,19 +151,19 @@ def _number(name: str) -> int:
     return int(text)
 
 
-def _store(place: Place, deadline: float) -> Any:
+def _store(rank_info: RankInfo, deadline: float) -> Any:
     """The store, once it can be reached; by plain sockets first, whose failures the library would tell at length."""
-    keeps, where = place.keeps_store, f"{place.address}:{place.port}"
+    keeps, where = rank_info.keeps_store, f"{rank_info.address}:{rank_info.port}"
     try:
         if keeps:
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("", place.port))
+                probe.bind(("", rank_info.port))
         else:
-            _reach(place, deadline)
+            _reach(rank_info, deadline)
         left = max(1.0, deadline - time.monotonic())
         return dist.TCPStore(  # type: ignore[attr-defined]
-            place.address, place.port, is_master=keeps, wait_for_workers=False, timeout=timedelta(seconds=left)
+            rank_info.address, rank_info.port, is_master=keeps, wait_for_workers=False, timeout=timedelta(seconds=left)
         )
     except OSError as error:
         mend = "choose another port" if keeps else "is that process 0's address, is its port open, has it begun?"
@@ -172,11 +174,11 @@ def _store(place: Place, deadline: float) -> Any:
         raise UserError(f"{where}: expected torch's store there, got: {reason}; choose another port") from None
 
 
-def _reach(place: Place, deadline: float) -> None:
+def _reach(rank_info: RankInfo, deadline: float) -> None:
     while True:
         left = deadline - time.monotonic()
         try:
-            socket.create_connection((place.address, place.port), timeout=max(0.1, left)).close()
+            socket.create_connection((rank_info.address, rank_info.port), timeout=max(0.1, left)).close()
             return
         except OSError:
             if left < 0.5:
@@ -184,17 +186,17 @@ def _reach(place: Place, deadline: float) -> None:
             time.sleep(0.2)
 
 
-def _call(store: Any, place: Place, deadline: float) -> dict[str, Any]:
+def _call(store: Any, rank_info: RankInfo, deadline: float) -> dict[str, Any]:
     """Process 0: call rounds of those whose notes are there until all in one have answered."""
     called: dict[str, Any] = {"notes": []}
-    names = [f"note/{rank}" for rank in range(place.size)]
+    names = [f"note/{rank}" for rank in range(rank_info.size)]
     while True:
         there = [store.check([name]) for name in names]
         notes = [json.loads(store.get(name)) if found else None for name, found in zip(names, there, strict=True)]
         if all(there) and notes != called["notes"]:
             called = {"id": uuid.uuid4().hex, "notes": notes}
             store.set(ROUND, json.dumps(called))
-        answers = [f"{called.get('id')}/{rank}" for rank in range(1, place.size)]
+        answers = [f"{called.get('id')}/{rank}" for rank in range(1, rank_info.size)]
         answered = [all(there) and store.check([name]) for name in answers]
         if all(there) and all(answered):
             store.set(f"{called['id']}/go", "")
@@ -204,38 +206,38 @@ def _call(store: Any, place: Place, deadline: float) -> dict[str, Any]:
             missing = missing or [rank for rank, found in enumerate(answered, 1) if not found]
             store.set(ROUND, json.dumps({"id": "", "notes": notes}))
             raise UserError(
-                f"WORLD_SIZE: expected {place.size} processes within {PATIENCE:.0f} s, got none of rank "
+                f"WORLD_SIZE: expected {rank_info.size} processes within {PATIENCE:.0f} s, got none of rank "
                 f"{', '.join(map(str, missing[:8]))}; start all of them with the same command"
             )
         time.sleep(0.05)
 
 
-def _answer(store: Any, place: Place, own: Mapping[str, Any], begun: float) -> dict[str, Any]:
+def _answer(store: Any, rank_info: RankInfo, own: Mapping[str, Any], begun: float) -> dict[str, Any]:
     """The other processes: answer every round that knows the own note, until one is closed."""
     while time.monotonic() < begun + PATIENCE + 3:  # process 0 says first who is missing
         if store.check([ROUND]):
             called: dict[str, Any] = json.loads(store.get(ROUND))
             if own in called["notes"]:
                 if not called["id"]:
-                    raise ToldElsewhere
-                store.set(f"{called['id']}/{place.rank}", "")
+                    raise ReportedByAnotherRank
+                store.set(f"{called['id']}/{rank_info.rank}", "")
                 if store.check([f"{called['id']}/go"]):
                     return called
         time.sleep(0.05)
     raise UserError(
-        f"WORLD_SIZE: expected {place.size} processes within {PATIENCE:.0f} s, got none of rank 0; start it"
+        f"WORLD_SIZE: expected {rank_info.size} processes within {PATIENCE:.0f} s, got none of rank 0; start it"
     )
 
 
-def _check_notes(store: Any, place: Place, notes: list[dict[str, Any]]) -> None:
+def _check_notes(store: Any, rank_info: RankInfo, notes: list[dict[str, Any]]) -> None:
     """The same verdict on every process; the one that it is about, or process 0, says it."""
     for rank, note in enumerate(notes):
         if "wrong" in note:
-            raise UserError(note["wrong"]) if rank == place.rank else ToldElsewhere
+            raise UserError(note["wrong"]) if rank == rank_info.rank else ReportedByAnotherRank
     for rank, note in enumerate(notes):
         if note["digest"] != notes[0]["digest"]:
-            if place.rank:
-                raise ToldElsewhere
+            if rank_info.rank:
+                raise ReportedByAnotherRank
             first, other = (json.loads(store.get(f"facts/{n['digest']}")) for n in (notes[0], note))
             name = next(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
             raise UserError(

@@ -66,7 +66,7 @@ def save_sharded(
         make_folder(folder)
         clean(folder)
         draft.mkdir()
-    layout.world.wait_for_all()
+    layout.world.barrier()
     try:
         dcp.save(as_stored(state, config, layout), checkpoint_id=draft)
         if layout.world.rank == 0:
@@ -78,7 +78,7 @@ def save_sharded(
     finally:
         if layout.world.rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
-    layout.world.wait_for_all()
+    layout.world.barrier()
 
 
 def open_sharded(folder: Path) -> Checkpoint:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tiny_onn_func.config import ModelConfig
 from training.distributed.collectives import Group
 from training.distributed.layout import Layout, own_state, whole_state
-from training.distributed.rendezvous import Place
+from training.distributed.rendezvous import RankInfo
 from training.step.batch import Batch
 from training.step.hyper_step import TrainState
 
@@ -53,15 +53,15 @@ class Team(NamedTuple):
 
     def own(self, state: TrainState, config: ModelConfig) -> TrainState:
         """This process's part of process 0's state; the others' may be of any content."""
-        return own_state(self.world.copy_first(state), config, self.layout)
+        return own_state(self.world.broadcast(state), config, self.layout)
 
     def one_by_one(self, work: Callable[[], T]) -> T:
         """The work of every process, the first of each machine before the others, who find what it left on the disk."""
         if self.local_rank == 0:
             done = work()
-            self.world.wait_for_all()
+            self.world.barrier()
         else:
-            self.world.wait_for_all()
+            self.world.barrier()
             done = work()
         return done
 
@@ -70,14 +70,18 @@ ALONE = Team(Layout(Group(), Group(), Group()))
 
 
 @contextmanager
-def connected(place: Place, store: Any) -> Iterator[None]:
+def connected(rank_info: RankInfo, store: Any) -> Iterator[None]:
     """torch.distributed, where there is more than one process: gloo for tensors on the CPU, nccl on CUDA."""
-    if place.size == 1:
+    if rank_info.size == 1:
         yield
         return
     both = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if both else "gloo", store=store, rank=place.rank, world_size=place.size, timeout=SILENCE
+        "cpu:gloo,cuda:nccl" if both else "gloo",
+        store=store,
+        rank=rank_info.rank,
+        world_size=rank_info.size,
+        timeout=SILENCE,
     )
     try:
         yield

@@ -13,7 +13,7 @@ from training.run.teacher import Teacher
 MOST, ENDS = 4096, 256  # records between the ends at most, of the first and of the last; all records up to MOST steps
 
 
-def remember(history: list[dict[str, Any]], record: dict[str, Any]) -> None:
+def append_record(history: list[dict[str, Any]], record: dict[str, Any]) -> None:
     """Append the record of a step; now and then let go of what is no longer needed."""
     history.append(record)
     now = record["step"]

@@ -18,10 +18,10 @@ from training.distributed.sharded_checkpoint import save_sharded
 from training.distributed.team import ALONE, Team
 from training.errors import UserError
 from training.run.config import RunConfig, hyper_params, statics
-from training.run.context import Run, about_of, best_step, remember
+from training.run.context import Run, about_of, append_record, best_step
 from training.run.identity import check_same
 from training.run.nonfinite import NotFinite, bad_numbers, keep_evidence
-from training.run.process import held_back, keep_freed_memory
+from training.run.process import deferred_signals, disable_heap_trimming
 from training.run.start import begin, check_folder, newest_checkpoint, open_new, tokenizer_of
 from training.run.summary import alarms, draw, finish, held_out_score
 from training.step.batch import Batch
@@ -29,7 +29,7 @@ from training.step.compile import compile_step
 from training.step.finite import passed_over
 from training.step.hyper_step import TrainState, hyper_step
 from training.step.metrics import Metrics
-from training.storage.background_saver import Saver
+from training.storage.background_saver import BackgroundSaver
 from training.storage.checkpoint import named_tensors, save_checkpoint
 from training.storage.lock import locked
 from training.storage.recorder import Recorder, no_recorder, open_recorder, to_record
@@ -49,11 +49,11 @@ def train(config: RunConfig, *, resume: bool = False, team: Team = ALONE) -> dic
             is in use, it began with other settings, or a number went wrong and `on_nonfinite` is `stop`.
     """
     assert config.out is not None, "the command line fills it in"
-    keep_freed_memory()
+    disable_heap_trimming()
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = Path(config.out)
-    resume = team.world.tell(resume or (team.restarts > 0 and (folder / "config.yaml").exists()))
+    resume = team.world.broadcast_object(resume or (team.restarts > 0 and (folder / "config.yaml").exists()))
     if not team.first:
         return _train(config, folder, resume, team)
     check_folder(folder, resume)
@@ -69,10 +69,10 @@ def train(config: RunConfig, *, resume: bool = False, team: Team = ALONE) -> dic
 
 
 def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[str, Any]:
-    checkpoint = team.world.tell(newest_checkpoint(folder) if team.first else None)
+    checkpoint = team.world.broadcast_object(newest_checkpoint(folder) if team.first else None)
     tokenizer = tokenizer_of(config, folder, checkpoint)
     run = team.one_by_one(lambda: open_new(config, folder, tokenizer, team))
-    if team.world.tell(run.settings["text"]) != run.settings["text"]:
+    if team.world.broadcast_object(run.settings["text"]) != run.settings["text"]:
         raise UserError(f"data: expected the text of rank 0 on every rank, got another on rank {team.world.rank}")
     if checkpoint is not None:
         check_same(run.settings, checkpoint.settings, folder)
@@ -122,10 +122,10 @@ def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, 
     step_of = program(run, state)
     seconds = run.history[-1]["seconds"] if run.history else 0.0
     first = int(state.step)
-    saved, best, known_alarms = first if first else None, run.team.world.tell(best_step(run.history)), 0
+    saved, best, known_alarms = first if first else None, run.team.world.broadcast_object(best_step(run.history)), 0
     with (
-        held_back(run.team.layout.is_sharded) as asked,
-        Saver(partial(_save, run, recorder)) as saver,
+        deferred_signals(run.team.layout.is_sharded) as asked,
+        BackgroundSaver(partial(_save, run, recorder)) as saver,
         tqdm(
             total=config.steps, initial=first, unit="step", dynamic_ncols=True, mininterval=0.5, disable=not writes
         ) as bar,
@@ -137,7 +137,7 @@ def _loop(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, 
                 seconds += time.perf_counter() - start
                 if _due(step, config.eval_every) and step < config.steps:
                     values |= _held_out(run, new_state)
-                remember(run.history, recorder.write(step, step * run.tokens_a_step, seconds, values))
+                append_record(run.history, recorder.write(step, step * run.tokens_a_step, seconds, values))
                 state = new_state
                 bar.update()
                 bar.set_postfix_str(_progress(run, seconds), refresh=False)
@@ -198,7 +198,7 @@ def _held_out(run: Run, state: TrainState) -> dict[str, float]:
     if run.team.first:
         score = held_out_score(run, whole, run.config.eval_bytes)
         found = {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
-    return run.team.world.tell(found)
+    return run.team.world.broadcast_object(found)
 
 
 def step_batch(run: Run, step: int) -> Batch:
@@ -207,7 +207,7 @@ def step_batch(run: Run, step: int) -> Batch:
     return batch_at(run.corpus.train, config.seed, step, config.batch_size, config.sequence_length, config.pack)
 
 
-def _keep(run: Run, saver: Saver, recorder: Recorder, state: TrainState, best: int | None) -> None:
+def _keep(run: Run, saver: BackgroundSaver, recorder: Recorder, state: TrainState, best: int | None) -> None:
     """A checkpoint: of a state in many parts one of many parts, and at the end of the run a whole one."""
     config, team, step = run.config, run.team, int(state.step)
     if team.layout.is_sharded and step < config.steps:

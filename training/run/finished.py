@@ -10,7 +10,7 @@ from tiny_onn_func.huggingface.config import CONFIG
 from tiny_onn_func.huggingface.pretrained import load_pretrained
 from tiny_onn_func.params import check_params
 from tiny_onn_func.tree import Tree, flatten, tree_map
-from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
+from training.data.hf_tokenizer import open_tokenizer, run_tokenizer
 from training.data.tokenizer import BYTES, FILE, Tokenizer, check_vocab
 from training.distributed.sharded_checkpoint import check_whole
 from training.errors import UserError
@@ -53,7 +53,7 @@ def open_run(folder: str | Path) -> FinishedRun:
     if model != config.model:
         raise UserError(f"{settings}: expected the sizes of the checkpoint, got others; restore the file as it was")
     _check_leaves(params, config, checkpoint.folder)
-    tokenizer = kept_tokenizer(home, config.tokenizer, checkpoint.tokenizer)
+    tokenizer = run_tokenizer(home, config.tokenizer, checkpoint.tokenizer)
     return FinishedRun(config, params, tokenizer)
 
 

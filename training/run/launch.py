@@ -7,9 +7,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from training.distributed.collectives import Group, Lost
+from training.distributed.collectives import Group, PeerLost
 from training.distributed.layout import Layout, layout_of
-from training.distributed.rendezvous import Place, ToldElsewhere, find_place, is_told, leave, meet, say_cause
+from training.distributed.rendezvous import (
+    RankInfo,
+    ReportedByAnotherRank,
+    cause_is_reported,
+    join_rendezvous,
+    leave,
+    rank_from_environment,
+    report_cause,
+)
 from training.distributed.team import ALONE, Team, connected
 from training.errors import UserError
 from training.run.config import RunConfig, hyper_params
@@ -27,8 +35,8 @@ def open_team(prepare: Callable[[], tuple[RunConfig, bool]]) -> Iterator[tuple[T
     Raises:
         UserError: a bad setup, on all processes; it has a text on one.
     """
-    place = find_place()
-    if place is None:
+    rank_info = rank_from_environment()
+    if rank_info is None:
         config, resume = prepare()
         check_sizes(config, 1)
         yield ALONE, config, resume
@@ -36,25 +44,25 @@ def open_team(prepare: Callable[[], tuple[RunConfig, bool]]) -> Iterator[tuple[T
     begun, prepared, wrong = time.monotonic(), None, None
     try:
         prepared = prepare()
-        check_sizes(prepared[0], place.size)
+        check_sizes(prepared[0], rank_info.size)
     except (UserError, ValueError) as error:
         wrong = UserError(str(error))
-    met = meet(place, wrong or facts_of(*prepared), begun)  # type: ignore[misc]
+    met = join_rendezvous(rank_info, wrong or facts_of(*prepared), begun)  # type: ignore[misc]
     assert prepared is not None, "who has none has said so in the meeting"
     config, resume = prepared
     try:
-        with connected(place, met.store):
-            team = Team(_layout(place, config), place.local_rank, met.restarts)
+        with connected(rank_info, met.store):
+            team = Team(_layout(rank_info, config), rank_info.local_rank, met.restarts)
             yield team, config, resume
-    except Lost as error:
-        told = is_told(met.store)
-        leave(met.store, place)
-        raise (ToldElsewhere() if told else error) from None
+    except PeerLost as error:
+        told = cause_is_reported(met.store)
+        leave(met.store, rank_info)
+        raise (ReportedByAnotherRank() if told else error) from None
     except BaseException as error:
-        first = say_cause(met.store)
-        leave(met.store, place)
+        first = report_cause(met.store)
+        leave(met.store, rank_info)
         if isinstance(error, UserError) and not first:
-            raise ToldElsewhere from None
+            raise ReportedByAnotherRank from None
         raise
 
 
@@ -87,8 +95,8 @@ def check_sizes(config: RunConfig, processes: int) -> None:
             raise UserError(f"{key}: expected {wanted}, got {came}; change it, or the number of processes")
 
 
-def _layout(place: Place, config: RunConfig) -> Layout:
-    if place.size == 1:
+def _layout(rank_info: RankInfo, config: RunConfig) -> Layout:
+    if rank_info.size == 1:
         return ALONE.layout
-    world = Group(dist.group.WORLD, size=place.size, rank=place.rank)
+    world = Group(dist.group.WORLD, size=rank_info.size, rank=rank_info.rank)
     return layout_of(world, config.shard_optimizer, config.shard_experts)

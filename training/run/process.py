@@ -22,7 +22,7 @@ def stop_politely() -> None:
 
 
 @contextmanager
-def held_back(wanted: bool) -> Iterator[Callable[[], bool]]:
+def deferred_signals(wanted: bool) -> Iterator[Callable[[], bool]]:
     """Whether to stop has been asked, which raises nothing inside; at the end it does, if nobody has acted on it.
 
     A process that left in the middle of a step would take its part of the state with it. The second signal does so.
@@ -50,7 +50,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's numbers, from malloc.h
 _NEVER = -1
 
 
-def keep_freed_memory() -> bool:
+def disable_heap_trimming() -> bool:
     """Tell glibc to keep freed blocks instead of handing them to the kernel; whether it was done.
 
     By default every block above some hundred kilobytes goes back when it is freed, and the next step pays a page fault

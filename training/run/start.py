@@ -8,13 +8,13 @@ import torch
 from training.data.baselines import baselines
 from training.data.batches import scored_span
 from training.data.corpus import open_corpus
-from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
+from training.data.hf_tokenizer import open_tokenizer, run_tokenizer
 from training.data.tokenizer import BYTES, Tokenizer, check_vocab, save_tokenizer
 from training.distributed.sharded_checkpoint import FOLDER, is_sharded, load_sharded, open_sharded
 from training.distributed.team import ALONE, Team
 from training.errors import UserError
 from training.run.config import RunConfig
-from training.run.context import Run, remember
+from training.run.context import Run, append_record
 from training.run.identity import check_same, deciding
 from training.run.initial_state import first_state
 from training.run.settings import load_settings, save_settings
@@ -51,7 +51,7 @@ def tokenizer_of(config: RunConfig, folder: Path, checkpoint: Checkpoint | None)
     if checkpoint is None:
         tokenizer = open_tokenizer(config.tokenizer)
     else:
-        tokenizer = kept_tokenizer(folder, config.tokenizer, checkpoint.tokenizer)
+        tokenizer = run_tokenizer(folder, config.tokenizer, checkpoint.tokenizer)
         there = tokenizer is not BYTES and Path(os.path.expanduser(config.tokenizer)).exists()
         if there and open_tokenizer(config.tokenizer).fingerprint != tokenizer.fingerprint:
             raise UserError(f"tokenizer: expected the one in {folder}, got another, {config.tokenizer}; leave it away")
@@ -86,7 +86,7 @@ def begin(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> Trai
             save_tokenizer(tokenizer, folder)
         else:
             for record in unbroken_upto(folder, checkpoint.step):
-                remember(run.history, record)
+                append_record(run.history, record)
             later = [path for kind in KINDS for step, path in steps_in(folder / kind) if step > checkpoint.step]
             remove_steps(later)  # damaged ones
         save_settings(config, folder / "config.yaml")

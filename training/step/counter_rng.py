@@ -12,7 +12,7 @@ from tiny_onn_func.ops import as_wide_as
 from training.step.hyper_params import Number
 
 
-class Stream(IntEnum):
+class Purpose(IntEnum):
     """What a draw is for; streams of one seed and step have nothing in common."""
 
     EXPLORE = 0
@@ -21,26 +21,26 @@ class Stream(IntEnum):
     ORACLE = 3
 
 
-def draw_words(seed: Number, step: Tensor, stream: Stream, *shape: int) -> Int[Tensor, "..."]:
+def random_words(seed: Number, step: Tensor, stream: Purpose, *shape: int) -> Int[Tensor, "..."]:
     """Words of 32 bits: hash(hash(seed, step, stream), position); seed and step may have an axis of runs."""
     position = torch.arange(math.prod(shape), device=step.device).reshape(shape)
     key = mix(mix(torch.as_tensor(seed, device=step.device).to(torch.int64)) + step)
-    key = key if stream == Stream.EXPLORE else mix(key + int(stream))
+    key = key if stream == Purpose.EXPLORE else mix(key + int(stream))
     return mix(mix(position) + key[(..., *(None,) * len(shape))])
 
 
-def draw_exploration(
+def random_exploration(
     seed: Number, step: Tensor, probability: Number, layers: int, tokens: int, experts: int
 ) -> Int[Tensor, "*runs layers tokens"]:
     """An expert to try for each (layer, token), -1 for none; each token tries with the given probability."""
-    word = draw_words(seed, step, Stream.EXPLORE, 2, layers, tokens)
+    word = random_words(seed, step, Purpose.EXPLORE, 2, layers, tokens)
     chance, choice = word.unbind(-3)
     tries = chance.to(torch.float64) / WORD < as_wide_as(chance, probability)
     return torch.where(tries, choice * experts >> 32, -1)
 
 
-def draw_normal(seed: Number, step: Tensor, stream: Stream, *shape: int) -> Float[Tensor, "..."]:
+def random_normal(seed: Number, step: Tensor, stream: Purpose, *shape: int) -> Float[Tensor, "..."]:
     """Standard normal numbers, float64 (Box and Muller 1958)."""
-    word = (draw_words(seed, step, stream, 2, *shape).to(torch.float64) + 0.5) / WORD
+    word = (random_words(seed, step, stream, 2, *shape).to(torch.float64) + 0.5) / WORD
     size, turn = word.unbind(-1 - len(shape))
     return (-2 * size.log()).sqrt() * (2 * math.pi * turn).cos()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from tiny_onn_func.primitives.vmap import only_vmaps, over_trees, peel
+from tiny_onn_func.primitives.vmap import only_vmaps, outside_vmap_tree, unwrap
 from tiny_onn_func.tree import leaves, tree_map
 
 Objective = Callable[..., tuple[Tensor, Any]]
@@ -36,9 +36,9 @@ def gradients(objective: Objective, trees: tuple[Any, ...], given: Any = ()) -> 
             slopes = iter(torch.autograd.grad(value.sum(), leaves(own), materialize_grads=True))
         return tree_map(lambda _: next(slopes), trees), tree_map(lambda leaf: leaf.detach(), aux)
 
-    return over_trees(of_runs, (trees, given))
+    return outside_vmap_tree(of_runs, (trees, given))
 
 
 def _is_followed(trees: Any) -> bool:
     """Whether gradients of the gradients may be asked for: by a transform that is no vmap, or by autograd."""
-    return not only_vmaps() or any(peel(leaf)[0].requires_grad for leaf in leaves(trees) if isinstance(leaf, Tensor))
+    return not only_vmaps() or any(unwrap(leaf)[0].requires_grad for leaf in leaves(trees) if isinstance(leaf, Tensor))

@@ -9,8 +9,8 @@ from torch.utils.hooks import RemovableHandle
 from tiny_onn_func.experts import ApplyW2, ApplyW13, Rows, input_of, spread
 from tiny_onn_func.experts import apply_w2 as plain_apply_w2
 from tiny_onn_func.experts import apply_w13 as plain_apply_w13
-from tiny_onn_func.primitives.vmap import peel, wrap
-from training.step.surprise import SurpriseKind, row_norm, row_surprise, sparse_fill, surface_of
+from tiny_onn_func.primitives.vmap import rewrap, unwrap
+from training.step.surprise import SurpriseKind, outer_norm, row_norm, scatter_rows, scatter_surprise
 
 
 class SurpriseHookManager:
@@ -70,17 +70,17 @@ class SurpriseHookManager:
             saved.clear()
 
     def _hook(self, seen: Tensor, record: Callable[[Tensor], None]) -> bool:
-        inside, axes = peel(seen)  # a mapped tensor has no graph of its own
+        inside, axes = unwrap(seen)  # a mapped tensor has no graph of its own
         if inside.requires_grad:
             # Detached: torch.func.grad differentiates with create_graph; an attached norm would tie the graph into a
             # cycle.
-            self._handles.append(inside.register_hook(lambda grad: record(wrap(grad.detach(), axes))))
+            self._handles.append(inside.register_hook(lambda grad: record(rewrap(grad.detach(), axes))))
         return inside.requires_grad
 
     def _record_w2(self, layer: int, grad: Tensor) -> None:
         saved, rows = self._saved[layer]
         if self._kind == "experts":
-            self._so_far[layer] = [row_surprise(saved, grad)]
+            self._so_far[layer] = [outer_norm(saved, grad)]
         else:
             self._write(layer, saved, grad, rows)
 
@@ -96,9 +96,13 @@ class SurpriseHookManager:
             self._fill(layer, parts[0].hypot(parts[1]).hypot(parts[2]), rows)
 
     def _write(self, layer: int, left: Tensor, grad: Tensor, rows: Rows) -> None:
-        surface = self.per_token_surprise.select(-3, layer)
-        surface.copy_(surface_of(left, grad, rows, *surface.shape[-2:], is_signed=self._kind == "benefit"))
+        surprise_matrix = self.per_token_surprise.select(-3, layer)
+        surprise_matrix.copy_(
+            scatter_surprise(left, grad, rows, *surprise_matrix.shape[-2:], is_signed=self._kind == "benefit")
+        )
 
     def _fill(self, layer: int, values: Tensor, rows: Rows) -> None:
-        surface = self.per_token_surprise.select(-3, layer)
-        surface.copy_(sparse_fill(values.to(surface.dtype), rows.token, rows.expert, *surface.shape[-2:]))
+        surprise_matrix = self.per_token_surprise.select(-3, layer)
+        surprise_matrix.copy_(
+            scatter_rows(values.to(surprise_matrix.dtype), rows.token, rows.expert, *surprise_matrix.shape[-2:])
+        )

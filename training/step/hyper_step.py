@@ -10,22 +10,22 @@ from torch import Generator, Tensor
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.ops import as_wide_as, wide_dtype
 from tiny_onn_func.params import init_params
-from tiny_onn_func.primitives.grouped import matmul
-from tiny_onn_func.primitives.vmap import over_trees
+from tiny_onn_func.primitives.grouped import dense_matmul
+from tiny_onn_func.primitives.vmap import outside_vmap_tree
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training.step import metrics as measure
 from training.step.batch import Batch
-from training.step.counter_rng import Stream, draw_words
+from training.step.counter_rng import Purpose, random_words
 from training.step.gradients import gradients
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams, Number, is_off
-from training.step.main_pass import WHOLE, HooksOf, Observed, Share, main_gradients
+from training.step.main_pass import WHOLE, BatchShard, HooksFactory, PassResult, main_gradients
 from training.step.metrics import Metrics, step_metrics
 from training.step.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
 from training.step.regenerate import regenerate
 from training.step.router_loss import RouterLoss, Targets, router_loss, router_targets, shuffled
 from training.step.sums import Sums, sums_of
-from training.step.surprise import SurpriseKind, beside_own_mean
+from training.step.surprise import SurpriseKind, divide_by_expert_mean
 
 
 class TrainState(NamedTuple):
@@ -72,7 +72,7 @@ def hyper_step(
             distillation; the metric `main_loss` stays the cross entropy.
     """
     given = state, batch, hyper, teacher_logits
-    return over_trees(lambda given: _step(given, config, kind, compute_dtype), given)
+    return outside_vmap_tree(lambda given: _step(given, config, kind, compute_dtype), given)
 
 
 def _step(
@@ -81,32 +81,32 @@ def _step(
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Of one run, or of several, with an axis of runs in front of every tensor."""
     state, batch, hyper, teacher_logits = given
-    part = observe(
+    part = run_pass(
         state, batch, hyper, config, kind=kind, compute_dtype=compute_dtype, teacher_logits=teacher_logits
     )  # fmt: skip
     router_grads, loss = router_gradients(state, part, part.sums, hyper, config)
     fast, _ = partition(state.params)
     grad_norm = global_norm(part.grads, state.step.ndim) / part.sums.targets.clamp_min(1)
-    fast, expert_opt = fast_update(fast, part.grads, state.expert_opt, grad_norm, part.sums, state.step, hyper)
-    new, measured = slow_update(state, fast, expert_opt, router_grads, loss, part.sums, hyper, config)
+    fast, expert_opt = update_experts(fast, part.grads, state.expert_opt, grad_norm, part.sums, state.step, hyper)
+    new, measured = update_router(state, fast, expert_opt, router_grads, loss, part.sums, hyper, config)
     return new, measured._replace(grad_norm=grad_norm)
 
 
 # The parts of a step --------------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
+class ShardResult(NamedTuple):
     """What a step sees in a batch, or in some rows of one: gradients and sums of parts add up to those of the whole."""
 
     grads: Tree  # of the summed main loss in the fast parameters
     router_grads: Tree | None  # in the router, where `hyper.router_coupling` lets the main loss in
-    seen: Observed
+    seen: PassResult
     targets: Targets
     real: Bool[Tensor, "*runs tokens"]
     sums: Sums
 
 
-def observe(
+def run_pass(
     state: TrainState,
     batch: Batch,
     hyper: HyperParams,
@@ -115,21 +115,21 @@ def observe(
     kind: SurpriseKind = "w2",
     compute_dtype: torch.dtype | None = None,
     teacher_logits: Float[Tensor, "*runs batch seq vocab"] | None = None,
-    share: Share = WHOLE,
-    hooks_of: HooksOf = SurpriseHookManager,
-) -> Part:
-    """The step's one forward and one backward pass; `share` and `hooks_of` are for who has a part of a batch."""
+    share: BatchShard = WHOLE,
+    hooks_factory: HooksFactory = SurpriseHookManager,
+) -> ShardResult:
+    """The step's one forward and one backward pass; `share` and `hooks_factory` are for who has a part of a batch."""
     (grads, router_grads), seen = main_gradients(
         state.params, batch, hyper, config, state.step, kind, compute_dtype, teacher_logits, share=share,
-        hooks_of=hooks_of,
+        hooks_factory=hooks_factory,
     )  # fmt: skip
     real = rearrange(batch.attention_mask != 0, "... b s -> ... (b s)")
     targets = _targets(seen.per_token_surprise, real, hyper, state.step)
-    return Part(grads, router_grads, seen, targets, real, sums_of(seen, targets, real))
+    return ShardResult(grads, router_grads, seen, targets, real, sums_of(seen, targets, real))
 
 
 def router_gradients(
-    state: TrainState, part: Part, sums: Sums, hyper: HyperParams, config: ModelConfig
+    state: TrainState, part: ShardResult, sums: Sums, hyper: HyperParams, config: ModelConfig
 ) -> tuple[Tree, RouterLoss]:
     """The router's gradient and loss, of which a part has its share; `sums` are those of the whole batch."""
     learned = _learned(partition(state.params)[1], config)
@@ -140,7 +140,7 @@ def router_gradients(
         """The router is linear in detached inputs: its gradient needs no second pass through the model."""
         router, (inputs, targets, load, real, hyper, informative, tokens) = learned["router"], given
         dtype = wide_dtype(router.dtype)
-        logits = matmul(inputs.to(dtype), router.to(dtype))
+        logits = dense_matmul(inputs.to(dtype), router.to(dtype))
         loss = router_loss(logits, targets, load, real, hyper, informative=informative, tokens=tokens)
         return loss.total, loss
 
@@ -153,7 +153,7 @@ def router_gradients(
     return grads, loss
 
 
-def fast_update(
+def update_experts(
     fast: Tree, grads: Tree, optimizer: AdamWState, grad_norm: Tensor, sums: Sums, step: Tensor, hyper: HyperParams
 ) -> tuple[Tree, AdamWState]:
     """One step of everything but the router, from gradients of the summed loss and the norm of those of the mean."""
@@ -164,7 +164,7 @@ def fast_update(
     )  # fmt: skip
 
 
-def slow_update(
+def update_router(
     state: TrainState,
     fast: Tree,
     expert_opt: AdamWState,
@@ -202,13 +202,13 @@ def balanced_bias(
 def _targets(surprise: Tensor, real: Tensor, hyper: HyperParams, step: Tensor) -> Targets:
     """What surprise asks of the router in this step."""
     if not is_off(hyper.expert_norm):
-        surprise = beside_own_mean(surprise, hyper.expert_norm)
+        surprise = divide_by_expert_mean(surprise, hyper.expert_norm)
     targets = router_targets(
         surprise, real, hyper.min_candidates, hyper.surprise_sign, hyper.target_temperature
     )  # fmt: skip
     if is_off(hyper.shuffle_targets):
         return targets
-    words = draw_words(hyper.explore_seed, step, Stream.SHUFFLE, *targets.expert.shape[-2:])
+    words = random_words(hyper.explore_seed, step, Purpose.SHUFFLE, *targets.expert.shape[-2:])
     return shuffled(targets, words, hyper.shuffle_targets)
 
 

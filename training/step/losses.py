@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import as_wide_as
-from tiny_onn_func.primitives.fused import Twin, Values, with_kernel
+from tiny_onn_func.primitives.fused import FusedOp, Values, fused
 from training.step.batch import IGNORE_INDEX
 from training.step.hyper_params import Number
 
@@ -82,7 +82,7 @@ def _cross_entropy_kernel_grad(grads: Values, inputs: Values, outputs: Values) -
     return (step_kernels.cross_entropy_grad(grads[0], logits, labels, outputs[3]),)
 
 
-CROSS_ENTROPY = Twin(
+CROSS_ENTROPY = FusedOp(
     cross_entropy_reference, step_kernels.cross_entropy, _cross_entropy_kernel_grad, differentiable=1, smooth=1
 )
-_cross_entropy = with_kernel(CROSS_ENTROPY)
+_cross_entropy = fused(CROSS_ENTROPY)

@@ -15,16 +15,16 @@ from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.primitives.vmap import each_run
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training.step.batch import Batch
-from training.step.counter_rng import draw_exploration
+from training.step.counter_rng import random_exploration
 from training.step.gradients import gradients
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams, is_off
 from training.step.losses import LanguageModelling, distillation, language_modelling
 from training.step.oracle import sampled_losses
-from training.step.surprise import PER_WEIGHT, SurpriseKind, nonfinite_surprise, per_weight
+from training.step.surprise import PER_WEIGHT, SurpriseKind, divide_by_weight, nonfinite_surprise
 
 
-class Observed(NamedTuple):
+class PassResult(NamedTuple):
     """What one pass through the model yields beside the gradient."""
 
     lm: LanguageModelling
@@ -34,15 +34,15 @@ class Observed(NamedTuple):
     nonfinite: Tensor  # routed (layer, token, expert) whose measured surprise is NaN or infinite
 
 
-class Share(NamedTuple):
+class BatchShard(NamedTuple):
     """Which of the equal shares of a batch's rows these are: the draws of chance are those of the whole batch."""
 
     place: int = 0
     of: int = 1
 
 
-WHOLE = Share()
-HooksOf = Callable[..., SurpriseHookManager]  # (surface, kind=kind) -> hooks
+WHOLE = BatchShard()
+HooksFactory = Callable[..., SurpriseHookManager]  # (surface, kind=kind) -> hooks
 
 
 def main_gradients(
@@ -55,9 +55,9 @@ def main_gradients(
     compute_dtype: torch.dtype | None = None,
     teacher_logits: Float[Tensor, "*runs batch seq vocab"] | None = None,
     *,
-    share: Share = WHOLE,
-    hooks_of: HooksOf = SurpriseHookManager,
-) -> tuple[tuple[Tree, Tree | None], Observed]:
+    share: BatchShard = WHOLE,
+    hooks_factory: HooksFactory = SurpriseHookManager,
+) -> tuple[tuple[Tree, Tree | None], PassResult]:
     """Gradients of the summed main loss in (fast, router), and what the pass observed.
 
     The router's is None unless `hyper.router_coupling` lets the main loss in.
@@ -66,15 +66,15 @@ def main_gradients(
     layers, tokens, experts = config.num_hidden_layers, batch.input_ids.shape[-2:].numel(), config.num_experts
     explore = None
     if not is_off(hyper.explore_prob):
-        drawn = draw_exploration(hyper.explore_seed, step, hyper.explore_prob, layers, tokens * share.of, experts)
+        drawn = random_exploration(hyper.explore_seed, step, hyper.explore_prob, layers, tokens * share.of, experts)
         explore = drawn[..., tokens * share.place : tokens * (share.place + 1)]
 
-    def objective(fast: Tree, router: Tree, given: Any) -> tuple[Tensor, Observed]:
+    def objective(fast: Tree, router: Tree, given: Any) -> tuple[Tensor, PassResult]:
         batch, hyper, explore, teacher_logits = given
         dtype = wide_dtype(fast["embed_tokens"].dtype)
         shape = *batch.input_ids.shape[:-2], layers, tokens, experts
         surprise = torch.full(shape, torch.inf, dtype=dtype, device=batch.input_ids.device)
-        hooks = hooks_of(_wrapped_like((fast, router, given), surprise), kind=kind)
+        hooks = hooks_factory(_wrapped_like((fast, router, given), surprise), kind=kind)
         computed = fast if compute_dtype is None else tree_map(lambda leaf: leaf.to(compute_dtype), fast)
         logits, trace = forward(
             merge(computed, router), batch.input_ids, config, attention_mask=batch.attention_mask,
@@ -88,7 +88,7 @@ def main_gradients(
             alpha = hyper.distill_alpha
             total = (1 - alpha) * total + alpha * hyper.distill_temperature**2 * kl
         none_yet = torch.zeros_like(lm.targets)  # surprise is there after the backward pass
-        return total.to(lm.loss_sum.dtype), Observed(lm, trace, hooks.per_token_surprise, kl, none_yet)
+        return total.to(lm.loss_sum.dtype), PassResult(lm, trace, hooks.per_token_surprise, kl, none_yet)
 
     given = batch, hyper, explore, teacher_logits
     if is_off(hyper.router_coupling):
@@ -102,7 +102,7 @@ def main_gradients(
         values = each_run(lambda one: sampled_losses(one, config), (params, batch, hyper, step), step.ndim)
         seen = seen._replace(per_token_surprise=values.to(seen.per_token_surprise.dtype))
     if kind in PER_WEIGHT:
-        surprise = per_weight(seen.per_token_surprise, trace.expert_ids, trace.weights, trace.active)
+        surprise = divide_by_weight(seen.per_token_surprise, trace.expert_ids, trace.weights, trace.active)
         seen = seen._replace(per_token_surprise=surprise)
     return (grads[0], grads[1] if len(grads) > 1 else None), seen
 

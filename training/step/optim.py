@@ -12,7 +12,7 @@ from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.kernels.runtime import is_traced
 from tiny_onn_func.ops import as_wide_as
-from tiny_onn_func.primitives.vmap import over_trees
+from tiny_onn_func.primitives.vmap import outside_vmap_tree
 from tiny_onn_func.tree import Tree, flatten, leaves, tree_map, unflatten
 from training.step.hyper_params import HyperParams, Number
 
@@ -53,7 +53,7 @@ def adamw_update(
     no expert's.
     """
     given = params, grads, state, lr, weight_decay, hyper, grad_scale, backbone_scale
-    return over_trees(lambda given: _updated(*given), given)
+    return outside_vmap_tree(lambda given: _updated(*given), given)
 
 
 def _updated(
@@ -115,7 +115,7 @@ def _may_take_kernel(trees: Any, numbers: Any) -> bool:
     """Whether the kernel takes the leaves, and nobody asks for derivatives or is tracing."""
     tensors = [leaf for leaf in leaves((trees, numbers)) if isinstance(leaf, Tensor)]
     followed = any(t.requires_grad or is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors)
-    return not followed and runtime.can_take(*leaves(trees))
+    return not followed and runtime.supports(*leaves(trees))
 
 
 def _stacked(numbers: tuple[Number, ...], runs: torch.Size) -> Float[Tensor, "runs numbers"]:

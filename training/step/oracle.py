@@ -27,7 +27,7 @@ from tiny_onn_func.moe import RoutingInputs, moe
 from tiny_onn_func.ops import rms_norm, rotary_angles, wide_dtype
 from tiny_onn_func.routing import Routing
 from training.step.batch import IGNORE_INDEX, Batch
-from training.step.counter_rng import Stream, draw_words
+from training.step.counter_rng import Purpose, random_words
 from training.step.hyper_params import HyperParams, Number
 
 PICKS = 2  # sampled tokens of a layer and sequence in a training step
@@ -80,7 +80,7 @@ def draw_sample(
 
     A sequence with fewer targets than picks fills up with positions that have none.
     """
-    words = draw_words(seed, step, Stream.ORACLE, layers, *labels.shape)
+    words = random_words(seed, step, Purpose.ORACLE, layers, *labels.shape)
     last = 1 << 33  # behind all words
     return torch.where(labels == IGNORE_INDEX, words + last, words).argsort(dim=-1)[..., :picks]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.tree import Tree
-from training.step.counter_rng import Stream, draw_normal
+from training.step.counter_rng import Purpose, random_normal
 from training.step.hyper_params import HyperParams
 from training.step.optim import AdamWState
 
@@ -45,7 +45,7 @@ def regenerate(
         return {**tree, "layers": {**tree["layers"], "moe": {**own, **new, **more}}}
 
     router = moe["router"]
-    noise = draw_normal(hyper.explore_seed, step, Stream.REGENERATE, *router.shape[-3:]).to(router.dtype)
+    noise = random_normal(hyper.explore_seed, step, Purpose.REGENERATE, *router.shape[-3:]).to(router.dtype)
     size = router.square().mean(dim=(-3, -2, -1), keepdim=True).sqrt()
     aside = _by_expert(router, source) + noise * size
     column = starved.unsqueeze(-2)

@@ -9,8 +9,8 @@ from torch import Tensor
 from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import as_wide_as
-from tiny_onn_func.primitives.fused import Twin, Values, with_kernel
-from tiny_onn_func.primitives.vmap import one_axis, over_runs
+from tiny_onn_func.primitives.fused import FusedOp, Values, fused
+from tiny_onn_func.primitives.vmap import flatten_runs, outside_vmap
 from training.step.hyper_params import HyperParams, Number, is_off
 
 
@@ -41,7 +41,7 @@ def router_targets(
     runs, numbers = per_token_surprise.shape[:-3], (min_candidates, sign)  # a kernel reads one of each run
     least, side = (torch.as_tensor(n, device=real.device, dtype=torch.float32).expand(runs) for n in numbers)
     real = real.expand(*runs, -1)
-    expert, informative, tied = over_runs(_hard_targets, per_token_surprise, real, least, side)
+    expert, informative, tied = outside_vmap(_argmin_targets, per_token_surprise, real, least, side)
     if is_off(temperature):
         return Targets(expert, informative, tied, None)
     finite = per_token_surprise.isfinite()
@@ -57,10 +57,10 @@ def router_targets(
     return Targets(expert, informative, tied, torch.where(is_soft, soft, hard))
 
 
-def _hard_targets(surprise: Tensor, real: Tensor, least: Tensor, sign: Tensor) -> Values:
+def _argmin_targets(surprise: Tensor, real: Tensor, least: Tensor, sign: Tensor) -> Values:
     """(expert, informative, tied), of one run or of several with axes of them in front."""
-    if runtime.may_run(surprise):
-        one_run = one_axis(surprise, 3), one_axis(real, 1), one_axis(least, 0), one_axis(sign, 0)
+    if runtime.usable_now(surprise):
+        one_run = flatten_runs(surprise, 3), flatten_runs(real, 1), flatten_runs(least, 0), flatten_runs(sign, 0)
         return tuple(t.view(surprise.shape[:-1]) for t in step_kernels.least_surprised(*one_run))
     finite = surprise.isfinite()
     signed = torch.where(finite, surprise * sign[..., None, None, None], torch.inf)
@@ -138,7 +138,7 @@ def router_loss(
     return RouterLoss(total, surprise, balance, z)
 
 
-def plain_sums(logits: Tensor, target: Tensor, informative: Tensor, real: Tensor) -> Values:
+def router_sums_reference(logits: Tensor, target: Tensor, informative: Tensor, real: Tensor) -> Values:
     """-log softmax at the target, the softmax, and the squared log of its sum, added up over each layer's tokens."""
     log_p, is_real = logits.log_softmax(dim=-1), real.unsqueeze(-2)
     cross = -log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
@@ -150,7 +150,7 @@ def plain_sums(logits: Tensor, target: Tensor, informative: Tensor, real: Tensor
 
 
 def _one_run(logits: Tensor, target: Tensor, informative: Tensor, real: Tensor) -> tuple[Tensor, ...]:
-    return one_axis(logits, 3), one_axis(target, 2), one_axis(informative, 2), one_axis(real, 1)
+    return flatten_runs(logits, 3), flatten_runs(target, 2), flatten_runs(informative, 2), flatten_runs(real, 1)
 
 
 def _sums_kernel(*inputs: Tensor) -> Values:
@@ -159,9 +159,9 @@ def _sums_kernel(*inputs: Tensor) -> Values:
 
 
 def _sums_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
-    picked, mass, squares = one_axis(grads[0], 1), one_axis(grads[1], 2), one_axis(grads[2], 1)
+    picked, mass, squares = flatten_runs(grads[0], 1), flatten_runs(grads[1], 2), flatten_runs(grads[2], 1)
     return (step_kernels.router_sums_grad((picked, mass, squares), *_one_run(*inputs)).view(inputs[0].shape),)
 
 
-ROUTER_SUMS = Twin(plain_sums, _sums_kernel, _sums_kernel_grad, differentiable=1, smooth=3)
-_router_sums = with_kernel(ROUTER_SUMS)
+ROUTER_SUMS = FusedOp(router_sums_reference, _sums_kernel, _sums_kernel_grad, differentiable=1, smooth=3)
+_router_sums = fused(ROUTER_SUMS)

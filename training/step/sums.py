@@ -10,8 +10,8 @@ from torch import Tensor
 from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import wide_dtype
-from tiny_onn_func.primitives.vmap import one_axis, over_runs
-from training.step.main_pass import Observed
+from tiny_onn_func.primitives.vmap import flatten_runs, outside_vmap
+from training.step.main_pass import PassResult
 from training.step.router_loss import Targets
 
 
@@ -86,12 +86,12 @@ class Sums(NamedTuple):
     nonfinite: Tensor
 
 
-def sums_of(seen: Observed, targets: Targets, real: Bool[Tensor, "*runs tokens"]) -> Sums:
+def sums_of(seen: PassResult, targets: Targets, real: Bool[Tensor, "*runs tokens"]) -> Sums:
     """What the step's objectives and metrics need of its tokens."""
     lm, trace = seen.lm, seen.trace
     of_tokens = trace.router_logits, seen.per_token_surprise, trace.expert_ids, trace.active
     taught = targets.expert, targets.informative, targets.tied
-    counted = over_runs(_routing_sums, *of_tokens, *taught, real.expand(*trace.active.shape[:-3], -1))
+    counted = outside_vmap(_routing_sums, *of_tokens, *taught, real.expand(*trace.active.shape[:-3], -1))
     informative, hits, tied, visits, chance, routed, wanted, size, sized = counted
     return Sums(
         loss=lm.loss_sum,
@@ -120,9 +120,9 @@ def _routing_sums(
     real: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(informative, hits, tied, visits, chance, routed, wanted, size, sized) of one run or of several, in front."""
-    if runtime.may_run(logits, surprise):
+    if runtime.usable_now(logits, surprise):
         by_width = (logits, surprise, ids, active), (target, informative, tied), (real,)
-        given = [one_axis(t, 3 - place) for place, some in enumerate(by_width) for t in some]
+        given = [flatten_runs(t, 3 - place) for place, some in enumerate(by_width) for t in some]
         by_layer, chance, *by_expert = step_kernels.routing_sums(*given)
         runs, by_expert[2] = logits.shape[:-3], by_expert[2].to(torch.float32)
         totals = by_layer.sum(dim=-1).unbind(0)

@@ -23,7 +23,7 @@ from tiny_onn_func.experts import Rows
 from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import as_wide_as
-from tiny_onn_func.primitives.vmap import one_axis, over_runs
+from tiny_onn_func.primitives.vmap import flatten_runs, outside_vmap
 from training.step.hyper_params import Number
 
 
@@ -43,7 +43,7 @@ MEASURED = KINDS[:-1]  # by hooks in the backward pass
 PER_WEIGHT = ("unweighted", "benefit")  # kinds whose recorded values carry the routing weight, to be divided by it
 
 
-def row_surprise(
+def outer_norm(
     x: Float[Tensor, "*runs rows in_dim"], grad: Float[Tensor, "*runs rows out_dim"]
 ) -> Float[Tensor, "*runs rows"]:
     """||x|| * ||g|| of every row, float32 or wider: the norm of its outer product, which is never made."""
@@ -61,7 +61,7 @@ def row_dot(x: Float[Tensor, "*runs rows dim"], grad: Float[Tensor, "*runs rows 
     return (x.to(wide) * grad.to(wide)).sum(dim=-1)
 
 
-def sparse_fill(
+def scatter_rows(
     surprise: Float[Tensor, "*runs rows"],
     token: Int[Tensor, "*runs rows"],
     expert: Int[Tensor, "*runs rows"],
@@ -75,7 +75,7 @@ def sparse_fill(
     return rearrange(flat, "... (tokens spare) -> ... tokens spare", spare=spare)[..., :experts]
 
 
-def surface_of(
+def scatter_surprise(
     left: Float[Tensor, "*runs rows in_dim"],
     grad: Float[Tensor, "*runs rows out_dim"],
     rows: Rows,
@@ -84,23 +84,23 @@ def surface_of(
     *,
     is_signed: bool = False,
 ) -> Float[Tensor, "*runs tokens experts"]:
-    """`sparse_fill` of each row's surprise, or with `is_signed` of its dot product; in one pass where a kernel can."""
+    """`scatter_rows` of each row's surprise, or with `is_signed` of its dot product; in one pass where a kernel can."""
     sizes = tokens, experts, is_signed
-    return over_runs(lambda *given: (_surface(*given),), left, grad, rows.token, rows.expert, *sizes)[0]
+    return outside_vmap(lambda *given: (_surface(*given),), left, grad, rows.token, rows.expert, *sizes)[0]
 
 
 def _surface(
     left: Tensor, grad: Tensor, token: Tensor, expert: Tensor, tokens: int, experts: int, is_signed: bool
 ) -> Tensor:
-    if runtime.may_run(left, grad):
-        one_run = one_axis(left, 2), one_axis(grad, 2), one_axis(token, 1), one_axis(expert, 1)
+    if runtime.usable_now(left, grad):
+        one_run = flatten_runs(left, 2), flatten_runs(grad, 2), flatten_runs(token, 1), flatten_runs(expert, 1)
         made = step_kernels.spread_surprise(*one_run, tokens, experts, is_signed=is_signed)
         return made.view(*left.shape[:-2], tokens, experts)
-    measured = row_dot(left, grad) if is_signed else row_surprise(left, grad)
-    return sparse_fill(measured, token, expert, tokens, experts)
+    measured = row_dot(left, grad) if is_signed else outer_norm(left, grad)
+    return scatter_rows(measured, token, expert, tokens, experts)
 
 
-def per_weight(
+def divide_by_weight(
     surprise: Float[Tensor, "*runs layers tokens experts"],
     expert_ids: Int[Tensor, "*runs layers tokens slots"],
     weights: Float[Tensor, "*runs layers tokens slots"],
@@ -112,7 +112,7 @@ def per_weight(
     return surprise / ones.scatter(-1, expert_ids, used)
 
 
-def beside_own_mean(
+def divide_by_expert_mean(
     surprise: Float[Tensor, "*runs layers tokens experts"], exponent: Number
 ) -> Float[Tensor, "*runs layers tokens experts"]:
     """Each value divided by (mean size of its expert's values in the batch) ** exponent; 1 compares like with like."""

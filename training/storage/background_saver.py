@@ -14,7 +14,7 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-class Saver:
+class BackgroundSaver:
     """At most one checkpoint in flight; a context manager that ends when it is on the disk.
 
     A state is a value that no step writes into, so it needs no copy; the writing runs in native code beside the steps.
@@ -38,7 +38,7 @@ class Saver:
         if pending is not None:
             pending.result()
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "BackgroundSaver":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from training.errors import UserError
 from training.storage.atomic import flush, make_folder, write_text
 from training.storage.regular_file import MOST, open_regular
-from training.storage.tensorboard import Board
+from training.storage.tensorboard import TensorBoardLogger
 
 FILE = "metrics.jsonl"
 SCALAR_DIGITS, TABLE_DIGITS = 6, 4  # significant digits kept of scalars, and of entries of tensors with axes
@@ -96,9 +96,9 @@ def unbroken_upto(folder: str | Path, step: int) -> Iterator[dict[str, Any]]:
 class Recorder:
     """Appends records to an open run folder; made by `open_recorder`, used as a context manager or closed by hand."""
 
-    def __init__(self, file: Any, board: Board | None) -> None:
+    def __init__(self, file: Any, tensorboard_logger: TensorBoardLogger | None) -> None:
         self._file = file
-        self._board = board
+        self._board = tensorboard_logger
 
     def write(self, step: int, tokens: int, seconds: float, metrics: Any) -> dict[str, Any]:
         """Append the record of one step and return it.
@@ -212,9 +212,9 @@ def _plain(value: Any, digits: int) -> Any:
     return [_plain(item, TABLE_DIGITS) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _open_board(folder: Path, purge_step: int | None) -> Board | None:
+def _open_board(folder: Path, purge_step: int | None) -> TensorBoardLogger | None:
     try:
-        return Board(folder, purge_step)
+        return TensorBoardLogger(folder, purge_step)
     except (ImportError, OSError) as error:
         print(f"warning: no TensorBoard record ({error}); {FILE} is kept all the same", file=sys.stderr)
         return None

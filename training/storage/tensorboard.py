@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Board:
+class TensorBoardLogger:
     """Appends events to a new file in a folder. When the disk refuses, it says so once and keeps still."""
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:

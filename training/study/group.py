@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiny_onn_func.tree import stack, unstack
 from training.data.corpus import Splits
-from training.data.hf_tokenizer import kept_tokenizer, open_tokenizer
+from training.data.hf_tokenizer import open_tokenizer, run_tokenizer
 from training.data.tokenizer import Tokenizer
 from training.errors import UserError
 from training.run.config import RunConfig
@@ -23,14 +23,14 @@ from training.step.finite import bad_runs, passed_over, where_runs
 from training.step.hyper_step import TrainState, init_state
 from training.step.metrics import Metrics
 from training.storage.atomic import write_text
-from training.storage.background_saver import Saver
+from training.storage.background_saver import BackgroundSaver
 from training.storage.checkpoint import load_state, named_tensors, open_checkpoint, save_checkpoint
 from training.storage.checkpoint_files import clean, steps_in
 from training.storage.recorder import FILE, Recorder, records_upto, rewrite_records
 from training.storage.results import Row
 from training.study.config import StudyConfig, StudyRun
-from training.study.plan import Chunk
-from training.study.routing_analysis import Glance, drift, glance, routing_facts
+from training.study.plan import Group
+from training.study.routing_analysis import RouterSnapshot, drift, router_snapshot, routing_facts
 from training.study.summary import finished_row, write_summary
 from training.study.tasks import (
     batches_at,
@@ -42,10 +42,10 @@ from training.study.tasks import (
     task_that_ends,
     tasks_of,
 )
-from training.study.vmapped import mapped_step
+from training.study.vmapped import vmapped_step
 
 
-class Mapped(NamedTuple):
+class GroupState(NamedTuple):
     """R runs under way in one program; leaves of `runs` have a leading axis R."""
 
     step: Tensor  # () int64, steps made
@@ -67,39 +67,39 @@ class Bar(Protocol):
         """How it goes, in a few words."""
 
 
-def run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: Bar) -> list[Row]:
-    """Train and score the runs of a chunk; their rows."""
-    config = chunk.runs[0].config
-    home = folder / "checkpoints" / chunk.name
-    folders = [folder / "runs" / run.id for run in chunk.runs]
+def run_group(study: StudyConfig, group: Group, folder: Path, bar: Bar) -> list[Row]:
+    """Train and score the runs of a group; their rows."""
+    config = group.runs[0].config
+    home = folder / "checkpoints" / group.name
+    folders = [folder / "runs" / run.id for run in group.runs]
     clean(home / "checkpoints")
     checkpoint = open_checkpoint(home) if steps_in(home / "checkpoints") else None
     if checkpoint:
-        tokenizer = kept_tokenizer(folders[0], config.tokenizer, checkpoint.tokenizer)
+        tokenizer = run_tokenizer(folders[0], config.tokenizer, checkpoint.tokenizer)
     else:
         tokenizer = open_tokenizer("bytes" if config.tokenizer == "bytes" else folders[0])
     corpora = corpora_of(study, config, tokenizer)
     teacher = teacher_of(config, tokenizer)
     texts = fingerprints(corpora)
-    check_same({"text": texts}, began_with(folder, chunk) | (checkpoint.settings if checkpoint else {}), folder)
-    mapped = _start(chunk.runs, None if checkpoint else tokenizer)
-    seen = _glance(study, mapped, [run.config for run in chunk.runs], corpora)
+    check_same({"text": texts}, began_with(folder, group) | (checkpoint.settings if checkpoint else {}), folder)
+    mapped = _start(group.runs, None if checkpoint else tokenizer)
+    seen = _router_snapshot(study, mapped, [run.config for run in group.runs], corpora)
     if seen is not None:
         mapped = mapped._replace(choices=seen.first_choices)
     if checkpoint:
         mapped = load_state(checkpoint, mapped)
-        bar.update(int(mapped.step) * len(chunk.runs))
+        bar.update(int(mapped.step) * len(group.runs))
     recorders = [_open_record(one, int(mapped.step)) for one in folders]
     try:
         save = partial(_save, home, recorders, about=asdict(config.model), tokenizer=tokenizer, texts=texts)
-        mapped = _train(study, chunk, mapped, corpora, teacher, recorders, save, bar)
+        mapped = _train(study, group, mapped, corpora, teacher, recorders, save, bar)
     finally:
         for recorder in recorders:
             recorder.close()
-    scores = score_tasks(mapped.runs.params, chunk.runs, corpora, config.final_eval_bytes)
-    facts = _routing_facts(study, mapped, [run.config for run in chunk.runs], corpora)
-    seconds, rows = float(mapped.seconds) / len(chunk.runs), []
-    for i, (run, one, params) in enumerate(zip(chunk.runs, folders, unstack(mapped.runs.params), strict=True)):
+    scores = score_tasks(mapped.runs.params, group.runs, corpora, config.final_eval_bytes)
+    facts = _routing_facts(study, mapped, [run.config for run in group.runs], corpora)
+    seconds, rows = float(mapped.seconds) / len(group.runs), []
+    for i, (run, one, params) in enumerate(zip(group.runs, folders, unstack(mapped.runs.params), strict=True)):
         diverged = int(mapped.diverged_at[i])
         score = None if diverged or not _is_finite(overall(scores[i]).nats_per_token) else overall(scores[i])
         found = None if score is None else facts[i]
@@ -114,32 +114,32 @@ def run_chunk(study: StudyConfig, chunk: Chunk, folder: Path, bar: Bar) -> list[
 
 def _train(
     study: StudyConfig,
-    chunk: Chunk,
-    mapped: Mapped,
+    group: Group,
+    mapped: GroupState,
     corpora: Mapping[str, Splits],
     teacher: Teacher | None,
     recorders: Sequence[Recorder],
     save: Callable[[dict[str, Tensor]], None],
     bar: Bar,
-) -> Mapped:
+) -> GroupState:
     """The steps that are left. Time spent on scores and checkpoints is not training time."""
-    configs = [run.config for run in chunk.runs]
+    configs = [run.config for run in group.runs]
     config = configs[0]
-    step = mapped_step(configs)
+    step = vmapped_step(configs)
     saved = int(mapped.step)
-    with Saver(save) as saver:
+    with BackgroundSaver(save) as saver:
         try:
             for number in range(saved + 1, config.steps + 1):
                 if bool((mapped.diverged_at > 0).all()):
                     bar.update((config.steps - number + 1) * len(configs))
                     break
                 start = time.perf_counter()
-                batches = batches_at(corpora, chunk.runs, number - 1)
+                batches = batches_at(corpora, group.runs, number - 1)
                 states, metrics = step(mapped.runs, batches, *ask(teacher, batches))
                 new = _without_bad_numbers(mapped, states, metrics, stop=config.on_nonfinite == "stop")
                 new = new._replace(seconds=mapped.seconds + time.perf_counter() - start)
-                new = _score_ended(chunk.runs, new, corpora)
-                mapped = _record(study, chunk.runs, new, metrics, corpora, recorders)
+                new = _score_ended(group.runs, new, corpora)
+                mapped = _record(study, group.runs, new, metrics, corpora, recorders)
                 bar.update(len(configs))
                 bar.set_postfix_str(_progress(metrics, mapped), refresh=False)
                 if number == config.steps or (config.checkpoint_every and number % config.checkpoint_every == 0):
@@ -153,7 +153,7 @@ def _train(
     return mapped
 
 
-def _without_bad_numbers(mapped: Mapped, states: TrainState, metrics: Metrics, *, stop: bool) -> Mapped:
+def _without_bad_numbers(mapped: GroupState, states: TrainState, metrics: Metrics, *, stop: bool) -> GroupState:
     """After a step; runs whose numbers went wrong keep the state that they had, and end there if they are to stop."""
     number = int(mapped.step) + 1
     bad = bad_runs(metrics, states)
@@ -170,13 +170,13 @@ def _save(
     home: Path, recorders: Sequence[Recorder], tensors: dict[str, Tensor], *, about: Mapping[str, Any],
     tokenizer: Tokenizer, texts: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """A checkpoint of the chunk, not before the records of its steps are on the disk."""
+    """A checkpoint of the group, not before the records of its steps are on the disk."""
     for recorder in recorders:
         recorder.sync()
     save_checkpoint(home, tensors, about, keep=2, tokenizer=tokenizer.fingerprint, settings={"text": texts})
 
 
-def _start(runs: Sequence[StudyRun], tokenizer: Tokenizer | None) -> Mapped:
+def _start(runs: Sequence[StudyRun], tokenizer: Tokenizer | None) -> GroupState:
     """The runs before their first step; without a tokenizer, what a checkpoint of theirs looks like."""
     configs, tasks = [run.config for run in runs], len(tasks_of(runs[0]))
     if tokenizer is None:
@@ -187,7 +187,7 @@ def _start(runs: Sequence[StudyRun], tokenizer: Tokenizer | None) -> Mapped:
     diverged_at = torch.zeros(len(configs), dtype=torch.int64)
     choices = torch.empty(len(configs), 0, 0, dtype=torch.int64)
     scores = torch.full((len(configs), tasks - 1, tasks), torch.nan, dtype=torch.float64)
-    return Mapped(zero, zero.double(), diverged_at, stack(states), choices, scores)
+    return GroupState(zero, zero.double(), diverged_at, stack(states), choices, scores)
 
 
 def _first_states(configs: Sequence[RunConfig], tokenizer: Tokenizer) -> list[TrainState]:
@@ -197,7 +197,7 @@ def _first_states(configs: Sequence[RunConfig], tokenizer: Tokenizer) -> list[Tr
     return [first_state(configs[0], tokenizer)] * len(configs)
 
 
-def _score_ended(runs: Sequence[StudyRun], mapped: Mapped, corpora: Mapping[str, Splits]) -> Mapped:
+def _score_ended(runs: Sequence[StudyRun], mapped: GroupState, corpora: Mapping[str, Splits]) -> GroupState:
     """With the scores of all tasks, if a task has just ended; those after the last one are the final ones."""
     config, tasks = runs[0].config, len(tasks_of(runs[0]))
     ended = task_that_ends(int(mapped.step), config.steps, tasks)
@@ -212,18 +212,18 @@ def _score_ended(runs: Sequence[StudyRun], mapped: Mapped, corpora: Mapping[str,
 # Routing --------------------------------------------------------------------------------------------------------------
 
 
-def _glance(
-    study: StudyConfig, mapped: Mapped, configs: Sequence[RunConfig], corpora: Mapping[str, Splits]
-) -> Glance | None:
+def _router_snapshot(
+    study: StudyConfig, mapped: GroupState, configs: Sequence[RunConfig], corpora: Mapping[str, Splits]
+) -> RouterSnapshot | None:
     """A look at all routers on held-out tokens, of a stream's first named task; None where it is not wanted."""
     if not (study.analysis_tokens and configs[0].eval_every):
         return None
     held_out = next(iter(corpora.values())).held_out
-    return glance(mapped.runs.params, configs, held_out, study.analysis_tokens)
+    return router_snapshot(mapped.runs.params, configs, held_out, study.analysis_tokens)
 
 
 def _routing_facts(
-    study: StudyConfig, mapped: Mapped, configs: Sequence[RunConfig], corpora: Mapping[str, Splits]
+    study: StudyConfig, mapped: GroupState, configs: Sequence[RunConfig], corpora: Mapping[str, Splits]
 ) -> list[dict[str, Any] | None]:
     """What the runs' routers do on held-out text, with the seconds that it took to find out."""
     if not study.analysis_tokens or bool((mapped.diverged_at > 0).all()):
@@ -239,9 +239,9 @@ def _routing_facts(
 
 
 def _record(
-    study: StudyConfig, runs: Sequence[StudyRun], mapped: Mapped, metrics: Metrics, corpora: Mapping[str, Splits],
+    study: StudyConfig, runs: Sequence[StudyRun], mapped: GroupState, metrics: Metrics, corpora: Mapping[str, Splits],
     recorders: Sequence[Recorder],
-) -> Mapped:  # fmt: skip
+) -> GroupState:  # fmt: skip
     """Append the records of a step, those of runs that diverged earlier left out; with the new first choices."""
     configs = [run.config for run in runs]
     config, step = configs[0], int(mapped.step)
@@ -250,7 +250,7 @@ def _record(
     diverged = mapped.diverged_at.tolist()
     of_tasks = score_tasks(mapped.runs.params, runs, corpora, config.eval_bytes) if scored else []
     scores = [overall(some) for some in of_tasks]
-    seen = _glance(study, mapped, configs, corpora) if scored else None
+    seen = _router_snapshot(study, mapped, configs, corpora) if scored else None
     drifts = drift(mapped.choices, seen.first_choices).to(torch.float64) if seen is not None else None
     for i, run in enumerate(unstack(metrics)):
         if diverged[i] == step or (due and not diverged[i]):
@@ -275,7 +275,7 @@ def _open_record(folder: Path, step: int) -> Recorder:
     return Recorder(path.open("a", encoding="ascii"), None)
 
 
-def _progress(metrics: Metrics, mapped: Mapped) -> str:
+def _progress(metrics: Metrics, mapped: GroupState) -> str:
     alive = metrics.main_loss[mapped.diverged_at == 0]
     text = f"loss {float(alive.mean()):.3g}" if alive.numel() else "loss nan"
     lost = int((mapped.diverged_at > 0).sum())

@@ -1,4 +1,4 @@
-"""Which runs of a study train together: grouped by what is static, in chunks that fit the memory."""
+"""Groups of runs that train in one vmapped program: alike in all static settings, sized to fit the memory."""
 
 import json
 import math
@@ -21,10 +21,10 @@ MOST_AT_ONCE = 64
 BUSY = 1 << 22  # tokens * width * layers of a step, beyond which more runs gain little (docs/benchmarks.md)
 MEMORY_SHARE = 0.5  # of what is available
 UNKNOWN_MEMORY = 4 << 30  # bytes, where the system does not say
-PLAN, CHUNK = "plan.json", re.compile(r"group_\d{3,}")  # a chunk's name is that of a folder, which goes in the end
+PLAN, NAME = "plan.json", re.compile(r"group_\d{3,}")  # a group's name is that of a folder, which goes in the end
 
 
-class Chunk(NamedTuple):
+class Group(NamedTuple):
     """Runs that train in one vmapped program; all have the same static settings."""
 
     name: str
@@ -46,41 +46,41 @@ def check_alike(configs: Sequence[RunConfig]) -> None:
             if other[key] != value:
                 raise UserError(
                     f"{key}: expected one value in a vmapped group, got {value!r} and {other[key]!r}; seeds, replay "
-                    "and numbers of hyper may differ there, all else wants its own group, as plan_chunks makes them"
+                    "and numbers of hyper may differ there, all else wants its own group, as plan_groups makes them"
                 )
 
 
-def plan_chunks(runs: list[StudyRun], runs_at_once: int | None = None) -> list[Chunk]:
-    """Group the runs by their static part, in order of appearance, and cut groups into chunks of about equal size.
+def plan_groups(runs: list[StudyRun], runs_at_once: int | None = None) -> list[Group]:
+    """Group the runs by their static part, in order of appearance, and split what is too large into equal groups.
 
     Args:
-        runs_at_once: most runs of a chunk; None takes what memory allows and speeds them up, at most MOST_AT_ONCE.
+        runs_at_once: most runs of a group; None takes what memory allows and speeds them up, at most MOST_AT_ONCE.
     """
     if runs_at_once is not None and runs_at_once < 1:
         raise UserError(
             f"--runs-at-once: expected 1 or more, got {runs_at_once}; leave it away for an automatic choice"
         )
-    groups: dict[RunConfig, list[StudyRun]] = {}
+    by_config: dict[RunConfig, list[StudyRun]] = {}
     for run in runs:
-        groups.setdefault(static_part(run.config), []).append(run)
-    chunks: list[Chunk] = []
-    for config, members in groups.items():
+        by_config.setdefault(static_part(run.config), []).append(run)
+    groups: list[Group] = []
+    for config, members in by_config.items():
         most = runs_at_once or _fitting(config)
         size = math.ceil(len(members) / math.ceil(len(members) / most))
         for start in range(0, len(members), size):
-            chunks.append(Chunk(f"group_{len(chunks):03d}", members[start : start + size]))
-    return chunks
+            groups.append(Group(f"group_{len(groups):03d}", members[start : start + size]))
+    return groups
 
 
-def save_plan(chunks: list[Chunk], folder: Path) -> None:
-    """Write which run is in which chunk: a resumed study must map the same runs together."""
+def save_plan(groups: list[Group], folder: Path) -> None:
+    """Write which run is in which group: a resumed study must map the same runs together."""
     make_folder(folder)
-    text = json.dumps({chunk.name: [run.id for run in chunk.runs] for chunk in chunks}, indent=1)
+    text = json.dumps({group.name: [run.id for run in group.runs] for group in groups}, indent=1)
     write_text(folder / PLAN, text + "\n")
 
 
-def load_plan(runs: list[StudyRun], folder: Path) -> list[Chunk]:
-    """The chunks of a study that was begun.
+def load_plan(runs: list[StudyRun], folder: Path) -> list[Group]:
+    """The groups of a study that was begun.
 
     Raises:
         UserError: the plan is missing, damaged, or not of these runs.
@@ -88,19 +88,19 @@ def load_plan(runs: list[StudyRun], folder: Path) -> list[Chunk]:
     by_id = {run.id: run for run in runs}
     try:
         plan = json.loads(read_small(folder / PLAN))
-        chunks = [Chunk(name, [by_id.pop(run) for run in ids]) for name, ids in plan.items() if CHUNK.fullmatch(name)]
+        groups = [Group(name, [by_id.pop(run) for run in ids]) for name, ids in plan.items() if NAME.fullmatch(name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        chunks = []
-    if by_id or not chunks:
+        groups = []
+    if by_id or not groups:
         raise UserError(
             f"{folder / PLAN}: expected the plan of this study's runs, got another or none; name a new --out"
         )
-    for chunk in chunks:
+    for group in groups:
         try:
-            check_alike([run.config for run in chunk.runs])
+            check_alike([run.config for run in group.runs])
         except UserError as error:
             raise UserError(f"{folder / PLAN}: {error}") from None
-    return chunks
+    return groups
 
 
 def memory_of_a_run(config: RunConfig) -> int:

@@ -76,14 +76,14 @@ def routing_facts(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, to
     return [facts_of(run, batch, sample, config.model) for run in unstack(whole)]
 
 
-class Glance(NamedTuple):
+class RouterSnapshot(NamedTuple):
     """What the routers do with the analysis batch."""
 
     first_choices: Int[Tensor, "runs layers tokens"]  # the expert that a router likes best; -1 on padding
-    co_activation: Float[Tensor, "runs layers"]  # as `excess_meetings` has it
+    co_activation: Float[Tensor, "runs layers"]  # as `coactivation_excess` has it
 
 
-def glance(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, tokens: int) -> Glance:
+def router_snapshot(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, tokens: int) -> RouterSnapshot:
     """A look at every run, cheap enough to be taken during the training."""
     config = configs[0]
     batch, sample = analysis_batch(corpus, config, tokens)
@@ -98,8 +98,8 @@ def glance(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, tokens: i
         parts = _parts(batch, sample, 2 * config.batch_size)
         seen = [vmap(one, in_dims=(0, 0, None))(params, _budgets(configs), part) for part, _ in parts]
     ids, active = (torch.cat(part, dim=2) for part in zip(*seen, strict=True))
-    met = [excess_meetings(*run, config.model.num_experts)[0] for run in zip(ids, active, strict=True)]
-    return Glance(torch.where(active[..., 0], ids[..., 0], -1), torch.stack(met))
+    met = [coactivation_excess(*run, config.model.num_experts)[0] for run in zip(ids, active, strict=True)]
+    return RouterSnapshot(torch.where(active[..., 0], ids[..., 0], -1), torch.stack(met))
 
 
 def drift(
@@ -179,14 +179,14 @@ def co_activation_facts(
 ) -> Facts:
     """`co_activation`: how far pairs of experts are from what their loads alone would give, mean over layers, None
     where no token visits two; `co_activation_cosine`: the table of every layer."""
-    excess, cosine = excess_meetings(ids, active, experts)
+    excess, cosine = coactivation_excess(ids, active, experts)
     return {
         "co_activation": _mean(excess, excess.isfinite()),
         "co_activation_cosine": [[[round(x, 4) for x in row] for row in layer] for layer in cosine.tolist()],
     }
 
 
-def excess_meetings(
+def coactivation_excess(
     ids: Int[Tensor, "layers tokens slots"], active: Bool[Tensor, "layers tokens slots"], experts: int
 ) -> tuple[Float[Tensor, " layers"], Float[Tensor, "layers experts experts"]]:
     """(sum_{e<f} q_ef log(q_ef / p_ef) in nats of every layer, NaN where no token visits two; cosines).

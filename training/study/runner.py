@@ -14,15 +14,15 @@ from training.data.hf_tokenizer import open_tokenizer
 from training.data.tokenizer import check_vocab, save_tokenizer
 from training.errors import UserError
 from training.run.initial_state import first_state
-from training.run.process import keep_freed_memory
+from training.run.process import disable_heap_trimming
 from training.storage.atomic import make_folder
 from training.storage.lock import locked
 from training.storage.results import UNFINISHED, Row, read_results, write_results
 from training.study.analysis import analyse, study_table
 from training.study.config import StudyConfig, StudyRun, expand, study_values
 from training.study.group import teacher_of
-from training.study.launch import Launch, Launcher, here
-from training.study.plan import Chunk, load_plan, plan_chunks, save_plan
+from training.study.launch import Launch, Launcher, local_launcher
+from training.study.plan import Group, load_plan, plan_groups, save_plan
 from training.study.report import write_report
 from training.study.summary import empty_row
 from training.study.tasks import check_texts, corpora_of, fingerprints, save_texts
@@ -43,7 +43,7 @@ def run_study(
     *,
     resume: bool = False,
     runs_at_once: int | None = None,
-    launcher: Launcher = here,
+    launcher: Launcher = local_launcher,
 ) -> StudyResults:
     """Make every run of a study, score it on the held-out text, and compare the arms.
 
@@ -53,12 +53,12 @@ def run_study(
         out: the study's folder.
         resume: go on with the study in that folder: finished runs stay, the others go on from their checkpoints.
         runs_at_once: most runs of one vmapped program; None takes what memory allows.
-        launcher: where the groups are trained; `training.study.ray.launcher.on_ray` hands them to a cluster.
+        launcher: where the groups are trained; `training.study.ray.launcher.ray_launcher` hands them to a cluster.
 
     Raises:
         UserError: the data cannot be used, or the folder holds a study and `resume` was not asked for (or the reverse).
     """
-    keep_freed_memory()
+    disable_heap_trimming()
     if study.base.threads:
         torch.set_num_threads(study.base.threads)
     _check_folder(Path(out), resume)
@@ -77,13 +77,13 @@ def _run_study(
     study: StudyConfig, folder: Path, resume: bool, runs_at_once: int | None, launch: Launch
 ) -> StudyResults:
     runs = expand(study)
-    chunks = _begin(study, runs, folder, resume, runs_at_once)
+    groups = _begin(study, runs, folder, resume, runs_at_once)
     rows = {run.id: empty_row(run) for run in runs} | {row["run"]: row for row in read_results(folder)}
     write_results([*rows.values()], folder)
-    left = [chunk for chunk in chunks if any(rows[run.id]["status"] == UNFINISHED for run in chunk.runs)]
-    for chunk in chunks:
-        if chunk not in left:
-            _forget(folder, chunk)
+    left = [group for group in groups if any(rows[run.id]["status"] == UNFINISHED for run in group.runs)]
+    for group in groups:
+        if group not in left:
+            _forget(folder, group)
     check_texts(study, left, folder)
     done = [run for run in runs if rows[run.id]["status"] != UNFINISHED]
     total, made = (sum(run.config.steps for run in some) for some in (runs, done))
@@ -91,10 +91,10 @@ def _run_study(
         tqdm(total=total, initial=made, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05) as bar,
         closing(launch(study, left, folder, bar)) as finished,
     ):
-        for chunk, found in finished:
+        for group, found in finished:
             rows |= {row["run"]: row for row in found}
             write_results([*rows.values()], folder)
-            _forget(folder, chunk)
+            _forget(folder, group)
     analysis = analyse(folder)
     write_report(folder)
     return StudyResults(folder, [*rows.values()], analysis, study_table(analysis))
@@ -102,8 +102,8 @@ def _run_study(
 
 def _begin(
     study: StudyConfig, runs: Sequence[StudyRun], folder: Path, resume: bool, runs_at_once: int | None
-) -> list[Chunk]:
-    """The folder with the study's description in it, and the chunks; a resumed study must be the same one."""
+) -> list[Group]:
+    """The folder with the study's description in it, and the groups; a resumed study must be the same one."""
     from training.run.settings import save_settings
     from training.study.file import load_study, save_study  # pydantic, which the package does without
 
@@ -114,29 +114,29 @@ def _begin(
         if runs_at_once is not None:
             raise UserError("--runs-at-once: expected none with --resume, which keeps the groups; leave it away")
         return load_plan([*runs], home)
-    chunks = plan_chunks([*runs], runs_at_once)
+    groups = plan_groups([*runs], runs_at_once)
     tokenizers = {run.config.tokenizer: open_tokenizer(run.config.tokenizer) for run in runs}
     texts = {}
-    for chunk in chunks:
-        config = chunk.runs[0].config
+    for group in groups:
+        config = group.runs[0].config
         check_vocab(tokenizers[config.tokenizer], config.model.vocab_size)
         if config.init is not None:
             first_state(config, tokenizers[config.tokenizer])  # what is bad is refused before anything is written
         teacher_of(config, tokenizers[config.tokenizer])
-        texts[chunk.name] = fingerprints(corpora_of(study, config, tokenizers[config.tokenizer]))
+        texts[group.name] = fingerprints(corpora_of(study, config, tokenizers[config.tokenizer]))
     for run in runs:
         make_folder(folder / "runs" / run.id)
         save_tokenizer(tokenizers[run.config.tokenizer], folder / "runs" / run.id)
         save_settings(run.config, folder / "runs" / run.id / "config.yaml")
-    save_plan(chunks, home)
+    save_plan(groups, home)
     save_texts(texts, folder)
     save_study(study, described)
-    return chunks
+    return groups
 
 
-def _forget(folder: Path, chunk: Chunk) -> None:
+def _forget(folder: Path, group: Group) -> None:
     """Remove what a group needed only to go on."""
-    rmtree(folder / "checkpoints" / chunk.name, ignore_errors=True)
+    rmtree(folder / "checkpoints" / group.name, ignore_errors=True)
 
 
 def _check_folder(folder: Path, resume: bool) -> None:

@@ -38,7 +38,7 @@ from training.step.batch import Batch
 from training.storage.atomic import write_text
 from training.storage.regular_file import read_small
 from training.study.config import StudyConfig, StudyRun
-from training.study.plan import Chunk
+from training.study.plan import Group
 
 ONLY = ""  # name of the task of a run that has one text
 REPLAY = 1 << 64  # added to the seed: draws of replay are none of those of batches, whose seeds are below 2**63
@@ -182,14 +182,14 @@ def save_texts(texts: Mapping[str, Mapping[str, str]], folder: Path) -> None:
     write_text(folder / FILE, json.dumps(texts, indent=1) + "\n")
 
 
-def began_with(folder: Path, chunk: Chunk) -> dict[str, Any]:
+def began_with(folder: Path, group: Group) -> dict[str, Any]:
     """What `check_same` compares of a group; nothing in the folder of a version that did not write it down.
 
     Raises:
         UserError: it is damaged.
     """
     try:
-        return {"text": dict(json.loads(read_small(folder / FILE))[chunk.name])}
+        return {"text": dict(json.loads(read_small(folder / FILE))[group.name])}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -198,14 +198,14 @@ def began_with(folder: Path, chunk: Chunk) -> dict[str, Any]:
         ) from None
 
 
-def check_texts(study: StudyConfig, chunks: Sequence[Chunk], folder: Path) -> None:
+def check_texts(study: StudyConfig, groups: Sequence[Group], folder: Path) -> None:
     """Refuse to go on with any group where the text of one has changed.
 
     Raises:
         UserError: it has.
     """
-    for chunk in chunks:
-        first = chunk.runs[0]
+    for group in groups:
+        first = group.runs[0]
         tokenizer = open_tokenizer("bytes" if first.config.tokenizer == "bytes" else folder / "runs" / first.id)
         now = fingerprints(corpora_of(study, first.config, tokenizer))
-        check_same({"text": now}, began_with(folder, chunk), folder)
+        check_same({"text": now}, began_with(folder, group), folder)

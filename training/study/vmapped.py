@@ -15,7 +15,7 @@ from training.step.metrics import Metrics
 from training.study.plan import check_alike
 
 
-def mapped_step(configs: Sequence[RunConfig]) -> Any:
+def vmapped_step(configs: Sequence[RunConfig]) -> Any:
     """(stacked states, stacked batches) -> (stacked states, stacked metrics): one hyper step of every run.
 
     Stacked logits of a teacher may follow the batches.

@@ -25,7 +25,7 @@ from tests.helpers import (
 )
 from tiny_onn_func import ModelConfig, forward, generate, init_params, save_pretrained
 from tiny_onn_func.inference import decode
-from tiny_onn_func.inference.decode import open_text, read
+from tiny_onn_func.inference.decode import read, start_decoding
 from tiny_onn_func.inference.generate import stream
 from tiny_onn_func.inference.sampling import penalize, sample
 from tiny_onn_func.tree import flatten, unflatten
@@ -69,7 +69,7 @@ def wild(config: ModelConfig = TINY, dtype: torch.dtype = torch.float64, seed: i
     return params
 
 
-def text(seed: int = 0, prompt: Tensor = PROMPT, **how: Any) -> Tensor:
+def state(seed: int = 0, prompt: Tensor = PROMPT, **how: Any) -> Tensor:
     return generate(wild(), prompt, TINY, seeded(seed), **{"max_new_tokens": 8, **how})
 
 
@@ -91,7 +91,7 @@ def test_logits_and_routes_with_a_cache_are_those_of_forward(routing: str, dtype
     params, tolerance = wild(config, dtype), 2e-5 if dtype == torch.float32 else 1e-12
     for tokens in (LONG, LONG[:1]):
         wanted, trace = forward(params, tokens, config, surprise_budget=0.7)
-        opened = open_text(params, config, len(tokens), 7, surprise_budget=0.7)
+        opened = start_decoding(params, config, len(tokens), 7, surprise_budget=0.7)
         for start, end in ((0, 3), (3, 4), (4, 5), (5, 6), (6, 7)):
             logits, routes = read(opened, tokens[:, start:end], start)
             assert logits.dtype == dtype
@@ -132,7 +132,7 @@ def test_a_padded_row_becomes_what_it_would_be_alone(lengths: list[int], routing
 def test_padding_leaves_the_logits_of_an_unpadded_row() -> None:
     """Positions begin at the first real token; the float32 angles of a shifted row would agree to 1e-6 only."""
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
-    padded = read(open_text(wild(), TINY, 2, 7, attention_mask=mask), LONG, 0).logits
+    padded = read(start_decoding(wild(), TINY, 2, 7, attention_mask=mask), LONG, 0).logits
     assert_close(padded[:1], forward(wild(), LONG[:1, 3:], TINY)[0][:, -1], 1e-12)
     assert_close(padded[1:], forward(wild(), LONG[1:], TINY)[0][:, -1], 1e-12)
 
@@ -151,7 +151,7 @@ def test_one_window_is_all_that_a_single_layer_sees_and_without_one_it_sees_all(
     assert torch.equal(added(same, 7), added(other, 7))
 
     def logits(prompt: Tensor, window: int) -> Tensor:
-        return read(open_text(wild(config), config, 2, 14, context_length=window), prompt, 0).logits
+        return read(start_decoding(wild(config), config, 2, 14, context_length=window), prompt, 0).logits
 
     assert_close(logits(same, 7), logits(other, 7), 1e-12)
     assert not torch.allclose(logits(same, 8), logits(other, 8))
@@ -161,8 +161,8 @@ def test_one_window_is_all_that_a_single_layer_sees_and_without_one_it_sees_all(
 @pytest.mark.parametrize("window", [1, 2, 4, 99])
 def test_a_window_hides_what_is_further_back_from_prompt_and_text_alike(window: int) -> None:
     """Reading at once and reading one by one agree, and a window as long as the text changes nothing."""
-    at_once = read(open_text(wild(), TINY, 2, 7, context_length=window), LONG, 0).logits
-    opened = open_text(wild(), TINY, 2, 7, context_length=window)
+    at_once = read(start_decoding(wild(), TINY, 2, 7, context_length=window), LONG, 0).logits
+    opened = start_decoding(wild(), TINY, 2, 7, context_length=window)
     for place in range(7):
         one_by_one = read(opened, LONG[:, place : place + 1], place).logits
     assert_close(one_by_one, at_once, 1e-12)
@@ -178,7 +178,7 @@ def test_few_and_many_tokens_visit_their_experts_alike(routing: str, monkeypatch
     for few in (True, False):
         monkeypatch.setattr(decode, "_are_few", lambda *_, few=few: few)
         for batch in (40, 5, 1):
-            found = [read(open_text(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)]
+            found = [read(start_decoding(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)]
             assert_close(torch.cat(found), wanted[:, -1], 1e-12, f"few: {few}, batch {batch}")
 
 
@@ -190,7 +190,7 @@ def test_a_broken_expert_spoils_only_the_tokens_that_visit_it(bad: float) -> Non
     broken = int(ids[0, 0])
     params["layers"]["moe"]["w1"][-1, broken] = bad
     for batch in (40, 5):
-        found = [read(open_text(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)]
+        found = [read(start_decoding(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)]
         assert torch.equal(torch.cat(found).isnan().any(dim=-1), (ids == broken).any(dim=-1))
 
 
@@ -201,7 +201,7 @@ def test_parameters_are_left_as_they_were() -> None:
 
 
 def test_what_comes_out_can_be_trained_on() -> None:
-    params, tokens = wild(), text()
+    params, tokens = wild(), state()
     params["embed_tokens"].requires_grad_()
     forward(params, tokens, TINY)[0].sum().backward()
     assert params["embed_tokens"].grad is not None
@@ -239,10 +239,10 @@ def test_transformers_writes_the_same_greedy_text_in_uneven_batches(tmp_path: Pa
 
 
 def test_the_same_generator_state_gives_the_same_text_and_another_another() -> None:
-    assert torch.equal(text(0), text(0))
-    assert not torch.equal(text(0), text(1))
-    assert text(0).shape == (2, 11)
-    assert torch.equal(text(0)[:, :3], PROMPT)
+    assert torch.equal(state(0), state(0))
+    assert not torch.equal(state(0), state(1))
+    assert state(0).shape == (2, 11)
+    assert torch.equal(state(0)[:, :3], PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -250,13 +250,13 @@ def test_the_same_generator_state_gives_the_same_text_and_another_another() -> N
 )
 def test_temperature_zero_one_candidate_and_a_tiny_nucleus_are_the_argmax(how: dict[str, Any]) -> None:
     for seed in range(2):
-        assert torch.equal(text(seed, **how), uncached(PROMPT, 8))
+        assert torch.equal(state(seed, **how), uncached(PROMPT, 8))
 
 
 def test_nothing_asked_is_the_prompt_alone_and_texts_do_not_see_each_other() -> None:
-    assert torch.equal(text(max_new_tokens=0), PROMPT)
-    together = text(temperature=0.0)
-    assert torch.equal(together, torch.cat([text(prompt=row[None], temperature=0.0) for row in PROMPT]))
+    assert torch.equal(state(max_new_tokens=0), PROMPT)
+    together = state(temperature=0.0)
+    assert torch.equal(together, torch.cat([state(prompt=row[None], temperature=0.0) for row in PROMPT]))
 
 
 def test_a_stream_yields_the_tokens_of_generate() -> None:
@@ -311,19 +311,19 @@ def test_a_large_penalty_writes_every_token_before_one_comes_back() -> None:
             new, seen = int(row[place + 1]), {*row[: place + 1].tolist()}
             if any(logits[place, other] > 0 for other in {*range(13)} - seen):
                 assert new not in seen
-    assert not torch.equal(found, text(max_new_tokens=10, temperature=0.0))
+    assert not torch.equal(found, state(max_new_tokens=10, temperature=0.0))
 
 
 def test_a_row_that_stops_is_filled_up_and_the_text_ends_with_its_last_row() -> None:
-    free = text(temperature=0.0, max_new_tokens=12)[:, 3:]
+    free = state(temperature=0.0, max_new_tokens=12)[:, 3:]
     first, second = ([*row.tolist()] for row in free)
     stop = next(token for token in first if token in second and first.index(token) != second.index(token))
     ends = [row.index(stop) for row in (first, second)]
-    found = text(temperature=0.0, max_new_tokens=12, stop_tokens=(stop,), pad_token=0)[:, 3:]
+    found = state(temperature=0.0, max_new_tokens=12, stop_tokens=(stop,), pad_token=0)[:, 3:]
     assert found.shape[1] == max(ends) + 1
     for row, wanted, end in zip(found.tolist(), (first, second), ends, strict=True):
         assert row == wanted[: end + 1] + [0] * (max(ends) - end)
-    filled = text(temperature=0.0, max_new_tokens=12, stop_tokens=(stop,))[:, 3:]
+    filled = state(temperature=0.0, max_new_tokens=12, stop_tokens=(stop,))[:, 3:]
     assert torch.equal(filled, torch.where((found == 0) & (filled == stop), stop, found))
 
 
@@ -356,7 +356,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("key", "how"), BAD, ids=str)
 def test_a_bad_argument_of_generate_is_refused_by_its_name(key: str, how: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^{key}: expected .*, got "):
-        text(**how)
+        state(**how)
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from tests.tiny_onn_func.primitives.test_fused import CASES, single, slopes
 from tiny_onn_func.kernels import build, runtime
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.kernels import step as step_kernels
-from tiny_onn_func.ops import activate
+from tiny_onn_func.ops import swiglu
 from tiny_onn_func.primitives.dispatch import combine_rows
-from tiny_onn_func.primitives.fused import function_of
+from tiny_onn_func.primitives.fused import autograd_function
 from tiny_onn_func.primitives.gate_up import gate_and_up
 from tiny_onn_func.primitives.grouped import grouped_matmul
 from tiny_onn_func.tree import leaves
@@ -223,15 +223,15 @@ def test_decisions_read_tensors_that_lie_otherwise() -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_kernels_keep_away_from_what_is_mapped_followed_or_differentiated() -> None:
     plain, leaf = drawn(3), drawn(3).requires_grad_()
-    assert runtime.may_run(plain)
-    assert not runtime.may_run(plain, leaf)
+    assert runtime.usable_now(plain)
+    assert not runtime.usable_now(plain, leaf)
     with torch.no_grad():
-        assert runtime.may_run(plain, leaf)
+        assert runtime.usable_now(plain, leaf)
     seen = []
-    vmap(lambda t: seen.append(runtime.may_run(t)) or t)(plain)
-    jvp(lambda t: seen.append(runtime.may_run(t)) or t, (plain,), (plain,))
+    vmap(lambda t: seen.append(runtime.usable_now(t)) or t)(plain)
+    jvp(lambda t: seen.append(runtime.usable_now(t)) or t, (plain,), (plain,))
     assert seen == [False, False]
-    assert not runtime.may_run(plain.double())
+    assert not runtime.usable_now(plain.double())
 
 
 def test_first_and_second_derivatives_by_plain_autograd_are_those_of_float64() -> None:
@@ -245,7 +245,7 @@ def test_first_and_second_derivatives_by_plain_autograd_are_those_of_float64() -
     def slopes(dtype: torch.dtype, order: int) -> tuple[Tensor, ...]:
         x, w1, w3, w2, weights = own = [t.to(dtype).requires_grad_() for t in drawn_leaves]
         gate, up = gate_and_up(x, w1, w3, routing_order, inverse, offsets)
-        y = grouped_matmul(activate(gate, up), w2, offsets)
+        y = grouped_matmul(swiglu(gate, up), w2, offsets)
         out = (combine_rows(y, weights, routing_order, inverse) ** 2).sum()
         first = torch.autograd.grad(out, own, create_graph=order == 2)
         return first if order == 1 else torch.autograd.grad(sum((g**2).sum() for g in first), own)
@@ -263,7 +263,7 @@ def test_the_optimizers_kernel_is_its_formula(monkeypatch: pytest.MonkeyPatch) -
         told = {"lr": 0.01, "weight_decay": 0.1, "hyper": hyper, "grad_scale": 0.3, "backbone_scale": 0.5}
         found = adamw_update(params, grads, state, **told)
         with monkeypatch.context() as patch:
-            patch.setattr(runtime, "can_take", lambda *_: False)
+            patch.setattr(runtime, "supports", lambda *_: False)
             wanted = adamw_update(params, grads, state, **told)
         for one, other in zip(leaves(found), leaves(wanted), strict=True):
             assert_close(one, other, 1e-6)
@@ -274,7 +274,7 @@ def test_a_step_without_the_kernels_is_the_step(monkeypatch: pytest.MonkeyPatch)
     config = tiny_config(num_experts_per_tok=-1)
     state, batch = init_state(config, seeded(0)), tiny_batch(config, 3, 8, right=(0, 2, 5))
     (with_them, told) = hyper_step(state, batch, HyperParams(), config)
-    monkeypatch.setattr(runtime, "can_take", lambda *_: False)
+    monkeypatch.setattr(runtime, "supports", lambda *_: False)
     (without, told_too) = hyper_step(state, batch, HyperParams(), config)
     assert_close(told.main_loss, told_too.main_loss, 1e-6)
     assert_close(told.surprise, told_too.surprise, 1e-5)
@@ -377,6 +377,6 @@ def every_kernel() -> list[Tensor]:
         *(leaf for leaves in step_kernels.adamw([torch.full((2, 6), 0.1)], *few) for leaf in leaves),
     ]  # fmt: skip
     for twin, draw in CASES.values():
-        out, slopes_ = slopes(twin, function_of(twin).apply, single(draw(0, 40, 24)))
+        out, slopes_ = slopes(twin, autograd_function(twin).apply, single(draw(0, 40, 24)))
         made += [*out, *slopes_]
     return made

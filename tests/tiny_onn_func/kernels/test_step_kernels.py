@@ -21,7 +21,7 @@ from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.routing import route
 from training.step.router_loss import router_targets
 from training.step.sums import _routing_sums, finite_sum
-from training.step.surprise import surface_of
+from training.step.surprise import scatter_surprise
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")
 EXPERTS = st.sampled_from([1, 2, 7, 15, 16, 17, 33, 64, 70])  # around whole vectors
@@ -31,7 +31,7 @@ SIZES = {"tokens": st.integers(1, 40), "experts": EXPERTS, "seed": st.integers(0
 @contextmanager
 def without_kernels() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "can_take", lambda *_: False)
+        patch.setattr(runtime, "supports", lambda *_: False)
         yield
 
 
@@ -94,7 +94,7 @@ def test_a_surface_is_that_of_the_plain_way(tokens: int, experts: int, seed: int
     rows = sort_by_expert(routing, experts)
     left = torch.randn(tokens * slots, 19, generator=seeded(seed + 2))
     right = torch.randn(tokens * slots, 19 if signed else 33, generator=seeded(seed + 3))
-    ours, theirs = both(lambda: (surface_of(left, right, rows, tokens, experts, is_signed=signed),))
+    ours, theirs = both(lambda: (scatter_surprise(left, right, rows, tokens, experts, is_signed=signed),))
     same(ours, theirs, tolerance=1e-5)
     assert int(ours[0].isfinite().sum()) == int(routing.active.sum())
 
@@ -105,7 +105,7 @@ def test_surfaces_of_mapped_runs_are_those_of_the_runs_alone() -> None:
 
     def surface(left: Tensor, right: Tensor, logits: Tensor, real: Tensor, signed: bool) -> Tensor:
         rows = sort_by_expert(route(logits, real, config_of(7, 2), 0.5), 7)
-        return surface_of(left, right, rows, 9, 7, is_signed=signed)
+        return scatter_surprise(left, right, rows, 9, 7, is_signed=signed)
 
     for signed in (False, True):
         given_ = left, right, logits, real

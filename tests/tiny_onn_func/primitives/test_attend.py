@@ -12,9 +12,9 @@ from tests.helpers import assert_close, seeded
 from tiny_onn_func.attention import ATTEND, attend, causal_bias
 from tiny_onn_func.kernels import build
 from tiny_onn_func.kernels import forward as forward_kernels
-from tiny_onn_func.primitives.fused import function_of
+from tiny_onn_func.primitives.fused import autograd_function
 
-OWN = function_of(ATTEND)
+OWN = autograd_function(ATTEND)
 WAYS = {"as called": attend, "with its own gradients": lambda *inputs: OWN.apply(*inputs)[0]}
 BOTH_WAYS = pytest.mark.parametrize("way", WAYS)
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")

@@ -13,8 +13,8 @@ from torch.func import grad, jvp, vmap
 from tests.helpers import assert_close, seeded
 from tiny_onn_func.attention import ATTEND, SPLIT_HEADS, causal_bias, split_heads
 from tiny_onn_func.kernels import build, runtime
-from tiny_onn_func.ops import ACTIVATE, RMS_NORM, rotary_angles
-from tiny_onn_func.primitives.fused import Twin, function_of, with_kernel
+from tiny_onn_func.ops import RMS_NORM, SWIGLU, rotary_angles
+from tiny_onn_func.primitives.fused import FusedOp, autograd_function, fused
 from training.step.losses import CROSS_ENTROPY
 from training.step.router_loss import ROUTER_SUMS
 
@@ -26,7 +26,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class Case(NamedTuple):
-    twin: Twin
+    op: FusedOp
     draw: Callable[..., tuple[Any, ...]]  # (seed, size, width) -> float64 inputs
 
 
@@ -63,7 +63,7 @@ CASES = {
     ),
     "split_heads": Case(SPLIT_HEADS, some_heads),
     "attend": Case(ATTEND, some_attention),
-    "activate": Case(ACTIVATE, lambda seed, size, dim: (drawn(size, dim, seed=seed), drawn(size, dim, seed=seed + 9))),
+    "activate": Case(SWIGLU, lambda seed, size, dim: (drawn(size, dim, seed=seed), drawn(size, dim, seed=seed + 9))),
     "cross_entropy": Case(CROSS_ENTROPY, some_logits),
     "router_sums": Case(ROUTER_SUMS, some_targets),
 }
@@ -74,18 +74,18 @@ def single(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs)
 
 
-def smooth_part(twin: Twin, way: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    rest = inputs[twin.differentiable :]
-    return lambda *own: tuple(way(*own, *rest)[: twin.smooth])
+def smooth_part(op: FusedOp, way: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    rest = inputs[op.differentiable :]
+    return lambda *own: tuple(way(*own, *rest)[: op.smooth])
 
 
 def slopes(
-    twin: Twin, way: Callable[..., Any], inputs: tuple[Any, ...]
+    op: FusedOp, way: Callable[..., Any], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(all outputs, gradients of the smooth ones times drawn numbers)."""
-    own = [t.detach().requires_grad_() for t in inputs[: twin.differentiable]]
-    out = way(*own, *inputs[twin.differentiable :])
-    total = sum((t * drawn(*t.shape, seed=7).to(t.dtype)).sum() for t in out[: twin.smooth])
+    own = [t.detach().requires_grad_() for t in inputs[: op.differentiable]]
+    out = way(*own, *inputs[op.differentiable :])
+    total = sum((t * drawn(*t.shape, seed=7).to(t.dtype)).sum() for t in out[: op.smooth])
     return tuple(t.detach() for t in out), torch.autograd.grad(total, own)
 
 
@@ -95,12 +95,12 @@ def slopes(
 @example(seed=0, size=70, width=33)
 @given(seed=st.integers(0, 99), size=st.integers(1, 70), width=st.sampled_from([1, 3, 8, 15, 16, 17, 31, 33, 64, 257]))
 def test_the_kernel_equals_the_plain_way_with_its_gradients(name: str, seed: int, size: int, width: int) -> None:
-    twin, draw = CASES[name]
+    op, draw = CASES[name]
     width = min(width, 40) if name != "cross_entropy" else width
     inputs = draw(seed, size, width)
-    assert runtime.may_run(*single(inputs)[: twin.differentiable])
-    found, found_slopes = slopes(twin, function_of(twin).apply, single(inputs))
-    wanted, wanted_slopes = slopes(twin, twin.plain, inputs)
+    assert runtime.usable_now(*single(inputs)[: op.differentiable])
+    found, found_slopes = slopes(op, autograd_function(op).apply, single(inputs))
+    wanted, wanted_slopes = slopes(op, op.plain, inputs)
     for ours, theirs in zip((*found, *found_slopes), (*wanted, *wanted_slopes), strict=True):
         if theirs.is_floating_point():
             size_of = max(1.0, float(theirs.abs().max()))
@@ -112,10 +112,10 @@ def test_the_kernel_equals_the_plain_way_with_its_gradients(name: str, seed: int
 @FORWARD_MODE
 @EVERY
 def test_gradcheck_gradgradcheck_and_forward_mode(name: str) -> None:
-    twin, draw = CASES[name]
+    op, draw = CASES[name]
     inputs = draw(0, 3, 2)
-    own = [t.requires_grad_() for t in inputs[: twin.differentiable]]
-    function = smooth_part(twin, function_of(twin).apply, inputs)
+    own = [t.requires_grad_() for t in inputs[: op.differentiable]]
+    function = smooth_part(op, autograd_function(op).apply, inputs)
     assert torch.autograd.gradcheck(function, own, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, own)
 
@@ -123,16 +123,16 @@ def test_gradcheck_gradgradcheck_and_forward_mode(name: str) -> None:
 @NATIVE
 @EVERY
 def test_a_second_derivative_through_the_kernel_is_the_plain_ones(name: str) -> None:
-    twin, draw = CASES[name]
+    op, draw = CASES[name]
     inputs = draw(0, 5, 4)
 
     def curvature(way: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        own = [t.detach().requires_grad_() for t in inputs[: twin.differentiable]]
-        value = sum((t**2).sum() for t in smooth_part(twin, way, inputs)(*own))
+        own = [t.detach().requires_grad_() for t in inputs[: op.differentiable]]
+        value = sum((t**2).sum() for t in smooth_part(op, way, inputs)(*own))
         first = torch.autograd.grad(value, own, create_graph=True)
         return torch.autograd.grad(sum((g**2).sum() for g in first), own)
 
-    for ours, theirs in zip(curvature(with_kernel(twin), single(inputs)), curvature(twin.plain, inputs), strict=True):
+    for ours, theirs in zip(curvature(fused(op), single(inputs)), curvature(op.plain, inputs), strict=True):
         assert_close(ours.double(), theirs, 1e-4 * max(1.0, float(theirs.abs().max())))
 
 
@@ -140,24 +140,24 @@ def test_a_second_derivative_through_the_kernel_is_the_plain_ones(name: str) -> 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shared", [None, 0, 1])
 def test_mapped_runs_equal_a_loop_forward_and_in_a_gradient(name: str, dtype: torch.dtype, shared: int | None) -> None:
-    twin, draw = CASES[name]
+    op, draw = CASES[name]
     drawings = [draw(seed, 5, 4) for seed in range(6)]
     if dtype == torch.float32:
         drawings = [single(inputs) for inputs in drawings]
     count = sum(isinstance(t, Tensor) for t in drawings[0])
-    shared = None if shared is None or twin.differentiable == 1 else shared
+    shared = None if shared is None or op.differentiable == 1 else shared
     dims = tuple(None if place == shared else 0 for place in range(count))
     columns = [torch.stack(list(t)) for t in zip(*(inputs[:count] for inputs in drawings), strict=True)]
     given = [t if dim == 0 else t[0] for t, dim in zip(columns, dims, strict=True)]
     numbers = drawings[0][count:]
     tolerance = 1e-10 if dtype == torch.float64 else 2e-5
-    for way in (with_kernel(twin), function_of(twin).apply):
+    for way in (fused(op), autograd_function(op).apply):
 
         def outputs(*tensors: Tensor, way: Callable[..., Any] = way) -> tuple[Tensor, ...]:
             return tuple(way(*tensors, *numbers))
 
         def slope(*tensors: Tensor, way: Callable[..., Any] = way) -> Tensor:
-            value = lambda first: sum((t**2).sum() for t in way(first, *tensors[1:], *numbers)[: twin.smooth])  # noqa: E731
+            value = lambda first: sum((t**2).sum() for t in way(first, *tensors[1:], *numbers)[: op.smooth])  # noqa: E731
             return grad(value)(tensors[0])
 
         for function in (outputs, lambda *tensors: (slope(*tensors),)):
@@ -175,14 +175,14 @@ def test_mapped_runs_equal_a_loop_forward_and_in_a_gradient(name: str, dtype: to
 @FORWARD_MODE
 @EVERY
 def test_forward_mode_of_mapped_runs_equals_a_loop(name: str) -> None:
-    twin, draw = CASES[name]
+    op, draw = CASES[name]
     drawings = [single(draw(seed, 4, 3)) for seed in range(3)]
     count = sum(isinstance(t, Tensor) for t in drawings[0])
     columns = [torch.stack(list(t)) for t in zip(*(inputs[:count] for inputs in drawings), strict=True)]
 
     def tangent(*tensors: Tensor) -> tuple[Tensor, ...]:
-        function = smooth_part(twin, with_kernel(twin), (*tensors, *drawings[0][count:]))
-        own = tensors[: twin.differentiable]
+        function = smooth_part(op, fused(op), (*tensors, *drawings[0][count:]))
+        own = tensors[: op.differentiable]
         return jvp(function, own, tuple(torch.ones_like(t) for t in own))[1]
 
     loop = [tangent(*(t[run] for t in columns)) for run in range(3)]
@@ -193,29 +193,29 @@ def test_forward_mode_of_mapped_runs_equals_a_loop(name: str) -> None:
 @NATIVE
 @EVERY
 def test_the_bits_depend_on_no_thread_and_no_other_run(name: str) -> None:
-    twin, draw = CASES[name]
+    op, draw = CASES[name]
     drawings = [single(draw(seed, 40, 24)) for seed in range(3)]
     count = sum(isinstance(t, Tensor) for t in drawings[0])
     columns = [torch.stack(list(t)) for t in zip(*(inputs[:count] for inputs in drawings), strict=True)]
     numbers = drawings[0][count:]
-    together = slopes(twin, function_of(twin).apply, (*columns, *numbers))
+    together = slopes(op, autograd_function(op).apply, (*columns, *numbers))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        shared = slopes(twin, function_of(twin).apply, (*columns, *numbers))
+        shared = slopes(op, autograd_function(op).apply, (*columns, *numbers))
     finally:
         torch.set_num_threads(threads)
     for ours, theirs in zip((*together[0], *together[1]), (*shared[0], *shared[1]), strict=True):
         assert torch.equal(ours, theirs)
-    alone = function_of(twin).apply(*drawings[1])
+    alone = autograd_function(op).apply(*drawings[1])
     assert all(torch.equal(one, some[1]) for one, some in zip(alone, together[0], strict=True))
 
     def pulled_back(inputs: tuple[Any, ...], upstream: list[Tensor]) -> Tensors:
-        own = [t.detach().requires_grad_() for t in inputs[: twin.differentiable]]
-        out = function_of(twin).apply(*own, *inputs[twin.differentiable :])[: twin.smooth]
+        own = [t.detach().requires_grad_() for t in inputs[: op.differentiable]]
+        out = autograd_function(op).apply(*own, *inputs[op.differentiable :])[: op.smooth]
         return torch.autograd.grad(out, own, upstream)
 
-    upstream = [drawn(*t.shape, seed=8).float() for t in together[0][: twin.smooth]]
+    upstream = [drawn(*t.shape, seed=8).float() for t in together[0][: op.smooth]]
     of_all = pulled_back((*columns, *numbers), upstream)
     for run in range(3):
         of_one = pulled_back(drawings[run], [t[run] for t in upstream])
@@ -237,21 +237,21 @@ def test_positions_of_each_row_its_own_turn_each_row_alone(dtype: torch.dtype) -
 @NATIVE
 @EVERY
 def test_what_is_not_a_number_stays_so(name: str) -> None:
-    twin, draw = CASES[name]
+    op, draw = CASES[name]
     inputs = single(draw(0, 6, 5))
     inputs[0].view(-1)[0] = torch.nan
-    out, grads = slopes(twin, function_of(twin).apply, inputs)
-    assert any(t.isnan().any() for t in out[: twin.smooth])
+    out, grads = slopes(op, autograd_function(op).apply, inputs)
+    assert any(t.isnan().any() for t in out[: op.smooth])
     assert grads[0].isnan().any()
 
 
 @NATIVE
 @EVERY
 def test_tensors_that_lie_otherwise_are_read_right(name: str) -> None:
-    twin, draw = CASES[name]
+    op, draw = CASES[name]
     inputs = single(draw(0, 6, 5))
     scattered = tuple(
         torch.stack((t, t), dim=-1).flatten(-2)[..., ::2] if isinstance(t, Tensor) and t.ndim else t for t in inputs
     )
-    for ours, theirs in zip(function_of(twin).apply(*scattered), function_of(twin).apply(*inputs), strict=True):
+    for ours, theirs in zip(autograd_function(op).apply(*scattered), autograd_function(op).apply(*inputs), strict=True):
         assert torch.equal(ours, theirs)

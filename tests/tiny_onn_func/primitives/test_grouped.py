@@ -15,15 +15,15 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from tests.helpers import assert_close, seeded
 from tiny_onn_func.kernels import runtime
-from tiny_onn_func.ops import ACTIVATE
+from tiny_onn_func.ops import SWIGLU
 from tiny_onn_func.primitives import grouped
 from tiny_onn_func.primitives.dispatch import combine_rows, dispatch_rows
-from tiny_onn_func.primitives.fused import function_of
+from tiny_onn_func.primitives.fused import autograd_function
 from tiny_onn_func.primitives.gate_up import gate_and_up
-from tiny_onn_func.primitives.grouped import GroupedSum, grouped_matmul, grouped_outer, matmul
-from tiny_onn_func.primitives.vmap import one_axis
+from tiny_onn_func.primitives.grouped import GroupedSum, dense_matmul, grouped_matmul, grouped_outer
+from tiny_onn_func.primitives.vmap import flatten_runs
 
-ACTIVATED = function_of(ACTIVATE)
+ACTIVATED = autograd_function(SWIGLU)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}
 # torch itself warns once, when forward mode is used for the first time in a process
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -499,7 +499,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def without_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "can_take", lambda *_: False)
+    monkeypatch.setattr(runtime, "supports", lambda *_: False)
 
 
 def test_without_our_kernels_aligned_float32_takes_the_librarys_forward_and_backward(
@@ -555,7 +555,7 @@ def test_the_library_kernel_and_the_loop_agree(name: str, monkeypatch: pytest.Mo
 def test_axes_in_front_become_one_where_there_are_no_rows_too(
     shape: tuple[int, ...], dims: int, wanted: tuple[int, ...]
 ) -> None:
-    assert one_axis(torch.zeros(shape), dims).shape == wanted
+    assert flatten_runs(torch.zeros(shape), dims).shape == wanted
 
 
 @DTYPES
@@ -565,7 +565,7 @@ def test_a_product_equals_the_librarys_with_its_gradients_transposed_and_with_an
     for shape, turned in (((7,), False), ((3, 7), False), ((2, 3, 7), True)):
         x, w = normal(*shape, 5, dtype=dtype), normal(*shape[:-1], 5, 9, seed=1, dtype=dtype)
         w = w.mT.contiguous().mT if turned else w
-        out, back = vjp(matmul, x, w)
+        out, back = vjp(dense_matmul, x, w)
         wanted, library_back = vjp(torch.matmul, x.double(), w.double())
         upstream = normal(*wanted.shape, seed=2, dtype=dtype)
         for found, ought in zip((out, *back(upstream)), (wanted, *library_back(upstream.double())), strict=True):
@@ -576,14 +576,14 @@ def test_a_product_equals_the_librarys_with_its_gradients_transposed_and_with_an
 @pytest.mark.parametrize("shapes", [((4, 5), (7, 6)), ((2, 4, 5), (4, 5, 6)), ((4, 12), (16, 4))], ids=str)
 def test_sizes_that_do_not_fit_are_refused_as_by_the_library(shapes: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises((RuntimeError, TypeError)):
-        matmul(*(normal(*shape, dtype=torch.float32) for shape in shapes))
+        dense_matmul(*(normal(*shape, dtype=torch.float32) for shape in shapes))
 
 
 def test_sizes_are_compared_before_a_kernel_reads_and_not_by_the_checker_of_types_alone() -> None:
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        inspect.unwrap(matmul)(normal(4, 12, dtype=torch.float32), normal(16, 4, dtype=torch.float32))
+        inspect.unwrap(dense_matmul)(normal(4, 12, dtype=torch.float32), normal(16, 4, dtype=torch.float32))
 
 
 def test_one_matrix_for_all_is_multiplied_with_each() -> None:
     x, w = (normal(*shape, dtype=torch.float32) for shape in ((3, 4, 5), (5, 6)))
-    assert_close(matmul(x, w), x.double() @ w.double(), 1e-6)
+    assert_close(dense_matmul(x, w), x.double() @ w.double(), 1e-6)

@@ -190,8 +190,8 @@ def test_shares_of_a_tree_make_the_tree_again(parts: int) -> None:
     fast, _ = partition(init_state(FIXED, torch.Generator().manual_seed(0)).params)
     vectors = to_vectors(fast, FIXED)
     pieces = []
-    for place in range(parts):
-        where = [share_of(len(vector), parts, place) for vector in vectors]
+    for rank_info in range(parts):
+        where = [share_of(len(vector), parts, rank_info) for vector in vectors]
         mine = type(vectors)(*(vector[part] for vector, part in zip(vectors, where, strict=True)))
         tree = named_shares(mine, where[0].start, FIXED)
         assert flatten(tree).keys() <= fast_shapes(FIXED, 1).keys() | {"layers.moe.share"}

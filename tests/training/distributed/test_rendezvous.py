@@ -16,7 +16,7 @@ import pytest
 from tests.training.distributed.processes import ROOT, ended, free_port
 from tiny_onn_func.config import ModelConfig
 from training.distributed import rendezvous
-from training.distributed.rendezvous import PATIENCE, Met, Place, ToldElsewhere, meet
+from training.distributed.rendezvous import PATIENCE, RankInfo, Rendezvous, ReportedByAnotherRank, join_rendezvous
 from training.errors import UserError
 from training.run.config import HyperSettings, RunConfig
 from training.run.launch import check_sizes
@@ -24,13 +24,13 @@ from training.run.launch import check_sizes
 SOON = 30.0  # seconds
 
 
-def meeting_of(places: list[Place], facts: list) -> list:
+def meeting_of(places: list[RankInfo], facts: list) -> list:
     """What becomes of each: where all met, or the error."""
     ends: list = [None] * len(places)
 
     def one(number: int) -> None:
         try:
-            ends[number] = meet(places[number], facts[number], time.monotonic())
+            ends[number] = join_rendezvous(places[number], facts[number], time.monotonic())
         except UserError as error:
             ends[number] = error
 
@@ -42,19 +42,19 @@ def meeting_of(places: list[Place], facts: list) -> list:
     return ends
 
 
-def places(size: int, port: int, restarts: int = 0) -> list[Place]:
-    return [Place(rank, size, rank, "127.0.0.1", port, False, restarts * rank) for rank in range(size)]
+def places(size: int, port: int, restarts: int = 0) -> list[RankInfo]:
+    return [RankInfo(rank, size, rank, "127.0.0.1", port, False, restarts * rank) for rank in range(size)]
 
 
 def told(ends: list) -> list[str]:
     """The one text that somebody says."""
     assert all(isinstance(end, UserError) for end in ends), ends
-    return [str(end) for end in ends if not isinstance(end, ToldElsewhere)]
+    return [str(end) for end in ends if not isinstance(end, ReportedByAnotherRank)]
 
 
 def test_all_meet_in_one_store_and_know_of_the_restarts() -> None:
     ends = meeting_of(places(3, free_port(), restarts=2), [{"seed": 1}] * 3)
-    assert all(isinstance(end, Met) for end in ends), ends
+    assert all(isinstance(end, Rendezvous) for end in ends), ends
     ends[0].store.set("word", "here")
     assert ends[2].store.get("word") == b"here"
     assert [end.restarts for end in ends] == [4, 4, 4]
@@ -64,13 +64,13 @@ def test_notes_of_an_earlier_round_disturb_nobody() -> None:
     """The store of torchrun's agent outlives the processes: those that were killed have left their notes in it."""
     port = free_port()
     store = rendezvous.dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    hosted = [place._replace(hosted=True) for place in places(2, port)]
+    hosted = [rank_info._replace(hosted=True) for rank_info in places(2, port)]
     for attempt in range(3):
         ends = meeting_of(hosted, [{"seed": attempt}] * 2)
-        assert all(isinstance(end, Met) for end in ends), ends
+        assert all(isinstance(end, Rendezvous) for end in ends), ends
     store.delete_key("note/1")
     store.set("note/1", '{"nonce": "of a dead one", "restarts": 0, "wrong": "nothing that matters now"}')
-    assert all(isinstance(end, Met) for end in meeting_of(hosted, [{"seed": 9}] * 2))
+    assert all(isinstance(end, Rendezvous) for end in meeting_of(hosted, [{"seed": 9}] * 2))
 
 
 def test_who_differs_is_named_by_one() -> None:

@@ -1,13 +1,13 @@
 """The records in memory: all of a short run, few of a long one, and the same whether it was stopped or not."""
 
-from training.run.context import ENDS, MOST, best_step, remember
+from training.run.context import ENDS, MOST, append_record, best_step
 
 
 def held(steps: int, scored: dict[int, float] | None = None, first: list[dict] | None = None, begin: int = 1) -> list:
     history = [] if first is None else first
     for step in range(begin, steps + 1):
         nats = (scored or {}).get(step)
-        remember(history, {"step": step} | ({} if nats is None else {"held_out_nats": nats}))
+        append_record(history, {"step": step} | ({} if nats is None else {"held_out_nats": nats}))
     return history
 
 
@@ -32,6 +32,6 @@ def test_a_run_that_goes_on_holds_what_it_would_have_held() -> None:
     stopped = held(17_123, {4_321: 2.0})
     read_again: list[dict] = []
     for step in range(1, 17_124):
-        remember(read_again, {"step": step} | ({"held_out_nats": 2.0} if step == 4_321 else {}))
+        append_record(read_again, {"step": step} | ({"held_out_nats": 2.0} if step == 4_321 else {}))
     assert read_again == stopped
     assert held(30_000, first=read_again, begin=17_124) == whole

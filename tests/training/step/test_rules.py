@@ -18,10 +18,10 @@ from tiny_onn_func.experts import Rows
 from tiny_onn_func.routing import route
 from tiny_onn_func.tree import flatten, stack, unflatten, unstack, walk
 from training import HyperParams, TrainState, hyper_step, init_state, per_token_surprise
-from training.step.counter_rng import Stream, draw_exploration, draw_normal, draw_words
+from training.step.counter_rng import Purpose, random_exploration, random_normal, random_words
 from training.step.regenerate import regenerate
 from training.step.router_loss import Targets, router_targets, shuffled
-from training.step.surprise import MEASURED, beside_own_mean, per_weight, row_dot
+from training.step.surprise import MEASURED, divide_by_expert_mean, divide_by_weight, row_dot
 
 ROUTINGS = {"K=2": {"num_experts_per_tok": 2}, "dynamic": {}, "K=E": {"num_experts_per_tok": 4}}
 BIAS = "layers.moe.router_bias"
@@ -158,23 +158,23 @@ def test_temperatures_of_runs_in_double_precision_leave_the_shares_as_wide_as_th
 def test_a_weight_that_underflowed_divides_nothing() -> None:
     surprise, ids = torch.tensor([[[0.0, 4.0, torch.inf]]]), torch.tensor([[[1, 0, 2]]])
     weights, active = torch.tensor([[[0.5, 0.0, 0.0]]]), torch.tensor([[[True, True, False]]])
-    assert per_weight(surprise, ids, weights, active).tolist() == [[[0.0, 8.0, math.inf]]]
+    assert divide_by_weight(surprise, ids, weights, active).tolist() == [[[0.0, 8.0, math.inf]]]
 
 
 def test_an_expert_that_surprises_nobody_keeps_its_zeros() -> None:
     surprise = torch.tensor([[[0.0], [0.0], [torch.inf]]])
-    assert beside_own_mean(surprise, 1.0).flatten().tolist() == [0.0, 0.0, math.inf]
+    assert divide_by_expert_mean(surprise, 1.0).flatten().tolist() == [0.0, 0.0, math.inf]
 
 
 def test_values_of_both_signs_are_divided_by_their_mean_size() -> None:
     surprise = torch.tensor([[[-1.0], [3.0], [torch.inf]]])
-    assert beside_own_mean(surprise, 1.0).flatten().tolist() == [-0.5, 1.5, math.inf]
+    assert divide_by_expert_mean(surprise, 1.0).flatten().tolist() == [-0.5, 1.5, math.inf]
 
 
 @given(values=SURPRISES, exponent=st.sampled_from([0.0, 0.5, 1.0]))
 def test_values_are_divided_by_their_experts_mean(values: list[float], exponent: float) -> None:
     surprise = torch.tensor(values, dtype=torch.float64).view(1, 6, 4)
-    found = beside_own_mean(surprise, exponent)
+    found = divide_by_expert_mean(surprise, exponent)
     for token in range(6):
         for expert in range(4):
             column = surprise[0, :, expert]
@@ -195,7 +195,7 @@ def test_shuffled_targets_keep_their_marginals_and_stay_among_the_tokens_that_te
     informative = torch.tensor([teaching, teaching[::-1]])
     shares = F.one_hot(expert, 20).double()
     targets = Targets(expert, informative, torch.zeros_like(informative), shares)
-    words = draw_words(seed, torch.tensor(3), Stream.SHUFFLE, 2, 10)
+    words = random_words(seed, torch.tensor(3), Purpose.SHUFFLE, 2, 10)
     dealt = shuffled(targets, words, 1.0)
     for layer in range(2):
         keep = informative[layer]
@@ -208,7 +208,7 @@ def test_shuffled_targets_keep_their_marginals_and_stay_among_the_tokens_that_te
 def test_a_shuffle_is_another_one_in_the_next_step_and_the_same_when_repeated() -> None:
     targets = Targets(torch.arange(64)[None], torch.ones(1, 64).bool(), torch.zeros(1, 64).bool())
     first, again, second = (
-        shuffled(targets, draw_words(0, torch.tensor(step), Stream.SHUFFLE, 1, 64), 1).expert for step in (4, 4, 5)
+        shuffled(targets, random_words(0, torch.tensor(step), Purpose.SHUFFLE, 1, 64), 1).expert for step in (4, 4, 5)
     )
     assert torch.equal(first, again)
     assert (first != targets.expert).sum() > 50
@@ -216,7 +216,7 @@ def test_a_shuffle_is_another_one_in_the_next_step_and_the_same_when_repeated() 
 
 
 def test_hashed_normal_numbers_are_normal_and_the_streams_differ() -> None:
-    drawn = [draw_normal(1, torch.tensor(2), stream, 40_000) for stream in Stream]
+    drawn = [random_normal(1, torch.tensor(2), stream, 40_000) for stream in Purpose]
     for numbers in drawn:
         assert abs(float(numbers.mean())) < 0.02
         assert float(numbers.std()) == pytest.approx(1.0, abs=0.02)
@@ -226,14 +226,14 @@ def test_hashed_normal_numbers_are_normal_and_the_streams_differ() -> None:
 
 def test_draws_of_runs_side_by_side_are_those_of_each_run_alone() -> None:
     seeds, steps, chances = torch.tensor([3, 8]), torch.tensor([0, 7]), torch.tensor([0.2, 0.9])
-    words = draw_words(seeds, steps, Stream.SHUFFLE, 2, 5)
-    normal = draw_normal(seeds, steps, Stream.REGENERATE, 3, 4)
-    tried = draw_exploration(seeds, steps, chances, 2, 50, 4)
+    words = random_words(seeds, steps, Purpose.SHUFFLE, 2, 5)
+    normal = random_normal(seeds, steps, Purpose.REGENERATE, 3, 4)
+    tried = random_exploration(seeds, steps, chances, 2, 50, 4)
     for run, (seed, step, chance) in enumerate(zip(seeds, steps, chances, strict=True)):
-        assert_same_bits(words[run], draw_words(int(seed), step, Stream.SHUFFLE, 2, 5))
-        assert_same_bits(normal[run], draw_normal(int(seed), step, Stream.REGENERATE, 3, 4))
-        assert_same_bits(tried[run], draw_exploration(int(seed), step, float(chance), 2, 50, 4))
-    assert_same_bits(draw_words(5, steps, Stream.SHUFFLE, 3)[1], draw_words(5, steps[1], Stream.SHUFFLE, 3))
+        assert_same_bits(words[run], random_words(int(seed), step, Purpose.SHUFFLE, 2, 5))
+        assert_same_bits(normal[run], random_normal(int(seed), step, Purpose.REGENERATE, 3, 4))
+        assert_same_bits(tried[run], random_exploration(int(seed), step, float(chance), 2, 50, 4))
+    assert_same_bits(random_words(5, steps, Purpose.SHUFFLE, 3)[1], random_words(5, steps[1], Purpose.SHUFFLE, 3))
 
 
 # Coefficients of the step ---------------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ from training.errors import UserError
 from training.storage.checkpoint_files import steps_in
 from training.study.config import StudyConfig
 from training.study.file import save_study
-from training.study.ray.launcher import on_ray
+from training.study.ray.launcher import ray_launcher
 from training.study.ray.session import _check_address, session
 from training.study.ray.worker import check_place, progress_of, versions
-from training.study.vmapped import mapped_step
+from training.study.vmapped import vmapped_step
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra cluster is not installed")
 TEXT = "the router sends each token to the expert that it surprises least.\n" * 60
@@ -102,7 +102,7 @@ def kill_once(folder: Path, group: str, seen: dict[str, Any]) -> threading.Threa
 
 @needs_ray
 def test_ray_and_the_local_launcher_leave_the_same_study(ray: Any, study: StudyConfig, local: Path, home: Path) -> None:
-    found = run_study(study, home / "whole", runs_at_once=AT_ONCE, launcher=on_ray())
+    found = run_study(study, home / "whole", runs_at_once=AT_ONCE, launcher=ray_launcher())
     assert_same_study(home / "whole", local)
     assert {row["status"] for row in found.rows} == {"finished"}
     assert (home / "whole" / "report.html").stat().st_size > 10_000
@@ -115,7 +115,7 @@ def test_a_killed_worker_loses_only_its_unfinished_group_and_no_number(
 ) -> None:
     seen: dict[str, Any] = {}
     thread = kill_once(home / "killed", "group_000", seen)
-    run_study(study, home / "killed", runs_at_once=AT_ONCE, launcher=on_ray())
+    run_study(study, home / "killed", runs_at_once=AT_ONCE, launcher=ray_launcher())
     thread.join()
     assert seen["by"] not in (None, seen["killed"])
     assert seen["first"] > AT_ONCE * seen["saved"], "its successor goes on from the checkpoint"
@@ -135,7 +135,7 @@ def test_a_group_without_retries_left_is_named_the_others_end_and_the_local_laun
     thread = threading.Thread(target=kill)
     thread.start()
     with pytest.raises(UserError, match=r"group_001: expected to end, lost 1 worker.*--resume --out"):
-        run_study(study, out, runs_at_once=AT_ONCE, launcher=on_ray())
+        run_study(study, out, runs_at_once=AT_ONCE, launcher=ray_launcher())
     thread.join()
     assert [row["status"] for row in rows(out)].count("finished") == 5
     run_study(study, out, resume=True)
@@ -149,7 +149,7 @@ def test_ray_goes_on_with_what_the_local_launcher_began_and_a_mistake_in_a_group
     calls: list[int] = []
 
     def counted(configs: Any) -> Any:
-        step = mapped_step(configs)
+        step = vmapped_step(configs)
 
         def stepped(*given: Any) -> Any:
             calls.append(1)
@@ -160,14 +160,14 @@ def test_ray_goes_on_with_what_the_local_launcher_began_and_a_mistake_in_a_group
         return stepped
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.study.group.mapped_step", counted)
+        patch.setattr("training.study.group.vmapped_step", counted)
         with pytest.raises(KeyboardInterrupt):
             run_study(study, home / "mixed", runs_at_once=AT_ONCE)
     (home / "text.txt").write_text(TEXT[::-1], encoding="utf-8")
     with pytest.raises(UserError, match="text"):
-        run_study(study, home / "mixed", resume=True, launcher=on_ray())
+        run_study(study, home / "mixed", resume=True, launcher=ray_launcher())
     (home / "text.txt").write_text(TEXT, encoding="utf-8")
-    run_study(study, home / "mixed", resume=True, launcher=on_ray())
+    run_study(study, home / "mixed", resume=True, launcher=ray_launcher())
     assert_same_study(home / "mixed", local)
 
 
@@ -309,8 +309,8 @@ def test_what_is_wrong_with_a_node_or_a_group_is_one_line(
     with monkeypatch.context() as patch:
         patch.setattr("training.study.ray.launcher.versions", lambda: versions() | {"torch": "9"})
         with pytest.raises(UserError, match=r"node .*: expected torch 9 as on the driver"):
-            run_study(study, home / "none", launcher=on_ray())
+            run_study(study, home / "none", launcher=ray_launcher())
     assert not (home / "none").exists()
     monkeypatch.setattr("training.study.ray.launcher.memory_of_a_run", lambda _: 1 << 38)
     with pytest.raises(UserError, match=r"group_000: expected a node with 768\.5 GiB"):
-        run_study(study, home / "large", runs_at_once=AT_ONCE, launcher=on_ray())
+        run_study(study, home / "large", runs_at_once=AT_ONCE, launcher=ray_launcher())

@@ -27,8 +27,8 @@ from training.storage.checkpoint import load_params
 from training.storage.recorder import to_record
 from training.study.config import Arm, StudyConfig, baselines_of, expand, quick_study, study_values
 from training.study.file import load_study, parse_study, save_study
-from training.study.plan import memory_of_a_run, plan_chunks
-from training.study.vmapped import mapped_step, split_numbers
+from training.study.plan import memory_of_a_run, plan_groups
+from training.study.vmapped import split_numbers, vmapped_step
 
 TEXT = "the router sends each token to the expert that it surprises least.\n" * 60
 MODEL = ModelConfig(257, 16, 2, 2, 1, 8, 8, 4, num_experts_per_tok=2)
@@ -184,7 +184,7 @@ def run_counted_study(
     calls = []
 
     def counted(configs):
-        step = mapped_step(configs)
+        step = vmapped_step(configs)
 
         def stepped(*given):
             if len(calls) == last:
@@ -194,7 +194,7 @@ def run_counted_study(
 
         return stepped
 
-    patch.setattr("training.study.group.mapped_step", counted)
+    patch.setattr("training.study.group.vmapped_step", counted)
     run_study(study, out, **how)
     return len(calls)
 
@@ -231,10 +231,10 @@ def test_a_text_that_changed_is_noticed_before_any_group_goes_on(
         groups.append(1)
         if len(groups) > finished:
             raise RuntimeError("killed")
-        return mapped_step(configs)
+        return vmapped_step(configs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.study.group.mapped_step", interrupted)
+        patch.setattr("training.study.group.vmapped_step", interrupted)
         with pytest.raises(RuntimeError, match="killed"):
             run_study(study, out)
     assert not [*out.glob("checkpoints/group_*/checkpoints/step_*")]
@@ -249,7 +249,7 @@ def test_a_text_that_changed_is_noticed_before_any_group_goes_on(
 def test_a_finished_study_is_not_repeated(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.study.group.mapped_step", lambda configs: pytest.fail("trained again"))
+    monkeypatch.setattr("training.study.group.vmapped_step", lambda configs: pytest.fail("trained again"))
     copy = tmp_path / "copy"
     shutil.copytree(done, copy)
     assert main(["study", "--resume", "--out", str(copy)]) == 0
@@ -261,13 +261,13 @@ def test_a_finished_study_is_not_repeated(
 # Groups ---------------------------------------------------------------------------------------------------------------
 
 
-def test_chunks_mix_no_static_settings_and_hold_every_run_once() -> None:
+def test_groups_mix_no_static_settings_and_hold_every_run_once() -> None:
     runs = expand(small_study(seeds=range(5)))
-    chunks = plan_chunks(runs, 4)
-    assert sorted(run.id for chunk in chunks for run in chunk.runs) == sorted(run.id for run in runs)
-    assert [len(chunk.runs) for chunk in chunks] == [4, 4, 4, 3, 3, 2]
-    for chunk in chunks:
-        assert len({(run.config.model, run.config.steps) for run in chunk.runs}) == 1
+    groups = plan_groups(runs, 4)
+    assert sorted(run.id for group in groups for run in group.runs) == sorted(run.id for run in runs)
+    assert [len(group.runs) for group in groups] == [4, 4, 4, 3, 3, 2]
+    for group in groups:
+        assert len({(run.config.model, run.config.steps) for run in group.runs}) == 1
 
 
 @pytest.mark.parametrize(
@@ -284,8 +284,8 @@ def test_chunks_mix_no_static_settings_and_hold_every_run_once() -> None:
 def test_a_static_key_mixed_into_a_vmapped_group_is_named_with_the_mend(changes: dict[str, Any], message: str) -> None:
     base = small_study().base
     with pytest.raises(UserError, match=message) as error:
-        mapped_step([base, replace(base, seed=1, hyper=replace(base.hyper, lr=1e-2)), replace(base, **changes)])
-    assert "plan_chunks" in str(error.value)
+        vmapped_step([base, replace(base, seed=1, hyper=replace(base.hyper, lr=1e-2)), replace(base, **changes)])
+    assert "plan_groups" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -309,9 +309,9 @@ def test_as_many_runs_at_once_as_memory_allows(monkeypatch: pytest.MonkeyPatch) 
     need = memory_of_a_run(runs[0].config)
     for free, wanted in ((0, 1), (2 * 5 * need, 5), (2**60, 20)):
         monkeypatch.setattr("training.study.plan.available_memory", lambda free=free: free)
-        assert max(len(chunk.runs) for chunk in plan_chunks(runs)) == wanted
+        assert max(len(group.runs) for group in plan_groups(runs)) == wanted
     large = [run._replace(config=replace(run.config, batch_size=4096)) for run in runs]
-    assert max(len(chunk.runs) for chunk in plan_chunks(large)) < 5, "a large step has no overhead to share"
+    assert max(len(group.runs) for group in plan_groups(large)) < 5, "a large step has no overhead to share"
 
 
 def test_numbers_that_agree_stay_python_numbers_and_others_are_mapped() -> None:

@@ -26,9 +26,9 @@ from training.run.evaluate import evaluate
 from training.storage.checkpoint import load_params
 from training.study.config import Arm, StudyConfig, expand, study_values
 from training.study.file import load_study, save_study
-from training.study.plan import plan_chunks
+from training.study.plan import plan_groups
 from training.study.tasks import batches_at, continual_measures, row_tasks, task_at, task_that_ends
-from training.study.vmapped import mapped_step
+from training.study.vmapped import vmapped_step
 
 MODEL = ModelConfig(257, 16, 1, 2, 1, 8, 8, 4, num_experts_per_tok=2)
 ARMS = (Arm("plain"), Arm("replay", {"replay": 0.5}))
@@ -158,7 +158,7 @@ def test_replay_is_a_function_of_seed_and_step_and_begins_with_the_second_task()
 def test_orders_and_replay_train_in_one_program_and_pairs_share_seed_and_order(texts: dict[str, str]) -> None:
     runs = expand(stream_study(texts))
     assert len(runs) == 2 * 2 * 2
-    assert len(plan_chunks(runs, 16)) == 1
+    assert len(plan_groups(runs, 16)) == 1
     assert runs[3].id == "replay-order2-seed0"
     assert runs[3].order == ORDERS[1]
     assert {run.arm for run in runs} == {arm.name for arm in ARMS}  # an order is no arm
@@ -199,7 +199,7 @@ def test_a_stream_that_is_stopped_behind_a_task_and_resumed_has_the_same_bits(
     out, made = tmp_path / "killed", []
 
     def counted(configs):
-        step = mapped_step(configs)
+        step = vmapped_step(configs)
 
         def stepped(*given):
             if len(made) == 3:  # one task is scored
@@ -210,7 +210,7 @@ def test_a_stream_that_is_stopped_behind_a_task_and_resumed_has_the_same_bits(
         return stepped
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.study.group.mapped_step", counted)
+        patch.setattr("training.study.group.vmapped_step", counted)
         with pytest.raises(KeyboardInterrupt):
             run_study(stream_study(texts), out)
     run_study(stream_study(texts), out, resume=True)

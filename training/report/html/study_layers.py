@@ -5,7 +5,7 @@ With p the shares of a layer's routed rows that its E experts got:
     load entropy  = -sum_e p_e log p_e / log E           1: an even load, 0: one expert takes all
     MaxVio        = (max p - mean p) / mean p            0: an even load, E - 1: one expert takes all
     dead experts  = experts of the layer without a row in the batch
-    co-activation = as `training.study.routing_analysis.excess_meetings` has it, measured on held-out text
+    co-activation = as `training.study.routing_analysis.coactivation_excess` has it, measured on held-out text
 """
 
 import math

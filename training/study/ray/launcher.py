@@ -20,7 +20,7 @@ from training.storage.lock import LOCK
 from training.storage.results import Row
 from training.study.config import StudyConfig
 from training.study.launch import Finished, Launch, Launcher
-from training.study.plan import Chunk, memory_of_a_run
+from training.study.plan import Group, memory_of_a_run
 from training.study.ray.session import session
 from training.study.ray.worker import Job, Place, check_place, progress_of, train_remotely, versions
 
@@ -32,7 +32,7 @@ PROCESS_MEMORY = 1 << 29  # bytes of a worker before its first run: Python and t
 KEPT_VARIABLES = ("TINY_ONN_CACHE",)
 
 
-def on_ray(address: str | None = None) -> Launcher:
+def ray_launcher(address: str | None = None) -> Launcher:
     """A launcher that hands groups to the Ray cluster at an address, or to a Ray of this machine, ended with the study.
 
     Args:
@@ -53,27 +53,27 @@ def on_ray(address: str | None = None) -> Launcher:
     return launcher
 
 
-def _launch(ray: Any, place: Place, study: StudyConfig, chunks: Sequence[Chunk], folder: Path, bar: tqdm) -> Finished:
+def _launch(ray: Any, place: Place, study: StudyConfig, groups: Sequence[Group], folder: Path, bar: tqdm) -> Finished:
     """All groups at once; Ray starts those for which there is room."""
-    before, made = bar.n, dict.fromkeys((chunk.name for chunk in chunks), 0)
-    tasks: dict[Any, Chunk] = {}
+    before, made = bar.n, dict.fromkeys((group.name for group in groups), 0)
+    tasks: dict[Any, Group] = {}
     lost: list[str] = []
     try:
-        for chunk in chunks:
-            tasks[_submit(ray, place, study, chunk)] = chunk
+        for group in groups:
+            tasks[_submit(ray, place, study, group)] = group
         while tasks:
             ready, _ = ray.wait([*tasks], timeout=POLL)
             for task in ready:
-                chunk = tasks.pop(task)
+                group = tasks.pop(task)
                 if (rows := _rows(ray, task)) is None:
-                    lost.append(chunk.name)
+                    lost.append(group.name)
                     continue
-                made[chunk.name] = sum(run.config.steps for run in chunk.runs)
-                yield chunk, rows
-            said = [_look(folder, chunk, made) for chunk in tasks.values()]
+                made[group.name] = sum(run.config.steps for run in group.runs)
+                yield group, rows
+            said = [_look(folder, group, made) for group in tasks.values()]
             running = [text for text in said if text]
             bar.n = before + sum(made.values())
-            bar.set_description(f"{len(chunks) - len(tasks)}/{len(chunks)} groups, {len(running)} running", False)
+            bar.set_description(f"{len(groups) - len(tasks)}/{len(groups)} groups, {len(running)} running", False)
             bar.set_postfix_str(running[0] if running else "", refresh=True)
     finally:
         _end(ray, [*tasks])
@@ -84,23 +84,23 @@ def _launch(ray: Any, place: Place, study: StudyConfig, chunks: Sequence[Chunk],
         )
 
 
-def _submit(ray: Any, place: Place, study: StudyConfig, chunk: Chunk) -> Any:
+def _submit(ray: Any, place: Place, study: StudyConfig, group: Group) -> Any:
     """The group as a task that asks for its threads and its memory."""
-    config = chunk.runs[0].config
+    config = group.runs[0].config
     threads = config.threads or 1  # groups, not threads, fill the processors
-    need = PROCESS_MEMORY + len(chunk.runs) * memory_of_a_run(config)
+    need = PROCESS_MEMORY + len(group.runs) * memory_of_a_run(config)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = max(node.get("memory", 0) for node in nodes)
     if need > room:
         raise UserError(
-            f"{chunk.name}: expected a node with {need / 2**30:.1f} GiB for its {len(chunk.runs)} runs, the largest "
+            f"{group.name}: expected a node with {need / 2**30:.1f} GiB for its {len(group.runs)} runs, the largest "
             f"has {room / 2**30:.1f}; begin anew with a smaller --runs-at-once"
         )
     cpus = min(threads, max(node.get("CPU", 0) for node in nodes))
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-    job = Job(study, chunk, place, threads, kept)
+    job = Job(study, group, place, threads, kept)
     task = ray.remote(train_remotely)
-    return task.options(name=chunk.name, num_cpus=cpus, memory=need, max_retries=RETRIES).remote(job)
+    return task.options(name=group.name, num_cpus=cpus, memory=need, max_retries=RETRIES).remote(job)
 
 
 def _rows(ray: Any, task: Any) -> list[Row] | None:
@@ -117,10 +117,10 @@ def _rows(ray: Any, task: Any) -> list[Row] | None:
         return None
 
 
-def _look(folder: Path, chunk: Chunk, made: dict[str, int]) -> str:
+def _look(folder: Path, group: Group, made: dict[str, int]) -> str:
     """How a group that runs is going, its steps put on record; "" where it does not run yet."""
-    progress = progress_of(folder, chunk.name)
-    made[chunk.name] = max(made[chunk.name], progress.made)
+    progress = progress_of(folder, group.name)
+    made[group.name] = max(made[group.name], progress.made)
     return progress.said
 
 

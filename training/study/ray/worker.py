@@ -14,7 +14,7 @@ from training.errors import UserError
 from training.storage.lock import LOCK
 from training.storage.results import Row
 from training.study.config import StudyConfig
-from training.study.plan import Chunk
+from training.study.plan import Group
 
 PROGRESS, EVERY = "progress.json", 0.5  # a group's file beside its checkpoints, and seconds between two versions
 
@@ -32,7 +32,7 @@ class Job(NamedTuple):
     """All that a group needs to be trained on another machine."""
 
     study: StudyConfig
-    chunk: Chunk
+    group: Group
     place: Place
     threads: int
     variables: Mapping[str, str]  # of the environment
@@ -75,7 +75,7 @@ def train_remotely(job: Job) -> list[Row]:
     """
     import torch
 
-    from training.run.process import keep_freed_memory
+    from training.run.process import disable_heap_trimming
     from training.study.launch import train_group
 
     folder = Path(job.place.folder)
@@ -83,10 +83,10 @@ def train_remotely(job: Job) -> list[Row]:
         raise UserError(f"node {socket.gethostname()}: {fault}")
     os.environ.update(job.variables)
     os.chdir(job.place.cwd)
-    keep_freed_memory()
+    disable_heap_trimming()
     torch.set_num_threads(job.threads)
-    with _Teller(folder, job.chunk.name) as teller:
-        return train_group(job.study, job.chunk, folder, teller)
+    with _Teller(folder, job.group.name) as teller:
+        return train_group(job.study, job.group, folder, teller)
 
 
 def progress_of(folder: Path, name: str) -> Progress:
