@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.analysis import t_interval
 from training.arm_facts import read_facts
+from training.statistics import t_interval
 from training.study_results import FINISHED, Row, pair_key, read_results
 
 VALUES = ("w2", "unweighted", "experts", "input", "benefit", "visited best")

@@ -25,8 +25,8 @@ from torch.func import grad, vmap
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import stack
 from training import Batch, HyperParams, TrainState, hyper_step, init_state
-from training.analysis import t_interval
 from training.data import batch_at, open_corpus
+from training.statistics import t_interval
 
 MODEL = ModelConfig(257, 32, 2, 2, 1, 16, 16, 16, num_experts_per_tok=4)
 HYPER = HyperParams(

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.analysis import analyse_rows, holm, study_table, t_interval, t_test, tost
+from training.analysis import analyse_rows, study_table
 from training.run_config import RunConfig
+from training.statistics import holm, t_interval, t_test, tost
 from training.study_config import Arm, StudyConfig, expand
 from training.study_results import empty_row
 
