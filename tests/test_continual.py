@@ -220,10 +220,11 @@ def test_a_stream_that_is_stopped_behind_a_task_and_resumed_has_the_same_bits(
         assert all(torch.equal(mine[name], leaf) for name, leaf in theirs.items())
 
 
-def test_the_analysis_pairs_by_seed_and_order(done: Path) -> None:
+def test_the_analysis_pairs_seeds_with_all_orders(done: Path) -> None:
     analysis = json.loads((done / "analysis.json").read_text(encoding="utf-8"))
     assert analysis["arms"]["plain"]["n"] == 4
     pair = analysis["against_baseline"]["replay"]
+    assert (pair["n"], pair["orders"]) == (2, 2)
     found = {(row["arm"], row["seed"], row["order"]): row for row in rows(done)}
     for measure, difference in (("nats_per_token", pair), ("bwt", analysis["continual"]["replay"]["bwt"])):
         each = [

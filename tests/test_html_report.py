@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.test_study import small_study
-from training.analysis import analyse, study_table
+from training.analysis import analyse, level_note, study_table
 from training.cli import main
 from training.continual import continual_measures
 from training.html_arms import scores_by_seed, shared_end
@@ -180,10 +180,10 @@ def test_every_cell_of_the_results_is_the_analysis(studied: Path) -> None:
         flops = f"{arm['flops_per_token']:,.0f} 12,345 weights"
         compared = ["baseline", NOTHING, f"{arm['avg_k']:.2f}", flops, NOTHING, NOTHING]
         if pair is not None:
-            difference = f"{pair['difference']:+.4f} {pair['low']:+.4f} to {pair['high']:+.4f}"
+            difference = f"{pair['difference']:+.4f} {pair['low']:+.4f} to {pair['high']:+.4f}{level_note(pair)}"
             k = f"{arm['avg_k']:.2f} {'matched' if pair['k_matched'] else 'not matched'}"
             flops += " matched"
-            compared = [pair["verdict"], difference, k, flops, f"{pair['p_holm']:.3g}", f"{pair['tost_p']:.3g}"]
+            compared = [pair["verdict"], difference, k, flops, f"{pair['p_holm']:.3g}", f"{pair['tost_p_holm']:.3g}"]
         verdict, difference, k, flops, p_holm, tost_p = compared
         assert row[1:] == [
             verdict, f"{arm['mean']:.4f} {arm['low']:.4f} to {arm['high']:.4f}", difference, k, "1.50", "3.0",
