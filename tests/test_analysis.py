@@ -345,6 +345,8 @@ def test_pairs_of_a_stream_are_seeds_and_what_orders_have_in_common_counts_once(
     pair = analyse_rows(*stream_of(ordered))["against_baseline"]["other"]
     assert t_test([sum(row) / 2 for row in ordered]) < 1e-4 < 0.05 < pair["p"]
     assert pair["verdict"] == "undecided"
+    same = pair["same_orders_low"], pair["same_orders_high"]
+    assert same == pytest.approx(t_interval([sum(row) / 2 for row in ordered])[1:]), "told beside it"
     alike = [[0.1, 0.102], [0.101, 0.099], [0.099, 0.1], [0.103, 0.101]]
     assert analyse_rows(*stream_of(alike))["against_baseline"]["other"]["verdict"] == "worse"
 

@@ -22,6 +22,7 @@ from training.data import batch_at, held_out_batches, open_corpus, scored_span
 from training.engine import train
 from training.errors import UserError
 from training.evaluate import evaluate
+from training.html_pieces import bounds
 from training.run_config import HyperSettings, RunConfig, hyper_params
 from training.sources import find_source
 from training.study_config import Arm, StudyConfig, expand, study_values
@@ -239,9 +240,11 @@ def test_the_analysis_pairs_seeds_with_all_orders(done: Path) -> None:
 
 
 def test_the_report_has_the_matrices_and_the_measures(done: Path) -> None:
+    pair = json.loads((done / "analysis.json").read_text(encoding="utf-8"))["against_baseline"]["replay"]
     page = (done / "report.html").read_text(encoding="utf-8")
     for words in ("Stream of tasks", "backward transfer", "forgetting", "plasticity", "letters", "digits"):
         assert words in page
+    assert f"in these orders {bounds(pair['same_orders_low'], pair['same_orders_high'], '+.4f')}" in page
     known = [summary(done, row["run"])["score_matrix"] for row in rows(done) if row["arm"] == "replay"]
     for value in np.mean(known, axis=0).flatten():
         assert f">{value:.2f}<" in page

@@ -148,9 +148,7 @@ def _result(arm: ShownArm) -> list[object]:
         with_small(arm_name(arm), seeds),
         with_small(h.badge(verdict), beyond),
         with_small(number(found["mean"]), bounds(found["low"], found["high"])),
-        with_small(
-            number(pair.get("difference"), "+.4f"), bounds(pair.get("low"), pair.get("high"), "+.4f") + level_note(pair)
-        ),
+        with_small(number(pair.get("difference"), "+.4f"), _interval(pair)),
         with_small(number(found["avg_k"], ".2f"), k),
         number(found["max_vio"], ".2f"),
         number(found["dead_experts"], ".1f"),
@@ -160,6 +158,14 @@ def _result(arm: ShownArm) -> list[object]:
         number(pair.get("p_holm"), ".3g"),
         number(pair.get("tost_p_holm"), ".3g"),
     ]
+
+
+def _interval(pair: Mapping[str, Any]) -> str:
+    """The interval of a difference; of several orders of tasks, the one for other orders and the one for these."""
+    found = bounds(pair.get("low"), pair.get("high"), "+.4f") + level_note(pair)
+    if pair.get("orders", 1) == 1 or not found:
+        return found
+    return f"{found}; in these orders {bounds(pair.get('same_orders_low'), pair.get('same_orders_high'), '+.4f')}"
 
 
 def _matched(found: bool | None) -> str:

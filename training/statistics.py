@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 CONFIDENCE = 0.95
-CONSTANT = 1e-12  # nats: what varies by less does not vary; scores have seven digits, and differences are rounded
+CONSTANT = 1e-12  # nats, of values up to 1: less is the rounding of a subtraction, scores have only seven digits
 SURE = 3  # values without spread, but not zero, that are no coincidence; fewer decide nothing
 EQUIVALENT = 3  # pairs that can show equivalence
 Table = Float[np.ndarray, "*studies pairs orders"]
