@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.storage.results import FINISHED, Row, pair_key, read_results
-from training.study.analysis import read_facts
-from training.study.statistics import t_interval
+from training.storage.results import FINISHED, Row, read_results
+from training.study.analysis import paired_differences, read_facts
+from training.study.statistics import Values, t_interval
 
 VALUES = ("w2", "unweighted", "experts", "input", "benefit", "visited best")
 AGREEING = ("w2", "benefit")
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--pair", nargs=2, action="append", metavar=("ARM", "OTHER"), default=[])
     parser.add_argument("--measure", default="nats_per_token", help="column of results.csv")
     given = parser.parse_args()
-    rows = [row for row in read_results(given.folder) if row["status"] == FINISHED]
+    rows = read_results(given.folder)
     for arm, other in given.pair:
         print(f"{given.measure}, {arm} - {other}: {paired(rows, arm, other, given.measure)}")
     if not given.pair:
@@ -36,15 +36,17 @@ def main() -> None:
 
 
 def paired(rows: Sequence[Row], arm: str, other: str, measure: str) -> str:
-    """The mean difference of runs that share everything but the arm, with its interval."""
-    sides = [{pair_key(row): float(row[measure]) for row in rows if row["arm"] == name} for name in (arm, other)]
-    found = [value - sides[1][key] for key, value in sides[0].items() if key in sides[1]]
-    return f"{interval(found)}, {len(found)} pairs" if found else "no pairs"
+    """The mean difference of runs that share everything but the arm, with its interval, as in a study's analysis."""
+    ours, theirs = ([row for row in rows if row["arm"] == name] for name in (arm, other))
+    found = paired_differences(ours, theirs, measure)
+    orders = f" of {found.shape[1]} orders" if found.shape[1] > 1 else ""
+    return f"{interval(found)}, {len(found)} pairs{orders}" if len(found) else "no pairs"
 
 
 def savings(rows: Sequence[Row], facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The lines of a Markdown table; runs whose tokens have no choice among experts are left out."""
-    known = [row for row in rows if row["run"] in facts and agreement(facts[row["run"]], "w2") is not None]
+    done = [row for row in rows if row["status"] == FINISHED and row["run"] in facts]
+    known = [row for row in done if agreement(facts[row["run"]], "w2") is not None]
     head = ("arm", "runs", *VALUES, *(f"agreement of {value}" for value in AGREEING))
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm in (*dict.fromkeys(row["arm"] for row in known), None):
@@ -64,7 +66,7 @@ def agreement(facts: Mapping[str, Any], value: str) -> float | None:
     return facts["agreement"]["tau"][kinds.index(value)][kinds.index("oracle")]
 
 
-def interval(values: Sequence[float]) -> str:
+def interval(values: Values) -> str:
     mean, low, high = t_interval(values)
     bounds = "no interval" if low is None or high is None else f"{low:+.3f} to {high:+.3f}"
     return f"{mean:+.3f} ({bounds})"

@@ -2,30 +2,163 @@
 
 Arms are compared by held-out nats per token; less is better. An arm's difference to the baseline is the mean over seeds
 of (arm - baseline) at the same seed, hence the same data order. In a stream the nats are the mean over all tasks at the
-end, and a pair has the same seed and the same order of the tasks.
+end, and a pair is a seed with all orders of the tasks (`training.statistics`); a seed that lacks one is left out. Tests
+and intervals are about seeds and orders that were not run; `same_orders_low` and `same_orders_high` bound the mean over
+the orders that were, at 95 %, and no verdict stands on them.
 
-- better, worse: the paired t-test rejects no difference at 5 %, corrected for the number of arms (Holm), and the
-  difference is not shown to be within the margin. `beyond_margin`: the whole interval is beyond the margin.
-- equivalent: two one-sided t-tests (TOST) at 5 % put the difference within the margin, which was set before the runs.
+- better, worse: the paired t-test rejects no difference at 5 %, corrected, and the difference is not shown to be within
+  the margin. `beyond_margin`: it is shown, at 5 % and corrected, to be beyond the margin.
+- equivalent: two one-sided t-tests (TOST) at 5 %, corrected, put the difference within the margin, which was set before
+  the runs; three pairs or more. `low` and `high` are then those of the interval that decided it, at `level`.
 - identical: every pair has the same score to the last digit, so what the arm changes had no effect.
 - undecided: neither; also with fewer than two pairs, or when a run of the arm diverged.
+
+Corrected is (Holm 1979) over the family of all comparisons that the study planned: every arm at every point of the
+axes. The answer is read as one, and the best of all its lines is what a reader takes home, so a size or a text more is
+as much a chance to be wrong as an arm more. Comparisons without runs count as well: what was finished, or did not
+diverge, must not decide how strictly the rest is judged. Better or worse, equivalent, and beyond the margin are three
+families, each of them held at 5 %, for each answers a question of its own. One true difference can make only one of the
+first two false, so a false verdict of any kind is in at most 10 % of studies, in 5 % of those whose arms are alike.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
+from training.report.html.elements import level_note
 from training.storage.atomic import write_text
 from training.storage.regular_file import read_object
-from training.storage.results import DIVERGED, FINISHED, Row, pair_key, read_results
+from training.storage.results import DIVERGED, FINISHED, Row, read_results
 from training.study.config import StudyConfig, baselines_of, expand
-from training.study.statistics import CONFIDENCE, Interval, holm, t_interval, t_test, tost
+from training.study.statistics import CONFIDENCE, beyond, holm, step_down, t_interval, t_test, tost
 from training.study.tasks import Continual
 
+LEVEL = 0.05  # of all tests, of the whole family
+MATCHED = 0.05  # avg_k, or the operations of a forward pass, within this share of the baseline's count as equal
+MEASURE = "nats_per_token"
+BESIDE = (
+    "bits_per_byte",
+    "avg_k",
+    "max_vio",
+    "dead_experts",
+    "gating_acc",
+    "gating_trivial",
+    "active_parameters",
+    "flops_per_token",
+    "load_entropy",
+    "regret",
+    "regret_random",
+    "regret_w2",
+    "oracle_hits",
+    "co_activation",
+    "routing_drift",
+    "seconds",
+)
 OWN = ("co_activation_cosine",)  # tables of one run's experts: those of other seeds are strangers, so no mean is made
+
+
+def analyse(folder: str | Path) -> dict[str, Any]:
+    """The analysis of a study's folder, which is also written there as analysis.json."""
+    from training.study.file import load_study
+
+    folder = Path(folder)
+    rows = read_results(folder)
+    facts = read_facts(folder, [row["run"] for row in rows])
+    analysis = analyse_rows(load_study(folder / "study.yaml"), rows, facts)
+    write_text(folder / "analysis.json", json.dumps(analysis, indent=2) + "\n")
+    return analysis
+
+
+def analyse_rows(
+    study: StudyConfig, rows: Sequence[Row], facts: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The values of analysis.json, from the rows of results.csv (numbers, or their text) and runs' routing facts."""
+    by_label: dict[str, list[Row]] = {}
+    for run, row in zip(expand(study), rows, strict=True):
+        by_label.setdefault(run.arm, []).append(row)
+    chosen = {label: _best_point(found, study.tune) for label, found in by_label.items()}
+    arms = {label: _describe(found, study.tune, facts or {}) for label, found in chosen.items()}
+    baselines = baselines_of(study)
+    pairs = {
+        label: paired_differences(chosen[label], chosen[other], MEASURE)
+        for label, other in baselines.items()
+        if label != other
+    }
+    lost = {label for label in pairs if arms[label]["diverged"] or arms[baselines[label]]["diverged"]}
+    against = judge(pairs, study.margin, lost)
+    for label, found in against.items():
+        found["baseline"] = baselines[label]
+        for key, measure in {"k_matched": "avg_k", "flops_matched": "flops_per_token"}.items():
+            ours, theirs = arms[label][measure], arms[baselines[label]][measure]
+            found[key] = None if ours is None or not theirs else abs(ours / theirs - 1) <= MATCHED
+    stream = {"continual": _continual(chosen, baselines)} if study.tasks else {}
+    facts = {key: getattr(study, key) for key in ("name", "question", "margin", "falsifier")}
+    baseline = study.baseline or next(iter(baselines.values()))
+    return {
+        **facts, "baseline": baseline, "measure": MEASURE, "confidence": CONFIDENCE, "tuned": list(study.tune),
+        "matched_within": MATCHED, "answer": _answer(against, baseline, study.margin), "arms": arms,
+        "against_baseline": against, **stream,
+    }  # fmt: skip
+
+
+def paired_differences(ours: Sequence[Row], theirs: Sequence[Row], measure: str) -> Float[np.ndarray, "pairs orders"]:
+    """ours - theirs, one row for each seed that has finished runs of both for every order of the tasks."""
+    found = _grid(ours, measure, (*ours, *theirs)) - _grid(theirs, measure, (*ours, *theirs))
+    return _whole(found)
+
+
+def judge(
+    differences: Mapping[str, Float[np.ndarray, "pairs orders"]], margin: float, lost: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Label -> tests, verdict and interval of its paired differences; `lost` are those where a run diverged."""
+    found = decide({label: _compare(pairs, margin) for label, pairs in differences.items()}, lost)
+    multiplied = step_down(_planned(found, "tost_p"))
+    for label, pair in found.items():
+        if pair["verdict"] == "equivalent":
+            pair["level"] = 1 - 2 * LEVEL / multiplied[label]
+            _, pair["low"], pair["high"] = t_interval(differences[label], pair["level"])
+    return found
+
+
+def decide(pairs: Mapping[str, Mapping[str, Any]], lost: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """The comparisons of one family with their p values corrected, and verdicts."""
+    found = {label: dict(pair) for label, pair in pairs.items()}
+    for key in ("p", "tost_p", "beyond_p"):
+        corrected = holm(_planned(pairs, key))
+        for label, pair in found.items():
+            pair[f"{key}_holm"] = None if pair[key] is None else corrected[label]
+    for label, pair in found.items():
+        pair["beyond_margin"] = None if pair["beyond_p"] is None else pair["beyond_p_holm"] < LEVEL
+        pair["verdict"] = "undecided" if label in lost else _verdict(pair)
+    return found
+
+
+def study_table(analysis: Mapping[str, Any]) -> str:
+    """The analysis for the terminal: one line an arm, the best first."""
+    head = ["arm", "n", "nats per token", "95 % interval", "difference", "95 % interval", "avg K", "regret", "verdict"]
+    lines = [head]
+    order = sorted(analysis["arms"].items(), key=lambda item: math.inf if item[1]["mean"] is None else item[1]["mean"])
+    for label, arm in order:
+        pair = analysis["against_baseline"].get(label, {"verdict": "baseline"})
+        name = label + "".join(f" ({key.rpartition('.')[2]} {value})" for key, value in arm["tuned"].items())
+        verdict = pair["verdict"] + (f", {arm['diverged']} diverged" if arm["diverged"] else "")
+        lines.append([
+            name, str(arm["n"]), _number(arm["mean"]), _bounds(arm), _number(pair.get("difference"), "+.4f"),
+            _bounds(pair, "+.4f") + level_note(pair), _number(arm["avg_k"], ".2f"), _number(arm["regret"], ".3f"),
+            verdict,
+        ])  # fmt: skip
+    if not any(line[7] for line in lines[1:]):  # nothing was analysed
+        lines = [line[:7] + line[8:] for line in lines]
+    head = lines[0]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, "", analysis["answer"]])
 
 
 def read_facts(folder: Path, runs: Sequence[str]) -> dict[str, Mapping[str, Any]]:
@@ -56,94 +189,6 @@ def _mean(values: Sequence[Any]) -> Any:
     return first if isinstance(first, str) else fmean(known)
 
 
-LEVEL = 0.05  # of both tests
-MATCHED = 0.05  # avg_k, or the operations of a forward pass, within this share of the baseline's count as equal
-MEASURE = "nats_per_token"
-BESIDE = (
-    "bits_per_byte",
-    "avg_k",
-    "max_vio",
-    "dead_experts",
-    "gating_acc",
-    "gating_trivial",
-    "active_parameters",
-    "flops_per_token",
-    "load_entropy",
-    "regret",
-    "regret_random",
-    "regret_w2",
-    "oracle_hits",
-    "co_activation",
-    "routing_drift",
-    "seconds",
-)
-
-
-def analyse(folder: str | Path) -> dict[str, Any]:
-    """The analysis of a study's folder, which is also written there as analysis.json."""
-    from training.study.file import load_study
-
-    folder = Path(folder)
-    rows = read_results(folder)
-    facts = read_facts(folder, [row["run"] for row in rows])
-    analysis = analyse_rows(load_study(folder / "study.yaml"), rows, facts)
-    write_text(folder / "analysis.json", json.dumps(analysis, indent=2) + "\n")
-    return analysis
-
-
-def analyse_rows(
-    study: StudyConfig, rows: Sequence[Row], facts: Mapping[str, Mapping[str, Any]] | None = None
-) -> dict[str, Any]:
-    """The values of analysis.json, from the rows of results.csv (numbers, or their text) and runs' routing facts."""
-    by_label: dict[str, list[Row]] = {}
-    for run, row in zip(expand(study), rows, strict=True):
-        by_label.setdefault(run.arm, []).append(row)
-    chosen = {label: _best_point(found, study.tune) for label, found in by_label.items()}
-    arms = {label: _describe(found, study.tune, facts or {}) for label, found in chosen.items()}
-    baselines = baselines_of(study)
-    against = {
-        label: _compare(chosen[label], chosen[other], study.margin) | {"baseline": other}
-        for label, other in baselines.items()
-        if label != other
-    }
-    corrected = holm({label: found["p"] for label, found in against.items() if found["p"] is not None})
-    for label, found in against.items():
-        found["p_holm"] = corrected.get(label)
-        found["verdict"] = _verdict(found, arms[label]["diverged"] + arms[baselines[label]]["diverged"])
-        for key, measure in {"k_matched": "avg_k", "flops_matched": "flops_per_token"}.items():
-            ours, theirs = arms[label][measure], arms[baselines[label]][measure]
-            found[key] = None if ours is None or not theirs else abs(ours / theirs - 1) <= MATCHED
-    stream = {"continual": _continual(chosen, baselines)} if study.tasks else {}
-    facts = {key: getattr(study, key) for key in ("name", "question", "margin", "falsifier")}
-    baseline = study.baseline or next(iter(baselines.values()))
-    return {
-        **facts, "baseline": baseline, "measure": MEASURE, "confidence": CONFIDENCE, "tuned": list(study.tune),
-        "matched_within": MATCHED, "answer": _answer(against, baseline, study.margin), "arms": arms,
-        "against_baseline": against, **stream,
-    }  # fmt: skip
-
-
-def study_table(analysis: Mapping[str, Any]) -> str:
-    """The analysis for the terminal: one line an arm, the best first."""
-    head = ["arm", "n", "nats per token", "95 % interval", "difference", "95 % interval", "avg K", "regret", "verdict"]
-    lines = [head]
-    order = sorted(analysis["arms"].items(), key=lambda item: math.inf if item[1]["mean"] is None else item[1]["mean"])
-    for label, arm in order:
-        pair = analysis["against_baseline"].get(label, {"verdict": "baseline"})
-        name = label + "".join(f" ({key.rpartition('.')[2]} {value})" for key, value in arm["tuned"].items())
-        verdict = pair["verdict"] + (f", {arm['diverged']} diverged" if arm["diverged"] else "")
-        lines.append([
-            name, str(arm["n"]), _number(arm["mean"]), _bounds(arm), _number(pair.get("difference"), "+.4f"),
-            _bounds(pair, "+.4f"), _number(arm["avg_k"], ".2f"), _number(arm["regret"], ".3f"), verdict,
-        ])  # fmt: skip
-    if not any(line[7] for line in lines[1:]):  # nothing was analysed
-        lines = [line[:7] + line[8:] for line in lines]
-    head = lines[0]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*text, "", analysis["answer"]])
-
-
 # Pieces ---------------------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +199,7 @@ def _best_point(rows: Sequence[Row], tune: Sequence[str]) -> list[Row]:
         points.setdefault(tuple(str(row[key]) for key in tune), []).append(row)
 
     def rank(found: list[Row]) -> tuple[int, int, float]:
-        scores = [*_scores(found).values()]
+        scores = _scores(found)
         lost = sum(row["status"] == DIVERGED for row in found)
         return lost, -len(scores), fmean(scores) if scores else math.inf
 
@@ -162,15 +207,15 @@ def _best_point(rows: Sequence[Row], tune: Sequence[str]) -> list[Row]:
 
 
 def _describe(rows: Sequence[Row], tune: Sequence[str], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    scores = [*_scores(rows).values()]
-    interval = t_interval(scores) if scores else Interval(math.nan, None, None)
+    scores, whole = _scores(rows), _whole(_grid(rows, MEASURE, rows))
+    mean, low, high = _interval(whole)
     beside = {key: [float(row[key]) for row in rows if row.get(key) not in (None, "")] for key in BESIDE}
     return {
-        "mean": interval.mean if scores else None,
-        "low": interval.low,
-        "high": interval.high,
-        "n": len(scores),
-        "seeds": len({str(row["seed"]) for row in rows if row["status"] == FINISHED}),
+        "mean": fmean(scores) if mean is None and scores else mean,
+        "low": low,
+        "high": high,
+        "n": whole.size or len(scores),
+        "seeds": len(whole) or len({str(row["seed"]) for row in rows if row["status"] == FINISHED}),
         **{key: fmean(values) if values else None for key, values in beside.items()},
         "diverged": sum(row["status"] == DIVERGED for row in rows),
         "tuned": {key: _plain(rows[0][key]) for key in tune},
@@ -179,17 +224,30 @@ def _describe(rows: Sequence[Row], tune: Sequence[str], facts: Mapping[str, Mapp
     }
 
 
-def _compare(ours: Sequence[Row], theirs: Sequence[Row], margin: float) -> dict[str, Any]:
-    mine, other = _scores(ours), _scores(theirs)
-    differences = [score - other[seed] for seed, score in mine.items() if seed in other]
-    if not differences:
-        return dict.fromkeys(("difference", "low", "high", "p", "tost_p", "beyond_margin", "identical")) | {"n": 0}
-    mean, low, high = t_interval(differences)
-    beyond = None if low is None or high is None else high < -margin or low > margin
+def _compare(pairs: Float[np.ndarray, "pairs orders"], margin: float) -> dict[str, Any]:
+    if not len(pairs):
+        return dict.fromkeys(("difference", "low", "high", "level", "p", "tost_p", "beyond_p", "identical")) | {"n": 0}
+    mean, low, high = t_interval(pairs)
+    _, *same = t_interval(pairs.mean(axis=1, keepdims=True))
     return {
-        "difference": mean, "low": low, "high": high, "n": len(differences), "p": t_test(differences),
-        "tost_p": tost(differences, margin), "beyond_margin": beyond, "identical": not any(differences),
+        "difference": mean, "low": low, "high": high, "level": CONFIDENCE, "n": len(pairs), "orders": pairs.shape[1],
+        "same_orders_low": same[0], "same_orders_high": same[1],
+        "p": t_test(pairs), "tost_p": tost(pairs, margin), "beyond_p": beyond(pairs, margin),
+        "identical": not pairs.any(),
     }  # fmt: skip
+
+
+def _verdict(pair: Mapping[str, Any]) -> str:
+    if pair["tost_p_holm"] is not None and pair["tost_p_holm"] < LEVEL:
+        return "equivalent"
+    if pair["p_holm"] is not None and pair["p_holm"] < LEVEL:
+        return "better" if pair["difference"] < 0 else "worse"
+    return "undecided"
+
+
+def _planned(pairs: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, float]:
+    """The p of every comparison of the plan; 1 where runs are missing."""
+    return {label: 1.0 if pair[key] is None else pair[key] for label, pair in pairs.items()}
 
 
 def _continual(chosen: Mapping[str, Sequence[Row]], baselines: Mapping[str, str]) -> dict[str, Any]:
@@ -198,26 +256,13 @@ def _continual(chosen: Mapping[str, Sequence[Row]], baselines: Mapping[str, str]
     for label, rows in chosen.items():
         found[label] = {}
         for measure in Continual._fields:
-            mine, other = _values(rows, measure), _values(chosen[baselines[label]], measure)
-            pairs = [value - other[key] for key, value in mine.items() if key in other]
-            alone = t_interval([*mine.values()]) if mine else Interval(math.nan, None, None)
-            against = t_interval(pairs) if pairs and label != baselines[label] else Interval(math.nan, None, None)
-            found[label][measure] = {
-                "mean": alone.mean if mine else None, "low": alone.low, "high": alone.high, "n": len(mine),
-                "difference": None if math.isnan(against.mean) else against.mean,
-                "difference_low": against.low, "difference_high": against.high,
-            }  # fmt: skip
+            mine = _whole(_grid(rows, measure, rows))
+            pairs = paired_differences(rows, chosen[baselines[label]], measure)
+            alone = dict(zip(("mean", "low", "high"), _interval(mine), strict=True))
+            against = _interval(pairs if label != baselines[label] else pairs[:0])
+            names = "difference", "difference_low", "difference_high"
+            found[label][measure] = alone | {"n": mine.size} | dict(zip(names, against, strict=True))
     return found
-
-
-def _verdict(pair: Mapping[str, Any], diverged: int) -> str:
-    if diverged or pair["p_holm"] is None:
-        return "undecided"
-    if pair["tost_p"] < LEVEL:
-        return "equivalent"
-    if pair["p_holm"] < LEVEL:
-        return "better" if pair["difference"] < 0 else "worse"
-    return "undecided"
 
 
 MENTIONED = 6  # arms without a verdict that a sentence can name
@@ -252,13 +297,28 @@ def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: flo
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _scores(rows: Sequence[Row]) -> dict[str, float]:
-    """Seed (and order of tasks) -> score of the runs that are finished."""
-    return _values(rows, MEASURE)
+def _interval(table: Float[np.ndarray, "pairs orders"]) -> tuple[float | None, float | None, float | None]:
+    return t_interval(table) if len(table) else (None, None, None)
 
 
-def _values(rows: Sequence[Row], measure: str) -> dict[str, float]:
-    return {pair_key(row): float(row[measure]) for row in rows if row["status"] == FINISHED}
+def _scores(rows: Sequence[Row]) -> list[float]:
+    """Scores of the runs that are finished."""
+    return [float(row[MEASURE]) for row in rows if row["status"] == FINISHED]
+
+
+def _grid(rows: Sequence[Row], measure: str, planned: Sequence[Row]) -> Float[np.ndarray, "seeds orders"]:
+    """The finished runs' values at the seeds and orders of the planned ones; NaN where there is none."""
+    at = {(str(row["seed"]), row.get("order")): float(row[measure]) for row in rows if row["status"] == FINISHED}
+    seeds, orders = (
+        dict.fromkeys(str(row["seed"]) for row in planned),
+        dict.fromkeys(row.get("order") for row in planned),
+    )
+    return np.array([[at.get((seed, order), np.nan) for order in orders] for seed in seeds])
+
+
+def _whole(grid: Float[np.ndarray, "seeds orders"]) -> Float[np.ndarray, "pairs orders"]:
+    """The rows without a gap."""
+    return grid[~np.isnan(grid).any(axis=1)]
 
 
 def _plain(value: Any) -> Any:

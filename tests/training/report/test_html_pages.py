@@ -16,7 +16,7 @@ import pytest
 from tests.training.study.test_runner import small_study
 from training.cli import main
 from training.report.html.charts import Curve, Difference, line_chart, reach, ticks
-from training.report.html.elements import MINUS, NOTHING, VOID, element, number, versions
+from training.report.html.elements import MINUS, NOTHING, VOID, element, level_note, number, versions
 from training.report.html.heat_maps import NONE, UNKNOWN, heat_map, load_levels
 from training.report.html.study_arms import scores_by_seed, shared_end
 from training.report.html.study_layers import by_layer, layer_key, measures
@@ -181,10 +181,10 @@ def test_every_cell_of_the_results_is_the_analysis(studied: Path) -> None:
         flops = f"{arm['flops_per_token']:,.0f} 12,345 weights"
         compared = ["baseline", NOTHING, f"{arm['avg_k']:.2f}", flops, NOTHING, NOTHING]
         if pair is not None:
-            difference = f"{pair['difference']:+.4f} {pair['low']:+.4f} to {pair['high']:+.4f}"
+            difference = f"{pair['difference']:+.4f} {pair['low']:+.4f} to {pair['high']:+.4f}{level_note(pair)}"
             k = f"{arm['avg_k']:.2f} {'matched' if pair['k_matched'] else 'not matched'}"
             flops += " matched"
-            compared = [pair["verdict"], difference, k, flops, f"{pair['p_holm']:.3g}", f"{pair['tost_p']:.3g}"]
+            compared = [pair["verdict"], difference, k, flops, f"{pair['p_holm']:.3g}", f"{pair['tost_p_holm']:.3g}"]
         verdict, difference, k, flops, p_holm, tost_p = compared
         assert row[1:] == [
             verdict, f"{arm['mean']:.4f} {arm['low']:.4f} to {arm['high']:.4f}", difference, k, "1.50", "3.0",

@@ -4,14 +4,17 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import stdtr, stdtrit
 
+from benchmarks.experiments.compare import paired
 from training.run.config import RunConfig
 from training.study.analysis import analyse_rows, study_table
 from training.study.config import Arm, StudyConfig, expand
-from training.study.statistics import holm, t_interval, t_test, tost
+from training.study.statistics import beyond, holm, step_down, t_interval, t_test, tost
 from training.study.summary import empty_row
 
 DIFFERENCES = [-0.03, -0.01, -0.025, -0.02, -0.015]
@@ -56,7 +59,8 @@ def test_p_values_are_twice_the_known_tails(t: float, df: int, p: float) -> None
     """P(T > 1) = 1 / 4 with one degree of freedom; 1 / (pi t) far out."""
     for sign in (-1, 1):
         assert t_test(spread_of(df + 1, sign * t)) == pytest.approx(2 * p, rel=1e-6)
-        assert tost(spread_of(df + 1, sign * t), 2 * t) == pytest.approx(p, rel=1e-6)
+        equivalence = tost(spread_of(df + 1, sign * t), 2 * t)
+        assert equivalence == (None if df == 1 else pytest.approx(p, rel=1e-6)), "two pairs show no equivalence"
 
 
 # Tests and intervals --------------------------------------------------------------------------------------------------
@@ -81,7 +85,7 @@ def test_three_pairs_by_hand() -> None:
     assert t_interval(values) == pytest.approx((2.0, 2.0 - half, 2.0 + half), rel=1e-12)
 
 
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=9), st.floats(0.01, 0.5))
+@given(st.lists(st.floats(-1, 1), min_size=3, max_size=9), st.floats(0.01, 0.5))
 def test_tost_rejects_exactly_where_the_90_percent_interval_lies_within_the_margin(values, margin: float) -> None:
     p, interval = tost(values, margin), t_interval(values, 0.90)
     assert interval.low is not None
@@ -92,8 +96,24 @@ def test_tost_rejects_exactly_where_the_90_percent_interval_lies_within_the_marg
 
 
 def test_values_without_spread_are_certain() -> None:
-    assert (t_test([0.5, 0.5]), tost([0.5, 0.5], 0.1), tost([0.01, 0.01], 0.1)) == (0.0, 1.0, 0.0)
-    assert (t_test([0.0, 0.0]), tost([0.0, 0.0], 0.1)) == (1.0, 0.0)
+    assert (t_test([0.5] * 3), tost([0.5] * 3, 0.1), tost([0.01] * 3, 0.1)) == (0.0, 1.0, 0.0)
+    assert (t_test([0.0] * 3), tost([0.0] * 3, 0.1)) == (1.0, 0.0)
+    assert (beyond([0.5] * 3, 0.1), beyond([-0.5] * 3, 0.1), beyond([0.01] * 3, 0.1)) == (0.0, 0.0, 1.0)
+    assert t_interval([0.5] * 3) == (0.5, 0.5, 0.5)
+
+
+def test_two_values_that_are_the_same_decide_nothing() -> None:
+    """Nor do two that differ in the last bit of a subtraction, which a t-test takes for near certainty."""
+    for values in ([0.5, 0.5], [2.1 - 2.0, 3.1 - 3.0]):
+        assert (t_test(values), tost(values, 1.0), beyond(values, 0.01)) == (None, None, None)
+        assert t_interval(values)[1:] == (None, None)
+    assert t_test([0.0, 0.0]) == 1.0, "what changes nothing is not different"
+    assert t_test([0.5, 0.500001]) < 0.05
+
+
+def test_two_pairs_near_each_other_are_not_equivalent() -> None:
+    assert tost([0.001, 0.001001], 0.02) is None
+    assert tost([0.001, 0.001001, 0.001002], 0.02) < 1e-6
 
 
 def test_one_value_has_no_interval() -> None:
@@ -123,8 +143,9 @@ def study_of(arms: dict[str, float], **changes: Any) -> tuple[StudyConfig, list[
     rows = []
     for run in expand(study):
         at = study.seeds.index(run.seed)
-        wobble = WOBBLE[(at + list(arms).index(run.arm)) % 5]
-        score = 2 + arms[run.arm] + NOISE[at] + wobble
+        arm = next(name for name in arms if f"{run.arm} ".startswith(f"{name} "))
+        wobble = WOBBLE[(at + list(arms).index(arm)) % 5]
+        score = 2 + arms[arm] + NOISE[at] + wobble
         rows.append(empty_row(run) | {"nats_per_token": score, "avg_k": 4.0, "status": "finished"})
     return study, rows
 
@@ -208,6 +229,173 @@ def test_many_arms_of_pure_noise_are_corrected_for_their_number() -> None:
     pair = analyse_rows(study, rows)["against_baseline"]["arm3"]
     assert pair["p"] < 0.05 < pair["p_holm"]
     assert pair["verdict"] == "undecided"
+
+
+# The family ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_comparison_of_all_axes_is_of_one_family_whether_it_has_runs_or_not() -> None:
+    """Four points of two axes: eight comparisons, two of which nobody has run."""
+    study, rows = study_of(
+        {"base": 0.0, "good": -0.1, "later": 0.0}, axes={"hyper.lr": [1e-3, 2e-3], "hyper.weight_decay": [0.0, 0.1]}
+    )
+    for number, row in enumerate(rows):
+        row["nats_per_token"] += 0.05 * math.sin(number)
+        if row["arm"].startswith("later") and row["hyper.lr"] == 1e-3:
+            row |= {"status": "unfinished", "nats_per_token": None}
+    against = analyse_rows(study, rows)["against_baseline"]
+    assert len(against) == 8
+    for key in ("p", "tost_p", "beyond_p"):
+        known = {label: pair[key] for label, pair in against.items() if pair[key] is not None}
+        assert len(known) == 6
+        smallest = min(known, key=known.__getitem__)
+        assert against[smallest][f"{key}_holm"] == pytest.approx(min(1.0, 8 * known[smallest]))
+        corrected = holm({label: known.get(label, 1.0) for label in against})
+        assert {label: against[label][f"{key}_holm"] for label in known} == {label: corrected[label] for label in known}
+
+
+def test_equivalence_is_corrected_and_its_interval_is_the_one_that_decided() -> None:
+    """Alone it would be equivalent; as one of many, its p is multiplied, and the interval is wider."""
+    arms = {"base": 0.0} | {f"arm{i}": 0.001 * i for i in range(9)}
+    study, rows = study_of(arms)
+    against = analyse_rows(study, rows)["against_baseline"]
+    factors = step_down({label: pair["tost_p"] for label, pair in against.items()})
+    assert sorted(factors.values()) == list(range(1, 10))
+    found = {label: pair for label, pair in against.items() if pair["verdict"] == "equivalent"}
+    assert len(found) > 1
+    for label, pair in found.items():
+        assert pair["level"] == pytest.approx(1 - 0.1 / factors[label])
+        assert -0.02 < pair["low"] <= pair["high"] < 0.02
+    narrow, _ = study_of(arms, margin=max(abs(pair["high"]) for pair in against.values()) * 0.8)
+    pairs = analyse_rows(narrow, rows)["against_baseline"]
+    torn = {label: pair for label, pair in pairs.items() if pair["tost_p"] < 0.05 <= pair["tost_p_holm"]}
+    assert torn
+    assert "equivalent" not in {pair["verdict"] for pair in torn.values()}
+    assert {pair["level"] for pair in torn.values()} == {0.95}
+
+
+def test_the_interval_beside_a_single_equivalent_arm_is_that_of_90_percent_and_says_so() -> None:
+    study, rows = study_of({"base": 0.0, "same": 0.001})
+    analysis = analyse_rows(study, rows)
+    pair = analysis["against_baseline"]["same"]
+    differences = [
+        ours["nats_per_token"] - base["nats_per_token"] for base, ours in zip(rows[::2], rows[1::2], strict=True)
+    ]
+    assert (pair["verdict"], pair["level"]) == ("equivalent", 0.9)
+    assert (pair["difference"], pair["low"], pair["high"]) == pytest.approx(t_interval(differences, 0.9))
+    assert "(90 %)" in study_table(analysis)
+
+
+def test_an_arm_is_beyond_the_margin_by_a_corrected_test() -> None:
+    """Its interval of 95 % is; but it is one of ten."""
+    study, rows = study_of({"base": 0.0} | {f"arm{i}": 0.0 for i in range(10)})
+    for row in rows:
+        if row["arm"] == "arm3":
+            at = study.seeds.index(row["seed"])
+            row["nats_per_token"] = rows[at * 11]["nats_per_token"] + 0.06 + (0.02, -0.02, 0.015, -0.02, 0.0)[at]
+    pair = analyse_rows(study, rows)["against_baseline"]["arm3"]
+    assert (pair["verdict"], pair["beyond_margin"]) == ("worse", False)
+    assert pair["low"] > study.margin
+    assert pair["beyond_p"] < 0.05 < pair["beyond_p_holm"]
+
+
+@pytest.mark.parametrize(("effect", "spread"), [(0.001, 0.001), (0.0, 0.0), (0.3, 0.0)])
+def test_two_pairs_show_no_equivalence_and_two_that_are_the_same_nothing(effect: float, spread: float) -> None:
+    study, rows = study_of({"base": 0.0, "other": 0.0}, seeds=(0, 1))
+    for base, other in zip(rows[::2], rows[1::2], strict=True):
+        other["nats_per_token"] = base["nats_per_token"] + effect + spread * other["seed"]
+    pair = analyse_rows(study, rows)["against_baseline"]["other"]
+    assert (pair["n"], pair["verdict"], pair["beyond_margin"] or False) == (2, "undecided", False)
+    assert pair["tost_p"] is pair["tost_p_holm"] is None
+    assert pair["identical"] is (effect == 0)
+
+
+# Streams -------------------------------------------------------------------------------------------------------------
+
+TASKS = {"a": "stdlib:re/*.py", "b": "stdlib:json/*.py"}
+ORDERS = (("a", "b"), ("b", "a"))
+
+
+def stream_of(differences: list[list[float]]) -> tuple[StudyConfig, list[dict]]:
+    """A stream whose arm differs from its baseline by so much at each seed (row) and order."""
+    study, rows = study_of(
+        {"base": 0.0, "other": 0.0}, tasks=TASKS, orders=ORDERS, seeds=range(len(differences)), base=RunConfig(steps=4)
+    )
+    for base, other in zip(rows[::2], rows[1::2], strict=True):
+        order = [" > ".join(order) for order in ORDERS].index(other["order"])
+        other["nats_per_token"] = base["nats_per_token"] + differences[other["seed"]][order]
+        for row in (base, other):
+            row |= dict.fromkeys(("bwt", "forgetting", "plasticity"), row["nats_per_token"])
+    return study, rows
+
+
+def test_pairs_of_a_stream_are_seeds_and_what_orders_have_in_common_counts_once() -> None:
+    """One seed's luck in both orders is no two pairs, and one order's effect on all seeds is no effect of the arm."""
+    lucky = [[0.10, 0.101], [0.02, 0.019], [0.05, 0.051], [0.005, 0.004]]
+    study, rows = stream_of(lucky)
+    analysis = analyse_rows(study, rows)
+    pair, means = analysis["against_baseline"]["other"], [sum(row) / 2 for row in lucky]
+    assert (pair["n"], pair["orders"]) == (4, 2)
+    assert pair["difference"] == pytest.approx(sum(means) / 4)
+    assert pair["p"] == pytest.approx(t_test(means))
+    assert (pair["low"], pair["high"]) == pytest.approx(t_interval(means)[1:])
+    assert t_test([value for row in lucky for value in row]) < 0.05 < pair["p"]
+    assert analysis["continual"]["other"]["bwt"]["difference_low"] == pytest.approx(pair["low"])
+    ordered = [[0.1, 0.001], [0.101, 0.003], [0.099, 0.002], [0.103, 0.0]]
+    pair = analyse_rows(*stream_of(ordered))["against_baseline"]["other"]
+    assert t_test([sum(row) / 2 for row in ordered]) < 1e-4 < 0.05 < pair["p"]
+    assert pair["verdict"] == "undecided"
+    same = pair["same_orders_low"], pair["same_orders_high"]
+    assert same == pytest.approx(t_interval([sum(row) / 2 for row in ordered])[1:]), "told beside it"
+    alike = [[0.1, 0.102], [0.101, 0.099], [0.099, 0.1], [0.103, 0.101]]
+    assert analyse_rows(*stream_of(alike))["against_baseline"]["other"]["verdict"] == "worse"
+
+
+LUCK = np.array([-0.03, -0.01, 0.01, 0.03])
+TABLES = {  # the test of them that is the most careful
+    "seeds": np.array([[0.02, 0.03], [0.09, 0.10], [0.04, 0.05], [0.0, 0.0]]),
+    "orders": np.array([[0.02, 0.08, 0.03], [0.04, 0.09, 0.05], [0.01, 0.08, 0.01], [0.03, 0.09, 0.04]]),
+    "both": 0.0387 + LUCK[:, None] + LUCK,
+}
+
+
+@pytest.mark.parametrize("most", TABLES)
+def test_of_several_orders_the_three_tests_have_to_agree(most: str) -> None:
+    """By hand: the means of seeds and of orders, and Welch's formula with the variances of both."""
+    table = TABLES[most]
+    seeds, orders, mean = table.mean(axis=1), table.mean(axis=0), table.mean()
+    v, w = seeds.var(ddof=1) / len(seeds), orders.var(ddof=1) / len(orders)
+    df = (v + w) ** 2 / (v**2 / (len(seeds) - 1) + w**2 / (len(orders) - 1))
+    half = stdtrit(df, 0.975) * math.sqrt(v + w)
+    p = {name: t_test(means.tolist()) for name, means in (("seeds", seeds), ("orders", orders))}
+    p["both"] = 2 * stdtr(df, -mean / math.sqrt(v + w))
+    assert max(p, key=p.__getitem__) == most
+    assert t_test(table) == pytest.approx(p[most])
+    spans = [t_interval(seeds.tolist()), t_interval(orders.tolist()), (mean, mean - half, mean + half)]
+    wanted = mean, min(low for _, low, _ in spans), max(high for _, _, high in spans)
+    assert t_interval(table) == pytest.approx(wanted)
+
+
+def test_a_seed_without_one_of_the_orders_is_no_pair() -> None:
+    study, rows = stream_of([[0.1, 0.102], [0.101, 0.099], [0.099, 0.1], [0.5, 0.5]])
+    rows[-1] |= {"status": "unfinished", "nats_per_token": None}
+    analysis = analyse_rows(study, rows)
+    pair, arms = analysis["against_baseline"]["other"], analysis["arms"]
+    assert (pair["n"], pair["difference"]) == (3, pytest.approx(0.6010 / 6))
+    assert [(arms[label]["n"], arms[label]["seeds"]) for label in ("base", "other")] == [(8, 4), (6, 3)]
+    assert paired(rows, "other", "base", "nats_per_token").endswith(", 3 pairs of 2 orders")
+    for row in rows:
+        if row["order"] == "b > a" and row["arm"] == "other":
+            row |= {"status": "unfinished", "nats_per_token": None}
+    analysis = analyse_rows(study, rows)
+    assert (analysis["against_baseline"]["other"]["n"], analysis["against_baseline"]["other"]["verdict"]) == (
+        0, "undecided",
+    )  # fmt: skip
+    assert (analysis["arms"]["other"]["n"], analysis["arms"]["other"]["low"]) == (4, None)
+    assert analysis["arms"]["other"]["mean"] is not None
+
+
+# Tuning --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_tuned_axis_gives_every_arm_its_own_best_value() -> None:

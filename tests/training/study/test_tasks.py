@@ -20,6 +20,7 @@ from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import open_corpus
 from training.data.sources import find_source
 from training.errors import UserError
+from training.report.html.elements import bounds
 from training.run.config import HyperSettings, RunConfig, hyper_params
 from training.run.engine import train
 from training.run.evaluate import evaluate
@@ -221,10 +222,11 @@ def test_a_stream_that_is_stopped_behind_a_task_and_resumed_has_the_same_bits(
         assert all(torch.equal(mine[name], leaf) for name, leaf in theirs.items())
 
 
-def test_the_analysis_pairs_by_seed_and_order(done: Path) -> None:
+def test_the_analysis_pairs_seeds_with_all_orders(done: Path) -> None:
     analysis = json.loads((done / "analysis.json").read_text(encoding="utf-8"))
     assert analysis["arms"]["plain"]["n"] == 4
     pair = analysis["against_baseline"]["replay"]
+    assert (pair["n"], pair["orders"]) == (2, 2)
     found = {(row["arm"], row["seed"], row["order"]): row for row in rows(done)}
     for measure, difference in (("nats_per_token", pair), ("bwt", analysis["continual"]["replay"]["bwt"])):
         each = [
@@ -239,9 +241,11 @@ def test_the_analysis_pairs_by_seed_and_order(done: Path) -> None:
 
 
 def test_the_report_has_the_matrices_and_the_measures(done: Path) -> None:
+    pair = json.loads((done / "analysis.json").read_text(encoding="utf-8"))["against_baseline"]["replay"]
     page = (done / "report.html").read_text(encoding="utf-8")
     for words in ("Stream of tasks", "backward transfer", "forgetting", "plasticity", "letters", "digits"):
         assert words in page
+    assert f"in these orders {bounds(pair['same_orders_low'], pair['same_orders_high'], '+.4f')}" in page
     known = [summary(done, row["run"])["score_matrix"] for row in rows(done) if row["arm"] == "replay"]
     for value in np.mean(known, axis=0).flatten():
         assert f">{value:.2f}<" in page

@@ -4,8 +4,9 @@ import html
 import math
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 from training.report.html.style import STYLE
 
@@ -15,6 +16,7 @@ LONG = 40  # characters of a fact that stands alone
 VOID = ("meta", "br", "link")
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # nothing is fetched, nothing is executed
+USUAL_LEVEL = 0.95  # of every interval that does not say its own
 VERDICTS = ("better", "worse", "equivalent", "undecided")
 
 
@@ -54,6 +56,12 @@ def number(value: object, form: str = ".4f") -> str:
 def bounds(low: object, high: object, form: str = ".4f") -> str:
     """An interval, or "" where there is none."""
     return "" if low is None or high is None else f"{number(low, form)} to {number(high, form)}"
+
+
+def level_note(pair: Mapping[str, Any]) -> str:
+    """The level of a difference's interval as text, where it is not the usual 95 %."""
+    level = pair.get("level") or USUAL_LEVEL
+    return "" if level == USUAL_LEVEL else f" ({100 * level:.4g} %)"
 
 
 def with_small(text: object, small: object) -> Html:

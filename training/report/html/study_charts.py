@@ -5,7 +5,7 @@ from typing import Any
 
 from training.report.html import elements as h
 from training.report.html.charts import Difference, forest, legend, line_chart
-from training.report.html.elements import Html, bounds, element, join, number, with_small
+from training.report.html.elements import Html, bounds, element, join, level_note, number, with_small
 from training.report.html.heat_maps import alarm_counts, load_legend, load_map
 from training.report.html.study_arms import Group, ShownArm, Study, scores_by_seed
 from training.report.html.study_layers import LAYERED, layer_key, shown_layers
@@ -33,8 +33,9 @@ def differences(study: Study, groups: Sequence[Group]) -> Html:
     if not parts:
         return Html("")
     note = (
-        "Large dots are mean differences, lines their 95 % intervals (not corrected for the number of arms), small "
-        f"dots single seeds. The band is the margin, ± {study.analysis['margin']:g} nats. ◂ or ▸ at the edge: the "
+        "Large dots are mean differences, lines their 95 % intervals (not corrected for the number of comparisons; of "
+        "an equivalent arm the interval that decided it, which is), small dots single pairs of runs. "
+        f"The band is the margin, ± {study.analysis['margin']:g} nats. ◂ or ▸ at the edge: the "
         "interval goes on beyond the frame."
     )
     return h.section("Differences to the baseline", h.paragraph(note, class_="note"), *parts)
@@ -42,7 +43,7 @@ def differences(study: Study, groups: Sequence[Group]) -> Html:
 
 def _difference(arm: ShownArm, each: Sequence[float]) -> Difference:
     pair = arm.pair or {}
-    interval = bounds(pair["low"], pair["high"], "+.4f") or "no interval"
+    interval = bounds(pair["low"], pair["high"], "+.4f") + level_note(pair) or "no interval"
     name = join((element("span", arm.short, " "), h.badge(pair["verdict"])))
     value = with_small(number(pair["difference"], "+.4f"), interval)
     return Difference(name, pair["difference"], pair["low"], pair["high"], each, pair["verdict"], value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tiny_onn_func.tree import flatten
 from training.report.html import elements as h
-from training.report.html.elements import Html, bounds, element, join, number, with_small
+from training.report.html.elements import Html, bounds, element, join, level_note, number, with_small
 from training.report.html.study_arms import Group, ShownArm, Study, arm_name, read_groups
 from training.report.html.study_charts import curves, differences, layers, loads
 from training.report.html.study_routing import routing_part
@@ -115,9 +115,10 @@ def _results(study: Study, groups: Sequence[Group]) -> Html:
     notes = [
         "Means over seeds of the held-out score, less is better; below them 95 % t-intervals. A difference is arm − "  # noqa: RUF001
         "baseline at the same seed, which means the same batches.",
-        "better, worse: a paired t-test at 5 % finds a difference (p of no difference, corrected for the number of "
-        f"arms by Holm's method). equivalent: two one-sided tests at 5 % put it within ± {margin:g} nats (p of no "
-        "equivalence). undecided: neither; that is no proof of equality.",
+        "better, worse: a paired t-test at 5 % finds a difference (p of no difference). equivalent: two one-sided "
+        f"tests at 5 % put it within ± {margin:g} nats (p of no equivalence); the interval beside it, and its level, "
+        "are those that decided. undecided: neither; that is no proof of equality. Both p are corrected for all "
+        "comparisons of the study, arms and axes, by Holm's method; intervals of 95 % are not.",
         f"avg K and active FLOPs are matched within {within:.0%} of the baseline's; compute was equal where the FLOPs "
         "are: those of a forward pass, two for every active weight that is multiplied, and those of attention.",
         "Gating accuracy says nothing without its trivial value, what a random choice among a token's experts scores.",
@@ -147,7 +148,7 @@ def _result(arm: ShownArm) -> list[object]:
         with_small(arm_name(arm), seeds),
         with_small(h.badge(verdict), beyond),
         with_small(number(found["mean"]), bounds(found["low"], found["high"])),
-        with_small(number(pair.get("difference"), "+.4f"), bounds(pair.get("low"), pair.get("high"), "+.4f")),
+        with_small(number(pair.get("difference"), "+.4f"), _interval(pair)),
         with_small(number(found["avg_k"], ".2f"), k),
         number(found["max_vio"], ".2f"),
         number(found["dead_experts"], ".1f"),
@@ -155,8 +156,16 @@ def _result(arm: ShownArm) -> list[object]:
         join((number(found.get("flops_per_token"), ",.0f"), weights, element("small", flops) if flops else "")),
         number(found["bits_per_byte"]),
         number(pair.get("p_holm"), ".3g"),
-        number(pair.get("tost_p"), ".3g"),
+        number(pair.get("tost_p_holm"), ".3g"),
     ]
+
+
+def _interval(pair: Mapping[str, Any]) -> str:
+    """The interval of a difference; of several orders of tasks, the one for other orders and the one for these."""
+    found = bounds(pair.get("low"), pair.get("high"), "+.4f") + level_note(pair)
+    if pair.get("orders", 1) == 1 or not found:
+        return found
+    return f"{found}; in these orders {bounds(pair.get('same_orders_low'), pair.get('same_orders_high'), '+.4f')}"
 
 
 def _matched(found: bool | None) -> str:

@@ -59,7 +59,9 @@ def _measures(arms: Sequence[ShownArm], measures: Mapping[str, Any]) -> Html:
     head = ["arm", *(name for key in HEAD.values() for name in (key, "difference to baseline"))]
     notes = [
         "Nats per token, means over seeds and orders with 95 % t-intervals. Differences are arm − baseline at the same "  # noqa: RUF001
-        "seed and the same order of the tasks, and are not corrected for the number of arms.",
+        "seed and the same order of the tasks, and are not corrected for the number of arms. Runs of one seed have "
+        "luck in common, and so have those of one order: intervals are for other seeds, and of several orders for "
+        "other ones as well; of one order they are for that one alone.",
         "Backward transfer: by how much the loss of a task has fallen since the task was learned, mean over all tasks "
         "but the last; less than 0 is forgetting. Forgetting: by how much it has risen above its lowest value at the "
         "end of any earlier task. Plasticity: the loss of a task when it has just been learned; less is better.",
