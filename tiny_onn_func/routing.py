@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.kernels import forward as forward_kernels
-from tiny_onn_func.kernels import runtime
+from tiny_onn_func.kernels.runtime import is_untracked
 from tiny_onn_func.ops import wide_dtype
-from tiny_onn_func.primitives.vmap import flatten_runs, outside_vmap
+from tiny_onn_func.primitives.fused import Values, fused
+from tiny_onn_func.primitives.vmap import outside_vmap
 
 
 class Routing(NamedTuple):
@@ -82,19 +83,17 @@ def _chosen(
 
     Which experts they are has no gradient, and is decided once: a gradient of the weights is that of these experts.
     """
-    seen = logits.detach()
-    if runtime.usable_now(seen):
-        one_run = (
-            flatten_runs(seen, 2),
-            flatten_runs(bias, 1),
-            flatten_runs(budget, 0).to(torch.float64),
-            flatten_runs(real, 1),
-        )
-        made = forward_kernels.choose(*one_run, slots=slots, least=least, dynamic=dynamic)
-        weights, expert_ids, active = (t.view(*logits.shape[:-1], slots) for t in made)
-        return (weights if runtime.usable_now(logits) else _weights(logits, expert_ids, active)), expert_ids, active
-    p = seen.softmax(dim=-1)
-    expert_ids = (p + bias.detach().unsqueeze(-2)).topk(slots, dim=-1).indices
+    weights, expert_ids, active = CHOOSE(logits.detach(), bias.detach(), budget, real, slots, least, dynamic)
+    if not is_untracked(logits):
+        weights = _weights(logits, expert_ids, active)
+    return weights, expert_ids, active
+
+
+def _choose(
+    logits: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool
+) -> Values:  # fmt: skip
+    p = logits.softmax(dim=-1)
+    expert_ids = (p + bias.unsqueeze(-2)).topk(slots, dim=-1).indices
     kept = torch.ones_like(expert_ids, dtype=torch.bool)
     if dynamic:
         mass_before = F.pad(p.gather(-1, expert_ids).cumsum(dim=-1)[..., :-1], (1, 0))
@@ -102,6 +101,15 @@ def _chosen(
         kept = (mass_before < budget) | (budget >= 1) | (torch.arange(slots, device=p.device) < least)
     active = kept & real.unsqueeze(-1)
     return _weights(logits, expert_ids, active), expert_ids, active
+
+
+CHOOSE = fused(
+    reference=_choose,
+    kernel=lambda logits, bias, budget, real, slots, least, dynamic: forward_kernels.choose(
+        logits, bias, budget.to(torch.float64), real, slots=slots, least=least, dynamic=dynamic
+    ),
+    dims=(2, 1, 0, 1), out_dims=(2, 2, 2),
+)  # fmt: skip
 
 
 def _weights(logits: Tensor, expert_ids: Tensor, active: Tensor) -> Tensor:

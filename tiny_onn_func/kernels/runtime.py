@@ -54,12 +54,17 @@ def typed(kernels: Any) -> Any:
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: float32 on a CPU, and they could be compiled."""
+    """True if the kernels support these tensors, float32 on a CPU, and could be compiled."""
     return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and library() is not None
 
 
 def usable_now(*tensors: Tensor) -> bool:
-    """Whether the kernels take these here and now: nobody transforms, traces or differentiates what is done to them."""
+    """True if the kernels support these tensors and no transform, trace or autograd graph is recording."""
+    return is_untracked(*tensors) and supports(*tensors)
+
+
+def is_untracked(*tensors: Tensor) -> bool:
+    """True if no transform, trace or autograd graph records what is computed from these tensors."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    return not any(is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors) and supports(*tensors)
+    return not any(is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors)

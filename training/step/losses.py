@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import as_wide_as
-from tiny_onn_func.primitives.fused import FusedOp, Values, fused
+from tiny_onn_func.primitives.fused import Values, fused
 from training.step.batch import IGNORE_INDEX
 from training.step.hyper_params import Number
 
@@ -63,7 +63,7 @@ def cross_entropy(
 
     Losses and entropies are in nats, and 0 where the label is -100. Only the first has a gradient.
     """
-    losses, entropies, best, log_sums = _cross_entropy(logits, labels)
+    losses, entropies, best, log_sums = CROSS_ENTROPY(logits, labels)
     return losses, entropies, best, log_sums
 
 
@@ -77,12 +77,11 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor) -> Values:
     return losses, entropies, seen.argmax(dim=-1), logits.detach().logsumexp(dim=-1)
 
 
-def _cross_entropy_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
-    logits, labels = inputs
-    return (step_kernels.cross_entropy_grad(grads[0], logits, labels, outputs[3]),)
-
-
-CROSS_ENTROPY = FusedOp(
-    cross_entropy_reference, step_kernels.cross_entropy, _cross_entropy_kernel_grad, differentiable=1, smooth=1
-)
-_cross_entropy = fused(CROSS_ENTROPY)
+CROSS_ENTROPY = fused(
+    reference=cross_entropy_reference,
+    kernel=step_kernels.cross_entropy,
+    kernel_grad=lambda grads, inputs, outputs: (
+        step_kernels.cross_entropy_grad(grads[0], inputs[0], inputs[1], outputs[3]),
+    ),
+    smooth=1,
+)  # fmt: skip

@@ -15,7 +15,8 @@ from training import HyperParams
 from training.step.hyper_step import balanced_bias
 from training.step.losses import language_modelling, predictive_integrity
 from training.step.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
-from training.step.router_loss import Targets, router_loss, router_targets
+from training.step.router_loss import router_loss
+from training.step.rules import Targets, router_targets
 
 
 def drawn_tree(seed: int) -> dict:

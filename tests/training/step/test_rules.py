@@ -20,7 +20,7 @@ from tiny_onn_func.tree import flatten, stack, unflatten, unstack, walk
 from training import HyperParams, TrainState, hyper_step, init_state, per_token_surprise
 from training.step.counter_rng import Purpose, random_exploration, random_normal, random_words
 from training.step.regenerate import regenerate
-from training.step.router_loss import Targets, router_targets, shuffled
+from training.step.rules import Targets, router_targets, shuffled
 from training.step.surprise import MEASURED, divide_by_expert_mean, divide_by_weight, row_dot
 
 ROUTINGS = {"K=2": {"num_experts_per_tok": 2}, "dynamic": {}, "K=E": {"num_experts_per_tok": 4}}
