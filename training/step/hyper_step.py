@@ -13,7 +13,7 @@ from tiny_onn_func.moe import linear_router_logits
 from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.params import init_params
 from tiny_onn_func.primitives.vmap import outside_vmap_tree
-from tiny_onn_func.tree import Tree, leaves, merge, partition
+from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams, Number, is_off
@@ -158,13 +158,14 @@ def router_gradients(
 
     def objective(learned: Tree, inputs: Any) -> tuple[Tensor, RouterLoss]:
         """The router is linear in detached inputs: its gradient needs no second pass through the model."""
-        router_inputs, fixed_logits, targets, load, real, hyper, informative, tokens = inputs
-        logits = fixed_logits if config.routing == "hash" else linear_router_logits(router_inputs, learned["router"])
-        loss = router_loss(logits, targets, load, real, hyper, informative=informative, tokens=tokens)
+        router_inputs, *rest = inputs
+        loss = router_loss(linear_router_logits(router_inputs, learned["router"]), *rest)
         return loss.total, loss
 
-    given = trace.router_inputs.detach(), trace.router_logits.detach(), result.targets, shares(sums.routed)
-    inputs = *given, result.real, _annealed(hyper, step), sums.informative, sums.real
+    targets = result.targets, shares(sums.routed), result.real, _annealed(hyper, step), sums.informative, sums.real
+    if config.routing == "hash":  # its logits are fixed: there is a loss, but nothing learns from it
+        return tree_map(torch.zeros_like, _learned(router, config)), router_loss(trace.router_logits.detach(), *targets)
+    inputs = trace.router_inputs.detach(), *targets
     (grads,), loss = gradients(objective, (_learned(router, config),), inputs)
     if result.router_grads is not None:
         main, count = _learned(result.router_grads, config), sums.targets.clamp_min(1)

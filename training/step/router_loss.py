@@ -27,7 +27,6 @@ def router_loss(
     load: Float[Tensor, "*runs layers experts"],
     real: Bool[Tensor, "*runs tokens"],
     hyper: HyperParams,
-    *,
     informative: Int[Tensor, "*runs"] | None = None,
     tokens: Int[Tensor, "*runs"] | None = None,
 ) -> RouterLoss:

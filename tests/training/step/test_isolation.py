@@ -30,6 +30,7 @@ from tests.helpers import (
     tiny_config,
 )
 from tiny_onn_func import ModelConfig, forward
+from tiny_onn_func.experts import Rows
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.tree import flatten, leaves, partition, stack, tree_map
 from training import Batch, HyperParams, SurpriseHookManager, TrainState, hyper_step, init_state, per_token_surprise
@@ -39,6 +40,7 @@ from training.step.optim import adamw_init
 from training.step.router_loss import router_loss
 from training.step.rules import Targets, router_targets
 from training.step.sums import routed_rows
+from training.step.surprise import HookPoint
 
 Params = dict[str, Any]
 IS_ROUTER = ("layers.moe.router", "layers.moe.router_bias")
@@ -323,9 +325,10 @@ def test_a_thousand_mapped_steps_leave_no_tensor_and_no_graph_behind() -> None:
 class Undetached(SurpriseHookManager):
     """What the hook manager must not do: keep the gradient attached to its graph."""
 
-    def _hook(self, seen: Tensor, record: Callable[[Tensor], None]) -> bool:
-        self._handles.append(seen.register_hook(record))
-        return True
+    def _hook(self, layer: int, point: HookPoint, tensors: tuple[Tensor, ...], saved: Tensor, rows: Rows) -> None:
+        for t in tensors:
+            self._handles.append(t.register_hook(lambda grad: self._record(layer, point, grad)))
+            self._saved[point.place, layer] = saved.detach(), rows
 
 
 @pytest.mark.parametrize(("manager", "leaks"), [(SurpriseHookManager, False), (Undetached, True)])
