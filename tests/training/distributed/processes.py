@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tests.helpers import ROOT, example, spread_params, tiny_batch, tiny_config
 from tests.training.step.test_hyper_step import HYPER, as_double
 from tiny_onn_func import ModelConfig
+from tiny_onn_func.tree import tree_map
 from training import Batch, Rule, TrainState, hyper_step, init_state
 from training.distributed.collectives import Group
 from training.distributed.layout import layout_of, own_state, whole_state
@@ -59,7 +61,7 @@ def a_state(config: ModelConfig, rule: Rule = LEAST_SURPRISE) -> TrainState:
     params = spread_params(config, router_gain=3.0)
     if config is CROWDED:
         params["layers"]["moe"]["router_bias"][:, :2] += 10.0
-    return TrainState(params, *moments, fresh.step, as_double(fresh.rule))
+    return TrainState(params, *moments, fresh.step, tree_map(Tensor.double, fresh.rule))
 
 
 def a_batch(step: int) -> Batch:
