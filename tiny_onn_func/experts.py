@@ -8,6 +8,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from tiny_onn_func.checks import check_shape
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.ops import swiglu
 from tiny_onn_func.primitives.dispatch import combine_rows, dispatch_rows
@@ -100,5 +101,8 @@ def apply_experts(
     """
     rows = sort_by_expert(routing, num_experts or params["w1"].shape[-3])
     gate, up = apply_w13(layer, x, params["w1"], params["w3"], rows)
+    for t in (gate, up):
+        check_shape("apply_w13: gate and up", t, (*rows.token.shape, params["w1"].shape[-1]))
     y = apply_w2(layer, swiglu(gate, up), params["w2"], rows)
+    check_shape("apply_w2: output", y, (*rows.token.shape, x.shape[-1]))
     return combine_rows(y, routing.weights.to(y.dtype), rows.order, rows.inverse)

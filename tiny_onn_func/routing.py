@@ -92,8 +92,11 @@ def _chosen(
 def _choose(
     logits: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool
 ) -> Values:  # fmt: skip
+    """Experts by (score = p + bias, logit, place): the larger first, of equal ones the first."""
     p = logits.softmax(dim=-1)
-    expert_ids = (p + bias.unsqueeze(-2)).topk(slots, dim=-1).indices
+    by_logit = logits.argsort(dim=-1, descending=True, stable=True)
+    by_score = (p + bias.unsqueeze(-2)).gather(-1, by_logit).argsort(dim=-1, descending=True, stable=True)
+    expert_ids = by_logit.gather(-1, by_score)[..., :slots]
     kept = torch.ones_like(expert_ids, dtype=torch.bool)
     if dynamic:
         mass_before = F.pad(p.gather(-1, expert_ids).cumsum(dim=-1)[..., :-1], (1, 0))
@@ -113,18 +116,28 @@ CHOOSE = fused(
 
 
 def _weights(logits: Tensor, expert_ids: Tensor, active: Tensor) -> Tensor:
-    """p renormalised over the active experts, from logits: what was kept may have a p that underflows."""
+    """p renormalised over the active experts, from logits: what was kept may have a p that underflows.
+
+    A NaN among a token's logits, or +inf, makes all its weights NaN: a broken router must not vanish with the experts
+    that were not chosen.
+    """
     kept = logits.gather(-1, expert_ids).masked_fill(~active, torch.finfo(logits.dtype).min)
-    return kept.softmax(dim=-1) * active
+    return torch.where(active, kept.softmax(dim=-1) + _zero_or_nan(logits), 0.0)
+
+
+def _zero_or_nan(logits: Tensor) -> Tensor:
+    """0 of each token, or NaN if one of its logits is NaN or +inf."""
+    return logits.detach().amax(dim=-1, keepdim=True) * 0
 
 
 def _by_thresholds(above: Tensor, real: Tensor, slots: int, least: int, explore: Tensor | None) -> Routing:
-    expert_ids = above.detach().topk(slots, dim=-1).indices
+    expert_ids = above.detach().argsort(dim=-1, descending=True, stable=True)[..., :slots]
     kept = (above.detach().gather(-1, expert_ids) > 0) | (torch.arange(slots, device=above.device) < least)
     if explore is not None:
         expert_ids, kept = _try_expert(expert_ids, kept, explore)
     active = kept & real.unsqueeze(-1)
-    return Routing(expert_ids, _open_gates(above.gather(-1, expert_ids), active), active)
+    weights = _open_gates(above.gather(-1, expert_ids), active)
+    return Routing(expert_ids, torch.where(active, weights + _zero_or_nan(above), 0.0), active)
 
 
 def _open_gates(above: Tensor, active: Tensor) -> Tensor:

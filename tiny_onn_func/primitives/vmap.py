@@ -48,6 +48,13 @@ def unwrap_if_dead(t: Tensor) -> Tensor:
     return functorch.unwrap_if_dead(t)
 
 
+def unwrap_all(t: Tensor) -> Tensor:
+    """The plain tensor inside every transform's wrapper, mapped axes wherever they lie; only to look at its values."""
+    while functorch.is_functorch_wrapped_tensor(t):
+        t = functorch.get_unwrapped(t)
+    return t
+
+
 def only_vmaps() -> bool:
     """Whether no transform but vmap is at work."""
     return all(level.key() == functorch.TransformType.Vmap for level in _levels())

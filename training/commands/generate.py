@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tiny_onn_func.inference.generate import stream
+from tiny_onn_func.inference.sampling import SamplingParams
 from tiny_onn_func.routing import Routing
 from training.data.tokenizer import BYTES, TURN_END, Tokenizer
 from training.errors import UserError
@@ -53,8 +54,8 @@ def stream_run(
     read: list[TokenRoutes] = []
     sampled = stream(
         params, ids, model, torch.Generator().manual_seed(seed), max_new_tokens=tokens,
-        context_length=trained_context if context is None else context or None, temperature=temperature,
-        top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
+        context_length=trained_context if context is None else context or None,
+        sampling=SamplingParams(temperature, top_k, top_p, repetition_penalty),
         stop_tokens=stop_tokens(tokenizer, stops, go_on=go_on), surprise_budget=budget,
         watch=(lambda *step: read.extend(token_routes(*step))) if show_experts else None,
     )  # fmt: skip

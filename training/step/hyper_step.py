@@ -8,6 +8,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from tiny_onn_func.checks import check_shape
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.moe import linear_router_logits
 from tiny_onn_func.ops import as_wide_as
@@ -16,7 +17,7 @@ from tiny_onn_func.primitives.vmap import outside_vmap_tree
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
-from training.step.hyper_params import HyperParams, Number, is_off
+from training.step.hyper_params import RANGES, HyperParams, Number, is_off, out_of_range
 from training.step.main_pass import (
     WHOLE,
     BatchShard,
@@ -87,6 +88,8 @@ def hyper_step(
     Raises:
         ValueError, IndexError: a batch, a kind or a coefficient that is out of range; the message names it.
     """
+    if wrong := out_of_range(hyper, RANGES):
+        raise ValueError(f"hyper.{wrong}")
     options = StepOptions(kind, compute_dtype)
     inputs = state, batch, hyper, teacher_logits
     return outside_vmap_tree(lambda inputs: _step(*inputs, config=config, options=options, rule=rule), inputs)
@@ -97,6 +100,7 @@ def _step(
     options: StepOptions, rule: Rule,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Of one run, or of several, with an axis of runs in front of every tensor."""
+    check_shape("labels", batch.labels, batch.input_ids.shape)
     fast, router = partition(state.params)
     result = run_pass(state, fast, router, batch, hyper, config, options, rule, teacher_logits)
     router_grads, loss = router_gradients(router, state.step, result, result.sums, hyper, config)

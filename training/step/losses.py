@@ -7,6 +7,7 @@ from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tiny_onn_func.checks import check_indices
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.primitives.fused import Values, fused
@@ -62,7 +63,12 @@ def cross_entropy(
     """(-log softmax(logits) at the label, entropy of the softmax, most probable token, log of the softmax's sum).
 
     Losses and entropies are in nats, and 0 where the label is -100. Only the first has a gradient.
+
+    Raises:
+        ValueError: labels of another dtype or shape.
+        IndexError: a label that is neither -100 nor a token.
     """
+    check_indices("labels", labels, 0, logits.shape[-1], shape=logits.shape[:-1], ignore=IGNORE_INDEX)
     losses, entropies, best, log_sums = CROSS_ENTROPY(logits, labels)
     return losses, entropies, best, log_sums
 
