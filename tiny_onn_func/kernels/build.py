@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCES = sorted(Path(__file__).with_name("csrc").iterdir())
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 TOO_LONG = 120  # seconds for a compiler
 
 

@@ -19,8 +19,8 @@ INLINE void row_grad(int64_t dim, float eps, const float *x, const float *weight
     float factor = 1 / sqrtf(dot(dim, x, x) / dim + eps), along = dot3(dim, grad, weight, x) * factor * factor / dim;
     for (int64_t j = 0; j < dim; j++) {
         float slope = grad[j] * factor;
-        grad_weight[j] += slope * x[j];
-        grad_x[j] = slope * weight[j] - factor * along * x[j];
+        grad_weight[j] = fused(slope, x[j], grad_weight[j]);
+        grad_x[j] = fused(slope, weight[j], -(factor * along) * x[j]);
     }
 }
 
@@ -63,8 +63,8 @@ void split_heads(int64_t runs, int64_t batch, int64_t seq, int64_t heads, int64_
             float factor = 1 / sqrtf(dot(dim, x, x) / dim + eps);
             for (int64_t j = 0; j < half; j++) {
                 float first = x[j] * factor * weight[j], second = x[j + half] * factor * weight[j + half];
-                to[j] = first * c[j] + second * s[j];
-                to[j + half] = second * c[j + half] + first * s[j + half];
+                to[j] = fused(first, c[j], second * s[j]);
+                to[j + half] = fused(second, c[j + half], first * s[j + half]);
             }
         }
     }
@@ -92,8 +92,8 @@ void split_heads_grad(int64_t runs, int64_t batch, int64_t seq, int64_t heads, i
                 const float *grad = h < heads ? grad_q + ((b * heads + h) * seq + i) * dim
                                               : grad_k + ((b * groups + h - heads) * seq + i) * dim;
                 for (int64_t j = 0; j < half; j++) { /* turned back */
-                    turned[j] = grad[j] * c[j] + grad[j + half] * s[j + half];
-                    turned[j + half] = grad[j + half] * c[j + half] + grad[j] * s[j];
+                    turned[j] = fused(grad[j], c[j], grad[j + half] * s[j + half]);
+                    turned[j + half] = fused(grad[j + half], c[j + half], grad[j] * s[j]);
                 }
                 row_grad(dim, eps, qkv + at, norms + (b / batch * normed + h) * dim, turned, grad_qkv + at, sums + h * dim);
             }

@@ -14,9 +14,9 @@ void swiglu_grad(int64_t count, const float *grad, const float *gate, const floa
                  float *restrict grad_up, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > SMALL)
     for (int64_t i = 0; i < count; i++) {
-        float share = 1 / (1 + expo(-gate[i]));
-        grad_up[i] = grad[i] * gate[i] * share;
-        grad_gate[i] = grad[i] * up[i] * share * (1 + gate[i] * (1 - share));
+        float x = gate[i], slope = grad[i], share = 1 / (1 + expo(-x)), other = slope * up[i] * share;
+        grad_up[i] = slope * x * share;
+        grad_gate[i] = other * fused(x, 1 - share, 1);
     }
 }
 
@@ -41,7 +41,7 @@ void combined_rows(int64_t n, int64_t dim, int64_t slots, const float *y, const 
         for (int64_t m = t * slots; m < (t + 1) * slots; m++) {
             const float *from = y + inverse[m] * dim;
             float weight = weights[m];
-            for (int64_t j = 0; j < dim; j++) to[j] += weight * from[j];
+            for (int64_t j = 0; j < dim; j++) to[j] = fused(weight, from[j], to[j]);
         }
     }
 }
