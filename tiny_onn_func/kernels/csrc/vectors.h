@@ -179,6 +179,16 @@ REDUCE(largest, (int64_t n, const float *x), -INFINITY, OR_X, either(a > b, a, b
 REDUCE(dot, (int64_t n, const float *x, const float *y), 0, AND_XY, a + b)
 REDUCE(dot3, (int64_t n, const float *x, const float *y, const float *z), 0, AND_XYZ, a + b)
 
+/* The first of the largest numbers, `most` being what `largest` has found: the first that is none, if any is none. */
+INLINE int64_t first_of(int64_t n, const float *x, float most) {
+    int64_t first = 0;
+    int none = 0;
+    while (first < n - 1 && x[first] != most && x[first] == x[first]) first++;
+    for (int64_t j = 0; j < n; j++) none |= x[j] != x[j];
+    if (none) for (first = 0; first < n - 1 && x[first] == x[first];) first++;
+    return first;
+}
+
 /* The same of one vector: what a loop has added up. */
 INLINE float largest_of(vec all) {
     JOINED(all, either(a > b, a, b))
