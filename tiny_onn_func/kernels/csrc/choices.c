@@ -36,7 +36,7 @@ INLINE void best_of(int64_t width, int64_t k, const float *scores, const float *
     }
     int64_t count = 0;
     for (int64_t j = 0; j < width; j += LANES) {
-        unsigned asked = from(count == k ? best[k - 1] : least, *(const vec *)(scores + j));
+        unsigned asked = bits_of(*(const vec *)(scores + j) >= (count == k ? best[k - 1] : least));
         if (width - j < LANES) asked &= (1u << (width - j)) - 1;
         for (; asked; asked &= asked - 1) {
             int64_t place = j + __builtin_ctz(asked), at = count;
@@ -141,6 +141,14 @@ int spread_surprise(int64_t runs, int64_t n, int64_t left_dim, int64_t right_dim
     return outside ? OUTSIDE : DONE;
 }
 
+/* The first LANES, or `left`, of sign * surprise, 0 where a surprise is below the smallest normal number; `known` are those
+   that are finite. */
+INLINE vec signed_of(const float *surprise, int64_t left, float sign, lanes *known) {
+    vec x = left < LANES ? part(surprise, (int)left) : *(const vec *)surprise, size = (vec)((words)x & 0x7fffffff);
+    *known = (size < INFINITY) & (left < LANES ? places() < (int)left : places() < LANES);
+    return either(size < FLT_MIN, (vec){0}, x) * sign;
+}
+
 /* Of each row: the expert of the least finite sign * surprise, the first of equals; whether it teaches, being real (runs,
    tokens), with at least as many candidates as its run's `least`, not all of them tied; and whether they are tied, the
    largest no more than `tolerance` times the larger size of the two above the least. What is below the smallest normal
@@ -151,14 +159,27 @@ void least_surprised(int64_t runs, int64_t layers, int64_t tokens, int64_t exper
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && runs * layers * tokens * experts * 4 > SMALL)
     for (int64_t i = 0; i < runs * layers * tokens; i++) {
         int64_t run = i / (layers * tokens), count = 0, first = 0;
-        float lowest = INFINITY, highest = -INFINITY;
-        for (int64_t e = 0; e < experts; e++) {
-            float value = surprise[i * experts + e];
-            if (!(fabsf(value) < INFINITY)) continue;
-            value = (fabsf(value) < FLT_MIN ? 0 : value) * sign[run];
-            count++;
-            if (value < lowest) lowest = value, first = e;
-            if (value > highest) highest = value;
+        const float *x = surprise + i * experts;
+        vec low = every(INFINITY), high = every(-INFINITY);
+        lanes counted = {0};
+        for (int64_t e = 0; e < experts; e += LANES) {
+            lanes known;
+            vec value = signed_of(x + e, experts - e, sign[run], &known);
+            counted -= known; /* true is -1 */
+            low = either(known & (value < low), value, low);
+            high = either(known & (value > high), value, high);
+        }
+        float lowest = smallest_of(low), highest = largest_of(high);
+        for (int l = 0; l < LANES; l++) count += counted[l];
+        while (count && first < experts - 1) {
+            lanes known;
+            vec value = signed_of(x + first, experts - first, sign[run], &known);
+            unsigned places_of = bits_of(known & (value == lowest));
+            if (places_of) {
+                first += __builtin_ctz(places_of);
+                break;
+            }
+            first += LANES;
         }
         int eligible = real[run * tokens + i % tokens] && count >= least[run] && count >= 1;
         tied[i] = eligible && count > 1 && highest - lowest <= tolerance * fmaxf(fabsf(highest), fabsf(lowest));
@@ -263,6 +284,7 @@ int routing_sums(int64_t runs, int64_t layers, int64_t tokens, int64_t experts, 
         for (int64_t e = 0; e < experts; e++) rows[e] = aims[e] = seen[e] = 0, size[e] = 0;
         for (int64_t t = 0; t < tokens; t++) {
             int64_t i = part * tokens + t, open = 0;
+            const float *x = logits + i * experts;
             for (int64_t m = i * slots; m < (i + 1) * slots; m++)
                 if (active[m]) {
                     open++;
@@ -282,8 +304,7 @@ int routing_sums(int64_t runs, int64_t layers, int64_t tokens, int64_t experts, 
             lucky += 1.0 / (open ? open : 1);
             if (is_index(target[i], experts)) aims[target[i]]++;
             else outside = 1;
-            const float *x = logits + i * experts;
-            hits += first_of(experts, x, largest(experts, x)) == target[i];
+            hits += first_of(experts, x, largest(experts, x), 1) == target[i];
         }
         counts[part] = taught;
         counts[parts + part] = hits;

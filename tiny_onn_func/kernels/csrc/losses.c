@@ -29,7 +29,7 @@ int cross_entropy(int64_t n, int64_t vocab, int64_t none, const float *logits, c
         exponentials(vocab, x, most, sums);
         int is_target = is_index(labels[i], vocab);
         outside |= !is_target && labels[i] != none;
-        best[i] = first_of(vocab, x, most);
+        best[i] = first_of(vocab, x, most, sums[0] != sums[0]);
         log_sums[i] = most + logf(sums[0]);
         losses[i] = is_target ? log_sums[i] - x[labels[i]] : 0;
         entropies[i] = is_target ? logf(sums[0]) - sums[1] / sums[0] : 0;

@@ -24,40 +24,32 @@ void swiglu_grad(int64_t count, const float *grad, const float *gate, const floa
    terms. OUTSIDE if an order is none of tokens * slots. */
 int scaled_rows(int64_t n, int64_t dim, int64_t slots, int64_t tokens, const float *x, const float *weights,
                 const int64_t *order, float *restrict rows, int threads) {
-    int outside = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : outside) if (threads > 1 && n * dim > SMALL)
+    if (!are_indices(n, order, tokens * slots)) return OUTSIDE;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n * dim > SMALL)
     for (int64_t i = 0; i < n; i++) {
-        if (!is_index(order[i], tokens * slots)) {
-            outside = 1;
-            continue;
-        }
         const float *from = x + order[i] / slots * dim;
         float weight = weights[order[i]];
         for (int64_t j = 0; j < dim; j++) rows[i * dim + j] = from[j] * weight;
     }
-    return outside ? OUTSIDE : DONE;
+    return DONE;
 }
 
 /* out (n, dim): the sum over slots m of weights[t, m] times row inverse[t, m] of y (rows, dim). OUTSIDE if there is no such
    row. */
 int combined_rows(int64_t n, int64_t dim, int64_t slots, int64_t rows, const float *y, const float *weights,
                   const int64_t *inverse, float *restrict out, int threads) {
-    int outside = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : outside) if (threads > 1 && n * slots * dim > SMALL)
+    if (!are_indices(n * slots, inverse, rows)) return OUTSIDE;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n * slots * dim > SMALL)
     for (int64_t t = 0; t < n; t++) {
         float *to = out + t * dim;
         memset(to, 0, sizeof(float) * (size_t)dim);
         for (int64_t m = t * slots; m < (t + 1) * slots; m++) {
-            if (!is_index(inverse[m], rows)) {
-                outside = 1;
-                continue;
-            }
             const float *from = y + inverse[m] * dim;
             float weight = weights[m];
             for (int64_t j = 0; j < dim; j++) to[j] = fused(weight, from[j], to[j]);
         }
     }
-    return outside ? OUTSIDE : DONE;
+    return DONE;
 }
 
 /* Rows of each run sorted by expert, stably, inactive ones last: `order` of the (token, slot) pairs, its inverse, each row's

@@ -41,9 +41,9 @@ typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
 INLINE int is_index(int64_t i, int64_t bound) { return (uint64_t)i < (uint64_t)bound; }
 
 INLINE int are_indices(int64_t n, const int64_t *indices, int64_t bound) {
-    int all = 1;
-    for (int64_t i = 0; i < n; i++) all &= is_index(indices[i], bound);
-    return all;
+    int64_t strangers = 0;
+    for (int64_t i = 0; i < n; i++) strangers |= !is_index(indices[i], bound);
+    return !strangers;
 }
 
 /* a * b + c, rounded once where the processor can. */
@@ -127,12 +127,13 @@ INLINE void put_part(float *to, vec some, int count) {
 
 INLINE vec either(lanes yes, vec a, vec b) { return (vec)(((lanes)a & yes) | ((lanes)b & ~yes)); }
 
-/* A bit for each place that holds `least` or more. */
-INLINE unsigned from(float least, vec x) {
+/* A bit for each place that is true. */
+INLINE unsigned bits_of(lanes yes) {
 #if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(least), _CMP_GE_OQ);
+    return _mm512_cmplt_epi32_mask((__m512i)yes, _mm512_setzero_si512());
+#elif defined(__AVX2__)
+    return (unsigned)_mm256_movemask_ps((__m256)yes);
 #else
-    lanes yes = x >= least;
     unsigned bits = 0;
     for (int l = 0; l < LANES; l++) bits |= (unsigned)(yes[l] & 1) << l;
     return bits;
@@ -179,19 +180,24 @@ REDUCE(largest, (int64_t n, const float *x), -INFINITY, OR_X, either(a > b, a, b
 REDUCE(dot, (int64_t n, const float *x, const float *y), 0, AND_XY, a + b)
 REDUCE(dot3, (int64_t n, const float *x, const float *y, const float *z), 0, AND_XYZ, a + b)
 
-/* The first of the largest numbers, `most` being what `largest` has found: the first that is none, if any is none. */
-INLINE int64_t first_of(int64_t n, const float *x, float most) {
-    int64_t first = 0;
-    int none = 0;
-    while (first < n - 1 && x[first] != most && x[first] == x[first]) first++;
-    for (int64_t j = 0; j < n; j++) none |= x[j] != x[j];
-    if (none) for (first = 0; first < n - 1 && x[first] == x[first];) first++;
-    return first;
+/* The first of the largest numbers, `most` being what `largest` has found; or, if that `may` be so, the first that is none. */
+INLINE int64_t first_of(int64_t n, const float *x, float most, int may) {
+    for (; may >= 0; may--)
+        for (int64_t j = 0; j < n; j += LANES) {
+            vec some = n - j < LANES ? part(x + j, (int)(n - j)) : *(const vec *)(x + j);
+            unsigned found = bits_of((may ? some != some : some == most) & (places() < (n - j < LANES ? (int)(n - j) : LANES)));
+            if (found) return j + __builtin_ctz(found);
+        }
+    return 0; /* there are no numbers */
 }
 
 /* The same of one vector: what a loop has added up. */
 INLINE float largest_of(vec all) {
     JOINED(all, either(a > b, a, b))
+    return all[0];
+}
+INLINE float smallest_of(vec all) {
+    JOINED(all, either(a < b, a, b))
     return all[0];
 }
 INLINE float total_of(vec all) {
