@@ -29,11 +29,11 @@ def matmul(
     for rows, weights in pairs:
         read = {"rows": (rows, (runs, count, in_dim), F32), "weights": (weights, (runs, experts, in_dim, out_dim), F32)}
         check("grouped_matmul", **read, offsets=(offsets, (runs, experts), I32))
-    transposed = all(weights[0].mT.is_contiguous() for _, weights in pairs)
+    transposed = all(weights[:1].mT.is_contiguous() for _, weights in pairs)
     apart = pairs[0][1].stride(0)
-    as_they_lie = all((transposed or w[0].is_contiguous()) and w.stride(0) == apart for _, w in pairs)
+    as_they_lie = all((transposed or w[:1].is_contiguous()) and w.stride(0) == apart for _, w in pairs)
     if not as_they_lie:
-        transposed, apart = False, pairs[0][1][0].numel()
+        transposed, apart = False, experts * in_dim * out_dim
     dense = [(rows.contiguous(), weights if as_they_lie else weights.contiguous()) for rows, weights in pairs]
     (rows, weights), (others, other_weights) = dense[0], (*dense, (None, None))[1]
     offsets, out = offsets.contiguous(), rows.new_empty(runs, count, out_dim)
@@ -75,7 +75,7 @@ def token_matmul(
     sized = {"weights": (weights, (runs, experts, in_dim, out_dim), F32), "offsets": (offsets, (runs, experts), I32)}
     check("grouped_matmul", **read, **sized)
     x, token, offsets = x.contiguous(), token.contiguous(), offsets.contiguous()
-    weights = weights if weights[0].is_contiguous() else weights.contiguous()
+    weights = weights if weights[:1].is_contiguous() else weights.contiguous()
     out = x.new_empty(runs, count, out_dim)
     given = x.data_ptr(), token.data_ptr(), weights.data_ptr(), None, None
     made = offsets.data_ptr(), out.data_ptr()
