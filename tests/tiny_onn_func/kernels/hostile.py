@@ -23,7 +23,7 @@ from training import HyperParams, hyper_step, init_state, per_token_surprise
 
 AWKWARD = [math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-45, -0.0, 1e20]
 FAR = [-1, -100, -101, -(2**63), 2**63 - 1, 2**31, 2**32, 10**9, 7]
-EXAMPLES = {"kernels": 600, "model": 60}
+EXAMPLES = {"kernels": 300, "model": 50}
 
 
 def cut(t: Tensor, place: int) -> Tensor:

@@ -250,7 +250,7 @@ int router_sums_grad(int64_t runs, int64_t layers, int64_t tokens, int64_t exper
         const float *x = logits + i * experts, *pull = grad_mass + part * experts;
         float *to = out + i * experts;
         if (!is_real && !teaches) {
-            memset(to, 0, sizeof(float) * (size_t)experts);
+            clear(to, experts);
             continue;
         }
         float most = largest(experts, x), sum = powers(experts, x, most, to);

@@ -30,7 +30,7 @@ static int ascend(int64_t runs, int64_t n, int64_t experts, const int32_t *offse
 static void few_rows(int64_t rows, int64_t in, int64_t out, int terms, const float *const lefts[], const float *const rights[],
                      float *room, float *result) {
     float *sums = room + in * LANES, *back = sums + out * LANES;
-    memset(room, 0, sizeof(float) * (size_t)(in * LANES));
+    clear(room, in * LANES);
     for (int term = 0; term < terms; term++) {
         for (int64_t i = 0; i < rows; i++)
             for (int64_t k = 0; k < in; k++) room[k * LANES + i] = lefts[term][i * in + k];
@@ -42,7 +42,7 @@ static void few_rows(int64_t rows, int64_t in, int64_t out, int terms, const flo
         }
     }
     turn(out, LANES, sums, back);
-    memcpy(result, back, sizeof(float) * (size_t)(rows * out));
+    copy(result, back, rows * out);
 }
 
 /* result (runs, n, out): rows (runs, n, in) times the weights (experts, in, out) of their run's experts, which lie `apart`
@@ -67,7 +67,7 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
                 tasks[count++] = (Task){run * experts + e, run * n + start, some};
                 start += some;
             }
-        if (start < n) memset(result + (run * n + start) * out, 0, sizeof(float) * (size_t)((n - start) * out));
+        clear(result + (run * n + start) * out, (n - start) * out);
     }
 #pragma omp parallel num_threads(threads) if (threads > 1 && runs * n * size > SMALL)
     {
@@ -144,7 +144,7 @@ int grouped_outer(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t 
                 const float *a = order ? rows + group / experts * tokens * in : rows + (first + start) * in;
                 outer_of(some, out, depth, a + from, in, order ? order + first + start : NULL, up, into, how);
             }
-            else memset(into, 0, sizeof(float) * (size_t)(some * out));
+            else clear(into, some * out);
         }
 #if defined(__AVX2__)
         _mm_sfence(); /* what was written past the caches is there for all */

@@ -51,7 +51,7 @@ int cross_entropy_grad(int64_t n, int64_t vocab, int64_t none, const float *grad
             continue;
         }
         outside |= labels[i] != none;
-        memset(to, 0, sizeof(float) * (size_t)vocab);
+        clear(to, vocab);
     }
     return outside ? OUTSIDE : DONE;
 }

@@ -42,7 +42,7 @@ int combined_rows(int64_t n, int64_t dim, int64_t slots, int64_t rows, const flo
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n * slots * dim > SMALL)
     for (int64_t t = 0; t < n; t++) {
         float *to = out + t * dim;
-        memset(to, 0, sizeof(float) * (size_t)dim);
+        clear(to, dim);
         for (int64_t m = t * slots; m < (t + 1) * slots; m++) {
             const float *from = y + inverse[m] * dim;
             float weight = weights[m];
@@ -62,7 +62,7 @@ int sort_rows(int64_t runs, int64_t n, int64_t experts, const int64_t *ids, cons
     for (int64_t run = 0; run < runs; run++) {
         int32_t *ends = offsets + run * experts; /* first the counts, then where the next row goes, then the ends */
         int64_t first = run * n, last = 0, start = 0, strangers = 0;
-        memset(ends, 0, sizeof(int32_t) * (size_t)experts);
+        for (int64_t e = 0; e < experts; e++) ends[e] = 0;
         for (int64_t i = first; i < first + n; i++) {
             if (!active[i]) continue;
             if (is_index(ids[i], experts)) ends[ids[i]]++;

@@ -67,6 +67,15 @@ INLINE vec fused_of(vec a, vec b, vec c) {
 #endif
 }
 
+/* Nothing may have no address, which the library's own functions refuse. */
+INLINE void clear(float *to, int64_t n) {
+    if (n > 0) memset(to, 0, sizeof(float) * (size_t)n);
+}
+
+INLINE void copy(float *to, const float *from, int64_t n) {
+    if (n > 0) memcpy(to, from, sizeof(float) * (size_t)n);
+}
+
 INLINE vec every(float x) { return x - (vec){0}; } /* not 0 + x, which makes 0 of -0 */
 
 /* x, or the nearer end where it lies outside; what is no number stays. */
