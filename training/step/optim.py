@@ -150,8 +150,10 @@ def global_norm(grads: Any, axes: int = 0) -> Float[Tensor, "*runs"]:
 
 
 def clip_factor(norm: Float[Tensor, "*runs"], max_norm: Number) -> Float[Tensor, "*runs"]:
-    """min(1, max_norm / norm): what to multiply gradients with."""
-    return (max_norm / (norm + 1e-6)).clamp_max(1.0)
+    """min(1, max_norm / norm): the factor of the gradients."""
+    # With a Python number, a tensor of no axes gets a float64 tangent (torch 2.13), which float32 operations refuse.
+    most, tiny = (torch.as_tensor(n, dtype=norm.dtype, device=norm.device) for n in (max_norm, 1e-6))
+    return (most / (norm + tiny)).clamp_max(1.0)
 
 
 def schedule(step: Int[Tensor, "*runs"], hyper: HyperParams) -> Float[Tensor, "*runs"]:

@@ -51,8 +51,9 @@ def router_targets(
     shares = softmax(-sign * surprise / (temperature * the token's mean |surprise|)): no unit, so no layer is special.
 
     A token teaches iff it is real, has at least `min_candidates` routed experts, and they are not all tied: the argmin
-    of a token without gradient (surprise 0 everywhere) would quietly favour the first expert. A lone candidate, allowed
-    by min_candidates = 1, is not a tie.
+    of a token without gradient (surprise 0 everywhere) would quietly favour the first expert. Tied means equal within
+    TIE_TOLERANCE of the larger size, as rounding must not teach; what is below the smallest normal number counts as 0.
+    A lone candidate, allowed by min_candidates = 1, is not a tie.
     """
     runs, numbers = per_token_surprise.shape[:-3], (min_candidates, sign)  # a kernel reads one of each run
     least, side = (torch.as_tensor(n, device=real.device, dtype=torch.float32).expand(runs) for n in numbers)
@@ -76,12 +77,16 @@ def router_targets(
 def _argmin_targets(surprise: Tensor, real: Tensor, least: Tensor, sign: Tensor) -> Values:
     """(expert, informative, tied)."""
     finite = surprise.isfinite()
-    signed = torch.where(finite, surprise * sign[..., None, None, None], torch.inf)
+    size = torch.where(
+        surprise.abs() < torch.finfo(surprise.dtype).tiny, 0.0, surprise
+    )  # no gradient, but for rounding
+    signed = torch.where(finite, size * sign[..., None, None, None], torch.inf)
     lowest = signed.amin(dim=-1)
     highest = torch.where(finite, signed, -torch.inf).amax(dim=-1)
     candidates = finite.sum(dim=-1)
     eligible = real.unsqueeze(-2) & (candidates >= least[..., None, None]) & (candidates >= 1)
-    tied = eligible & (candidates > 1) & (lowest == highest)
+    gap = step_kernels.TIE_TOLERANCE * torch.maximum(lowest.abs(), highest.abs())
+    tied = eligible & (candidates > 1) & (highest - lowest <= gap)
     return signed.argmin(dim=-1), eligible & ~tied, tied
 
 
