@@ -11,8 +11,8 @@ from tiny_onn_func.tree import walk
 from training.errors import UserError
 from training.run.config import hyper_params, statics
 from training.run.context import Run
-from training.run.engine import program, step_batch
 from training.run.nonfinite import EVIDENCE, bad_numbers
+from training.run.program import program, step_batch
 from training.run.start import open_past
 from training.step.batch import Batch
 from training.step.finite import passed_over

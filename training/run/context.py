@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,30 @@ def append_record(history: list[dict[str, Any]], record: dict[str, Any]) -> None
         ]
 
 
+class Best(NamedTuple):
+    """The lowest held-out loss that was scored during the run; the first of equals."""
+
+    step: int
+    nats: float
+
+
+def better(best: Best | None, record: Mapping[str, Any]) -> Best | None:
+    """The better one of the best so far and a record's score, if it has one."""
+    nats = record.get("held_out_nats")
+    if not isinstance(nats, int | float) or (best is not None and best.nats <= nats):
+        return best
+    return Best(record["step"], nats)
+
+
+def best_of(history: Sequence[Mapping[str, Any]]) -> Best | None:
+    """The best score in records, oldest first."""
+    return reduce(better, history, None)
+
+
 def best_step(history: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step of the lowest held-out loss that was scored during the run; the first of equals."""
-    scored = [record for record in history if isinstance(record.get("held_out_nats"), int | float)]
-    return min(scored, key=lambda record: record["held_out_nats"])["step"] if scored else None
+    """The step of the best score."""
+    best = best_of(history)
+    return None if best is None else best.step
 
 
 class Run(NamedTuple):

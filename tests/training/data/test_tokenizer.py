@@ -78,7 +78,7 @@ def bpe(place: Path) -> Tokenizer:
 def own_cache_and_no_pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINY_ONN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("training.run.engine.draw", lambda _: None)
+        patch.setattr("training.run.loop.draw", lambda _: None)
         yield
 
 

@@ -76,7 +76,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(run: Path, text: Path, tmp_p
     """The cosine ends at `steps`, so the stopped run is the long one, stopped by Ctrl-C."""
     out = tmp_path / "stopped"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.run.engine.hyper_step", interrupted_after(3))
+        patch.setattr("training.run.program.hyper_step", interrupted_after(3))
         assert train(text, out, "--steps=6", "--eval-every=3", "--checkpoint-every=2") == 130
     assert [record["step"] for record in records(out)] == [1, 2, 3]
     assert main(["train", "--out", str(out), "--resume"]) == 0
