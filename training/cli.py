@@ -19,11 +19,12 @@ USAGE = """usage: tiny-onn VERB ...
   tokenizer  learn one from a text          tiny-onn tokenizer train --data SPEC --vocab-size 4096 --out DIR
   surgery    a dense Qwen3 into experts     tiny-onn surgery QWEN3_DIR --out DIR --num-experts 32
   study      compare many runs              tiny-onn study FILE.yaml [--out DIR] [--quick] [--resume]
-  replay     make one step again            tiny-onn replay RUN --step N
+  rerun      make one step again            tiny-onn rerun RUN --step N
   doctor     is all well here?              tiny-onn doctor [RUN]
   report     a web page of what was found   tiny-onn report DIR
 
 `tiny-onn VERB --help` lists the flags of a verb."""
+ALIASES = {"replay": "rerun"}  # former names of verbs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokenizer": _tokenizer,
         "surgery": _surgery,
         "study": _study,
-        "replay": _replay,
+        "rerun": _rerun,
         "doctor": _doctor,
         "report": _report,
     }
@@ -45,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if arguments else 2
     try:
-        if arguments[0] not in verbs:
+        verb = ALIASES.get(arguments[0], arguments[0])
+        if verb not in verbs:
             raise UserError(f"{arguments[0]}: expected a verb ({', '.join(verbs)}); `tiny-onn --help` explains them")
-        return verbs[arguments[0]](arguments[1:]) or 0
+        return verbs[verb](arguments[1:]) or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever reads what is printed has seen enough
@@ -210,14 +212,14 @@ def _study(argv: Sequence[str]) -> None:
     print(f"{results.table}\n\nstudy folder: {results.folder}\nreport: {results.folder / 'report.html'}")
 
 
-def _replay(argv: Sequence[str]) -> None:
-    parser = _Parser("tiny-onn replay", description="Make one step of a run again, and look at all its numbers.")
+def _rerun(argv: Sequence[str]) -> None:
+    parser = _Parser("tiny-onn rerun", description="Make one step of a run again, and look at all its numbers.")
     parser.add_argument("run", help="run folder")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="number of the step, from 1 on")
     given = parser.parse_args(argv)
-    from training.commands.replay import replay, replay_table
+    from training.commands.rerun import rerun, rerun_table
 
-    print(replay_table(replay(given.run, given.step)))
+    print(rerun_table(rerun(given.run, given.step)))
 
 
 def _doctor(argv: Sequence[str]) -> int:

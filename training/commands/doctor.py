@@ -124,7 +124,7 @@ def _run(home: Path) -> Iterator[Finding]:
     yield from _checkpoints(home / "checkpoints")
     for step, path in steps_in(home / EVIDENCE / "checkpoints"):
         yield Finding(
-            "bad numbers", f"in step {step + 1}: {path}", f"look with `tiny-onn replay {home} --step {step + 1}`"
+            "bad numbers", f"in step {step + 1}: {path}", f"look with `tiny-onn rerun {home} --step {step + 1}`"
         )
 
 

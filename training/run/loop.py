@@ -100,7 +100,7 @@ def _step(
     if config.on_nonfinite == "stop":
         raise NotFinite(
             f"step {step + 1}: expected finite numbers, got NaN or inf in {', '.join(bad[:3])}; stopped before it; "
-            f"look with `tiny-onn replay {run.folder} --step {step + 1}`, go on with --resume --on-nonfinite skip"
+            f"look with `tiny-onn rerun {run.folder} --step {step + 1}`, go on with --resume --on-nonfinite skip"
         )
     return passed_over(state), values | {"skipped": True}, bool(end)
 

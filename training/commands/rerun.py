@@ -1,4 +1,4 @@
-"""A step made again: from the state before it, on its batch, with every number that it computes looked at."""
+"""`tiny-onn rerun`: make one step of a run again, from the state before it on its batch, and show all its numbers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ from training.storage.checkpoint_files import Damaged, read_meta, steps_in
 from training.storage.recorder import FILE, iter_history, to_record
 
 
-class Replayed(NamedTuple):
+class Rerun(NamedTuple):
     """What a step did."""
 
     step: int
@@ -35,7 +35,7 @@ class Replayed(NamedTuple):
     gradients: dict[str, tuple[float, int]]  # name -> largest finite magnitude, entries that are NaN or infinite
 
 
-def replay(folder: str | Path, step: int) -> Replayed:
+def rerun(folder: str | Path, step: int) -> Rerun:
     """Make step `step` of a run again, writing nothing.
 
     The state before it is the evidence that a bad step left, or the newest checkpoint before it, from which the steps
@@ -56,7 +56,7 @@ def replay(folder: str | Path, step: int) -> Replayed:
     batch = step_batch(run, step - 1) if batch is None else batch
     new, metrics = step_of(state, batch)
     record = to_record(metrics)
-    return Replayed(
+    return Rerun(
         step, start, step - 1 - begun, record, _differences(run.folder, step, record), bad_numbers(record, new),
         dict(_gradients(run, state, batch)),
     )  # fmt: skip
@@ -105,15 +105,15 @@ def _extremes(leaf: Tensor) -> tuple[float, int]:
     return float(torch.where(finite, leaf, 0).abs().max()), int((~finite).sum())
 
 
-def replay_table(found: Replayed) -> str:
-    """What a step that was made again did: its scalars, its gradients, and whether it is the step on record."""
-    lines = [f"step {found.step}, from {found.start}, {found.steps_before} steps made again before it", ""]
-    lines += [f"{name:<19} {value}" for name, value in found.record.items() if not isinstance(value, list)]
+def rerun_table(result: Rerun) -> str:
+    """The step's scalars and gradients, and whether it is the step on record."""
+    lines = [f"step {result.step}, from {result.start}, {result.steps_before} steps made again before it", ""]
+    lines += [f"{name:<19} {value}" for name, value in result.record.items() if not isinstance(value, list)]
     lines += ["", f"{'gradient of the main loss':<40} {'largest':>12} {'not finite':>11}"]
-    lines += [f"{name:<40} {largest:>12.4g} {bad:>11,}" for name, (largest, bad) in found.gradients.items()]
-    lines += ["", f"NaN or infinite: {', '.join(found.bad) or 'nothing'}"]
-    if found.differences is None:
+    lines += [f"{name:<40} {largest:>12.4g} {bad:>11,}" for name, (largest, bad) in result.gradients.items()]
+    lines += ["", f"NaN or infinite: {', '.join(result.bad) or 'nothing'}"]
+    if result.differences is None:
         lines.append("on record: no such step")
     else:
-        lines.append(f"on record: {'other ' + ', '.join(found.differences) if found.differences else 'the same'}")
+        lines.append(f"on record: {'other ' + ', '.join(result.differences) if result.differences else 'the same'}")
     return "\n".join(lines)
