@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import NoReturn
 
 from training.errors import UserError, is_out_of_memory, one_line
 from training.run.process import stop_politely
+from training.run.suggest import VERBS, advice, suggestion
 
 USAGE = """usage: tiny-onn VERB ...
 
@@ -48,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         verb = ALIASES.get(arguments[0], arguments[0])
         if verb not in verbs:
-            raise UserError(f"{arguments[0]}: expected a verb ({', '.join(verbs)}); `tiny-onn --help` explains them")
+            meant = VERBS.get(verb) or suggestion(verb, verbs)
+            mend = f"did you mean {meant}?" if meant else "`tiny-onn --help` explains them"
+            raise UserError(f"{verb}: expected a verb ({', '.join(verbs)}); {mend}")
         return verbs[verb](arguments[1:]) or 0
     except KeyboardInterrupt:
         return 130
@@ -74,8 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False)  # --n would pass for --no-stop
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` lists the flags")
+        mend = f"; `{self.prog} --help` lists the flags"
+        if flag := re.search(r"unrecognized arguments: --([^\s=]+)", message):
+            known = [name.removeprefix("--").replace("-", "_") for name in self._option_string_actions]
+            mend = advice(flag[1].replace("-", "_"), known, mend, lambda key: "--" + key.replace("_", "-"))
+        raise UserError(f"{message}{mend}")
 
 
 def _train(argv: Sequence[str]) -> None:

@@ -6,10 +6,9 @@ defaults of RunConfig. This is the only file that imports pydantic and tyro.
 """
 
 import ast
-import difflib
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, make_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,11 +22,13 @@ from training.errors import UserError
 from training.presets.find import resolve_preset
 from training.run.config import HyperSettings, RunConfig, default_out
 from training.run.initial_state import sizes_follow
+from training.run.suggest import advice
 from training.step.hyper_params import HyperParams
 from training.storage.plain_yaml import read_yaml, scalar, shown, write_yaml
 
 Values = dict[str, Any]  # dotted key -> value
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+LISTED = "; `tiny-onn train --help` lists them all"
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -113,7 +114,7 @@ def checked(values: Mapping[str, Any], place: Callable[[str], str]) -> Values:
     types, checked = key_types(), {}
     for key, value in values.items():
         if key not in types:
-            raise UserError(f"{place(key)}: unknown key{_suggestion(key, types)}")
+            raise UserError(f"{place(key)}: unknown key{advice(key, types, LISTED)}")
         try:
             checked[key] = TypeAdapter(types[key], config=STRICT).validate_python(value)
         except ValidationError:
@@ -126,11 +127,6 @@ def _wanted(hint: Any) -> str:
         return "one of " + ", ".join(get_args(hint))
     kinds = get_args(hint) or (hint,)
     return " or ".join("null" if kind is type(None) else WORDS[kind] for kind in kinds)
-
-
-def _suggestion(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]}?" if near else "; `tiny-onn train --help` lists them all"
 
 
 # YAML -----------------------------------------------------------------------------------------------------------------
@@ -179,8 +175,7 @@ def _read_flags(argv: Sequence[str]) -> tuple[Values, str | None, set[str]]:
         if name in ("--resume", "--help"):
             raise UserError(f"{name}: expected no value, got {shown(text)}")
         if key not in types:
-            known = [_flag(key) for key in types] + ["--resume", "--help"]
-            raise UserError(f"{_name(name)}: unknown flag{_suggestion(name, known)}")
+            raise UserError(f"{_name(name)}: unknown flag{advice(key, [*types, 'resume', 'help'], LISTED, _flag)}")
         if not equals:
             if not words:
                 raise UserError(f"{name}: expected a value, got nothing")

@@ -116,7 +116,7 @@ MISTAKES = {
     "model: {num_expert: 3}": "model.num_expert: unknown key, did you mean model.num_experts?",
     "stepss: 3": "stepss: unknown key, did you mean steps?",
     "pi_alpha: 0.5": "pi_alpha: unknown key, did you mean hyper.pi_alpha?",
-    "hyper: {total_steps: 5}": "hyper.total_steps: unknown key, did you mean hyper.warmup_steps?",
+    "hyper: {total_steps: 5}": "hyper.total_steps: unknown key, did you mean steps?",
     "1: 2": "1: unknown key; `tiny-onn train --help` lists them all",
     '"a\\nb": 2': "'a\\nb': unknown key; `tiny-onn train --help` lists them all",
     "hyper: {lr: fast}": "hyper.lr: expected a number, got 'fast'",
