@@ -30,6 +30,7 @@ RUN_RULES: tuple[Rule, ...] = (
     ("cosine or constant", lambda value: value in ("cosine", "constant"), "schedule"),
     ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16"), "precision"),
     (", ".join(KINDS), lambda value: value in KINDS, "surprise_kind"),
+    ("stop or skip", lambda value: value in ("stop", "skip"), "on_nonfinite"),
     ("auto, document or tail", lambda value: value in ("auto", "document", "tail"), "split"),
 )
 

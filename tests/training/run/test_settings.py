@@ -4,6 +4,7 @@ import ast
 import math
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Literal, get_origin
 
 import pytest
 import yaml
@@ -132,6 +133,9 @@ MISTAKES = {
     "steps: {a: 1}": "steps: expected a whole number, got {'a': 1}",
     "prompt: 5": "prompt: expected text, got 5",
     "final_eval_bytes: some": "final_eval_bytes: expected a whole number or null, got 'some'",
+    "surprise_kind: bananas": "surprise_kind: expected one of w2, unweighted, experts, input, benefit, oracle, got "
+    "'bananas'",
+    "on_nonfinite: go": "on_nonfinite: expected one of stop, skip, got 'go'",
     "split: random": "split: expected one of auto, document, tail, got 'random'",
     "model: {tie_word_embeddings: 1}": "model.tie_word_embeddings: expected true or false, got 1",
     "model: 5": "model: expected keys and values below it, got 5",
@@ -170,6 +174,15 @@ MISTAKES = {
 @pytest.mark.parametrize("text", MISTAKES)
 def test_a_mistake_in_a_file_is_one_line_that_names_file_and_key(tmp_path, text):
     assert complaint(load, tmp_path, text) == f"{tmp_path}/x.yaml: {MISTAKES[text]}"
+
+
+@pytest.mark.parametrize("key", [key for key, hint in key_types().items() if get_origin(hint) is Literal])
+def test_a_choice_that_there_is_none_of_is_refused_in_python_too(key):
+    with pytest.raises(ValueError, match=f"{key.rpartition('.')[2]}: expected .*, got 'bananas'"):
+        if key.startswith("model."):
+            ModelConfig(257, 8, 1, 1, 1, 8, 8, 2, **{key.removeprefix("model."): "bananas"})
+        else:
+            RunConfig(**{key: "bananas"})
 
 
 def test_unreadable_files_are_one_line(tmp_path):
@@ -272,6 +285,8 @@ def test_resume_goes_on_with_the_settings_of_the_run_folder(tmp_path):
 
 BAD_FLAGS = {
     "--model.hiden-size 4": "--model.hiden-size: unknown flag, did you mean --model.hidden-size?",
+    "--surprise-kind bananas": "--surprise-kind: expected one of w2, unweighted, experts, input, benefit, oracle, got "
+    "'bananas'",
     "--resum": "--resum: unknown flag, did you mean --resume?",
     "--resume=yes": "--resume: expected no value, got 'yes'",
     "--zzz": "--zzz: unknown flag; `tiny-onn train --help` lists them all",
