@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from tiny_onn_func.kernels import build
 from training.errors import UserError, one_line
 from training.run.nonfinite import EVIDENCE
+from training.run.schedule import bends_text, read_legs
 from training.run.settings import load_settings
 from training.storage.checkpoint_files import DRAFT, read_meta, steps_in
 from training.storage.lock import holder
@@ -119,6 +120,10 @@ def _run(home: Path) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("settings", str(error), "restore the file")
         return
+    legs = read_legs(home, config)
+    if len(legs) > 1:
+        mend = f"it is not the score of a run of {config.steps} steps; `tiny-onn report {home}` says how to repeat it"
+        yield Finding("schedule", bends_text(legs), mend)
     made = max((step for step, _ in steps_in(home / "checkpoints")), default=0)
     yield from _records(home, made)
     yield from _checkpoints(home / "checkpoints")

@@ -1,6 +1,6 @@
 """`tiny-onn rerun`: make one step of a run again, from the state before it on its batch, and show all its numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ from training.errors import UserError
 from training.run.config import hyper_params, statics
 from training.run.context import Run
 from training.run.nonfinite import EVIDENCE, bad_numbers
-from training.run.program import program, step_batch
+from training.run.program import Program, program, step_batch
+from training.run.schedule import config_at
 from training.run.start import open_past
 from training.step.batch import Batch
 from training.step.finite import passed_over
@@ -49,17 +50,31 @@ def rerun(folder: str | Path, step: int) -> Rerun:
         raise UserError(f"--step: expected 1 to {run.config.steps}, the steps of {folder}, got {step}")
     state, batch, start = _before(run, first, step)
     begun = int(state.step)
-    step_of = program(run, state)
+    program_at = _programs(run, state)
     while int(state.step) < step - 1:
-        new, metrics = step_of(state, step_batch(run, int(state.step)))
+        at = int(state.step)
+        new, metrics = program_at(at + 1)(state, step_batch(run, at))
         state = passed_over(state) if bad_numbers(to_record(metrics), new) else new
     batch = step_batch(run, step - 1) if batch is None else batch
-    new, metrics = step_of(state, batch)
+    new, metrics = program_at(step)(state, batch)
     record = to_record(metrics)
     return Rerun(
         step, start, step - 1 - begun, record, _differences(run.folder, step, record), bad_numbers(record, new),
         dict(_gradients(run, state, batch)),
     )  # fmt: skip
+
+
+def _programs(run: Run, state: TrainState) -> Callable[[int], Program]:
+    """Step -> its program, with the schedule that held then; one for each schedule."""
+    known: dict[int, Program] = {}
+
+    def program_at(step: int) -> Program:
+        config = config_at(run.config, run.legs, step)
+        if config.steps not in known:
+            known[config.steps] = program(run._replace(config=config), state)
+        return known[config.steps]
+
+    return program_at
 
 
 def _before(run: Run, first: TrainState, step: int) -> tuple[TrainState, Batch | None, str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from training.data.corpus import Splits
 from training.distributed.team import ALONE, Team
 from training.run.config import RunConfig
+from training.run.schedule import LEGS, Leg
 from training.run.teacher import Teacher
 
 MOST, ENDS = 4096, 256  # records between the ends at most, of the first and of the last; all records up to MOST steps
@@ -66,6 +67,7 @@ class Run(NamedTuple):
     teacher: Teacher | None = None
     team: Team = ALONE
     first_step: int = 0  # at which this process began
+    legs: tuple[Leg, ...] = ()  # schedules that its steps follow
 
     @property
     def tokens_a_step(self) -> int:
@@ -77,5 +79,5 @@ def about_of(run: Run) -> dict[str, Any]:
     return {
         "config_dict": asdict(run.config.model),
         "tokenizer": run.corpus.train.tokenizer.fingerprint,
-        "settings": run.settings,
+        "settings": {**run.settings, LEGS: [list(leg) for leg in run.legs]},
     }

@@ -12,6 +12,7 @@ from training.run.config import RunConfig
 from training.run.identity import check_same
 from training.run.loop import run_steps
 from training.run.process import disable_heap_trimming
+from training.run.schedule import bends_text, legs_of
 from training.run.start import begin, check_folder, newest_checkpoint, open_new, tokenizer_of
 from training.run.summary import finish
 from training.storage.lock import locked
@@ -54,8 +55,11 @@ def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[st
     run = team.one_by_one(lambda: open_new(config, folder, tokenizer, team))
     if team.world.broadcast_object(run.settings["text"]) != run.settings["text"]:
         raise UserError(f"data: expected the text of rank 0 on every rank, got another on rank {team.world.rank}")
-    if checkpoint is not None:
-        check_same(run.settings, checkpoint.settings, folder)
+    settings, step = (checkpoint.settings, checkpoint.step) if checkpoint is not None else (None, 0)
+    check_same(run.settings, settings or {}, folder)
+    run = run._replace(legs=legs_of(config, settings, step))
+    if team.first and len(run.legs) > 1:
+        print(f"note: {bends_text(run.legs)}; the score will not be that of {config.steps} steps", file=sys.stderr)
     state = begin(run, checkpoint, tokenizer)
     run = run._replace(first_step=int(state.step))
     resume_step = int(state.step) if resume else None

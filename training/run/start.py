@@ -17,6 +17,7 @@ from training.run.config import RunConfig
 from training.run.context import Run, append_record
 from training.run.identity import check_same, deciding
 from training.run.initial_state import first_state
+from training.run.schedule import read_legs
 from training.run.settings import load_settings, save_settings
 from training.run.teacher import open_teacher
 from training.step.hyper_step import TrainState, init_state
@@ -127,4 +128,4 @@ def open_past(folder: str | Path) -> tuple[Run, TrainState]:
     run = open_new(config, home, tokenizer)
     if checkpoint is not None:
         check_same(run.settings, checkpoint.settings, home)
-    return run, first_state(config, tokenizer)
+    return run._replace(legs=read_legs(home, config)), first_state(config, tokenizer)

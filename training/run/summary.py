@@ -16,6 +16,7 @@ from training.report.alarms import collapse_alarms
 from training.report.figures import draw_core_metrics, draw_expert_dashboard
 from training.run.context import Run, best_step
 from training.run.evaluate import Score, evaluate
+from training.run.schedule import LEGS
 from training.step.hyper_step import TrainState
 from training.storage.atomic import write_text
 
@@ -34,6 +35,7 @@ def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "nats_per_token": score.nats_per_token,
         "accuracy": score.accuracy,
         "steps": int(state.step),
+        LEGS: [list(leg) for leg in run.legs],
         "best_step": best,
         "tokens": tokens,
         "train_seconds": round(seconds, 3),
