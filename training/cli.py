@@ -1,6 +1,7 @@
 """The command line: verbs, no logic. One line and exit status 2 for every mistake of the user."""
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -106,14 +107,24 @@ def _train(argv: Sequence[str]) -> None:
 def _evaluate(argv: Sequence[str]) -> None:
     parser = _Parser("tiny-onn evaluate", description="Score a run on its held-out text, beside the baselines.")
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--data", help="score the held-out part of another source")
-    parser.add_argument("--bytes", type=int, help="held-out bytes to score; all of them by default")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--data", metavar="SPEC", help="score another source; the run's own data by default")
+    parser.add_argument("--split", choices=("auto", "document", "tail"), help="what is held out; as in the run")
+    parser.add_argument("--holdout", type=float, metavar="SHARE", help="share that is held out; as in the run")
+    parser.add_argument("--all", action="store_true", help="score all of the text, held out or not; no baselines then")
+    parser.add_argument("--bytes", type=int, metavar="N", help="bytes to score; all of them by default")
+    parser.add_argument("--json", action="store_true", help="print the score as one JSON object")
+    options = parser.parse_args(argv)
     from training.commands.evaluate import evaluate_run
     from training.run.summary import score_table
 
-    score, baselines = evaluate_run(arguments.run, data=arguments.data, max_bytes=arguments.bytes)
-    print(score_table(score, baselines))
+    found = evaluate_run(
+        options.run, data=options.data, max_bytes=options.bytes, split=options.split, holdout=options.holdout,
+        everything=options.all,
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps({**found._asdict(), "score": found.score._asdict()}))
+    else:
+        print(score_table(found.score, found.baselines, "bytes" if options.all else "held-out bytes"))
 
 
 def _generate(argv: Sequence[str]) -> None:

@@ -166,7 +166,8 @@ class RunConfig:
     holdout: float = 0.1
     """Share of the text that is held out, more than 0 and less than 1."""
     split: Literal["auto", "document", "tail"] = "auto"
-    """What is held out: whole documents, the tail of the text, or (auto) documents where there are several."""
+    """What is held out: whole documents, the tail of the text, or (auto) documents where there are several on each
+    side."""
     replay: float = 0.0
     """Share of the rows of a batch that come from earlier tasks, in a study with `tasks`."""
     eval_every: int = 500

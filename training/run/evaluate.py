@@ -14,6 +14,7 @@ from tiny_onn_func.decoder import forward
 from tiny_onn_func.tree import Tree, tree_map
 from training.data.batches import held_out_batches, scored_span
 from training.data.corpus import Splits
+from training.errors import UserError
 from training.run.config import RunConfig
 from training.step.batch import IGNORE_INDEX, Batch
 from training.step.losses import language_modelling
@@ -63,6 +64,9 @@ def evaluate_runs(
         params: stacked, leaves (R, ...).
         batches: whose targets stand for `num_bytes` bytes of text.
         surprise_budgets: R of them, as in training; they decide K where K is dynamic.
+
+    Raises:
+        UserError: there is nothing to score.
     """
 
     def sums(params: Tree, budget: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,12 +85,14 @@ def evaluate_runs(
             totals += torch.stack([part.double() for part in by_run])
             targets += int((batch.labels != IGNORE_INDEX).sum())
             real_tokens += int((batch.attention_mask != 0).sum())
-    visitable = max(config.num_hidden_layers * real_tokens, 1)
+    if not (targets and num_bytes):
+        raise UserError("held-out text: expected a target to score, got none; give more text")
+    visitable = config.num_hidden_layers * real_tokens
     return [
         Score(
-            nats_per_token=nats / max(targets, 1),
-            bits_per_byte=nats / math.log(2) / max(num_bytes, 1),
-            accuracy=correct / max(targets, 1),
+            nats_per_token=nats / targets,
+            bits_per_byte=nats / math.log(2) / num_bytes,
+            accuracy=correct / targets,
             avg_k=visits / visitable,
             tokens=targets,
             bytes=num_bytes,

@@ -99,9 +99,9 @@ def alarms(run: Run) -> list[str]:
     )  # fmt: skip
 
 
-def score_table(score: Score, baselines: Mapping[str, float]) -> str:
-    """Held-out bits per byte of the model among the baselines, best first."""
-    return _ranking({"this model": score.bits_per_byte, **baselines}, score.bytes)
+def score_table(score: Score, baselines: Mapping[str, float], of: str = "held-out bytes") -> str:
+    """Bits per byte of the model among the baselines, best first."""
+    return _ranking({"this model": score.bits_per_byte, **baselines}, score.bytes, of)
 
 
 def summary_table(summary: Mapping[str, Any], folder: str) -> str:
@@ -122,6 +122,6 @@ def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     return "\n".join(lines)
 
 
-def _ranking(bits: Mapping[str, float], num_bytes: int) -> str:
+def _ranking(bits: Mapping[str, float], num_bytes: int, of: str = "held-out bytes") -> str:
     rows = sorted(bits.items(), key=lambda row: row[1])
-    return "\n".join((f"bits per byte on {num_bytes:,} held-out bytes", *(f"  {n:<12} {b:.3f}" for n, b in rows)))
+    return "\n".join((f"bits per byte on {num_bytes:,} {of}", *(f"  {n:<12} {b:.3f}" for n, b in rows)))

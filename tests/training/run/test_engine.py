@@ -108,6 +108,34 @@ def test_evaluate_repeats_the_score_of_the_summary(run: Path, capsys: pytest.Cap
     assert all(name in printed for name in ("uniform", "unigram", "bigram", "gzip -9"))
 
 
+def test_evaluate_parts_another_text_as_it_is_asked_to_or_scores_all_of_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(TEXT[:100], encoding="utf-8")
+    assert main(["evaluate", str(run), "--data", str(short)]) == 2
+    said = capsys.readouterr().err
+    assert "try --split tail, a larger --holdout, or --all, which scores all of it" in said
+    scored = {}
+    for flags in (
+        ["--all"],
+        ["--holdout", "0.4"],
+        ["--holdout=0.4", "--split=tail", "--bytes=20"],
+        ["--all", "--bytes=9"],
+    ):
+        assert main(["evaluate", str(run), "--data", str(short), "--json", *flags]) == 0
+        found = json.loads(capsys.readouterr().out)
+        scored[" ".join(flags)] = found["score"]["bytes"]
+        assert (found["baselines"] == {}) == ("--all" in flags)
+        assert found["split"] == ("all" if "--all" in flags else "tail")
+    assert [*scored.values()] == [99, 39, 20, 9]  # the first byte has nothing before it; a boundary is no byte
+    assert main(["evaluate", str(run), "--all"]) == 0
+    assert f"on {len(TEXT) - 1:,} held-out bytes" not in (table := capsys.readouterr().out)
+    assert f"on {len(TEXT) - 1:,} bytes" in table
+    assert main(["evaluate", str(run), "--all", "--split", "tail"]) == 2
+    assert "--all: expected no --split" in capsys.readouterr().err
+
+
 def test_the_same_seed_writes_the_same_text_and_another_one_another(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,11 +3,11 @@
 import math
 
 import pytest
-import torch
 
 from tests.helpers import spread_params, tiny_batch, tiny_config
 from tiny_onn_func import forward
 from tiny_onn_func.tree import stack
+from training.errors import UserError
 from training.run.evaluate import evaluate, evaluate_runs
 
 CONFIG = tiny_config()
@@ -40,9 +40,7 @@ def test_a_score_is_of_sums_over_all_targets_and_real_tokens() -> None:
     assert (score.tokens, score.bytes) == (targets, 40)
 
 
-def test_no_target_scores_zero_and_autograd_stays_on() -> None:
-    params = spread_params(CONFIG, 1)
-    empty = tiny_batch(CONFIG, unlabelled=1.0)
-    score = evaluate(params, CONFIG, [empty], 0, surprise_budget=0.5)
-    assert (score.nats_per_token, score.bits_per_byte, score.tokens) == (0.0, 0.0, 0)
-    assert torch.is_grad_enabled()
+@pytest.mark.parametrize("batches", [[], [tiny_batch(CONFIG, unlabelled=1.0)]], ids=["no batch", "no target"])
+def test_nothing_to_score_is_one_line_and_no_perfect_score(batches: list) -> None:
+    with pytest.raises(UserError, match="held-out text: expected a target to score, got none; give more text"):
+        evaluate(spread_params(CONFIG, 1), CONFIG, batches, 0, surprise_budget=0.5)
