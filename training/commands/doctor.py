@@ -21,7 +21,7 @@ from training.run.schedule import bends_text, read_legs
 from training.run.settings import load_settings
 from training.storage.checkpoint_files import DRAFT, read_meta, steps_in
 from training.storage.lock import holder
-from training.storage.recorder import FILE, read_history, unbroken_upto
+from training.storage.recorder import FILE, read_history, torn_line, unbroken_upto
 
 PACKAGE = "tiny-onn-func"
 LITTLE = 1 << 30  # bytes free that a run should have at least
@@ -158,6 +158,9 @@ def _records(home: Path, made: int) -> Iterator[Finding]:
     except OSError as error:  # a pipe, a folder or a file of somebody else
         yield Finding("records", f"{error.filename}: {error.strerror}", "restore the file")
         return
+    if torn := torn_line(home):
+        text, _, mend = torn.rpartition("; ")
+        yield Finding("records", text, f"{mend}; a run that is not done mends it with --resume")
     whole = all(isinstance(step, int) for step in steps) and all(a < b for a, b in pairwise(steps))
     text = f"{home / FILE}: {len(steps)} records, the last of step {steps[-1] if steps else 0}"
     yield Finding("records", text, "" if whole else "out of order: an unfinished run mends it with --resume")

@@ -237,6 +237,19 @@ def test_the_doctor_finds_all_well_with_a_finished_run_and_names_each_fault(
 
 
 @pytest.mark.usefixtures("kernels")
+def test_the_doctor_names_a_last_line_that_is_no_record(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, "--steps=2", "--eval-every=0", "--sample-tokens=0") == 0
+    assert not [finding for finding in examine(out) if finding.advice]
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "tok')
+    (fault,) = [finding for finding in examine(out) if finding.advice]
+    assert fault.subject == "records"
+    assert 'line 3: expected a JSON object, got \'{"step": 3, "tok\'' in fault.text
+    assert fault.advice.startswith("remove the line")
+
+
+@pytest.mark.usefixtures("kernels")
 def test_the_doctor_says_which_package_is_out_of_its_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 
