@@ -78,9 +78,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog, description=description, allow_abbrev=False)  # --n would pass for --no-stop
+        super().__init__(  # without abbreviations: --n would pass for --no-stop
+            prog, description=description, allow_abbrev=False, formatter_class=_Formatter
+        )
 
     def error(self, message: str) -> NoReturn:
         mend = f"; `{self.prog} --help` lists the flags"
@@ -130,8 +139,11 @@ def _evaluate(argv: Sequence[str]) -> None:
 def _generate(argv: Sequence[str]) -> None:
     parser = _Parser("tiny-onn generate", description="Continue a text; the same seed gives the same text.")
     parser.add_argument("run", help="run folder, or a Qwen3-MoE folder of Hugging Face")
-    parser.add_argument("--prompt", default="def ", help="text to continue")
-    parser.add_argument("--tokens", type=int, default=400, help="tokens to sample")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="text to continue; the run's own `prompt`, else a new document"
+    )
+    parser.add_argument("--tokens", type=int, default=400, metavar="N", help="tokens to sample")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
     parser.add_argument("--top-k", type=int, help="sample among the k most probable tokens")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the fewest tokens of this probability")
@@ -140,7 +152,7 @@ def _generate(argv: Sequence[str]) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a token that ends the text, too")
     parser.add_argument("--no-stop", action="store_true", help="write on where a document or a turn ends")
     parser.add_argument("--show-experts", action="store_true", help="then list the experts that every token visited")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     given = parser.parse_args(argv)
     from training.commands.generate import stream_run
 
@@ -149,6 +161,7 @@ def _generate(argv: Sequence[str]) -> None:
         given.run, given.prompt, tokens=given.tokens, temperature=given.temperature, top_k=given.top_k,
         top_p=given.top_p, repetition_penalty=given.repetition_penalty, context=given.context, stops=given.stop,
         go_on=given.no_stop, show_experts=given.show_experts, width=width, seed=given.seed,
+        num_samples=given.num_samples,
     )  # fmt: skip
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -161,6 +174,7 @@ def _export(argv: Sequence[str]) -> None:
     parser.add_argument("--out", required=True, help="new or empty folder")
     parser.add_argument("--num-experts-per-tok", type=int, metavar="K", help="experts a token visits; the run's own")
     parser.add_argument("--from-sharded", action="store_true", help="the newest sharded checkpoint; trust the run")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export in --out")
     given = parser.parse_args(argv)
     from training.commands.export import export_run
 
@@ -168,7 +182,7 @@ def _export(argv: Sequence[str]) -> None:
         from training.distributed.sharded_checkpoint import gather_sharded
 
         gather_sharded(given.run)
-    print(export_run(given.run, given.out, num_experts_per_tok=given.num_experts_per_tok))
+    print(export_run(given.run, given.out, num_experts_per_tok=given.num_experts_per_tok, force=given.force))
 
 
 def _tokenizer(argv: Sequence[str]) -> None:
@@ -193,12 +207,13 @@ def _surgery(argv: Sequence[str]) -> None:
     parser.add_argument("--num-experts-per-tok", type=int, metavar="K", help="all of them by default; -1 is dynamic")
     parser.add_argument("--split", choices=("contiguous", "clusters"), default="contiguous")
     parser.add_argument("--calibration", metavar="FILE", help="text whose activations --split clusters looks at")
+    parser.add_argument("--force", action="store_true", help="replace an earlier result in --out")
     given = parser.parse_args(argv)
     from training.commands.surgery import cut_into_experts
 
     out = cut_into_experts(
         given.model, given.out, num_experts=given.num_experts, num_experts_per_tok=given.num_experts_per_tok,
-        split=given.split, calibration=given.calibration,
+        split=given.split, calibration=given.calibration, force=given.force,
     )  # fmt: skip
     print(out)
 

@@ -186,8 +186,9 @@ class RunConfig:
     """Steps between two updates of the pictures; 0 draws them at the end only."""
     sample_tokens: int = 200
     """Tokens of the sample text at the end; 0 for no sample."""
-    prompt: str = "def "
-    """What the sample text continues."""
+    prompt: str | None = None
+    """What the sample text continues; by default what fits the data: a user's turn for chats, "def " for stdlib, else
+    the beginning of a document."""
     threads: int = 0
     """Processor threads; 0 leaves the choice to torch."""
     precision: Literal["float32", "bfloat16"] = "float32"

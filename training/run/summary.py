@@ -49,7 +49,7 @@ def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "held_out_tokens": score.tokens,
         "baselines": run.baselines,
         "alarms": alarms(run),
-        "sample": sample_text(run, state, config.prompt, config.sample_tokens) if config.sample_tokens else "",
+        "sample": sample_text(run, state, config.sample_tokens) if config.sample_tokens else "",
     }
     write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
@@ -70,16 +70,17 @@ def held_out_score(run: Run, state: TrainState, max_bytes: int | None, *, show: 
     return evaluate(state.params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
 
 
-def sample_text(run: Run, state: TrainState, prompt: str, tokens: int) -> str:
-    """The prompt and its continuation; the run's seed decides it."""
+def sample_text(run: Run, state: TrainState, tokens: int) -> str:
+    """The run's prompt and its continuation; the run's seed decides it."""
     config, tokenizer = run.config, run.corpus.train.tokenizer
-    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))[None]
+    prompt = config.prompt or ""
+    ids = torch.from_numpy(tokenizer.prompt(prompt).astype("int64"))[None]
     generator = torch.Generator().manual_seed(config.seed)
     out = generate(
         state.params, ids, config.model, generator, max_new_tokens=tokens, context_length=config.sequence_length,
         temperature=0.8, surprise_budget=config.hyper.pi_alpha,
     )  # fmt: skip
-    return tokenizer.decode(out[0].tolist())
+    return tokenizer.decode(out[0, 0 if prompt else 1 :].tolist())
 
 
 def draw(run: Run) -> None:

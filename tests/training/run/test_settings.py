@@ -131,7 +131,7 @@ MISTAKES = {
     "steps:": "steps: expected a whole number, got None",
     "steps: 100000000000000000000": "steps: expected a whole number, got 1e+20",
     "steps: {a: 1}": "steps: expected a whole number, got {'a': 1}",
-    "prompt: 5": "prompt: expected text, got 5",
+    "prompt: 5": "prompt: expected text or null, got 5",
     "final_eval_bytes: some": "final_eval_bytes: expected a whole number or null, got 'some'",
     "surprise_kind: bananas": "surprise_kind: expected one of w2, unweighted, experts, input, benefit, oracle, got "
     "'bananas'",

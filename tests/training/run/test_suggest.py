@@ -60,6 +60,7 @@ def test_every_synonym_leads_to_a_setting_and_is_none_itself() -> None:
         (["generate", "run", "--max-new-tokens", "5"], "did you mean --tokens?"),
         (["generate", "run", "--max-tokens=5"], "did you mean --tokens?"),
         (["generate", "run", "--temprature", "1"], "did you mean --temperature?"),
+        (["generate", "run", "--n", "3"], "did you mean --num-samples?"),
         (["evaluate", "run", "--dta", "x"], "did you mean --data?"),
         (
             ["surgery", "model", "--out", "x", "--num-experts", "2", "--top-k", "1"],
