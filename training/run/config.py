@@ -204,7 +204,9 @@ class RunConfig:
     model: ModelConfig = DEFAULT_MODEL
     """Sizes of the model."""
     hyper: HyperSettings = DEFAULT_HYPER
-    """Numbers of the hyper step."""
+    """Numbers of the hyper step. A run's defaults are not those of `HyperParams()`, which is the plain step: a run has
+    lr 5e-3 (there 3e-3), a warm-up of 50 steps (there none), balance_weight 1.0 (there 0), and a cosine to its last
+    step (there a constant rate). `tiny-onn train --help` shows a run's."""
 
     def __post_init__(self) -> None:
         _check(self, RUN_RULES, "")

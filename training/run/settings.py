@@ -20,7 +20,7 @@ from tiny_onn_func.config import ModelConfig
 from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
 from training.presets.find import resolve_preset
-from training.run.config import HyperSettings, RunConfig, default_out
+from training.run.config import DEFAULT_HYPER, HyperSettings, RunConfig, default_out
 from training.run.initial_state import sizes_follow
 from training.run.suggest import advice
 from training.step.hyper_params import HyperParams
@@ -195,7 +195,9 @@ def _print_help(config: RunConfig) -> NoReturn:
     def columns(kind: type, texts: Mapping[str, str]) -> list[tuple[str, Any]]:
         return [(field.name, Annotated[field.type, tyro.conf.arg(help=texts[field.name])]) for field in fields(kind)]
 
+    plain = [f"{key} {getattr(HyperSettings(), key):g}" for key in differing(DEFAULT_HYPER, HyperSettings())]
     about = {"__doc__": "Numbers of the hyper step."}
+    said = f"The defaults of hyper are those of a run; HyperParams() of Python has {', '.join(plain)}, no cosine."
     numbers = make_dataclass("Numbers", columns(HyperSettings, _field_texts(HyperParams)), namespace=about)
     file = Annotated[
         str | None,
@@ -211,11 +213,16 @@ def _print_help(config: RunConfig) -> NoReturn:
         page,
         args=["--help"],
         prog="tiny-onn train",
-        description="Train a Tiny-ONN. Every key of the YAML is also a flag.",
+        description=f"Train a Tiny-ONN. Every key of the YAML is also a flag. {said}",
         default=page(**values | {"hyper": numbers(**asdict(config.hyper))}),
         config=(tyro.conf.FlagConversionOff,),
     )
     raise SystemExit(0)
+
+
+def differing(ours: HyperSettings, theirs: HyperSettings) -> list[str]:
+    """Names of the numbers in which two settings differ."""
+    return [field.name for field in fields(HyperSettings) if getattr(ours, field.name) != getattr(theirs, field.name)]
 
 
 def _field_texts(kind: type) -> dict[str, str]:

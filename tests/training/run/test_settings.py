@@ -15,8 +15,9 @@ from tests.helpers import ROOT
 from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
 from training.presets.find import HOME
-from training.run.config import RUN_RULES, HyperSettings, RunConfig, default_out, hyper_params
-from training.run.settings import key_types, load_settings, parse_train_args, save_settings
+from training.run import config as config_source
+from training.run.config import DEFAULT_HYPER, RUN_RULES, HyperSettings, RunConfig, default_out, hyper_params
+from training.run.settings import differing, key_types, load_settings, parse_train_args, save_settings
 from training.step.hyper_params import HyperParams
 from training.step.surprise import KINDS
 from training.storage.plain_yaml import read_yaml, scalar
@@ -62,6 +63,18 @@ def test_presets_load_and_spell_out_every_key(path):
     assert list(given) == list(asdict(RunConfig()))
     assert set(given["model"]) == {field.name for field in fields(ModelConfig)}
     assert set(given["hyper"]) == {field.name for field in fields(HyperSettings)}
+
+
+def test_where_a_run_differs_from_hyper_params_is_said_in_help_and_in_the_source(capsys):
+    assert differing(DEFAULT_HYPER, HyperSettings()) == ["lr", "warmup_steps", "balance_weight"]
+    with pytest.raises(SystemExit):
+        parse_train_args(["--help"])
+    page = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "HyperParams() of Python has lr 0.003, warmup_steps 0, balance_weight 0, no cosine." in page
+    source = " ".join(Path(config_source.__file__).read_text(encoding="utf-8").split())
+    assert "lr 5e-3 (there 3e-3), a warm-up of 50 steps (there none), balance_weight 1.0 (there 0)" in source
+    run, plain = hyper_params(RunConfig()), HyperParams()
+    assert (run.lr, plain.lr, run.warmup_steps, run.balance_weight, plain.total_steps) == (5e-3, 3e-3, 50, 1.0, 0)
 
 
 def test_seed_v6_is_the_plan_without_any_guard():
