@@ -1,7 +1,9 @@
 """The command line: verbs, no logic. One line and exit status 2 for every mistake of the user."""
 
 import argparse
+import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +11,7 @@ from typing import NoReturn
 
 from training.errors import UserError, is_out_of_memory, one_line
 from training.run.process import stop_politely
+from training.run.suggest import VERBS, advice, suggestion
 
 USAGE = """usage: tiny-onn VERB ...
 
@@ -19,11 +22,12 @@ USAGE = """usage: tiny-onn VERB ...
   tokenizer  learn one from a text          tiny-onn tokenizer train --data SPEC --vocab-size 4096 --out DIR
   surgery    a dense Qwen3 into experts     tiny-onn surgery QWEN3_DIR --out DIR --num-experts 32
   study      compare many runs              tiny-onn study FILE.yaml [--out DIR] [--quick] [--resume]
-  replay     make one step again            tiny-onn replay RUN --step N
+  rerun      make one step again            tiny-onn rerun RUN --step N
   doctor     is all well here?              tiny-onn doctor [RUN]
   report     a web page of what was found   tiny-onn report DIR
 
 `tiny-onn VERB --help` lists the flags of a verb."""
+ALIASES = {"replay": "rerun"}  # former names of verbs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokenizer": _tokenizer,
         "surgery": _surgery,
         "study": _study,
-        "replay": _replay,
+        "rerun": _rerun,
         "doctor": _doctor,
         "report": _report,
     }
@@ -45,9 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if arguments else 2
     try:
-        if arguments[0] not in verbs:
-            raise UserError(f"{arguments[0]}: expected a verb ({', '.join(verbs)}); `tiny-onn --help` explains them")
-        return verbs[arguments[0]](arguments[1:]) or 0
+        verb = ALIASES.get(arguments[0], arguments[0])
+        if verb not in verbs:
+            meant = VERBS.get(verb) or suggestion(verb, verbs)
+            mend = f"did you mean {meant}?" if meant else "`tiny-onn --help` explains them"
+            raise UserError(f"{verb}: expected a verb ({', '.join(verbs)}); {mend}")
+        return verbs[verb](arguments[1:]) or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever reads what is printed has seen enough
@@ -71,9 +78,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(  # without abbreviations: --n would pass for --no-stop
+            prog, description=description, allow_abbrev=False, formatter_class=_Formatter
+        )
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` lists the flags")
+        mend = f"; `{self.prog} --help` lists the flags"
+        if flag := re.search(r"unrecognized arguments: --([^\s=]+)", message):
+            known = [name.removeprefix("--").replace("-", "_") for name in self._option_string_actions]
+            mend = advice(flag[1].replace("-", "_"), known, mend, lambda key: "--" + key.replace("_", "-"))
+        raise UserError(f"{message}{mend}")
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -93,21 +116,34 @@ def _train(argv: Sequence[str]) -> None:
 def _evaluate(argv: Sequence[str]) -> None:
     parser = _Parser("tiny-onn evaluate", description="Score a run on its held-out text, beside the baselines.")
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--data", help="score the held-out part of another source")
-    parser.add_argument("--bytes", type=int, help="held-out bytes to score; all of them by default")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--data", metavar="SPEC", help="score another source; the run's own data by default")
+    parser.add_argument("--split", choices=("auto", "document", "tail"), help="what is held out; as in the run")
+    parser.add_argument("--holdout", type=float, metavar="SHARE", help="share that is held out; as in the run")
+    parser.add_argument("--all", action="store_true", help="score all of the text, held out or not; no baselines then")
+    parser.add_argument("--bytes", type=int, metavar="N", help="bytes to score; all of them by default")
+    parser.add_argument("--json", action="store_true", help="print the score as one JSON object")
+    options = parser.parse_args(argv)
     from training.commands.evaluate import evaluate_run
     from training.run.summary import score_table
 
-    score, baselines = evaluate_run(arguments.run, data=arguments.data, max_bytes=arguments.bytes)
-    print(score_table(score, baselines))
+    found = evaluate_run(
+        options.run, data=options.data, max_bytes=options.bytes, split=options.split, holdout=options.holdout,
+        everything=options.all,
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps({**found._asdict(), "score": found.score._asdict()}))
+    else:
+        print(score_table(found.score, found.baselines, "bytes" if options.all else "held-out bytes"))
 
 
 def _generate(argv: Sequence[str]) -> None:
     parser = _Parser("tiny-onn generate", description="Continue a text; the same seed gives the same text.")
     parser.add_argument("run", help="run folder, or a Qwen3-MoE folder of Hugging Face")
-    parser.add_argument("--prompt", default="def ", help="text to continue")
-    parser.add_argument("--tokens", type=int, default=400, help="tokens to sample")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="text to continue; the run's own `prompt`, else a new document"
+    )
+    parser.add_argument("--tokens", type=int, default=400, metavar="N", help="tokens to sample")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
     parser.add_argument("--top-k", type=int, help="sample among the k most probable tokens")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the fewest tokens of this probability")
@@ -116,7 +152,7 @@ def _generate(argv: Sequence[str]) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a token that ends the text, too")
     parser.add_argument("--no-stop", action="store_true", help="write on where a document or a turn ends")
     parser.add_argument("--show-experts", action="store_true", help="then list the experts that every token visited")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     given = parser.parse_args(argv)
     from training.commands.generate import stream_run
 
@@ -125,6 +161,7 @@ def _generate(argv: Sequence[str]) -> None:
         given.run, given.prompt, tokens=given.tokens, temperature=given.temperature, top_k=given.top_k,
         top_p=given.top_p, repetition_penalty=given.repetition_penalty, context=given.context, stops=given.stop,
         go_on=given.no_stop, show_experts=given.show_experts, width=width, seed=given.seed,
+        num_samples=given.num_samples,
     )  # fmt: skip
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -137,6 +174,7 @@ def _export(argv: Sequence[str]) -> None:
     parser.add_argument("--out", required=True, help="new or empty folder")
     parser.add_argument("--num-experts-per-tok", type=int, metavar="K", help="experts a token visits; the run's own")
     parser.add_argument("--from-sharded", action="store_true", help="the newest sharded checkpoint; trust the run")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export in --out")
     given = parser.parse_args(argv)
     from training.commands.export import export_run
 
@@ -144,7 +182,7 @@ def _export(argv: Sequence[str]) -> None:
         from training.distributed.sharded_checkpoint import gather_sharded
 
         gather_sharded(given.run)
-    print(export_run(given.run, given.out, num_experts_per_tok=given.num_experts_per_tok))
+    print(export_run(given.run, given.out, num_experts_per_tok=given.num_experts_per_tok, force=given.force))
 
 
 def _tokenizer(argv: Sequence[str]) -> None:
@@ -169,12 +207,13 @@ def _surgery(argv: Sequence[str]) -> None:
     parser.add_argument("--num-experts-per-tok", type=int, metavar="K", help="all of them by default; -1 is dynamic")
     parser.add_argument("--split", choices=("contiguous", "clusters"), default="contiguous")
     parser.add_argument("--calibration", metavar="FILE", help="text whose activations --split clusters looks at")
+    parser.add_argument("--force", action="store_true", help="replace an earlier result in --out")
     given = parser.parse_args(argv)
     from training.commands.surgery import cut_into_experts
 
     out = cut_into_experts(
         given.model, given.out, num_experts=given.num_experts, num_experts_per_tok=given.num_experts_per_tok,
-        split=given.split, calibration=given.calibration,
+        split=given.split, calibration=given.calibration, force=given.force,
     )  # fmt: skip
     print(out)
 
@@ -210,14 +249,14 @@ def _study(argv: Sequence[str]) -> None:
     print(f"{results.table}\n\nstudy folder: {results.folder}\nreport: {results.folder / 'report.html'}")
 
 
-def _replay(argv: Sequence[str]) -> None:
-    parser = _Parser("tiny-onn replay", description="Make one step of a run again, and look at all its numbers.")
+def _rerun(argv: Sequence[str]) -> None:
+    parser = _Parser("tiny-onn rerun", description="Make one step of a run again, and look at all its numbers.")
     parser.add_argument("run", help="run folder")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="number of the step, from 1 on")
     given = parser.parse_args(argv)
-    from training.commands.replay import replay, replay_table
+    from training.commands.rerun import rerun, rerun_table
 
-    print(replay_table(replay(given.run, given.step)))
+    print(rerun_table(rerun(given.run, given.step)))
 
 
 def _doctor(argv: Sequence[str]) -> int:

@@ -135,7 +135,7 @@ def _be_child(argv: Sequence[str], disk: Path, spoil: tuple[int, int], log: Path
         descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        import training.run.engine
+        import training.run.loop
         import training.run.summary
         from training.cli import main
         from training.storage.atomic import write_bytes
@@ -143,7 +143,7 @@ def _be_child(argv: Sequence[str], disk: Path, spoil: tuple[int, int], log: Path
         def draw(run: training.run.context.Run) -> None:  # half a second saved: as a picture is written, but not drawn
             write_bytes(run.folder / "core_metrics_latest.png", b"picture")
 
-        training.run.engine.draw = training.run.summary.draw = draw
+        training.run.loop.draw = training.run.summary.draw = draw
         ctypes.CDLL(None).arm(str(disk).encode(), spoil[0], spoil[1], str(log or "").encode())
         status = main(argv)
     except BaseException:

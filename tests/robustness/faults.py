@@ -189,7 +189,7 @@ def main() -> int:
     if READY not in os.environ:
         return _with_shim()
     import training.cli
-    import training.run.engine
+    import training.run.loop
     import training.run.settings
     import training.study.report
     import training.study.runner  # noqa: F401  what every fork would load

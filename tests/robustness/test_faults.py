@@ -59,10 +59,10 @@ def test_the_program_finds_a_run_that_does_not_flush(tmp_path: Path) -> None:
     """The records of a checkpoint's steps are not waited for: after a power cut the record has a gap."""
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "*.egg-info", "__pycache__", "docs"))
-    engine = copy / "training" / "engine.py"
-    source = engine.read_text(encoding="utf-8")
+    loop = copy / "training" / "run" / "loop.py"
+    source = loop.read_text(encoding="utf-8")
     assert "    recorder.sync()\n" in source
-    engine.write_text(source.replace("    recorder.sync()\n", ""), encoding="utf-8")
+    loop.write_text(source.replace("    recorder.sync()\n", ""), encoding="utf-8")
     command = [sys.executable, "-m", "tests.robustness.faults", "--of", "run", "--only", "cuts"]
     ended = subprocess.run(
         command, cwd=copy, capture_output=True, timeout=600, env=os.environ | {"PYTHONPATH": str(copy)}

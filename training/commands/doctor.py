@@ -17,10 +17,11 @@ from packaging.requirements import Requirement
 from tiny_onn_func.kernels import build
 from training.errors import UserError, one_line
 from training.run.nonfinite import EVIDENCE
+from training.run.schedule import bends_text, read_legs
 from training.run.settings import load_settings
 from training.storage.checkpoint_files import DRAFT, read_meta, steps_in
 from training.storage.lock import holder
-from training.storage.recorder import FILE, read_history, unbroken_upto
+from training.storage.recorder import FILE, read_history, torn_line, unbroken_upto
 
 PACKAGE = "tiny-onn-func"
 LITTLE = 1 << 30  # bytes free that a run should have at least
@@ -119,12 +120,16 @@ def _run(home: Path) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("settings", str(error), "restore the file")
         return
+    legs = read_legs(home, config)
+    if len(legs) > 1:
+        mend = f"it is not the score of a run of {config.steps} steps; `tiny-onn report {home}` says how to repeat it"
+        yield Finding("schedule", bends_text(legs), mend)
     made = max((step for step, _ in steps_in(home / "checkpoints")), default=0)
     yield from _records(home, made)
     yield from _checkpoints(home / "checkpoints")
     for step, path in steps_in(home / EVIDENCE / "checkpoints"):
         yield Finding(
-            "bad numbers", f"in step {step + 1}: {path}", f"look with `tiny-onn replay {home} --step {step + 1}`"
+            "bad numbers", f"in step {step + 1}: {path}", f"look with `tiny-onn rerun {home} --step {step + 1}`"
         )
 
 
@@ -153,6 +158,9 @@ def _records(home: Path, made: int) -> Iterator[Finding]:
     except OSError as error:  # a pipe, a folder or a file of somebody else
         yield Finding("records", f"{error.filename}: {error.strerror}", "restore the file")
         return
+    if torn := torn_line(home):
+        text, _, mend = torn.rpartition("; ")
+        yield Finding("records", text, f"{mend}; a run that is not done mends it with --resume")
     whole = all(isinstance(step, int) for step in steps) and all(a < b for a, b in pairwise(steps))
     text = f"{home / FILE}: {len(steps)} records, the last of step {steps[-1] if steps else 0}"
     yield Finding("records", text, "" if whole else "out of order: an unfinished run mends it with --resume")

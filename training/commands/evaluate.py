@@ -1,29 +1,69 @@
-"""`tiny-onn evaluate`: score a run on held-out text."""
+"""`tiny-onn evaluate`: score a run on held-out text, or on all of a text."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from training.data.baselines import baselines
 from training.data.batches import held_out_batches, scored_span
-from training.data.corpus import open_corpus
+from training.data.corpus import Splits, TooLittleText, open_corpus, whole
 from training.errors import UserError
 from training.run.evaluate import Score, evaluate
-from training.run.finished import open_run
+from training.run.finished import FinishedRun, open_run
+
+
+class Evaluation(NamedTuple):
+    """A score, and what it is of."""
+
+    score: Score
+    baselines: dict[str, float]  # bits per byte on the same bytes; none where all of the text is scored
+    data: str
+    split: str  # document or tail; all
 
 
 def evaluate_run(
-    folder: str | Path, *, data: str | None = None, max_bytes: int | None = None
-) -> tuple[Score, dict[str, float]]:
-    """The score of a run on the held-out part of its data or of another source; the baselines on the same bytes."""
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    max_bytes: int | None = None,
+    split: str | None = None,
+    holdout: float | None = None,
+    everything: bool = False,
+) -> Evaluation:
+    """Score a run on the held-out part of its data or of another source, beside baselines on the same bytes.
+
+    Args:
+        split, holdout: how the text is parted; as in the run by default. Of the run's own data another part may be one
+            that it was trained on.
+        everything: score all of the text, held out or not.
+
+    Raises:
+        UserError: no run, a text that cannot be read, or that has too little on a side.
+    """
     if max_bytes is not None and max_bytes < 1:
-        raise UserError(f"--bytes: expected 1 or more, got {max_bytes}")
-    config, params, tokenizer = open_run(folder)
-    corpus = open_corpus(
-        data or config.data, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length,
-        tokenizer=tokenizer,
-    )  # fmt: skip
-    batches = held_out_batches(
-        corpus.held_out, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack
-    )
-    num_bytes = scored_span(corpus.held_out, max_bytes).num_bytes
-    score = evaluate(params, config.model, batches, num_bytes, surprise_budget=config.hyper.pi_alpha)
-    return score, baselines(corpus.train, corpus.held_out, max_bytes)
+        raise UserError(f"--bytes: expected 1 or more, got {max_bytes}; leave it away for all of them")
+    if everything and not (split is None and holdout is None):
+        raise UserError("--all: expected no --split and no --holdout with it, which part a text; leave them away")
+    run = open_run(folder)
+    config, source = run.config, data or run.config.data
+    splits = _open(run, source, split, holdout, everything)
+    corpus = whole(splits) if everything else splits.held_out
+    batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack)
+    num_bytes = scored_span(corpus, max_bytes).num_bytes
+    score = evaluate(run.params, config.model, batches, num_bytes, surprise_budget=config.hyper.pi_alpha)
+    lines = {} if everything else baselines(splits.train, splits.held_out, max_bytes)
+    return Evaluation(score, lines, source, "all" if everything else splits.split)
+
+
+def _open(run: FinishedRun, source: str, split: str | None, holdout: float | None, everything: bool) -> Splits:
+    """The text in two sides; for all of it any two will do."""
+    config = run.config
+    if everything:
+        return open_corpus(source, sequence_length=1, holdout=0.5, split="tail", tokenizer=run.tokenizer)
+    try:
+        return open_corpus(
+            source, sequence_length=config.sequence_length, holdout=config.holdout if holdout is None else holdout,
+            split=split or config.split, tokenizer=run.tokenizer,
+        )  # fmt: skip
+    except TooLittleText as error:
+        text = str(error).rpartition("; ")[0]
+        raise UserError(f"{text}; try --split tail, a larger --holdout, or --all, which scores all of it") from None

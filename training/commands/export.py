@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tiny_onn_func.config import DYNAMIC_K
-from tiny_onn_func.huggingface.folder import check_target
 from tiny_onn_func.huggingface.pretrained import inexpressible, save_model
+from training.commands.target import check_out
 from training.data.hf_tokenizer import byte_alphabet, library
 from training.data.tokenizer import BOUNDARY, BOUNDARY_TEXT, BYTES, FILE, SETTINGS, TURN_END, Tokenizer
 from training.data.train_tokenizer import tokenizer_settings
@@ -16,18 +16,21 @@ from training.run.finished import open_run
 from training.storage.regular_file import read_object
 
 
-def export_run(run: str | Path, out: str | Path, *, num_experts_per_tok: int | None = None) -> Path:
+def export_run(
+    run: str | Path, out: str | Path, *, num_experts_per_tok: int | None = None, force: bool = False
+) -> Path:
     """Write the newest checkpoint of a run as a Qwen3-MoE folder; the absolute path of it.
 
     Args:
-        out: a new or empty folder, or an earlier export.
+        out: a new or empty folder.
         num_experts_per_tok: experts of a token (K) from now on; by default the run's own, where that is a number.
+        force: replace an earlier export in `out`.
 
     Raises:
-        UserError: no run, a model that Qwen3-MoE cannot express, a K out of range.
+        UserError: no run, a model that Qwen3-MoE cannot express, a K out of range, an earlier export in `out`.
         ValueError: `out` holds something else, or the disk refuses.
     """
-    check_target(out)
+    check_out(out, force=force)
     config, params, tokenizer = open_run(run)
     model = config.model
     if num_experts_per_tok is not None:

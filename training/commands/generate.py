@@ -2,7 +2,9 @@
 
 import codecs
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +16,12 @@ from training.data.tokenizer import BYTES, TURN_END, Tokenizer
 from training.errors import UserError
 from training.run.finished import open_writer
 
+NEXT = "\n\n"  # between two samples
+
 
 def stream_run(
     folder: str | Path,
-    prompt: str,
+    prompt: str | None,
     *,
     tokens: int,
     temperature: float = 0.8,
@@ -30,11 +34,13 @@ def stream_run(
     show_experts: bool = False,
     width: int | None = None,
     seed: int = 0,
+    num_samples: int = 1,
 ) -> Iterator[str]:
     """The prompt and then what the model adds to it, piece by piece; the same seed gives the same text.
 
     Args:
         folder: RUN, a checkpoint in one, or a folder of Hugging Face (`open_writer`).
+        prompt: text to continue; "" begins a document, None takes the run's own.
         tokens: how many to write at most.
         context: how many of the last tokens attention sees; None: as many as in training, `sequence_length`, because
             the model never saw two tokens further apart (all of them for a folder of Hugging Face); 0: all of them, as
@@ -43,28 +49,39 @@ def stream_run(
             turn; what ended the text is its last token.
         go_on: whether to write on after the end of a document or of a turn.
         show_experts: whether lines follow that say which experts every token visited, each of at most `width`.
+        num_samples: how many texts, one after the other, under a line with their number.
     """
     for flag, value in (("--tokens", tokens), ("--seed", seed)):
         if not 0 <= value < 2**63:
             raise UserError(f"{flag}: expected 0 to 2**63 - 1, got {value}")
     if context is not None and context < 0:
         raise UserError(f"--context: expected 0 (all tokens) or more, got {context}")
-    model, params, tokenizer, trained_context, budget = open_writer(folder)
-    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))[None]
-    read: list[TokenRoutes] = []
-    sampled = stream(
-        params, ids, model, torch.Generator().manual_seed(seed), max_new_tokens=tokens,
-        context_length=trained_context if context is None else context or None,
-        sampling=SamplingParams(temperature, top_k, top_p, repetition_penalty),
-        stop_tokens=stop_tokens(tokenizer, stops, go_on=go_on), surprise_budget=budget,
-        watch=(lambda *step: read.extend(token_routes(*step))) if show_experts else None,
-    )  # fmt: skip
-    written = ids[0].tolist()
-    yield prompt
-    yield from decode_stream(_kept(sampled, written), tokenizer)
-    if show_experts:
-        yield "\n"
-        yield from ("\n" + line for line in expert_lines(written, read, tokenizer, width))
+    if num_samples < 1:
+        raise UserError(f"--num-samples: expected 1 or more, got {num_samples}")
+    model, params, tokenizer, trained_context, budget, own_prompt = open_writer(folder)
+    prompt, generator = own_prompt if prompt is None else prompt, torch.Generator().manual_seed(seed)
+    ids = torch.from_numpy(tokenizer.prompt(prompt).astype("int64"))[None]
+    for number in range(1, num_samples + 1):
+        read: list[TokenRoutes] = []
+        sampled = stream(
+            params, ids, model, generator, max_new_tokens=tokens,
+            context_length=trained_context if context is None else context or None,
+            sampling=SamplingParams(temperature, top_k, top_p, repetition_penalty),
+            stop_tokens=stop_tokens(tokenizer, stops, go_on=go_on), surprise_budget=budget,
+            watch=partial(_note, read) if show_experts else None,
+        )  # fmt: skip
+        written = ids[0].tolist()
+        if num_samples > 1:
+            yield f"{'' if number == 1 else NEXT}--- {number} of {num_samples} ---\n"
+        yield prompt
+        yield from decode_stream(_kept(sampled, written), tokenizer)
+        if show_experts:
+            yield "\n"
+            yield from ("\n" + line for line in expert_lines(written, read, tokenizer, width))
+
+
+def _note(read: list["TokenRoutes"], *step: Any) -> None:
+    read.extend(token_routes(*step))
 
 
 def _kept(sampled: Iterable[Tensor], written: list[int]) -> Iterator[int]:

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.huggingface.config import DENSE, MOE, OWN, config_values, read_config, shown
-from tiny_onn_func.huggingface.folder import DTYPES, Stored, check_target, read_headers, read_tensors, write_folder
+from tiny_onn_func.huggingface.folder import DTYPES, Stored, read_headers, read_tensors, write_folder
 from tiny_onn_func.huggingface.layout import layout
 from tiny_onn_func.huggingface.pretrained import check_headers
 from training.commands.clusters import calibrate, cluster_neurons, fit_router, read_calibration
+from training.commands.target import check_out
 from training.errors import UserError
 
 SHARD_BYTES = 64 << 20  # of the result: small, for nothing larger is ever in memory but a layer
@@ -48,6 +49,7 @@ def cut_into_experts(
     num_experts_per_tok: int | None = None,
     split: str = "contiguous",
     calibration: str | Path | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a dense Qwen3 folder as a Tiny-ONN folder, layer by layer; the absolute path of it.
 
@@ -61,6 +63,7 @@ def cut_into_experts(
             With `clusters` w2 is made for this K.
         split: `contiguous` slices of the hidden axis, or `clusters` of neurons that are active together.
         calibration: a text file that `clusters` needs: its first tokens are run through the dense model.
+        force: replace an earlier result in `out`.
 
     Raises:
         UserError, ValueError: what is there is no dense Qwen3, broken or hostile; a number is out of range; `out`
@@ -69,7 +72,7 @@ def cut_into_experts(
     folder = Path(model)
     if not folder.is_dir():
         raise UserError(f"{shown(folder)}: expected a folder with a dense Qwen3 model, got none")
-    check_target(out)
+    check_out(out, force=force)
     dense, values = read_config(folder, (DENSE,))
     stored = read_headers(folder)
     check_headers(folder, stored, dense, "dense")

@@ -5,7 +5,8 @@ The split is fixed by document, so that no held-out text is ever trained on:
 - `document`: the hash of a document's content decides its side. Equal documents are on the same side, and neither other
   documents nor their order move any.
 - `tail`: the last share `holdout` of the text is held out, whatever documents it is made of.
-- `auto`: `tail` for a single document, else `document`.
+- `auto`: `tail` for a single document, and where all documents with something to learn would be on one side, as can
+  happen with few; else `document`.
 
 A cache entry is a folder that appears whole or not at all. Its name hashes all that the tokens depend on: the files'
 paths, sizes and times, the Python version (stdlib), the split, the tokenizer. Entries are never deleted, only left
@@ -97,36 +98,64 @@ def open_corpus(
         raise UserError(f"split: expected auto, document or tail, got {split!r}")
     if sequence_length < 1:
         raise UserError(f"sequence_length: expected 1 or more, got {sequence_length!r}")
-    found = find_source(source)
-    cache = Path(os.path.expanduser(cache_dir)) if cache_dir else cache_folder()
-    entry = cache / _key(found, holdout, split, tokenizer)
-    splits = _load(entry, found.name, tokenizer)
-    if splits is None:
-        _build(found, entry, holdout, split, progress, tokenizer)
-        splits = _load(entry, found.name, tokenizer)
-    if splits is None:
-        raise UserError(f"{printable(entry)}: expected the tokens just written, got something else; is the disk full?")
+    home = Path(os.path.expanduser(cache_dir)) if cache_dir else cache_folder()
+    files = find_source(source)
+    splits = _cached(files, home, holdout, split, progress, tokenizer)
+    if split == "auto" and not (splits.train.num_targets and splits.held_out.num_targets):
+        splits = _cached(files, home, holdout, "tail", progress, tokenizer)
     _check_sides(splits, sequence_length)
     return splits
+
+
+def whole(splits: Splits) -> Corpus:
+    """Both sides as one, in memory: of `tail`, the text as it is."""
+    train, held_out = splits.train, splits.held_out
+    targets = np.concatenate([train.targets, held_out.targets])
+    return Corpus(
+        tokens=np.concatenate([train.tokens, held_out.tokens]),
+        targets=targets,
+        num_bytes=train.num_bytes + held_out.num_bytes,
+        num_targets=int(np.count_nonzero(targets[1:])),
+        num_documents=train.num_documents + held_out.num_documents,
+        tokenizer=train.tokenizer,
+    )
+
+
+class TooLittleText(UserError):
+    """A side of a text has no room for a sequence, or nothing to learn."""
 
 
 def _check_sides(splits: Splits, sequence_length: int) -> None:
     train, held_out = splits.train, splits.held_out
     mend = "give more text or a larger holdout" + (", or set split: tail" if splits.split == "document" else "")
     if min(train.tokens.size, held_out.tokens.size) < sequence_length + 1:
-        raise UserError(
+        raise TooLittleText(
             f"{splits.source}: expected at least {sequence_length + 1} tokens (sequence_length + 1) on each side, got "
             f"{train.tokens.size} to train on and {held_out.tokens.size} held out, from a text of "
             f"{train.num_bytes + held_out.num_bytes} bytes; {mend}, or a smaller sequence_length"
         )
     if not (train.num_targets and held_out.num_targets):
-        raise UserError(
+        raise TooLittleText(
             f"{splits.source}: expected assistant turns on each side, got {train.num_targets} tokens of them to train "
             f"on and {held_out.num_targets} held out; {mend}"
         )
 
 
 # Cache ----------------------------------------------------------------------------------------------------------------
+
+
+def _cached(
+    source: Source, home: Path, holdout: float, split: str, progress: bool, tokenizer: Tokenizer
+) -> Splits:  # fmt: skip
+    """The entry of a source and its split, made if it is not there."""
+    entry = home / _key(source, holdout, split, tokenizer)
+    splits = _load(entry, source.name, tokenizer)
+    if splits is None:
+        _build(source, entry, holdout, split, progress, tokenizer)
+        splits = _load(entry, source.name, tokenizer)
+    if splits is None:
+        raise UserError(f"{printable(entry)}: expected the tokens just written, got something else; is the disk full?")
+    return splits
 
 
 def _key(source: Source, holdout: float, split: str, tokenizer: Tokenizer) -> str:

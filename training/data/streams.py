@@ -63,6 +63,17 @@ def resolve_split(split: str, documents: Iterable[Document]) -> tuple[str, Itera
     return split, chain(first, rest)
 
 
+def has_both_sides(documents: Iterable[Document], holdout: float) -> bool:
+    """Whether documents with something to learn are on both sides; reads no further than it must."""
+    sides = set()
+    for document in documents:
+        if any(part.is_target for part in document):
+            sides.add(is_held_out(document, holdout))
+        if len(sides) == 2:
+            return True
+    return False
+
+
 def write_streams(
     folder: Path, documents: Iterable[Document], holdout: float, split: str, bar: tqdm, tokenizer: Tokenizer = BYTES
 ) -> None:

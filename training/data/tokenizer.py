@@ -82,6 +82,10 @@ class Tokenizer:
         ]
         return as_tokens(np.concatenate(parts), self.vocab_size)
 
+    def prompt(self, text: str) -> Tokens:
+        """The tokens that a text is continued from: of an empty one the boundary, behind which a document begins."""
+        return self.encode_prompt(text) if text else self.one(self.boundary)
+
 
 def as_tokens(ids: npt.ArrayLike, vocab_size: int) -> Tokens:
     """Ids -> (n,) tokens of the smallest type that holds every id."""

@@ -3,15 +3,15 @@
 import json
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from training.data.hf_tokenizer import library, open_tokenizer
-from training.data.readers import Document, printable
-from training.data.sources import documents, find_source
-from training.data.streams import is_held_out, resolve_split, seamless
-from training.data.tokenizer import BOUNDARY_TEXT, FILE, SETTINGS, TURN_END, TURN_START
+from training.data.readers import Document, Segment, printable
+from training.data.sources import Source, documents, find_source
+from training.data.streams import has_both_sides, is_held_out, resolve_split, seamless
+from training.data.tokenizer import BOUNDARY_TEXT, FILE, SETTINGS, TURN_END, TURN_START, utf8
 from training.errors import UserError
 
 MARKS = (BOUNDARY_TEXT, TURN_START, TURN_END)
@@ -83,27 +83,40 @@ def tokenizer_settings(
     return settings
 
 
-def _texts(data: str, holdout: float, split: str) -> Iterator[str]:
+def _texts(data: str, holdout: float, asked: str) -> Iterator[str]:
     """The text that a run would train on, in pieces; of chats what was said, not the marks around it."""
     source = find_source(data)
-    split, found = resolve_split(split, documents(source))
+    split, rows = resolve_split(asked, documents(source))
+    if asked == "auto" and split == "document" and not has_both_sides(documents(source), holdout):
+        split = "tail"
     if split == "tail":
-        size = sum(len(part.text) for document in found for part in document)
-        found = _beginning(documents(source), int(size * (1 - holdout)))
-    for document in found:
+        rows = _beginning(source, holdout)
+    for document in rows:
         if split == "tail" or not is_held_out(document, holdout):
             for part in document:
                 yield from (piece.encode("utf-8", "replace").decode() for piece in seamless(part.text))
 
 
-def _beginning(found: Iterable[Document], size: int) -> Iterator[Document]:
-    """The parts of documents with the first `size` characters, the last of them cut."""
-    for document in found:
+def _beginning(source: Source, holdout: float) -> Iterator[Document]:
+    """The segments of a source in front of its tail, the last one cut: by the bytes and marks of a run's stream."""
+    boundary = 1
+    size = sum(boundary + sum(_mark_size(part) + len(utf8(part.text)) for part in doc) for doc in documents(source))
+    left = int((size - 1) * (1 - holdout))
+    for document in documents(source):
         for part in document:
-            yield (part._replace(text=part.text[:size]),)
-            size -= len(part.text)
-            if size <= 0:
+            left -= _mark_size(part)
+            text = utf8(part.text)
+            if left < len(text):
+                yield (part._replace(text=text[: max(left, 0)].decode("utf-8", "ignore")),)
                 return
+            yield (part,)
+            left -= len(text)
+        left -= boundary
+
+
+def _mark_size(part: Segment) -> int:
+    """What a turn adds to its text in the stream: two marks, its role, two line ends. All count as in front of it."""
+    return 0 if part.role is None else 4 + len(utf8(part.role))
 
 
 def _write(target: Path, files: Mapping[str, str]) -> Path:

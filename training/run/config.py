@@ -28,6 +28,7 @@ RUN_RULES: tuple[Range, ...] = (
     ("cosine or constant", lambda value: value in ("cosine", "constant"), "schedule"),
     ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16"), "precision"),
     (", ".join(KINDS), lambda value: value in KINDS, "surprise_kind"),
+    ("stop or skip", lambda value: value in ("stop", "skip"), "on_nonfinite"),
     ("auto, document or tail", lambda value: value in ("auto", "document", "tail"), "split"),
 )
 
@@ -137,7 +138,8 @@ class RunConfig:
     holdout: float = 0.1
     """Share of the text that is held out, more than 0 and less than 1."""
     split: Literal["auto", "document", "tail"] = "auto"
-    """What is held out: whole documents, the tail of the text, or (auto) documents where there are several."""
+    """What is held out: whole documents, the tail of the text, or (auto) documents where there are several on each
+    side."""
     replay: float = 0.0
     """Share of the rows of a batch that come from earlier tasks, in a study with `tasks`."""
     eval_every: int = 500
@@ -156,8 +158,9 @@ class RunConfig:
     """Steps between two updates of the pictures; 0 draws them at the end only."""
     sample_tokens: int = 200
     """Tokens of the sample text at the end; 0 for no sample."""
-    prompt: str = "def "
-    """What the sample text continues."""
+    prompt: str | None = None
+    """What the sample text continues; by default what fits the data: a user's turn for chats, "def " for stdlib, else
+    the beginning of a document."""
     threads: int = 0
     """Processor threads; 0 leaves the choice to torch."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -173,7 +176,9 @@ class RunConfig:
     model: ModelConfig = DEFAULT_MODEL
     """Sizes of the model."""
     hyper: HyperSettings = DEFAULT_HYPER
-    """Numbers of the hyper step."""
+    """Numbers of the hyper step. A run's defaults are not those of `HyperParams()`, which is the plain step: a run has
+    lr 5e-3 (there 3e-3), a warm-up of 50 steps (there none), balance_weight 1.0 (there 0), and a cosine to its last
+    step (there a constant rate). `tiny-onn train --help` shows a run's."""
 
     def __post_init__(self) -> None:
         _check(self, RUN_RULES, "")

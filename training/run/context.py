@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.data.corpus import Splits
 from training.distributed.team import ALONE, Team
 from training.run.config import RunConfig
+from training.run.schedule import LEGS, Leg
 from training.run.teacher import Teacher
 
 MOST, ENDS = 4096, 256  # records between the ends at most, of the first and of the last; all records up to MOST steps
@@ -26,10 +28,30 @@ def append_record(history: list[dict[str, Any]], record: dict[str, Any]) -> None
         ]
 
 
+class Best(NamedTuple):
+    """The lowest held-out loss that was scored during the run; the first of equals."""
+
+    step: int
+    nats: float
+
+
+def better(best: Best | None, record: Mapping[str, Any]) -> Best | None:
+    """The better one of the best so far and a record's score, if it has one."""
+    nats = record.get("held_out_nats")
+    if not isinstance(nats, int | float) or (best is not None and best.nats <= nats):
+        return best
+    return Best(record["step"], nats)
+
+
+def best_of(history: Sequence[Mapping[str, Any]]) -> Best | None:
+    """The best score in records, oldest first."""
+    return reduce(better, history, None)
+
+
 def best_step(history: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step of the lowest held-out loss that was scored during the run; the first of equals."""
-    scored = [record for record in history if isinstance(record.get("held_out_nats"), int | float)]
-    return min(scored, key=lambda record: record["held_out_nats"])["step"] if scored else None
+    """The step of the best score."""
+    best = best_of(history)
+    return None if best is None else best.step
 
 
 class Run(NamedTuple):
@@ -45,6 +67,7 @@ class Run(NamedTuple):
     teacher: Teacher | None = None
     team: Team = ALONE
     first_step: int = 0  # at which this process began
+    legs: tuple[Leg, ...] = ()  # schedules that its steps follow
 
     @property
     def tokens_a_step(self) -> int:
@@ -56,5 +79,5 @@ def about_of(run: Run) -> dict[str, Any]:
     return {
         "config_dict": asdict(run.config.model),
         "tokenizer": run.corpus.train.tokenizer.fingerprint,
-        "settings": run.settings,
+        "settings": {**run.settings, LEGS: [list(leg) for leg in run.legs]},
     }

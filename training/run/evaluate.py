@@ -1,4 +1,4 @@
-"""The held-out score of a model: nats per token, bits per byte."""
+"""The held-out score of models: nats per token, bits per byte."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -11,13 +11,17 @@ from torch.func import vmap
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
-from tiny_onn_func.tree import Tree
+from tiny_onn_func.tree import Tree, tree_map
 from training.data.batches import held_out_batches, scored_span
 from training.data.corpus import Splits
+from training.errors import UserError
 from training.run.config import RunConfig
 from training.step.batch import IGNORE_INDEX, Batch
 from training.step.losses import language_modelling
-from training.step.metrics import average_k
+from training.step.sums import count_visits
+
+SCORED_ROWS = 32  # windows of a batch of held-out text of a study, or as many as are trained on
+Progress = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 
 class Score(NamedTuple):
@@ -38,61 +42,71 @@ def evaluate(
     num_bytes: int,
     *,
     surprise_budget: float,
-    progress: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
+    progress: Progress = iter,
 ) -> Score:
-    """Score every target of the batches once.
+    """Score every target of the batches once: `evaluate_runs` of one run."""
+    runs = tree_map(lambda leaf: leaf.unsqueeze(0), params)
+    return evaluate_runs(runs, config, batches, num_bytes, surprise_budgets=(surprise_budget,), progress=progress)[0]
+
+
+def evaluate_runs(
+    params: Tree,
+    config: ModelConfig,
+    batches: Iterable[Batch],
+    num_bytes: int,
+    *,
+    surprise_budgets: Sequence[float],
+    progress: Progress = iter,
+) -> list[Score]:
+    """Score every target of the batches once with each of R models.
 
     Args:
+        params: stacked, leaves (R, ...).
         batches: whose targets stand for `num_bytes` bytes of text.
-        surprise_budget: as in training; it decides K where K is dynamic.
+        surprise_budgets: R of them, as in training; they decide K where K is dynamic.
+
+    Raises:
+        UserError: there is nothing to score.
     """
-    nats = correct = visits = 0.0
-    tokens = real_tokens = 0
+
+    def sums(params: Tree, budget: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        logits, trace = forward(
+            params, batch.input_ids, config, attention_mask=batch.attention_mask, surprise_budget=budget
+        )
+        lm = language_modelling(logits, batch.labels)
+        real = rearrange(batch.attention_mask != 0, "b s -> (b s)")
+        return lm.loss_sum, lm.correct, count_visits(trace.active, real)
+
+    budgets = torch.tensor(surprise_budgets, dtype=torch.float64)
+    totals, targets, real_tokens = torch.zeros(3, len(budgets), dtype=torch.float64), 0, 0
     with torch.no_grad():
         for batch in progress(batches):
-            logits, trace = forward(
-                params, batch.input_ids, config, attention_mask=batch.attention_mask, surprise_budget=surprise_budget
-            )
-            lm = language_modelling(logits, batch.labels)
-            real = rearrange(batch.attention_mask != 0, "b s -> (b s)")
-            nats, tokens = nats + float(lm.loss_sum), tokens + int(lm.targets)
-            correct, real_tokens = correct + float(lm.correct), real_tokens + int(real.sum())
-            visits += float(average_k(trace.active, real)) * int(real.sum())
-    return Score(
-        nats_per_token=nats / max(tokens, 1),
-        bits_per_byte=nats / math.log(2) / max(num_bytes, 1),
-        accuracy=correct / max(tokens, 1),
-        avg_k=visits / max(real_tokens, 1),
-        tokens=tokens,
-        bytes=num_bytes,
-    )
-
-
-SCORED_ROWS = 32  # windows of a batch of held-out text, or as many as are trained on
+            by_run = vmap(sums, in_dims=(0, 0, None))(params, budgets, batch)
+            totals += torch.stack([part.double() for part in by_run])
+            targets += int((batch.labels != IGNORE_INDEX).sum())
+            real_tokens += int((batch.attention_mask != 0).sum())
+    if not (targets and num_bytes):
+        raise UserError("held-out text: expected a target to score, got none; give more text")
+    visitable = config.num_hidden_layers * real_tokens
+    return [
+        Score(
+            nats_per_token=nats / targets,
+            bits_per_byte=nats / math.log(2) / num_bytes,
+            accuracy=correct / targets,
+            avg_k=visits / visitable,
+            tokens=targets,
+            bytes=num_bytes,
+        )
+        for nats, correct, visits in totals.T.tolist()
+    ]
 
 
 def score_runs(params: Tree, configs: Sequence[RunConfig], corpus: Splits, max_bytes: int | None) -> list[Score]:
-    """What `evaluate` says of every run, on the first `max_bytes` of the held-out text; `params` are stacked."""
-    model, length, rows = configs[0].model, configs[0].sequence_length, max(SCORED_ROWS, configs[0].batch_size)
-    budgets = torch.tensor([config.hyper.pi_alpha for config in configs], dtype=torch.float64)
-
-    def one(params: Tree, budget: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        logits, trace = forward(
-            params, batch.input_ids, model, attention_mask=batch.attention_mask, surprise_budget=budget
-        )
-        lm = language_modelling(logits, batch.labels)
-        real = (batch.attention_mask != 0).flatten()
-        return lm.loss_sum, lm.correct, average_k(trace.active, real) * real.sum()
-
-    sums = torch.zeros(3, len(configs), dtype=torch.float64)
-    tokens = real_tokens = 0
-    with torch.no_grad():
-        for batch in held_out_batches(corpus.held_out, rows, length, max_bytes=max_bytes, pack=configs[0].pack):
-            sums += torch.stack([part.double() for part in vmap(one, in_dims=(0, 0, None))(params, budgets, batch)])
-            tokens += int((batch.labels != IGNORE_INDEX).sum())
-            real_tokens += int((batch.attention_mask != 0).sum())
+    """Score the stacked runs of a study on the first `max_bytes` of the held-out text."""
+    first = configs[0]
+    batches = held_out_batches(
+        corpus.held_out, max(SCORED_ROWS, first.batch_size), first.sequence_length, max_bytes=max_bytes, pack=first.pack
+    )
     num_bytes = scored_span(corpus.held_out, max_bytes).num_bytes
-    return [
-        Score(nats / tokens, nats / math.log(2) / num_bytes, correct / tokens, visits / real_tokens, tokens, num_bytes)
-        for nats, correct, visits in sums.T.tolist()
-    ]
+    budgets = [config.hyper.pi_alpha for config in configs]
+    return evaluate_runs(params, first.model, batches, num_bytes, surprise_budgets=budgets)

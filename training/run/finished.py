@@ -65,6 +65,7 @@ class Writer(NamedTuple):
     tokenizer: Tokenizer
     context: int | None  # tokens that it saw together in training
     surprise_budget: float
+    prompt: str  # of the run; "" is the beginning of a document
 
 
 def open_writer(folder: str | Path) -> Writer:
@@ -77,11 +78,15 @@ def open_writer(folder: str | Path) -> Writer:
     """
     if Path(folder, "config.yaml").exists() or not Path(folder, CONFIG).exists():
         config, params, tokenizer = open_run(folder)
-        return Writer(config.model, params, tokenizer, config.sequence_length, config.hyper.pi_alpha)
+        return Writer(
+            config.model, params, tokenizer, config.sequence_length, config.hyper.pi_alpha, config.prompt or ""
+        )
     params, model = load_pretrained(folder)
     tokenizer = open_tokenizer(folder) if Path(folder, FILE).is_file() else BYTES
     check_vocab(tokenizer, model.vocab_size)
-    return Writer(model, tree_map(lambda leaf: leaf.float(), params), tokenizer, None, float(HyperParams().pi_alpha))
+    return Writer(
+        model, tree_map(lambda leaf: leaf.float(), params), tokenizer, None, float(HyperParams().pi_alpha), ""
+    )
 
 
 def _check_leaves(params: Tree, config: RunConfig, folder: Path) -> None:

@@ -35,7 +35,7 @@ def bad_numbers(record: Mapping[str, Any], state: TrainState) -> list[str]:
 
 
 def keep_evidence(folder: Path, state: TrainState, batch: Batch, **about: Any) -> None:
-    """Write the state before a bad step and its batch, for `tiny-onn replay`; nothing when there are enough already.
+    """Write the state before a bad step and its batch, for `tiny-onn rerun`; nothing when there are enough already.
 
     Args:
         folder: the run's.

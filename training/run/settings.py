@@ -6,10 +6,9 @@ defaults of RunConfig. This is the only file that imports pydantic and tyro.
 """
 
 import ast
-import difflib
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, make_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,13 +20,15 @@ from tiny_onn_func.config import ModelConfig
 from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
 from training.presets.find import resolve_preset
-from training.run.config import HyperSettings, RunConfig, default_out
+from training.run.config import DEFAULT_HYPER, HyperSettings, RunConfig, default_out
 from training.run.initial_state import sizes_follow
+from training.run.suggest import advice
 from training.step.hyper_params import HyperParams
 from training.storage.plain_yaml import read_yaml, scalar, shown, write_yaml
 
 Values = dict[str, Any]  # dotted key -> value
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+LISTED = "; `tiny-onn train --help` lists them all"
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -113,7 +114,7 @@ def checked(values: Mapping[str, Any], place: Callable[[str], str]) -> Values:
     types, checked = key_types(), {}
     for key, value in values.items():
         if key not in types:
-            raise UserError(f"{place(key)}: unknown key{_suggestion(key, types)}")
+            raise UserError(f"{place(key)}: unknown key{advice(key, types, LISTED)}")
         try:
             checked[key] = TypeAdapter(types[key], config=STRICT).validate_python(value)
         except ValidationError:
@@ -126,11 +127,6 @@ def _wanted(hint: Any) -> str:
         return "one of " + ", ".join(get_args(hint))
     kinds = get_args(hint) or (hint,)
     return " or ".join("null" if kind is type(None) else WORDS[kind] for kind in kinds)
-
-
-def _suggestion(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]}?" if near else "; `tiny-onn train --help` lists them all"
 
 
 # YAML -----------------------------------------------------------------------------------------------------------------
@@ -179,8 +175,7 @@ def _read_flags(argv: Sequence[str]) -> tuple[Values, str | None, set[str]]:
         if name in ("--resume", "--help"):
             raise UserError(f"{name}: expected no value, got {shown(text)}")
         if key not in types:
-            known = [_flag(key) for key in types] + ["--resume", "--help"]
-            raise UserError(f"{_name(name)}: unknown flag{_suggestion(name, known)}")
+            raise UserError(f"{_name(name)}: unknown flag{advice(key, [*types, 'resume', 'help'], LISTED, _flag)}")
         if not equals:
             if not words:
                 raise UserError(f"{name}: expected a value, got nothing")
@@ -200,7 +195,9 @@ def _print_help(config: RunConfig) -> NoReturn:
     def columns(kind: type, texts: Mapping[str, str]) -> list[tuple[str, Any]]:
         return [(field.name, Annotated[field.type, tyro.conf.arg(help=texts[field.name])]) for field in fields(kind)]
 
+    plain = [f"{key} {getattr(HyperSettings(), key):g}" for key in differing(DEFAULT_HYPER, HyperSettings())]
     about = {"__doc__": "Numbers of the hyper step."}
+    said = f"The defaults of hyper are those of a run; HyperParams() of Python has {', '.join(plain)}, no cosine."
     numbers = make_dataclass("Numbers", columns(HyperSettings, _field_texts(HyperParams)), namespace=about)
     file = Annotated[
         str | None,
@@ -216,11 +213,16 @@ def _print_help(config: RunConfig) -> NoReturn:
         page,
         args=["--help"],
         prog="tiny-onn train",
-        description="Train a Tiny-ONN. Every key of the YAML is also a flag.",
+        description=f"Train a Tiny-ONN. Every key of the YAML is also a flag. {said}",
         default=page(**values | {"hyper": numbers(**asdict(config.hyper))}),
         config=(tyro.conf.FlagConversionOff,),
     )
     raise SystemExit(0)
+
+
+def differing(ours: HyperSettings, theirs: HyperSettings) -> list[str]:
+    """Names of the numbers in which two settings differ."""
+    return [field.name for field in fields(HyperSettings) if getattr(ours, field.name) != getattr(theirs, field.name)]
 
 
 def _field_texts(kind: type) -> dict[str, str]:

@@ -1,15 +1,18 @@
 """A run before its first step: its folder, its tokenizer, its data, its first state."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from training.data.baselines import baselines
 from training.data.batches import scored_span
-from training.data.corpus import open_corpus
+from training.data.corpus import Splits, open_corpus
 from training.data.hf_tokenizer import open_tokenizer, run_tokenizer
-from training.data.tokenizer import BYTES, Tokenizer, check_vocab, save_tokenizer
+from training.data.sources import STDLIB
+from training.data.streams import CHUNK
+from training.data.tokenizer import BYTES, TURN_END, TURN_START, Tokenizer, check_vocab, save_tokenizer
 from training.distributed.sharded_checkpoint import FOLDER, is_sharded, load_sharded, open_sharded
 from training.distributed.team import ALONE, Team
 from training.errors import UserError
@@ -17,6 +20,7 @@ from training.run.config import RunConfig
 from training.run.context import Run, append_record
 from training.run.identity import check_same, deciding
 from training.run.initial_state import first_state
+from training.run.schedule import read_legs
 from training.run.settings import load_settings, save_settings
 from training.run.teacher import open_teacher
 from training.step.hyper_step import TrainState, init_state
@@ -71,7 +75,21 @@ def open_new(config: RunConfig, folder: Path, tokenizer: Tokenizer, team: Team =
     span = scored_span(corpus.held_out, config.final_eval_bytes)
     lines = baselines(corpus.train, corpus.held_out, config.final_eval_bytes) if team.first else {}
     bytes_per_token = 1.0 if tokenizer is BYTES else span.num_bytes / span.num_targets
+    if config.prompt is None:
+        config = replace(config, prompt=fitting_prompt(corpus))
     return Run(config, folder, corpus, [], lines, deciding(config, corpus), bytes_per_token, teacher, team)
+
+
+def fitting_prompt(corpus: Splits) -> str:
+    """What a sample of a run on this text had best continue; "" is the beginning of a document.
+
+    A text of which something is only context is made of chats: a user asks, and the assistant's turn begins.
+    """
+    if not corpus.train.targets[:CHUNK].all():
+        has_turns = {TURN_START, TURN_END} <= corpus.train.tokenizer.special.keys()
+        marks = (f"{TURN_START}%s\n", f"{TURN_END}\n") if has_turns else ("<|%s|>\n", "<|end|>\n")
+        return f"{marks[0] % 'user'}Hello!{marks[1]}{marks[0] % 'assistant'}"
+    return "def " if corpus.source.partition(":")[0] == STDLIB else ""
 
 
 def begin(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> TrainState:
@@ -127,4 +145,4 @@ def open_past(folder: str | Path) -> tuple[Run, TrainState]:
     run = open_new(config, home, tokenizer)
     if checkpoint is not None:
         check_same(run.settings, checkpoint.settings, home)
-    return run, first_state(config, tokenizer)
+    return run._replace(legs=read_legs(home, config)), first_state(config, tokenizer)

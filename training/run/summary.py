@@ -16,6 +16,7 @@ from training.report.alarms import collapse_alarms
 from training.report.figures import draw_core_metrics, draw_expert_dashboard
 from training.run.context import Run, best_step
 from training.run.evaluate import Score, evaluate
+from training.run.schedule import LEGS
 from training.step.hyper_step import TrainState
 from training.storage.atomic import write_text
 
@@ -34,6 +35,7 @@ def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "nats_per_token": score.nats_per_token,
         "accuracy": score.accuracy,
         "steps": int(state.step),
+        LEGS: [list(leg) for leg in run.legs],
         "best_step": best,
         "tokens": tokens,
         "train_seconds": round(seconds, 3),
@@ -47,7 +49,7 @@ def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "held_out_tokens": score.tokens,
         "baselines": run.baselines,
         "alarms": alarms(run),
-        "sample": sample_text(run, state, config.prompt, config.sample_tokens) if config.sample_tokens else "",
+        "sample": sample_text(run, state, config.sample_tokens) if config.sample_tokens else "",
     }
     write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
@@ -68,16 +70,17 @@ def held_out_score(run: Run, state: TrainState, max_bytes: int | None, *, show: 
     return evaluate(state.params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
 
 
-def sample_text(run: Run, state: TrainState, prompt: str, tokens: int) -> str:
-    """The prompt and its continuation; the run's seed decides it."""
+def sample_text(run: Run, state: TrainState, tokens: int) -> str:
+    """The run's prompt and its continuation; the run's seed decides it."""
     config, tokenizer = run.config, run.corpus.train.tokenizer
-    ids = torch.from_numpy(tokenizer.encode_prompt(prompt).astype("int64"))[None]
+    prompt = config.prompt or ""
+    ids = torch.from_numpy(tokenizer.prompt(prompt).astype("int64"))[None]
     generator = torch.Generator().manual_seed(config.seed)
     out = generate(
         state.params, ids, config.model, generator, max_new_tokens=tokens, context_length=config.sequence_length,
         temperature=0.8, surprise_budget=config.hyper.pi_alpha,
     )  # fmt: skip
-    return tokenizer.decode(out[0].tolist())
+    return tokenizer.decode(out[0, 0 if prompt else 1 :].tolist())
 
 
 def draw(run: Run) -> None:
@@ -97,9 +100,9 @@ def alarms(run: Run) -> list[str]:
     )  # fmt: skip
 
 
-def score_table(score: Score, baselines: Mapping[str, float]) -> str:
-    """Held-out bits per byte of the model among the baselines, best first."""
-    return _ranking({"this model": score.bits_per_byte, **baselines}, score.bytes)
+def score_table(score: Score, baselines: Mapping[str, float], of: str = "held-out bytes") -> str:
+    """Bits per byte of the model among the baselines, best first."""
+    return _ranking({"this model": score.bits_per_byte, **baselines}, score.bytes, of)
 
 
 def summary_table(summary: Mapping[str, Any], folder: str) -> str:
@@ -120,6 +123,6 @@ def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     return "\n".join(lines)
 
 
-def _ranking(bits: Mapping[str, float], num_bytes: int) -> str:
+def _ranking(bits: Mapping[str, float], num_bytes: int, of: str = "held-out bytes") -> str:
     rows = sorted(bits.items(), key=lambda row: row[1])
-    return "\n".join((f"bits per byte on {num_bytes:,} held-out bytes", *(f"  {n:<12} {b:.3f}" for n, b in rows)))
+    return "\n".join((f"bits per byte on {num_bytes:,} {of}", *(f"  {n:<12} {b:.3f}" for n, b in rows)))

@@ -57,12 +57,26 @@ def iter_history(folder: str | Path) -> Iterator[dict[str, Any]]:
                     raise UserError(torn)
                 record = _parse(line) if len(line) <= MOST else None
                 if record is None:
-                    came = line[:40].decode(errors="replace")
-                    torn = f"{path}, line {number}: expected a JSON object, got {came!r}; remove the line"
+                    torn = _torn(path, number, line)
                 else:
                     yield record
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: expected the record of a run, found no such file; name a run folder") from None
+
+
+def torn_line(folder: str | Path) -> str | None:
+    """What is wrong with the last line of a record, as a killed process leaves it; None where it is whole."""
+    last, number = b"", 0
+    with open_regular(Path(folder) / FILE) as file:
+        for at, line in enumerate(iter(partial(file.readline, MOST + 1), b""), 1):
+            if line.strip():
+                last, number = line, at
+    return None if not last or _parse(last) is not None else _torn(Path(folder) / FILE, number, last)
+
+
+def _torn(path: Path, number: int, line: bytes) -> str:
+    came = line[:40].decode(errors="replace")
+    return f"{path}, line {number}: expected a JSON object, got {came!r}; remove the line"
 
 
 def records_upto(folder: str | Path, step: int) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,6 @@ An arm is a named set of changes to `base`; axes are keys with values that every
 YAML and flags: hyper.lr, model.num_experts, data.
 """
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
 from training.run.config import RunConfig
 from training.run.initial_state import sizes_follow
+from training.run.suggest import advice
 
 QUICK_PARTS = ("seeds", "arms", "axes", "orders")  # of a study that its short version may change, beside the base
 Values = Mapping[str, Any]  # dotted key -> value
@@ -286,8 +286,7 @@ def _refuse_doubles(values: Sequence[Any], key: str) -> None:
 
 def near(name: str, known: Collection[str]) -> str:
     """What an unknown name may have meant, as the end of a message."""
-    found = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {found[0]}?" if found else f"; known are {', '.join(known)}"
+    return advice(name, known, f"; known are {', '.join(known)}")
 
 
 # Points of the axes ---------------------------------------------------------------------------------------------------

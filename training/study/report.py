@@ -83,10 +83,17 @@ def _analysis(home: Path, rows: list[Row]) -> Mapping[str, Any]:
 
 
 def _run(name: str, home: Path) -> tuple[str, str]:
+    from training.run.schedule import Leg, read_legs, reproduction
+    from training.run.settings import load_settings
     from training.run.summary import summary_table
 
     described = home / "config.yaml"
-    run = RunFiles(name, _text(described), read_yaml(str(described)), _summary(home), _history(home))
+    try:
+        legs = read_legs(home, load_settings(str(described)))
+    except UserError:  # shown as it is
+        legs = (Leg(0, 0),)
+    commands = reproduction(legs, str(described), f"{name.rstrip('/')}-again")
+    run = RunFiles(name, _text(described), read_yaml(str(described)), _summary(home), _history(home), commands)
     if run.summary.get("nats_per_token") is None:
         return run_page(run), f"{name}: no score{'' if run.summary else ' yet'}, {len(run.history)} records"
     return run_page(run), summary_table({"baselines": {}, "sample": "", "alarms": []} | dict(run.summary), name)

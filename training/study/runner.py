@@ -20,7 +20,7 @@ from training.storage.lock import locked
 from training.storage.results import UNFINISHED, Row, read_results, write_results
 from training.study.analysis import analyse, study_table
 from training.study.config import StudyConfig, StudyRun, expand, study_values
-from training.study.group import teacher_of
+from training.study.group_state import teacher_of
 from training.study.launch import Launch, Launcher, local_launcher
 from training.study.plan import Group, load_plan, plan_groups, save_plan
 from training.study.report import write_report

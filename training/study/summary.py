@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,25 +34,35 @@ def empty_row(run: StudyRun) -> Row:
     }
 
 
-def finished_row(
-    run: StudyRun, score: Score | None, seconds: float, folder: Path, facts: Mapping[str, Any] | None = None,
-    matrix: Matrix = (),
-) -> Row:  # fmt: skip
-    """The row of a run that is done; without a score it diverged.
+class Outcome(NamedTuple):
+    """What became of a run of a study."""
+
+    run: StudyRun
+    folder: Path
+    steps: int  # made, or up to the one at which it diverged
+    seconds: float
+    score: Score | None  # None: it diverged
+    facts: Mapping[str, Any] | None = None  # of `routing_analysis`
+    matrix: Matrix = ()  # scores of a stream of tasks
+
+
+def finished_row(outcome: Outcome) -> Row:
+    """The row of a run that is done.
 
     max_vio, gating_acc, gating_trivial and load_entropy are means over the last WINDOW records; dead_experts counts the
     (layer, expert) pairs that got no token in any of them; avg_k is the held-out one; routing_drift is that of the last
-    evaluation during the run. `facts` are those of `routing_analysis`, `matrix` the scores of a stream of tasks.
+    evaluation during the run.
     """
-    row = empty_row(run) | {"seconds": round(seconds, 3), "status": DIVERGED}
+    run, score = outcome.run, outcome.score
+    row = empty_row(run) | {"seconds": round(outcome.seconds, 3), "status": DIVERGED}
     if score is None:
         return row
-    history = read_history(folder)
+    history = read_history(outcome.folder)
     window = history[-WINDOW:]
     loads = np.asarray([record["expert_load"] for record in window])
-    measures = continual_measures(matrix)._asdict() if run.order else {}
+    measures = continual_measures(outcome.matrix)._asdict() if run.order else {}
     means = {key: _mean(window, key) for key in ("max_vio", "gating_acc", "gating_trivial")}
-    return row | means | routing_columns(facts) | {
+    return row | means | routing_columns(outcome.facts) | {
         "nats_per_token": _rounded(score.nats_per_token),
         "bits_per_byte": _rounded(score.bits_per_byte),
         "avg_k": _rounded(score.avg_k),
@@ -75,11 +85,9 @@ def routing_columns(facts: Mapping[str, Any] | None) -> dict[str, float | None]:
     return regrets | {key: facts[key] for key in ("oracle_hits", "co_activation")}
 
 
-def write_summary(
-    run: StudyRun, row: Row, score: Score | None, steps: int, folder: Path, facts: Mapping[str, Any] | None = None,
-    matrix: Matrix = (),
-) -> None:  # fmt: skip
+def write_summary(outcome: Outcome, row: Row) -> None:
     """summary.json of a run: as after `tiny-onn train`, with the arm, what became of it, and its routing's facts."""
+    run, score, steps, folder = outcome.run, outcome.score, outcome.steps, outcome.folder
     model, tokens = run.config.model, steps * run.config.batch_size * run.config.sequence_length
     summary = {
         **{key: row[key] for key in ("run", "arm", "seed", *MEASURES)},
@@ -96,10 +104,10 @@ def write_summary(
             read_history(folder), model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
             min_experts_per_tok=model.min_experts_per_tok, max_experts_per_tok=model.max_experts_per_tok,
         ),
-        "routing": facts,
+        "routing": outcome.facts,
     }  # fmt: skip
     if run.order:
-        known = None if score is None else [[_rounded(value) for value in line] for line in matrix]
+        known = None if score is None else [[_rounded(value) for value in line] for line in outcome.matrix]
         summary |= {key: row[key] for key in Continual._fields} | {"order": run.order, "score_matrix": known}
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 

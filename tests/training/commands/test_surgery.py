@@ -479,3 +479,38 @@ def test_the_commands_and_the_code_of_the_page_run(
         exec(compile(code, "huggingface.md", "exec"), {})
     assert (len(commands), len(codes)) == (15, 2)
     assert "def " in capsys.readouterr().out
+
+
+# Where it is written --------------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_result_is_replaced_only_when_that_is_asked_for(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["surgery", str(dense), "--out", str(tmp_path / "out"), "--num-experts"]
+    assert main([*command, "8"]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capsys.readouterr()
+    assert main([*command, "3"]) == 2
+    said = capsys.readouterr().err
+    assert "--out: expected a new or empty folder, got " in said
+    assert "add --force to replace it" in said
+    assert said.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert main([*command, "3", "--force"]) == 0
+    assert load_pretrained(tmp_path / "out")[1].num_experts == 3
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert main([*command, "8", "--force"]) == 2
+    assert "got one with 'mine.txt'" in capsys.readouterr().err
+
+
+def test_an_earlier_export_is_replaced_only_when_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(make_run(tmp_path / "run")), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "add --force to replace it" in capsys.readouterr().err
+    assert main([*command, "--force", "--num-experts-per-tok", "1"]) == 0
+    assert load_pretrained(tmp_path / "out")[1].num_experts_per_tok == 1

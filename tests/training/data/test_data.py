@@ -20,8 +20,9 @@ from tiny_onn_func.decoder import forward
 from tiny_onn_func.tree import stack
 from training.data.baselines import baselines
 from training.data.batches import batch_at, held_out_batches, scored_span
-from training.data.corpus import Corpus, Splits, open_corpus
+from training.data.corpus import Corpus, Splits, open_corpus, whole
 from training.data.hf_tokenizer import open_tokenizer
+from training.data.readers import Segment
 from training.data.sources import documents, find_source
 from training.data.streams import decode, encode, is_held_out, tokenized
 from training.data.tokenizer import BOUNDARY, VOCAB_SIZE
@@ -51,13 +52,13 @@ def corpus(tokens: list[int], targets: list[int] | None = None) -> Corpus:
 
 def pieces(side: Corpus) -> list[bytes]:
     """The documents of a side, from its tokens alone."""
-    whole = [[]]
+    documents = [[]]
     for token in side.tokens.tolist():
         if token == BOUNDARY:
-            whole.append([])
+            documents.append([])
         else:
-            whole[-1].append(token)
-    return [bytes(document) for document in whole if document]
+            documents[-1].append(token)
+    return [bytes(document) for document in documents if document]
 
 
 def write_jsonl(path: Path, records: list[object]) -> Path:
@@ -929,8 +930,32 @@ def test_a_text_shorter_than_a_sequence_is_refused_with_both_numbers(tmp_path: P
 
 def test_a_side_without_documents_is_refused_with_a_way_out(tmp_path: Path):
     path = write_jsonl(tmp_path / "two.jsonl", [{"text": "some text that trains"}] * 2)
-    refused("and 0 held out.*split: tail", path, tmp_path, holdout=0.01)
+    refused("and 0 held out.*split: tail", path, tmp_path, holdout=0.01, split="document")
     opened(path, tmp_path, holdout=0.3, split="tail")
+
+
+def test_few_documents_that_would_all_be_on_one_side_are_split_by_the_tail(tmp_path: Path):
+    """A folder of 13 small files: one in four of such folders has none that its hash holds out."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    names = (f"note {i}, which is about this and that\n" * 9 for i in range(99))
+    kept = [text for text in names if not is_held_out((Segment(text, True),), 0.1)][:13]
+    for i, text in enumerate(kept):
+        (folder / f"{i:02}.txt").write_text(text)
+    splits = opened(folder, tmp_path)
+    size = sum(map(len, kept)) + len(kept)
+    assert splits.split == "tail"
+    assert (splits.train.tokens.size, splits.held_out.tokens.size) == (cut := int((size - 1) * 0.9), size - cut)
+    assert b"".join(pieces(splits.train) + pieces(splits.held_out)) == "".join(kept).encode()
+    refused("and 0 held out", folder, tmp_path, split="document")
+
+
+def test_both_sides_as_one_are_the_text(tmp_path: Path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"text number {i}"} for i in range(30)])
+    both = whole(opened(path, tmp_path, split="tail"))
+    assert pieces(both) == [f"text number {i}".encode() for i in range(30)]
+    assert (both.num_documents, both.num_bytes) == (30, int((both.tokens != BOUNDARY).sum()))
+    assert both.num_targets == both.tokens.size - 1
 
 
 def test_a_side_without_assistant_turns_is_refused(tmp_path: Path):

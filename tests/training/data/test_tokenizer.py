@@ -23,6 +23,7 @@ from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import Corpus, Splits, open_corpus
 from training.data.hf_tokenizer import byte_alphabet, open_tokenizer
 from training.data.tokenizer import BOUNDARY, BYTES, Tokenizer
+from training.data.train_tokenizer import _texts
 from training.errors import UserError
 from training.presets.find import HOME
 from training.run.settings import load_settings
@@ -78,7 +79,7 @@ def bpe(place: Path) -> Tokenizer:
 def own_cache_and_no_pictures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINY_ONN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("training.run.engine.draw", lambda _: None)
+        patch.setattr("training.run.loop.draw", lambda _: None)
         yield
 
 
@@ -158,6 +159,53 @@ def test_learning_twice_gives_the_same_file_and_looks_at_nothing_held_out(place:
     seen = place / "documents.jsonl"
     assert (
         main(["tokenizer", "train", "--data", str(seen), "--vocab-size", "300", "--out", str(tmp_path / "rows")]) == 0
+    )
+
+
+def test_a_tokenizer_learns_from_no_byte_of_a_tail_that_a_run_holds_out(tmp_path: Path) -> None:
+    """A text whose beginning has wider characters: a cut by characters would be a third too late."""
+    text = "".join(f"{i:03}漢字漢字漢字漢字漢字" for i in range(300)) + "x" * 4000
+    (tmp_path / "wide.txt").write_text(text, encoding="utf-8")
+    for holdout in (0.1, 0.4, 0.75):
+        splits = open_corpus(str(tmp_path / "wide.txt"), sequence_length=8, holdout=holdout, cache_dir=tmp_path / "c")
+        learned = "".join(_texts(str(tmp_path / "wide.txt"), holdout, "auto")).encode()
+        trained = bytes(splits.train.tokens.astype(np.uint8))
+        assert trained.startswith(learned)
+        assert len(trained) - len(learned) < 4, "no more is left out than a character that the cut meets"
+
+
+@pytest.mark.parametrize("split", ["tail", "auto"])
+def test_a_tokenizer_learns_from_no_turn_of_chats_that_a_run_holds_out(
+    split: str, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"<q{i}>é{'w' * (i % 7)}"},
+                {"role": "assistant", "content": f"<a{i}>"},
+            ]
+        }
+        for i in range(12)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
+    how = {"sequence_length": 4, "cache_dir": tmp_path / "c", "tokenizer": bpe, "split": split}
+    for holdout in (0.2, 0.5, 0.7):
+        learned = "".join(_texts(str(path), holdout, split))
+        marks = re.findall(r"<[qa]\d+>", bpe.decode(open_corpus(str(path), holdout=holdout, **how).held_out.tokens))
+        assert marks
+        assert not [mark for mark in marks if mark in learned]
+
+
+def test_few_documents_on_one_side_are_cut_by_the_tail_here_as_in_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"line {i} of it"}) + "\n" for i in range(5)), encoding="utf-8")
+    splits = open_corpus(str(path), sequence_length=1, holdout=0.01, cache_dir=tmp_path / "c", split="auto")
+    assert splits.split == "tail"
+    assert (
+        BYTES.decode(splits.train.tokens)
+        .replace("<|endoftext|>", "")
+        .startswith("".join(_texts(str(path), 0.01, "auto")))
     )
 
 

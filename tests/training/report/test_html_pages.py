@@ -283,6 +283,28 @@ def test_one_seed_has_no_intervals_and_no_verdict(tmp_path: Path) -> None:
     assert "no interval" in page.text
 
 
+def test_a_study_without_scores_during_its_runs_says_so_and_not_that_it_has_no_record(tmp_path: Path) -> None:
+    for every in (0, 500):
+        base = replace(small_study().base, eval_every=every)
+        folder = fake_study(tmp_path / f"done{every}", small_study(base=base))
+        for path in folder.glob("runs/*/metrics.jsonl"):
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            kept = [{k: v for k, v in record.items() if not k.startswith("held_out")} for record in records]
+            path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        write_report(folder)
+        said = read_page(folder).text
+        assert f"No score was made during the runs (eval_every: {every}, " in said
+        assert "The final ones are in the table." in said
+        assert "No record yet" not in said
+
+
+def test_a_wide_table_has_a_bar_to_scroll_it_with(tmp_path: Path) -> None:
+    """Bars that a system hides until they are used leave a table that looks cut off."""
+    page = write_report(fake_study(tmp_path / "wide", small_study())).path.read_text(encoding="utf-8")
+    for rule in (".box{overflow-x:auto", "scrollbar-width:thin", "::-webkit-scrollbar{height:"):
+        assert rule in page
+
+
 def test_a_study_without_a_finished_run_has_a_page(tmp_path: Path) -> None:
     folder = fake_study(tmp_path / "begun", small_study(), lambda run: UNFINISHED)
     report = write_report(folder)

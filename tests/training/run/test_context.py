@@ -1,6 +1,6 @@
 """The records in memory: all of a short run, few of a long one, and the same whether it was stopped or not."""
 
-from training.run.context import ENDS, MOST, append_record, best_step
+from training.run.context import ENDS, MOST, Best, append_record, best_of, best_step, better
 
 
 def held(steps: int, scored: dict[int, float] | None = None, first: list[dict] | None = None, begin: int = 1) -> list:
@@ -35,3 +35,14 @@ def test_a_run_that_goes_on_holds_what_it_would_have_held() -> None:
         append_record(read_again, {"step": step} | ({"held_out_nats": 2.0} if step == 4_321 else {}))
     assert read_again == stopped
     assert held(30_000, first=read_again, begin=17_124) == whole
+
+
+def test_the_best_score_so_far_stays_the_best_of_a_process_that_has_no_earlier_records() -> None:
+    """Rank 0 alone reads the record of a resumed run; all ranks must save at the same steps."""
+    history = [{"step": 3, "held_out_nats": 1.5}, {"step": 4}, {"step": 6, "held_out_nats": None}]
+    best = best_of(history)
+    assert best == Best(3, 1.5)
+    assert better(best, {"step": 9, "held_out_nats": 1.5}) == best
+    assert better(best, {"step": 9}) == best
+    assert better(best, {"step": 9, "held_out_nats": 1.4}) == Best(9, 1.4)
+    assert best_of([]) is None

@@ -76,7 +76,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(run: Path, text: Path, tmp_p
     """The cosine ends at `steps`, so the stopped run is the long one, stopped by Ctrl-C."""
     out = tmp_path / "stopped"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.run.engine.hyper_step", interrupted_after(3))
+        patch.setattr("training.run.program.hyper_step", interrupted_after(3))
         assert train(text, out, "--steps=6", "--eval-every=3", "--checkpoint-every=2") == 130
     assert [record["step"] for record in records(out)] == [1, 2, 3]
     assert main(["train", "--out", str(out), "--resume"]) == 0
@@ -106,6 +106,34 @@ def test_evaluate_repeats_the_score_of_the_summary(run: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert f"{summary['bits_per_byte']:.3f}" in printed
     assert all(name in printed for name in ("uniform", "unigram", "bigram", "gzip -9"))
+
+
+def test_evaluate_parts_another_text_as_it_is_asked_to_or_scores_all_of_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(TEXT[:100], encoding="utf-8")
+    assert main(["evaluate", str(run), "--data", str(short)]) == 2
+    said = capsys.readouterr().err
+    assert "try --split tail, a larger --holdout, or --all, which scores all of it" in said
+    scored = {}
+    for flags in (
+        ["--all"],
+        ["--holdout", "0.4"],
+        ["--holdout=0.4", "--split=tail", "--bytes=20"],
+        ["--all", "--bytes=9"],
+    ):
+        assert main(["evaluate", str(run), "--data", str(short), "--json", *flags]) == 0
+        found = json.loads(capsys.readouterr().out)
+        scored[" ".join(flags)] = found["score"]["bytes"]
+        assert (found["baselines"] == {}) == ("--all" in flags)
+        assert found["split"] == ("all" if "--all" in flags else "tail")
+    assert [*scored.values()] == [99, 39, 20, 9]  # the first byte has nothing before it; a boundary is no byte
+    assert main(["evaluate", str(run), "--all"]) == 0
+    assert f"on {len(TEXT) - 1:,} held-out bytes" not in (table := capsys.readouterr().out)
+    assert f"on {len(TEXT) - 1:,} bytes" in table
+    assert main(["evaluate", str(run), "--all", "--split", "tail"]) == 2
+    assert "--all: expected no --split" in capsys.readouterr().err
 
 
 def test_the_same_seed_writes_the_same_text_and_another_one_another(
@@ -178,9 +206,64 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_generate_refuses_an_empty_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", str(run), "--prompt", ""]) == 2
-    assert "prompt" in capsys.readouterr().err
+def test_an_empty_prompt_is_the_beginning_of_a_document_and_the_default_of_a_text(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for prompt in (["--prompt", ""], []):
+        assert main(["generate", str(run), *prompt, "--tokens", "9", "--no-stop"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert 0 < len(texts[0].rstrip("\n")) <= 9 * len("<|endoftext|>")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert summary["sample"]
+    assert not summary["sample"].startswith("<|endoftext|>")
+
+
+def test_several_samples_are_numbered_and_the_first_is_the_single_one(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", str(run), "--prompt", "the ", "--tokens", "12", "--no-stop"]
+    assert main(command) == 0
+    single = capsys.readouterr().out.rstrip("\n")
+    assert main([*command, "--num-samples", "3"]) == 0
+    parts = capsys.readouterr().out.split("\n\n---")
+    assert parts[0] == f"--- 1 of 3 ---\n{single}"
+    assert [part.splitlines()[0] for part in parts[1:]] == [" 2 of 3 ---", " 3 of 3 ---"]
+    assert len({part.partition("---\n")[2] for part in parts}) == 3
+    assert main([*command, "--num-samples", "0"]) == 2
+    assert "--num-samples: expected 1 or more, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "lines"),
+    [
+        ("generate", ("--temperature TEMPERATURE", "(default: 0.8)", "(default: 400)", "--num-samples")),
+        ("evaluate", ("--split {auto,document,tail}", "--holdout", "--all", "--json")),
+        ("tokenizer", ("(default: stdlib)", "(default: 0.1)")),
+    ],
+)
+def test_help_says_the_defaults(verb: str, lines: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(line in said for line in lines)
+    assert "default: None" not in said
+    assert "default: False" not in said
+
+
+def test_a_run_on_chats_continues_a_users_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "it is a router."}]
+    path, out = tmp_path / "chats.jsonl", tmp_path / "run"
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 40, encoding="utf-8")
+    assert main(["train", "--data", str(path), "--out", str(out), "--split=tail", "--steps=2", *SMALL]) == 0
+    turn = "<|user|>\nHello!<|end|>\n<|assistant|>\n"
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["sample"].startswith(turn)
+    capsys.readouterr()
+    assert main(["generate", str(out), "--tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith(turn)
+    assert main(["generate", str(out), "--tokens", "3", "--prompt", "def "]) == 0
+    assert capsys.readouterr().out.startswith("def ")
 
 
 @pytest.mark.parametrize(

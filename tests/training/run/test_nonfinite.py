@@ -112,7 +112,7 @@ def test_a_run_stops_before_the_bad_step_with_one_line_and_a_finite_checkpoint(
     assert train(text, out, "--steps=9", *WILD) == 2
     line = capsys.readouterr().err.split("\n")[-2]
     assert line.startswith("tiny-onn: step 2: expected finite numbers, got NaN or inf in grad_norm, surprise; stopped")
-    assert f"`tiny-onn replay {out} --step 2`" in line
+    assert f"`tiny-onn rerun {out} --step 2`" in line
     assert [record["step"] for record in records(out)] == [1]
     state = load_checkpoint(out)
     assert int(state["step"]) == 1
@@ -141,14 +141,14 @@ def test_a_stopped_run_goes_on_with_skip_as_if_it_had_skipped_from_the_start(tex
 # The step again
 
 
-def test_replay_shows_the_bad_leaves_of_the_kept_step_and_writes_nothing(
+def test_rerun_shows_the_bad_leaves_of_the_kept_step_and_writes_nothing(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     assert train(text, out, "--steps=9", *WILD) == 2
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert main(["replay", str(out), "--step", "2"]) == 0
+    assert main(["rerun", str(out), "--step", "2"]) == 0
     said = capsys.readouterr().out
     assert f"step 2, from {out}/nonfinite/checkpoints/step_000001, 0 steps" in said
     assert "NaN or infinite: grad_norm, surprise" in said
@@ -156,7 +156,7 @@ def test_replay_shows_the_bad_leaves_of_the_kept_step_and_writes_nothing(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_replay_makes_any_step_again_bit_for_bit_from_the_checkpoint_before_it(
+def test_rerun_makes_any_step_again_bit_for_bit_from_the_checkpoint_before_it(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -164,7 +164,7 @@ def test_replay_makes_any_step_again_bit_for_bit_from_the_checkpoint_before_it(
     first = "the first state of the run"
     for step, start, made in ((1, first, 0), (4, first, 3), (8, "000004", 3)):
         capsys.readouterr()
-        assert main(["replay", str(out), "--step", str(step)]) == 0
+        assert main(["rerun", str(out), "--step", str(step)]) == 0
         said = capsys.readouterr().out
         assert f"{start}, {made} steps made again before it" in said
         assert said.rstrip().endswith("on record: the same")
@@ -172,19 +172,23 @@ def test_replay_makes_any_step_again_bit_for_bit_from_the_checkpoint_before_it(
     lines[7] = json.dumps(json.loads(lines[7]) | {"avg_k": 3.5})
     (out / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     capsys.readouterr()
-    assert main(["replay", str(out), "--step", "8"]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("on record: other avg_k")
+    said = []
+    for verb in ("rerun", "replay"):  # the former name
+        assert main([verb, str(out), "--step", "8"]) == 0
+        said.append(capsys.readouterr().out.rstrip())
+    assert said[0] == said[1]
+    assert said[0].endswith("on record: other avg_k")
 
 
 @pytest.mark.parametrize(("step", "said"), [("0", "--step: expected 1 to 3"), ("4", "--step: expected 1 to 3")])
-def test_replay_of_a_step_that_is_none_is_one_line(
+def test_rerun_of_a_step_that_is_none_is_one_line(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], step: str, said: str
 ) -> None:
     assert train(text, tmp_path / "run", "--steps=3", "--eval-every=0", "--sample-tokens=0") == 0
     capsys.readouterr()
-    assert main(["replay", str(tmp_path / "run"), "--step", step]) == 2
+    assert main(["rerun", str(tmp_path / "run"), "--step", step]) == 2
     assert capsys.readouterr().err.startswith(f"tiny-onn: {said}")
-    assert main(["replay", str(tmp_path / "nowhere"), "--step", "1"]) == 2
+    assert main(["rerun", str(tmp_path / "nowhere"), "--step", "1"]) == 2
     assert "expected a run folder with a config.yaml" in capsys.readouterr().err
 
 
@@ -230,6 +234,19 @@ def test_the_doctor_finds_all_well_with_a_finished_run_and_names_each_fault(
     assert "expected SHA-256" in faults["checkpoint"].text
     assert "remove this step's folder" in faults["checkpoint"].advice
     assert faults["unfinished"].advice == f"tiny-onn train --out {out} --resume"
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_doctor_names_a_last_line_that_is_no_record(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, "--steps=2", "--eval-every=0", "--sample-tokens=0") == 0
+    assert not [finding for finding in examine(out) if finding.advice]
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "tok')
+    (fault,) = [finding for finding in examine(out) if finding.advice]
+    assert fault.subject == "records"
+    assert 'line 3: expected a JSON object, got \'{"step": 3, "tok\'' in fault.text
+    assert fault.advice.startswith("remove the line")
 
 
 @pytest.mark.usefixtures("kernels")

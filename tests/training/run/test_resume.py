@@ -22,7 +22,7 @@ from training.data.corpus import fingerprint, open_corpus
 from training.errors import UserError
 from training.run.engine import train as train_run
 from training.run.settings import load_settings, parse_train_args
-from training.storage.background_saver import Saver
+from training.storage.background_saver import BackgroundSaver
 from training.storage.checkpoint import latest_checkpoint, load_checkpoint, named_tensors, save_checkpoint
 from training.storage.checkpoint_files import clean
 from training.storage.lock import LOCK, holder, locked
@@ -45,7 +45,7 @@ def run(text: Path, tmp_path: Path) -> Path:
     """Stopped in its sixth step of eight, with checkpoints of steps 2, 4 and 5."""
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.run.engine.hyper_step", interrupted_after(5))
+        patch.setattr("training.run.program.hyper_step", interrupted_after(5))
         flags = ("--steps=8", "--checkpoint-every=2", "--keep-checkpoints=9", "--eval-every=0")
         assert train(text, out, *flags) == 130
     assert sorted(path.name[-1] for path in (out / "checkpoints").iterdir()) == ["2", "4", "5"]
@@ -355,7 +355,7 @@ def test_a_step_goes_on_while_its_checkpoint_is_written_and_the_next_one_waits()
         time.sleep(0.2)
         events.append(f"written {state}")
 
-    with Saver(slow) as saver:
+    with BackgroundSaver(slow) as saver:
         saver.save(1)
         events.append("step")
         saver.save(2)
@@ -367,7 +367,7 @@ def test_what_the_disk_said_is_raised_once_at_the_next_save_or_at_the_end() -> N
     def refuse(state: int) -> None:
         raise UserError(f"no room for {state}")
 
-    saver = Saver(refuse)
+    saver = BackgroundSaver(refuse)
     saver.save(1)
     with pytest.raises(UserError, match="no room for 1"):
         saver.save(2)
@@ -424,7 +424,7 @@ def test_whatever_stops_a_run_the_last_whole_step_is_saved(
     def fails(run: object) -> None:
         raise error
 
-    monkeypatch.setattr("training.run.engine.draw", fails)
+    monkeypatch.setattr("training.run.loop.draw", fails)
     flags = ["--data", str(text), "--out", str(tmp_path / "run"), *SMALL, "--steps=9", "--picture-every=3"]
     config, _ = parse_train_args(flags)
     with pytest.raises(type(error)):
@@ -443,7 +443,7 @@ def test_nobody_reading_the_output_is_no_mistake_of_a_file() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread has a niceness of its own on Linux only")
 def test_the_writing_gives_way_to_the_steps() -> None:
     nice: list[int] = []
-    with Saver(lambda: nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))) as saver:
+    with BackgroundSaver(lambda: nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))) as saver:
         saver.save()
     assert nice == [19]
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < 19

@@ -1,7 +1,6 @@
 """The page of a single run: its score beside the baselines, alarms, curves, loads, a sample, its configuration."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from training.report.html.heat_maps import last_tables, load_legend, load_map, s
 from training.report.series import LARGEST, Records, columns, gather, numbers
 
 POINTS = 500  # most of a curve
-TRIVIAL = "gating_trivial"
+TRIVIAL, WROTE = "gating_trivial", "versions of what wrote this page"
 # (title, unit, ((key, name in the legend or "" for none), ...)); colours by place
 CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", "nats per token", (("main_loss", "training"), ("held_out_nats", "held out"))),
@@ -39,6 +38,7 @@ class RunFiles(NamedTuple):
     values: Mapping[str, Any]  # of config.yaml
     summary: Mapping[str, Any]  # {} while the run is under way
     history: Records
+    commands: str  # that make the run again
 
 
 def run_page(run: RunFiles) -> str:
@@ -141,9 +141,11 @@ def _sample(sample: object) -> Html:
 
 
 def _reproduction(run: RunFiles) -> Html:
-    again = shlex.quote(f"{run.folder.rstrip('/')}-again")
-    described = shlex.quote(str(Path(run.folder) / "config.yaml"))
-    command = h.listing("Command", f"tiny-onn train --config {described} --out {again}")
-    known = h.facts([("versions of what wrote this page", h.versions())])
+    command = h.listing("Commands", run.commands)
+    bent = h.warning(
+        "The run went on with another number of steps than it began with, so the learning rates follow one schedule "
+        "after the other: its score is not that of a run of so many steps."
+    )
+    known = join((command, bent if "--resume" in run.commands else "", h.facts([(WROTE, h.versions())])))
     file = (h.paragraph("config.yaml", class_="note"), h.listing("config.yaml", run.text))
-    return join((h.section("How to reproduce", command, known), h.section("Configuration", *file)))
+    return join((h.section("How to reproduce", known), h.section("Configuration", *file)))

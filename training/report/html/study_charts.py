@@ -57,8 +57,9 @@ def curves(study: Study, groups: Sequence[Group]) -> Html:
         if len(groups) > 1:
             parts.append(element("h3", f"compared with {group.baseline}"))
         drawn = sorted(group.arms, key=lambda arm: arm.slot)
+        begun = any(len(arm.curves["main_loss"].x) for arm in drawn)
         charts = [
-            line_chart(title, unit, [arm.curves[key] for arm in drawn], empty=_why_empty(key, base))
+            line_chart(title, unit, [arm.curves[key] for arm in drawn], empty=_why_empty(key, base, begun))
             for title, unit, key in CHARTS
         ]
         names = [(join((arm.short, _lost(arm))), arm.slot) for arm in drawn]
@@ -104,9 +105,12 @@ def _lost(arm: ShownArm) -> Html:
     return element("small", f" ({len(arm.ends)} diverged, at step {steps}; then the mean of those left)")
 
 
-def _why_empty(key: str, base: Mapping[str, Any]) -> str:
-    if key == "held_out_nats" and not base.get("eval_every"):
-        return "No score was made during the runs (eval_every: 0). The final ones are in the table."
+def _why_empty(key: str, base: Mapping[str, Any], begun: bool) -> str:
+    """Why a chart has no line; `begun` says whether there are records at all."""
+    if key == "held_out_nats" and begun:
+        every = base.get("eval_every") or 0
+        wanted = f"eval_every: {every}, " + (f"steps: {base.get('steps')}" if every else "which asks for none")
+        return f"No score was made during the runs ({wanted}). The final ones are in the table."
     if key == "routing_drift":
         return "Drift was not measured: it wants eval_every and analysis_tokens."
     return "No record yet."

@@ -35,6 +35,9 @@ dl .wide{grid-column:1/-1;max-width:52rem}
 .plan{border:1px solid var(--line);border-radius:8px;padding:.2rem 1rem .6rem;margin:1rem 0;background:var(--panel)}
 .plan h2{margin-top:.7rem}
 .box{overflow-x:auto;margin:.8rem 0;border:1px solid var(--line);border-radius:8px;overscroll-behavior-x:contain}
+@supports not selector(::-webkit-scrollbar){.box{scrollbar-width:thin;scrollbar-color:var(--soft) transparent}}
+.box::-webkit-scrollbar{height:10px;width:10px} .box::-webkit-scrollbar-thumb{background:var(--soft);border-radius:5px}
+.box::-webkit-scrollbar-track{background:var(--panel)}
 .tall{max-height:30rem;overflow-y:auto} .box:focus-visible{outline:2px solid var(--c1);outline-offset:2px}
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:.45em .65em;text-align:right;vertical-align:top;white-space:nowrap;border-bottom:1px solid var(--line)}
@@ -78,7 +81,10 @@ figcaption small{display:inline;margin-left:.4rem}
 PAPER = """
 @page{size:landscape;margin:12mm}
 @media print{body{font-size:10pt} main{max-width:none;padding:0 3px} .box{overflow:visible;border:0}
- .tall{max-height:none} .tall pre{column-count:2;column-gap:8mm} pre{white-space:pre-wrap;padding:0;font-size:7.5pt}
+ @supports not selector(::-webkit-scrollbar){.box{scrollbar-width:thin;scrollbar-color:var(--soft) transparent}}
+.box::-webkit-scrollbar{height:10px;width:10px} .box::-webkit-scrollbar-thumb{background:var(--soft);border-radius:5px}
+.box::-webkit-scrollbar-track{background:var(--panel)}
+.tall{max-height:none} .tall pre{column-count:2;column-gap:8mm} pre{white-space:pre-wrap;padding:0;font-size:7.5pt}
  table{font-size:7pt} th,td{padding:.25em .35em} thead th,th:first-child{position:static}
  table.every{font-size:6pt} .every :is(td,th){white-space:normal;overflow-wrap:anywhere;min-width:0}
  .every th:first-child{min-width:11em}

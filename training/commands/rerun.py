@@ -1,6 +1,6 @@
-"""A step made again: from the state before it, on its batch, with every number that it computes looked at."""
+"""`tiny-onn rerun`: make one step of a run again, from the state before it on its batch, and show all its numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ from tiny_onn_func.tree import partition, walk
 from training.errors import UserError
 from training.run.config import hyper_params, statics
 from training.run.context import Run
-from training.run.engine import program, step_batch
 from training.run.nonfinite import EVIDENCE, bad_numbers
+from training.run.program import Program, program, step_batch
+from training.run.schedule import config_at
 from training.run.start import open_past
 from training.step.batch import Batch
 from training.step.finite import passed_over
@@ -23,7 +24,7 @@ from training.storage.checkpoint_files import Damaged, read_meta, steps_in
 from training.storage.recorder import FILE, iter_history, to_record
 
 
-class Replayed(NamedTuple):
+class Rerun(NamedTuple):
     """What a step did."""
 
     step: int
@@ -35,7 +36,7 @@ class Replayed(NamedTuple):
     gradients: dict[str, tuple[float, int]]  # name -> largest finite magnitude, entries that are NaN or infinite
 
 
-def replay(folder: str | Path, step: int) -> Replayed:
+def rerun(folder: str | Path, step: int) -> Rerun:
     """Make step `step` of a run again, writing nothing.
 
     The state before it is the evidence that a bad step left, or the newest checkpoint before it, from which the steps
@@ -49,17 +50,31 @@ def replay(folder: str | Path, step: int) -> Replayed:
         raise UserError(f"--step: expected 1 to {run.config.steps}, the steps of {folder}, got {step}")
     state, batch, start = _before(run, first, step)
     begun = int(state.step)
-    step_of = program(run, state)
+    program_at = _programs(run, state)
     while int(state.step) < step - 1:
-        new, metrics = step_of(state, step_batch(run, int(state.step)))
+        at = int(state.step)
+        new, metrics = program_at(at + 1)(state, step_batch(run, at))
         state = passed_over(state) if bad_numbers(to_record(metrics), new) else new
     batch = step_batch(run, step - 1) if batch is None else batch
-    new, metrics = step_of(state, batch)
+    new, metrics = program_at(step)(state, batch)
     record = to_record(metrics)
-    return Replayed(
+    return Rerun(
         step, start, step - 1 - begun, record, _differences(run.folder, step, record), bad_numbers(record, new),
         dict(_gradients(run, state, batch)),
     )  # fmt: skip
+
+
+def _programs(run: Run, state: TrainState) -> Callable[[int], Program]:
+    """Step -> its program, with the schedule that held then; one for each schedule."""
+    known: dict[int, Program] = {}
+
+    def program_at(step: int) -> Program:
+        config = config_at(run.config, run.legs, step)
+        if config.steps not in known:
+            known[config.steps] = program(run._replace(config=config), state)
+        return known[config.steps]
+
+    return program_at
 
 
 def _before(run: Run, first: TrainState, step: int) -> tuple[TrainState, Batch | None, str]:
@@ -111,15 +126,15 @@ def _extremes(leaf: Tensor) -> tuple[float, int]:
     return float(torch.where(finite, leaf, 0).abs().max()), int((~finite).sum())
 
 
-def replay_table(found: Replayed) -> str:
-    """What a step that was made again did: its scalars, its gradients, and whether it is the step on record."""
-    lines = [f"step {found.step}, from {found.start}, {found.steps_before} steps made again before it", ""]
-    lines += [f"{name:<19} {value}" for name, value in found.record.items() if not isinstance(value, list)]
+def rerun_table(result: Rerun) -> str:
+    """The step's scalars and gradients, and whether it is the step on record."""
+    lines = [f"step {result.step}, from {result.start}, {result.steps_before} steps made again before it", ""]
+    lines += [f"{name:<19} {value}" for name, value in result.record.items() if not isinstance(value, list)]
     lines += ["", f"{'gradient of the main loss':<40} {'largest':>12} {'not finite':>11}"]
-    lines += [f"{name:<40} {largest:>12.4g} {bad:>11,}" for name, (largest, bad) in found.gradients.items()]
-    lines += ["", f"NaN or infinite: {', '.join(found.bad) or 'nothing'}"]
-    if found.differences is None:
+    lines += [f"{name:<40} {largest:>12.4g} {bad:>11,}" for name, (largest, bad) in result.gradients.items()]
+    lines += ["", f"NaN or infinite: {', '.join(result.bad) or 'nothing'}"]
+    if result.differences is None:
         lines.append("on record: no such step")
     else:
-        lines.append(f"on record: {'other ' + ', '.join(found.differences) if found.differences else 'the same'}")
+        lines.append(f"on record: {'other ' + ', '.join(result.differences) if result.differences else 'the same'}")
     return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""One scoring loop: models scored together get the scores that each gets alone, from counts that are exact."""
+
+import math
+
+import pytest
+
+from tests.helpers import spread_params, tiny_batch, tiny_config
+from tiny_onn_func import forward
+from tiny_onn_func.tree import stack
+from training.errors import UserError
+from training.run.evaluate import evaluate, evaluate_runs
+
+CONFIG = tiny_config()
+BATCHES = [tiny_batch(CONFIG, seed=seed, right=(2, 0), unlabelled=0.2) for seed in range(3)]
+BUDGETS = (0.3, 0.5, 0.9)
+
+
+def test_models_scored_together_get_the_score_that_each_gets_alone() -> None:
+    models = [spread_params(CONFIG, seed) for seed in range(3)]
+    together = evaluate_runs(stack(models), CONFIG, BATCHES, 40, surprise_budgets=BUDGETS)
+    for params, budget, score in zip(models, BUDGETS, together, strict=True):
+        alone = evaluate(params, CONFIG, BATCHES, 40, surprise_budget=budget)
+        assert score == pytest.approx(alone, rel=1e-12)
+        assert (score.tokens, score.avg_k, score.accuracy) == (alone.tokens, alone.avg_k, alone.accuracy)
+
+
+def test_a_score_is_of_sums_over_all_targets_and_real_tokens() -> None:
+    params, nats, visits, real, targets = spread_params(CONFIG), 0.0, 0, 0, 0
+    for batch in BATCHES:
+        logits, trace = forward(params, batch.input_ids, CONFIG, attention_mask=batch.attention_mask)
+        rows = batch.labels.flatten() >= 0
+        log_probs = logits.flatten(0, 1).log_softmax(-1)[rows]
+        nats -= float(log_probs.gather(1, batch.labels.flatten()[rows, None]).sum())
+        visits += int(trace.active[:, batch.attention_mask.flatten() != 0].sum())
+        targets, real = targets + int(rows.sum()), real + int(batch.attention_mask.sum())
+    score = evaluate(params, CONFIG, BATCHES, 40, surprise_budget=0.5)
+    assert score.nats_per_token == pytest.approx(nats / targets, rel=1e-6)
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / 40, rel=1e-6)
+    assert score.avg_k == visits / (real * CONFIG.num_hidden_layers)
+    assert (score.tokens, score.bytes) == (targets, 40)
+
+
+@pytest.mark.parametrize("batches", [[], [tiny_batch(CONFIG, unlabelled=1.0)]], ids=["no batch", "no target"])
+def test_nothing_to_score_is_one_line_and_no_perfect_score(batches: list) -> None:
+    with pytest.raises(UserError, match="held-out text: expected a target to score, got none; give more text"):
+        evaluate(spread_params(CONFIG, 1), CONFIG, batches, 0, surprise_budget=0.5)

@@ -1,0 +1,93 @@
+"""A run whose schedule was laid out anew says so, wherever its score is read, and can be made again."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import assert_same_bits
+from tests.training.run.test_engine import TEXT, train
+from training.cli import main
+from training.commands.doctor import examine
+from training.run.config import HyperSettings, RunConfig
+from training.run.schedule import Leg, bends_text, config_at, legs_from, legs_of, reproduction
+from training.storage.checkpoint import load_checkpoint
+
+FEW = ("--eval-every=0", "--sample-tokens=0", "--picture-every=0", "--checkpoint-every=0")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_ONN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path / "text.txt"
+
+
+def test_a_run_with_more_steps_than_it_began_with_has_two_legs_everywhere(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(text, out, "--steps=4", *FEW) == 0
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume", "--steps", "9"]) == 0
+    said = capsys.readouterr().err
+    assert "note: steps 1 to 4 of a schedule for 4 steps, steps 5 to 9 of one for 9" in said
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["legs"] == [[0, 4], [4, 9]]
+    (finding,) = [one for one in examine(out) if one.subject == "schedule"]
+    assert "steps 1 to 4 of a schedule for 4 steps" in finding.text
+    assert "not the score of a run of 9 steps" in finding.advice
+    for step in (3, 7):
+        capsys.readouterr()
+        assert main(["rerun", str(out), "--step", str(step)]) == 0
+        assert capsys.readouterr().out.rstrip().endswith("on record: the same")
+    assert main(["report", str(out)]) == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    commands = reproduction([Leg(0, 4), Leg(4, 9)], str(out / "config.yaml"), f"{out}-again").splitlines()
+    for command in commands:
+        assert command in page
+        assert main(shlex.split(command, comments=True)[1:]) == 0
+    assert_same_bits(load_checkpoint(f"{out}-again"), load_checkpoint(out))
+
+
+def test_a_run_that_goes_on_as_it_began_has_one_leg_and_nothing_is_said(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, flags in {"constant": ("--schedule=constant", "--steps=3"), "same": ("--steps=5",)}.items():
+        out = tmp_path / name
+        assert train(text, out, *flags, *FEW) == 0
+        capsys.readouterr()
+        assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 0
+        assert "note:" not in capsys.readouterr().err
+        assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["legs"][1:] == []
+        assert not [one for one in examine(out) if one.subject == "schedule"]
+
+
+def test_legs_grow_by_what_changes_and_forget_what_was_never_trained() -> None:
+    config = RunConfig(steps=900, hyper=HyperSettings(warmup_steps=10))
+    assert legs_of(config, None, 0) == (Leg(0, 900),)
+    assert legs_of(config, {"legs": [[0, 600]]}, 300) == (Leg(0, 600), Leg(300, 900))
+    assert legs_of(config, {"legs": [[0, 600], [300, 900]]}, 400) == (Leg(0, 600), Leg(300, 900))
+    assert legs_of(config, {"legs": [[0, 600], [300, 700]]}, 300) == (Leg(0, 600), Leg(300, 900))
+    assert legs_of(config, {}, 300) == (Leg(0, 900),), "of a version that did not write them down"
+
+
+@pytest.mark.parametrize("odd", [None, [], "12", 5, [[1]], [["a", 2]], [[True, 2]]])
+def test_odd_legs_of_a_file_are_those_of_the_whole_run(odd: object) -> None:
+    assert legs_from(odd, 7) == (Leg(0, 7),)
+
+
+def test_each_step_has_the_settings_of_its_leg_and_a_leg_cut_short_says_where() -> None:
+    legs = (Leg(0, 600), Leg(300, 900))
+    config = RunConfig(steps=900)
+    assert [config_at(config, legs, step).steps for step in (1, 300, 301, 900)] == [600, 600, 900, 900]
+    assert bends_text(legs) == "steps 1 to 300 of a schedule for 600 steps, steps 301 to 900 of one for 900"
+    assert reproduction(legs, "c.yaml", "new").splitlines() == [
+        "tiny-onn train --config c.yaml --out new --steps 600  # stop it after step 300",
+        "tiny-onn train --out new --resume --steps 900",
+    ]
+    assert reproduction(legs[:1], "c.yaml", "new") == "tiny-onn train --config c.yaml --out new"

@@ -1,0 +1,209 @@
+"""The loop of a run: hyper steps, their records, and the effects that are due after some of them."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from training.distributed.sharded_checkpoint import save_sharded
+from training.run.context import Run, about_of, append_record, best_of, better
+from training.run.nonfinite import NotFinite, bad_numbers, keep_evidence
+from training.run.process import deferred_signals
+from training.run.program import Program, program, step_batch
+from training.run.summary import alarms, draw, held_out_score
+from training.step.finite import passed_over
+from training.step.hyper_step import TrainState
+from training.storage.background_saver import BackgroundSaver
+from training.storage.checkpoint import named_tensors, save_checkpoint
+from training.storage.recorder import Recorder, to_record
+
+ALARM_EVERY = 50  # steps between two looks at the router's health
+Effects = tuple[tuple[int, Callable[[], object]], ...]  # (steps between two times, 0 for never; what is done then)
+
+
+def run_steps(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, float]:
+    """Make the steps that are left: the last state, and the seconds of all training so far.
+
+    Time spent on scores, pictures and checkpoints is not training time. What `finish` does at the end, scores and
+    pictures, is not due after the last step.
+    """
+    config, first = run.config, int(state.step)
+    step_of, seconds = program(run, state), run.history[-1]["seconds"] if run.history else 0.0
+    with (
+        deferred_signals(run.team.layout.is_sharded) as asked,
+        BackgroundSaver(partial(_save, run, recorder)) as saver,
+        _bar(run, first) as bar,
+        Checkpoints(run, saver, recorder, state).saved_on_error() as checkpoints,
+    ):
+        effects = _effects(run, checkpoints)
+        for step in range(first + 1, config.steps + 1):
+            start = time.perf_counter()
+            state, values, end = _step(run, step_of, checkpoints.state, asked)
+            seconds += time.perf_counter() - start
+            if _due(step, config.eval_every) and step < config.steps:
+                values |= _held_out(run, state)
+            record = recorder.write(step, step * run.tokens_a_step, seconds, values)
+            append_record(run.history, record)
+            checkpoints.advance(state, record)
+            bar.update()
+            bar.set_postfix_str(_progress(run, seconds), refresh=False)
+            for every, effect in effects:
+                if _due(step, every):
+                    effect()
+            if end:
+                raise KeyboardInterrupt
+        checkpoints.save()
+    return state, seconds
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _effects(run: Run, checkpoints: "Checkpoints") -> Effects:
+    """What is done after a step, in this order; by processes other than the first, only what all must do together."""
+    saves: Effects = ((run.config.checkpoint_every, checkpoints.save),)
+    shows: Effects = ((ALARM_EVERY, _bell(run)), (run.config.picture_every, lambda: _draw(run)))
+    return (*saves, *shows) if run.team.first else saves
+
+
+def _step(
+    run: Run, step_of: Program, state: TrainState, asked: Callable[[], bool]
+) -> tuple[TrainState, dict[str, Any], bool]:
+    """The next state, the step's record, and whether a process is asked to stop.
+
+    A step with bad numbers is kept as evidence and never becomes a state.
+
+    Raises:
+        NotFinite: it has bad numbers, and the run is to stop.
+    """
+    config, step = run.config, int(state.step)
+    batch = step_batch(run, step)
+    new_state, metrics = step_of(state, batch)
+    values = to_record(metrics)
+    bad, end = bad_numbers(values, new_state), False
+    if run.team.layout.is_sharded:  # each process sees its own part of the state, and its own signals
+        anywhere, end = run.team.world.all_reduce(torch.tensor([len(bad), asked()]), "bad numbers and signals").tolist()
+        bad = bad or ["the state of another process"] * anywhere
+    if not bad:
+        return new_state, values, bool(end)
+    whole = run.team.whole(state, config.model)
+    if run.team.first:
+        keep_evidence(run.folder, whole, batch, **about_of(run))
+    if config.on_nonfinite == "stop":
+        raise NotFinite(
+            f"step {step + 1}: expected finite numbers, got NaN or inf in {', '.join(bad[:3])}; stopped before it; "
+            f"look with `tiny-onn rerun {run.folder} --step {step + 1}`, go on with --resume --on-nonfinite skip"
+        )
+    return passed_over(state), values | {"skipped": True}, bool(end)
+
+
+def _held_out(run: Run, state: TrainState) -> dict[str, float]:
+    """The score during the run, made by process 0 and told to all."""
+    whole, found = run.team.whole(state, run.config.model), {}
+    if run.team.first:
+        score = held_out_score(run, whole, run.config.eval_bytes)
+        found = {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
+    return run.team.world.broadcast_object(found)
+
+
+# Effects --------------------------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Checkpoints of the state after the last whole step: when they are due, at a new best score, and on errors."""
+
+    def __init__(self, run: Run, saver: BackgroundSaver, recorder: Recorder, state: TrainState) -> None:
+        self.state, self.best = state, run.team.world.broadcast_object(best_of(run.history))
+        self._run, self._saver, self._recorder = run, saver, recorder
+        self._saved = int(state.step) or None  # a state that has not made a step lies in no checkpoint
+
+    def advance(self, state: TrainState, record: Mapping[str, Any]) -> None:
+        """A step is whole: its state, and its record, which may hold a score."""
+        self.state, before = state, self.best
+        self.best = better(before, record)
+        if self.best != before:
+            self.save()
+
+    def save(self) -> None:
+        """Save the state, unless it is saved: one in many parts as that, and at the end of the run a whole one."""
+        run, step, best = self._run, int(self.state.step), self.best and self.best.step
+        if step == self._saved:
+            return
+        if run.team.layout.is_sharded and step < run.config.steps:
+            if run.team.first:
+                self._recorder.sync()  # as `_save` does
+            kept = run.config.keep_checkpoints
+            save_sharded(run.folder, self.state, run.config.model, run.team.layout, about_of(run), kept, best)
+        else:
+            whole = run.team.whole(self.state, run.config.model)
+            if run.team.first:
+                self._saver.save(named_tensors(whole), best)
+        self._saved = step
+
+    @contextmanager
+    def saved_on_error(self) -> Iterator["Checkpoints"]:
+        """Whatever ends the loop early, the state after the last whole step is saved before it is raised."""
+        try:
+            yield self
+        except BaseException as error:
+            all_here = isinstance(error, KeyboardInterrupt | NotFinite) or not self._run.team.layout.is_sharded
+            if all_here:
+                self.save()
+            self._saver.wait()
+            raise
+
+
+def _save(run: Run, recorder: Recorder, tensors: dict[str, Tensor], best: int | None) -> None:
+    """A checkpoint of this step, not before the records of its steps are on the disk."""
+    recorder.sync()
+    save_checkpoint(run.folder, tensors, keep=run.config.keep_checkpoints, best=best, **about_of(run))
+
+
+def _bell(run: Run) -> Callable[[], None]:
+    """Prints the alarms when there are more than the last time."""
+    known = 0
+
+    def ring() -> None:
+        nonlocal known
+        now = alarms(run)
+        if len(now) > known:
+            for alarm in now:
+                tqdm.write(f"ALARM at step {run.history[-1]['step']}: {alarm}", file=sys.stderr)
+        known = len(now)
+
+    return ring
+
+
+def _draw(run: Run) -> None:
+    """The pictures so far; those after the last step are `finish`'s."""
+    if run.history[-1]["step"] < run.config.steps:
+        draw(run)
+
+
+def _bar(run: Run, first: int) -> tqdm:
+    hidden = not run.team.first
+    return tqdm(
+        total=run.config.steps, initial=first, unit="step", dynamic_ncols=True, mininterval=0.5, disable=hidden
+    )  # fmt: skip
+
+
+def _progress(run: Run, seconds: float) -> str:
+    record = run.history[-1]
+    nats = record["main_loss"]
+    shown = {
+        "loss": nats,
+        "bits/byte": None if nats is None else nats / math.log(2) / run.bytes_per_token,
+        "avg_k": record["avg_k"],
+        "gating": record["gating_acc"],
+        "surprise": record["surprise"],
+    }
+    parts = [f"{name} {'nan' if value is None else format(value, '.3g')}" for name, value in shown.items()]
+    return ", ".join((*parts, f"{record['tokens'] / seconds:,.0f} tok/s"))

@@ -1,0 +1,53 @@
+"""What the loop runs: a hyper step with the run's settings, and the batch of a step."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from training.data.batches import batch_at
+from training.distributed.parallel_step import parallel_step
+from training.run.config import hyper_params, statics
+from training.run.context import Run
+from training.step.batch import Batch
+from training.step.compile import compile_step
+from training.step.hyper_step import TrainState, hyper_step
+from training.step.metrics import Metrics
+
+Program = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def program(run: Run, state: TrainState) -> Program:
+    """(state, batch) -> (state, metrics): the hyper step with the run's settings, its teacher, compiled if wanted."""
+    config, hyper, teacher = run.config, hyper_params(run.config), run.teacher
+    if run.team.world.size > 1:
+        return _program_of_many(run)
+
+    def taught(state: TrainState, batch: Batch, logits: Tensor | None) -> tuple[TrainState, Metrics]:
+        return hyper_step(state, batch, hyper, config.model, **statics(config), teacher_logits=logits)
+
+    if not config.compile:
+        return lambda state, batch: taught(state, batch, None if teacher is None else teacher(batch))
+    batch = step_batch(run, 0)
+    if teacher is None:
+        return compile_step(lambda state, batch: taught(state, batch, None), state, batch)
+    compiled = compile_step(taught, state, batch, teacher(batch))
+    return lambda state, batch: compiled(state, batch, teacher(batch))
+
+
+def _program_of_many(run: Run) -> Program:
+    config, hyper, teacher = run.config, hyper_params(run.config), run.teacher
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        own = run.team.rows(batch)
+        logits = None if teacher is None else teacher(own)
+        return parallel_step(
+            state, own, hyper, config.model, run.team.layout, **statics(config), teacher_logits=logits
+        )  # fmt: skip
+
+    return step
+
+
+def step_batch(run: Run, step: int) -> Batch:
+    """The batch of a step, counted from 0; the seed decides it."""
+    config = run.config
+    return batch_at(run.corpus.train, config.seed, step, config.batch_size, config.sequence_length, config.pack)

@@ -1,0 +1,63 @@
+"""Records of a group's runs: one metrics.jsonl each, with scores and routing where an evaluation was made."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiny_onn_func.tree import unstack
+from training.run.evaluate import Score
+from training.step.metrics import Metrics
+from training.storage.atomic import write_text
+from training.storage.recorder import FILE, Recorder, records_upto, rewrite_records
+from training.study.group_state import GroupRun, GroupState
+from training.study.routing_analysis import RouterSnapshot, drift, router_snapshot
+from training.study.tasks import overall, score_tasks
+
+
+def open_record(folder: Path, step: int) -> Recorder:
+    """The run's metrics.jsonl for appending, without what came after `step`. No TensorBoard: there may be hundreds."""
+    path = folder / FILE
+    if path.exists():
+        rewrite_records(folder, records_upto(folder, step))
+    else:
+        write_text(path, "")
+    return Recorder(path.open("a", encoding="ascii"), None)
+
+
+def snapshot(group: GroupRun, state: GroupState) -> RouterSnapshot | None:
+    """A look at all routers on held-out tokens; None where it is not wanted."""
+    if not (group.study.analysis_tokens and group.config.eval_every):
+        return None
+    return router_snapshot(state.runs.params, group.configs, group.held_out, group.study.analysis_tokens)
+
+
+def record_step(group: GroupRun, state: GroupState, metrics: Metrics, recorders: Sequence[Recorder]) -> GroupState:
+    """Append the records of a step, those of runs that diverged earlier left out; with the new first choices."""
+    config, step = group.config, int(state.step)
+    is_scored = config.eval_every > 0 and step % config.eval_every == 0
+    is_due = is_scored or step in (1, config.steps) or step % group.study.record_every == 0
+    scores = score_tasks(state.runs.params, group.runs, group.corpora, config.eval_bytes) if is_scored else []
+    seen = snapshot(group, state) if is_scored else None
+    extras = [_scored(overall(tasks)) for tasks in scores] or [{} for _ in group.runs]
+    extras = [a | b for a, b in zip(extras, _routing(state, seen), strict=True)] if seen is not None else extras
+    tokens, seconds = step * config.batch_size * config.sequence_length, float(state.seconds) / len(group.runs)
+    rows = zip(unstack(metrics), extras, state.diverged_at.tolist(), recorders, strict=True)
+    for of_run, extra, diverged_at, recorder in rows:
+        if diverged_at == step or (is_due and not diverged_at):
+            recorder.write(step, tokens, seconds, of_run._asdict() | extra)
+    return state if seen is None else state._replace(choices=seen.first_choices)
+
+
+def _scored(score: Score) -> dict[str, Any]:
+    return {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
+
+
+def _routing(state: GroupState, seen: RouterSnapshot) -> list[dict[str, Any]]:
+    """Of each run, how its router has changed since the last look, and which experts go together."""
+    drifts = drift(state.choices, seen.first_choices).to(torch.float64)
+    return [
+        {"routing_drift": float(layers.mean()), "routing_drift_layers": layers, "co_activation_layers": together}
+        for layers, together in zip(drifts, seen.co_activation, strict=True)
+    ]
