@@ -1,5 +1,6 @@
 """What the README and the pages of docs/ say is true: commands, paths and names exist, the example runs."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -136,3 +137,22 @@ def test_every_picture_and_page_that_is_linked_is_there() -> None:
     assert sum(link.endswith(".png") for _, link in linked) >= 2
     assert [(page, link) for page, link in linked if not (ROOT / page).parent.joinpath(link).exists()] == []
     assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= {link for _, link in linked}
+
+
+def test_the_layout_page_is_fresh() -> None:
+    spec = importlib.util.spec_from_file_location("make_layout", ROOT / "docs" / "make_layout.py")
+    assert spec is not None
+    assert spec.loader is not None
+    layout = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layout)
+    text = PAGES["docs/layout.md"]
+    assert layout.page(text) == text, "stale: run `python docs/make_layout.py`"
+    assert re.findall(r"^\| \[(\S+)\]\(\S+\) \|  \|$", text, re.MULTILINE) == [], "files without a caption"
+
+
+def test_what_the_layout_page_says_where_it_is_is_there() -> None:
+    table = PAGES["docs/layout.md"].split("## Every file")[0]
+    rows = re.findall(r"^\| [^|]+ \| `([^`]+)` \| ([^|]+) \|$", table, re.MULTILINE)
+    assert len(rows) >= 15
+    told = [(file, name) for file, names in rows for name in re.findall(r"`(\w+)`", names)]
+    assert [(file, name) for file, name in told if name not in (ROOT / file).read_text(encoding="utf-8")] == []
