@@ -1,5 +1,6 @@
 """What the README and the pages of docs/ say is true: commands, paths and names exist, the example runs."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -14,6 +15,9 @@ from tests.helpers import ROOT
 from training.cli import USAGE, main
 from training.presets.find import STUDIES, resolve_preset
 from training.run.settings import key_types
+from training.step.metrics import Metrics
+from training.storage.results import MEASURES
+from training.study.tasks import Continual
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md")}
@@ -156,3 +160,19 @@ def test_what_the_layout_page_says_where_it_is_is_there() -> None:
     assert len(rows) >= 15
     told = [(file, name) for file, names in rows for name in re.findall(r"`(\w+)`", names)]
     assert [(file, name) for file, name in told if name not in (ROOT / file).read_text(encoding="utf-8")] == []
+
+
+def summary_keys(file: str) -> set[str]:
+    """The keys of the dict that becomes summary.json, read from the program's source."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    targets = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)]
+    (made,) = [node.value for node in targets if [ast.unparse(t) for t in node.targets] == ["summary"]]
+    return {key.value for key in made.keys if isinstance(key, ast.Constant)}
+
+
+def test_the_glossary_has_every_metric_and_every_field_of_a_summary() -> None:
+    known = set(re.findall(r"`(\w+)`", PAGES["docs/glossary.md"]))
+    assert set(Metrics._fields) - known == set()
+    keys = summary_keys("training/run/summary.py") | summary_keys("training/study/summary.py")
+    assert len(keys) >= 20
+    assert keys | {*MEASURES, *Continual._fields} <= known, keys - known
