@@ -25,7 +25,7 @@ PAGES["README.md"] = README
 
 
 def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def lines(text: str) -> list[str]:
@@ -176,3 +176,9 @@ def test_the_glossary_has_every_metric_and_every_field_of_a_summary() -> None:
     keys = summary_keys("training/run/summary.py") | summary_keys("training/study/summary.py")
     assert len(keys) >= 20
     assert keys | {*MEASURES, *Continual._fields} <= known, keys - known
+
+
+def test_the_rule_of_the_contributing_page_works_as_it_stands() -> None:
+    rule, *_ = blocks("python", PAGES["docs/contributing.md"])
+    assert "Rule(init, update)" in rule
+    exec(compile(rule, "contributing.md", "exec"), {})
