@@ -182,3 +182,35 @@ def test_the_rule_of_the_contributing_page_works_as_it_stands() -> None:
     rule, *_ = blocks("python", PAGES["docs/contributing.md"])
     assert "Rule(init, update)" in rule
     exec(compile(rule, "contributing.md", "exec"), {})
+
+
+MADE = {"training/commands/count.py", "config.yaml", "study.yaml"}  # by the steps of a page, or by a run
+ROOMS = "tiny_onn_func|training|tests|benchmarks|docs"
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_module_and_path_of_a_page_is_there(page: str) -> None:
+    text = PAGES[page]
+    asked = {name.rstrip(".") for name in re.findall(r"python -m ([\w.]+)", text)}
+    assert {name for name in asked if importlib.util.find_spec(name) is None} == set(), "python -m"
+    paths = {path.rstrip(".") for path in re.findall(rf"(?<![\w/.])((?:{ROOMS})/[\w/.-]*)", text)}
+    assert {path for path in paths - MADE if not (ROOT / path).exists()} == set(), "paths"
+    names = set(re.findall(r"`([a-z_0-9]+\.(?:py|c|h|yaml))`", text)) - MADE
+    assert {name for name in names if not any(_here(name))} == set(), "file names"
+    dotted = set(re.findall(r"`((?:tiny_onn_func|training)(?:\.\w+)+)`", text))
+    assert {name for name in dotted if not _is_python(name)} == set(), "modules"
+    tests = set(re.findall(r"`(test_\w+)`", text))
+    assert {name for name in tests if not any(_here(f"{name}.py"))} == set(), "tests"
+
+
+def _here(name: str) -> list[Path]:
+    return [path for room in ROOMS.split("|") for path in (ROOT / room).rglob(name)]
+
+
+def _is_python(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    parent, _, last = name.rpartition(".")
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return hasattr(importlib.import_module(parent), last)
