@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -78,7 +79,7 @@ def test_every_verb_has_its_line() -> None:
 def test_every_command_of_the_readme_runs_in_a_fresh_folder(tmp_path: Path) -> None:
     """With fewer steps: `tiny-onn` is the program of this environment, the folder holds the README alone."""
     (tmp_path / "README.md").write_text(README, encoding="utf-8")
-    for words in (line.split() for line in lines(README)):
+    for words in map(shlex.split, lines(README)):
         if words[:1] != ["tiny-onn"] or words == ["tiny-onn", "train", "--config", "small"]:
             continue
         short = ["--steps", "5", "--threads", "1", "--final-eval-bytes", "4096"] if words[1] == "train" else []
