@@ -112,21 +112,19 @@ def attention(weights: dict[str, Tensor], x: list[Tensor], numbers: list[int], c
         parts = [rms_norm(p, weights[f"{name}_norm"], config.rms_norm_eps) for p in vector.split(size)]
         return [rotate(p, position, config.rope_theta) for p in parts]
 
-    queries = [heads(vector @ weights["q_proj"], i, "q") for i, vector in enumerate(x)]
-    keys = [heads(vector @ weights["k_proj"], i, "k") for i, vector in enumerate(x)]
-    values = [(vector @ weights["v_proj"]).split(size) for vector in x]
-    outputs = []
-    for i, number in enumerate(numbers):
-        if number == 0:  # padding is seen by nobody and has no target: any value will do
-            outputs.append(torch.zeros_like(x[i]))
-            continue
-        seen = [j for j in range(i + 1) if numbers[j] == number]
+    real = [i for i, number in enumerate(numbers) if number != 0]
+    queries = {i: heads(x[i] @ weights["q_proj"], i, "q") for i in real}
+    keys = {i: heads(x[i] @ weights["k_proj"], i, "k") for i in real}
+    values = {i: (x[i] @ weights["v_proj"]).split(size) for i in real}
+    outputs = [torch.zeros_like(vector) for vector in x]  # padding has no target and is never seen: any value will do
+    for i in real:
+        seen = [j for j in range(i + 1) if numbers[j] == numbers[i]]
         mixed = []
         for head, query in enumerate(queries[i]):
             of = head // group
-            share = torch.stack([query @ keys[j][of] / math.sqrt(size) for j in seen]).softmax(0)
-            mixed.append(sum(share[n] * values[j][of] for n, j in enumerate(seen)))
-        outputs.append(torch.cat(mixed) @ weights["o_proj"])
+            share = (torch.stack([keys[j][of] for j in seen]) @ query / math.sqrt(size)).softmax(0)
+            mixed.append(share @ torch.stack([values[j][of] for j in seen]))
+        outputs[i] = torch.cat(mixed) @ weights["o_proj"]
     return outputs
 
 

@@ -1,8 +1,10 @@
 """A hyper step is the one that its definitions describe: 500 random cases against loops in float64."""
 
 import random
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,15 @@ from training import Batch, HyperParams, TrainState, hyper_step, init_state, per
 CASES, BLOCK = 500, 50
 KINDS = ("w2", "unweighted", "experts", "input", "benefit")
 CLOSE = 1e-4  # a decision nearer than this may fall otherwise in float32, and everything after it
+
+
+@pytest.fixture(autouse=True)
+def _unchecked() -> Iterator[None]:
+    """Without the checks of annotations, which take most of a tiny step's time; other tests have them."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 class Case(NamedTuple):
