@@ -120,7 +120,7 @@ def draw_hyper(rng: random.Random, config: ModelConfig) -> HyperParams:
         "bias_speed": sometimes(0.3, 0.01),
         "explore_prob": sometimes(0.3, 0.3, 1.0),
         "explore_seed": rng.randrange(10),
-        "freeze_step": sometimes(0.2, 2, 6),
+        "freeze_step": sometimes(0.2, 3, 5),
     }
     return HyperParams(**{name: value for name, value in drawn.items() if value is not None})
 
