@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.reference_step import Result, reference_step
+from tests.training.step.reference_step import Result, reference_step
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import flatten, tree_map
 from training import Batch, HyperParams, TrainState, hyper_step, init_state, per_token_surprise
