@@ -24,7 +24,7 @@ TOO_LONG = 120  # seconds for a compiler
 
 
 def flags() -> tuple[str, ...]:
-    """For the compiler: FLAGS, then those of TINY_ONN_NATIVE_FLAGS, of which later ones win; for tests and measurements."""
+    """FLAGS, then those of TINY_ONN_NATIVE_FLAGS, of which later ones win: for tests and measurements."""
     return (*FLAGS, *shlex.split(os.environ.get("TINY_ONN_NATIVE_FLAGS", "")))
 
 
