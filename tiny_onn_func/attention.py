@@ -117,9 +117,17 @@ def attend(
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
-    """The values, and logarithms of the softmaxes' sums: they save the kernel's backward a pass."""
-    scores = einsum(q, k, "... share i dim, ... j dim -> ... share i j") + bias.unsqueeze(-3).unsqueeze(-3)
-    out = einsum(scores.softmax(dim=-1), v, "... share i j, ... j dim -> ... share i dim")
+    """The values, and logarithms of the softmaxes' sums: they save the kernel's backward a pass.
+
+    A masked key gets exactly 0, however low the scores of the others; a query whose keys are all masked gets 0.
+    """
+    bias = bias.unsqueeze(-3).unsqueeze(-3)
+    scores = einsum(q, k, "... share i dim, ... j dim -> ... share i j") + bias
+    masked = (bias <= torch.finfo(bias.dtype).min) & ~scores.isnan()
+    sees = ~masked.all(dim=-1, keepdim=True)
+    scores = scores.masked_fill(masked, -torch.inf)
+    p = torch.where(sees, scores, 0.0).softmax(dim=-1) * sees
+    out = einsum(p, v, "... share i j, ... j dim -> ... share i dim")
     return rearrange(out, "... groups share i dim -> ... i groups share dim"), scores.detach().logsumexp(dim=-1)
 
 

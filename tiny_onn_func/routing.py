@@ -92,10 +92,11 @@ def _chosen(
 def _choose(
     logits: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool
 ) -> Values:  # fmt: skip
-    """Experts by (score = p + bias, logit, place): the larger first, of equal ones the first."""
+    """Experts by (score = p + bias, logit, place): the larger first, of equal ones the first, NaN last."""
     p = logits.softmax(dim=-1)
-    by_logit = logits.argsort(dim=-1, descending=True, stable=True)
-    by_score = (p + bias.unsqueeze(-2)).gather(-1, by_logit).argsort(dim=-1, descending=True, stable=True)
+    logit, score = (x.masked_fill(x.isnan(), -torch.inf) for x in (logits, p + bias.unsqueeze(-2)))
+    by_logit = logit.argsort(dim=-1, descending=True, stable=True)
+    by_score = score.gather(-1, by_logit).argsort(dim=-1, descending=True, stable=True)
     expert_ids = by_logit.gather(-1, by_score)[..., :slots]
     kept = torch.ones_like(expert_ids, dtype=torch.bool)
     if dynamic:

@@ -315,15 +315,15 @@ def targets_of(surprise: dict, tokens: list[int], total: int, hyper, step: int, 
 def router_losses(trace: Trace, shares: dict, load: Tensor, hyper, step: int, config) -> tuple[dict, dict]:
     """Losses of the router's own, and the gradient of their weighted sum in the logits of each (layer, token).
 
-    Taken: means over (layer, real token); with `hash` they are those of the linear router, which nothing asks.
+    Taken: means over (layer, real token). A hash learns nothing: its losses are of the logits that route, without slopes.
     """
     E = config.num_experts
     losses = {"router_loss": 0.0, "balance_loss": 0.0, "z_loss": 0.0}
     weight = float(hyper.surprise_weight)
     if hyper.surprise_until:
         weight *= max(0.0, 1 - step / float(hyper.surprise_until))
-    slopes = {}
-    for (layer, t), logits in trace.learned.items():
+    slopes, fixed = {}, config.routing == "hash"
+    for (layer, t), logits in (trace.routing if fixed else trace.learned).items():
         p, lse, count = logits.softmax(0), float(logits.logsumexp(0)), len(trace.learned)
         loaded = float(E * (load[layer] * p).sum())  # Switch: E * sum_e (share of rows) * (mean probability)
         losses["balance_loss"] += loaded / count
@@ -333,7 +333,7 @@ def router_losses(trace: Trace, shares: dict, load: Tensor, hyper, step: int, co
         if (layer, t) in shares:
             losses["router_loss"] -= float((shares[layer, t] * logits.log_softmax(0)).sum()) / len(shares)
             slopes[layer, t] += weight * (p - shares[layer, t]) / len(shares)
-    return losses, slopes
+    return losses, {} if fixed else slopes
 
 
 def schedule(hyper, step: int) -> float:
