@@ -121,10 +121,12 @@ def main_gradients(
     else:
         grads, observed = gradients(objective, (fast, router), inputs)
     lm, trace, surprise, kl = observed
-    nonfinite = nonfinite_surprise(surprise, trace.expert_ids, trace.active)
-    if (losses := kind.losses) is not None:
+    if (losses := kind.losses) is None:
+        nonfinite = nonfinite_surprise(surprise, trace.expert_ids, trace.active)
+    else:
         run = merge(fast, router), batch, hyper, step
         surprise = each_run(lambda run: losses(run, config), run, step.ndim).to(surprise.dtype)
+        nonfinite = surprise.isnan().sum(dim=(-3, -2, -1))  # +inf where no loss was sampled
     if kind.divide_by_weight:
         surprise = divide_by_weight(surprise, trace.expert_ids, trace.weights, trace.active)
     return (grads[0], grads[1] if len(grads) > 1 else None), PassResult(lm, trace, surprise, kl, nonfinite)
