@@ -15,6 +15,7 @@ from torch import Tensor
 from tiny_onn_func.tree import flatten, tree_map
 
 MASK = 2**32 - 1
+TIE = 2.0**-17
 EXPLORE, SHUFFLE, ORACLE = 0, 1, 3  # streams of random words
 MATRICES = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "w1", "w3", "w2")
 ZERO = torch.zeros((), dtype=torch.float64)
@@ -296,7 +297,8 @@ def targets_of(surprise: dict, tokens: list[int], total: int, hyper, step: int, 
             if len(found) < max(1, int(hyper.min_candidates)):
                 continue
             # Taken: a lone candidate, or a token with less than `min_candidates`, is not counted as a tie
-            if len(found) > 1 and min(found.values()) == max(found.values()):
+            low, high = min(found.values()), max(found.values())
+            if len(found) > 1 and high - low <= TIE * max(abs(low), abs(high)):  # `router_targets` states the threshold
                 ties += 1
                 continue
             shares[layer, t] = target_share(found, float(hyper.target_temperature), config.num_experts)
