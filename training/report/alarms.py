@@ -3,10 +3,13 @@
 Thresholds, each over the mean of the last WINDOW records and silent before MIN_RECORDS of them:
 one expert per token = avg_k at most 1.1; dead = a tenth or more of the (layer, expert) pairs without one row in the
 window; taken over = one expert holds 90 % of the most that an expert can hold in its layer, and 1.5 fair shares.
+
+Steps of the warm-up do not count: routing is meant to move there. What an alarm advises is what was tried
+(docs/lab-log.md, 600 steps of the default sizes) and what the run does not have yet.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,9 +19,23 @@ ONE_EXPERT = 1.1  # avg_k at or below this counts as one expert per token
 DEAD_SHARE = 0.1
 TAKEN_SHARE = 0.9
 TAKEN_OVER_FAIR = 1.5  # so that few experts with many slots each are no takeover
+ENOUGH_BALANCE, ENOUGH_BIAS, ENOUGH_EXPLORED = 1.0, 0.01, 0.05  # with which no expert of the default sizes was dead
 SUSPICIOUS_GATING = 0.9  # gating accuracy that a reader could take for success
 
 Records = Sequence[Mapping[str, Any]]
+
+
+class Guards(NamedTuple):
+    """What a run has against collapse, by the names of HyperParams."""
+
+    warmup_steps: int | float = 0
+    balance_weight: float = 0.0
+    bias_speed: float = 0.0
+    explore_prob: float = 0.0
+    pi_alpha: float = 0.5
+
+
+UNGUARDED = Guards()
 
 
 def collapse_alarms(
@@ -28,6 +45,7 @@ def collapse_alarms(
     num_experts_per_tok: int = -1,
     min_experts_per_tok: int = 1,
     max_experts_per_tok: int | None = None,
+    guards: Guards = UNGUARDED,
 ) -> list[str]:
     """One or two sentences for every way in which routing has collapsed; [] while it is healthy.
 
@@ -35,23 +53,66 @@ def collapse_alarms(
         history: records of steps, oldest first, with keys as in `metrics.jsonl`; unknown values are None or absent.
         num_experts: experts per layer (E).
         num_experts_per_tok, min_experts_per_tok, max_experts_per_tok: as in ModelConfig.
+        guards: of the run; the advice follows from them.
     """
     if num_experts < 2:
         return []
     dynamic = num_experts_per_tok < 1
     fewest = min_experts_per_tok if dynamic else num_experts_per_tok
     most = (max_experts_per_tok or num_experts) if dynamic else num_experts_per_tok
-    window = history[-WINDOW:]
-    load = _loads(window, num_experts)
-    found = [
-        _single_expert(history, window) if most > 1 else None,
-        _dead(load),
-        _taken_over(load, fewest) if fewest < num_experts else None,
+    window = [record for record in history[-WINDOW:] if _is_past(record, guards.warmup_steps)]
+    load, mends = _loads(window, num_experts), _even_out(guards)
+    alarms = [
+        _single_expert(history, window, _widen(guards, fewest, num_experts)) if most > 1 else None,
+        _dead(load, mends),
+        _taken_over(load, fewest, mends) if fewest < num_experts else None,
     ]
-    return [alarm for alarm in found if alarm is not None]
+    return [alarm for alarm in alarms if alarm is not None]
 
 
-def _single_expert(history: Records, window: Records) -> str | None:
+def _is_past(record: Mapping[str, Any], warmup_steps: int | float) -> bool:
+    step = record.get("step")
+    return not isinstance(step, int | float) or step > warmup_steps
+
+
+# Advice ---------------------------------------------------------------------------------------------------------------
+
+
+def _even_out(guards: Guards) -> str:
+    """What spreads the load over the experts: the first of these that the run lacks is the best one."""
+    mends = []
+    if guards.balance_weight < ENOUGH_BALANCE:
+        mends.append(_raise("balance_weight", guards.balance_weight, ENOUGH_BALANCE))
+    if guards.bias_speed < ENOUGH_BIAS:
+        mends.append(_raise("bias_speed", guards.bias_speed, ENOUGH_BIAS) + " (which Qwen3-MoE cannot express)")
+    if guards.explore_prob < ENOUGH_EXPLORED:
+        mends.append(_raise("explore_prob", guards.explore_prob, ENOUGH_EXPLORED))
+    if not mends:
+        return "Every guard is on: take fewer experts (--model.num-experts) or a lower --hyper.router-lr."
+    return f"Set {', or '.join(mends)}."
+
+
+def _widen(guards: Guards, fewest: int, num_experts: int) -> str:
+    """What lets a token visit more experts than one."""
+    mends = []
+    if guards.balance_weight < ENOUGH_BALANCE:
+        mends.append(_raise("balance_weight", guards.balance_weight, ENOUGH_BALANCE))
+    if fewest < 2 <= num_experts:
+        mends.append("--model.min-experts-per-tok 2")
+    if guards.pi_alpha < 1:
+        mends.append(f"a larger --hyper.pi-alpha (it is {guards.pi_alpha:g})")
+    return f"Set {', or '.join(mends)}." if mends else "Lower --hyper.router-lr."
+
+
+def _raise(name: str, value: float, wanted: float) -> str:
+    flag = f"--hyper.{name.replace('_', '-')} {wanted:g}"
+    return f"{flag} (it is {value:g})" if value else flag
+
+
+# Alarms ---------------------------------------------------------------------------------------------------------------
+
+
+def _single_expert(history: Records, window: Records, mends: str) -> str | None:
     seen = _numbers(window, "avg_k")
     if len(seen) < MIN_RECORDS or np.mean(seen) > ONE_EXPERT:
         return None
@@ -63,11 +124,11 @@ def _single_expert(history: Records, window: Records) -> str | None:
         success = f": the gating accuracy of {np.mean(gating):.2f} is this collapse, not success"
     return (
         f"One expert per token: avg_k {change}, so each token's only expert is its own target and nothing else is "
-        f"tried{success}. Set --model.min-experts-per-tok 2 or --hyper.explore-prob 0.05, or raise --hyper.pi-alpha."
+        f"tried{success}. {mends}"
     )
 
 
-def _dead(load: np.ndarray | None) -> str | None:
+def _dead(load: np.ndarray | None, mends: str) -> str | None:
     if load is None:
         return None
     dead = (load == 0).all(axis=0)
@@ -76,13 +137,11 @@ def _dead(load: np.ndarray | None) -> str | None:
     layer = int(dead.sum(axis=1).argmax())
     return (
         f"Dead experts: {dead.sum()} of {dead.size} ({dead.mean():.0%}) got no token in the last {len(load)} records, "
-        f"most of them in layer {layer} ({dead[layer].sum()} of {dead.shape[1]}). "
-        "Set --hyper.balance-weight 0.01 or --hyper.bias-speed 0.001, or let tokens try others with "
-        "--hyper.explore-prob 0.05."
+        f"most of them in layer {layer} ({dead[layer].sum()} of {dead.shape[1]}). {mends}"
     )
 
 
-def _taken_over(load: np.ndarray | None, fewest: int) -> str | None:
+def _taken_over(load: np.ndarray | None, fewest: int, mends: str) -> str | None:
     if load is None:
         return None
     mean = load.mean(axis=0)
@@ -95,7 +154,7 @@ def _taken_over(load: np.ndarray | None, fewest: int) -> str | None:
     also = f"; {layers} of {len(mean)} layers are taken over so" if layers > 1 else ""
     return (
         f"One expert takes over: expert {expert} of layer {layer} gets {share:.0%} of the layer's routed rows "
-        f"(fair share {fair:.1%}){also}. Set --hyper.balance-weight 0.01 or --hyper.bias-speed 0.001."
+        f"(fair share {fair:.1%}){also}. {mends}"
     )
 
 

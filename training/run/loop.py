@@ -173,7 +173,7 @@ def _bell(run: Run) -> Callable[[], None]:
 
     def ring() -> None:
         nonlocal known
-        now = alarms(run)
+        now = alarms(run.history, run.config)
         if len(now) > known:
             for alarm in now:
                 tqdm.write(f"ALARM at step {run.history[-1]['step']}: {alarm}", file=sys.stderr)

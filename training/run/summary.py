@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,9 @@ from tqdm import tqdm
 from tiny_onn_func.inference.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
 from training.data.batches import held_out_batches, scored_span
-from training.report.alarms import collapse_alarms
+from training.report.alarms import Guards, collapse_alarms
 from training.report.figures import draw_core_metrics, draw_expert_dashboard
+from training.run.config import RunConfig, hyper_params
 from training.run.context import Run, best_step
 from training.run.evaluate import Score, evaluate
 from training.run.schedule import LEGS
@@ -48,7 +49,7 @@ def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "held_out_bytes": score.bytes,
         "held_out_tokens": score.tokens,
         "baselines": run.baselines,
-        "alarms": alarms(run),
+        "alarms": alarms(run.history, config),
         "sample": sample_text(run, state, config.sample_tokens) if config.sample_tokens else "",
     }
     write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -88,15 +89,18 @@ def draw(run: Run) -> None:
     lines = {name: bits * math.log(2) * run.bytes_per_token for name, bits in run.baselines.items()}
     title = f"{run.folder.name}: {run.config.data}"
     draw_core_metrics(run.history, run.folder / "core_metrics_latest.png", title=title, baselines=lines)
-    draw_expert_dashboard(run.history, run.folder / "expert_dashboard_latest.png", alarms=alarms(run), title=title)
+    draw_expert_dashboard(
+        run.history, run.folder / "expert_dashboard_latest.png", alarms=alarms(run.history, run.config), title=title
+    )
 
 
-def alarms(run: Run) -> list[str]:
+def alarms(history: Sequence[Mapping[str, Any]], config: RunConfig) -> list[str]:
     """What is wrong with the routing of the last records, in sentences."""
-    model = run.config.model
+    model, hyper = config.model, hyper_params(config)
     return collapse_alarms(
-        run.history, model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
+        history, model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
         min_experts_per_tok=model.min_experts_per_tok, max_experts_per_tok=model.max_experts_per_tok,
+        guards=Guards(*(float(getattr(hyper, name)) for name in Guards._fields)),
     )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from tiny_onn_func.params import count_active_flops, count_active_params, count_params
-from training.report.alarms import WINDOW, collapse_alarms
+from training.report.alarms import WINDOW
 from training.run.evaluate import Score
+from training.run.summary import alarms
 from training.step.metrics import load_entropy
 from training.storage.atomic import write_text
 from training.storage.recorder import read_history
@@ -100,10 +101,7 @@ def write_summary(outcome: Outcome, row: Row) -> None:
         "parameters": count_params(model),
         "held_out_bytes": None if score is None else score.bytes,
         "held_out_tokens": None if score is None else score.tokens,
-        "alarms": collapse_alarms(
-            read_history(folder), model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
-            min_experts_per_tok=model.min_experts_per_tok, max_experts_per_tok=model.max_experts_per_tok,
-        ),
+        "alarms": alarms(read_history(folder), run.config),
         "routing": outcome.facts,
     }  # fmt: skip
     if run.order:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.report.alarms import MIN_RECORDS, WINDOW, collapse_alarms
+from training.report.alarms import MIN_RECORDS, WINDOW, Guards, collapse_alarms
 
 E, L = 8, 2
 EVEN = [[1 / E] * E] * L
@@ -26,7 +26,15 @@ def test_a_healthy_run_rings_no_alarm() -> None:
 def test_fallen_k_rings_with_its_figures_and_says_that_perfect_gating_is_the_collapse() -> None:
     history = records(50, avg_k=7.1) + records(WINDOW, avg_k=1.07, gating_acc=0.99)
     (alarm,) = collapse_alarms(history, E)
-    for part in ("7.10", "1.07", "0.99", "not success", "--model.min-experts-per-tok 2", "--hyper.pi-alpha"):
+    for part in (
+        "7.10",
+        "1.07",
+        "0.99",
+        "not success",
+        "--model.min-experts-per-tok 2",
+        "--hyper.pi-alpha",
+        "--hyper.balance-weight 1",
+    ):
         assert part in alarm
 
 
@@ -45,10 +53,43 @@ def test_dead_experts_are_those_without_a_row_in_the_whole_window() -> None:
     half = [[0.0] * 4 + [0.25] * 4, [1 / E] * E]
     other_half = [[0.25] * 4 + [0.0] * 4, [1 / E] * E]
     (alarm,) = collapse_alarms(records(expert_load=half), E)
-    for part in ("4 of 16", "25%", "layer 0", "--hyper.balance-weight 0.01", "--hyper.bias-speed 0.001"):
+    for part in ("4 of 16", "25%", "layer 0", "Set --hyper.balance-weight 1, or --hyper.bias-speed 0.01"):
         assert part in alarm
     alternating = [{**r, "expert_load": other_half} if i % 2 else r for i, r in enumerate(records(expert_load=half))]
     assert collapse_alarms(alternating, E) == []
+
+
+DEAD = [[0.0] * 4 + [0.25] * 4, [1 / E] * E]
+
+
+@pytest.mark.parametrize(
+    ("guards", "wanted", "absent"),
+    [
+        (Guards(balance_weight=1.0), ["Set --hyper.bias-speed 0.01 ("], ["balance-weight"]),
+        (Guards(balance_weight=0.01), ["Set --hyper.balance-weight 1 (it is 0.01), or --hyper.bias-speed 0.01"], []),
+        (Guards(bias_speed=0.001), ["balance-weight 1,", "--hyper.bias-speed 0.01 (it is 0.001)"], []),
+        (Guards(balance_weight=1.0, bias_speed=0.01), ["Set --hyper.explore-prob 0.05."], ["balance", "bias-speed"]),
+        (Guards(0, 2.0, 0.1, 0.1), ["Every guard is on", "--model.num-experts", "--hyper.router-lr"], ["Set "]),
+    ],
+)
+def test_advice_is_what_the_run_does_not_have_yet(guards: Guards, wanted: list[str], absent: list[str]) -> None:
+    (alarm,) = collapse_alarms(records(expert_load=DEAD), E, guards=guards)
+    assert all(part in alarm for part in wanted)
+    assert not any(part in alarm for part in absent)
+
+
+def test_a_single_expert_is_widened_by_what_the_run_does_not_have_yet() -> None:
+    (alarm,) = collapse_alarms(records(avg_k=1.0), E, guards=Guards(balance_weight=1.0, pi_alpha=0.3))
+    assert "Set --model.min-experts-per-tok 2, or a larger --hyper.pi-alpha (it is 0.3)." in alarm
+    assert "balance" not in alarm
+
+
+def test_the_alarm_is_silent_during_the_warm_up_and_for_the_records_of_it() -> None:
+    dead = records(80, expert_load=DEAD)
+    assert collapse_alarms(dead[:50], E, guards=Guards(warmup_steps=50)) == []
+    assert collapse_alarms(dead[: 50 + MIN_RECORDS - 1], E, guards=Guards(warmup_steps=50)) == []
+    assert len(collapse_alarms(dead[: 50 + MIN_RECORDS], E, guards=Guards(warmup_steps=50))) == 1
+    assert collapse_alarms(dead[:50] + records(80)[50:60], E, guards=Guards(warmup_steps=50)) == []
 
 
 def test_one_dead_expert_of_many_is_no_alarm() -> None:
@@ -59,7 +100,7 @@ def test_one_dead_expert_of_many_is_no_alarm() -> None:
 def test_an_expert_that_takes_a_layer_over_is_named() -> None:
     load = [[1 / E] * E, [0.006] * 3 + [0.958] + [0.006] * 4]
     (alarm,) = collapse_alarms(records(expert_load=load), E)
-    for part in ("expert 3 of layer 1", "96%", "--hyper.balance-weight 0.01"):
+    for part in ("expert 3 of layer 1", "96%", "--hyper.balance-weight 1"):
         assert part in alarm
     assert len(collapse_alarms(records(expert_load=ALONE), E)) == 2  # the others are dead, too
 
