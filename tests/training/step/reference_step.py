@@ -317,7 +317,7 @@ def targets_of(surprise: dict, tokens: list[int], total: int, hyper, step: int, 
 def router_losses(trace: Trace, shares: dict, load: Tensor, hyper, step: int, config) -> tuple[dict, dict]:
     """Losses of the router's own, and the gradient of their weighted sum in the logits of each (layer, token).
 
-    Taken: means over (layer, real token). A hash learns nothing: its losses are of the logits that route, without slopes.
+    Taken: means over (layer, real token). A hash learns nothing: losses of the logits that route, without slopes.
     """
     E = config.num_experts
     losses = {"router_loss": 0.0, "balance_loss": 0.0, "z_loss": 0.0}
