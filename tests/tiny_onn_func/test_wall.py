@@ -1,0 +1,234 @@
+"""One wall before the kernels: what is wrong in dtype, shape or range is named in a line, single and mapped."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+from tests.helpers import ROOT, assert_same_bits, seeded, spread_params, tiny_batch, tiny_config
+from tiny_onn_func import forward, generate, init_params
+from tiny_onn_func.experts import apply_w2, apply_w13
+from tiny_onn_func.hashing import hash_logits
+from tiny_onn_func.inference.decode import decode, start_decoding
+from tiny_onn_func.kernels import runtime
+from tiny_onn_func.tree import stack, tree_map
+from training import Batch, HyperParams, SurpriseHookManager, hyper_step, init_state, per_token_surprise
+from training.step.losses import cross_entropy
+
+CONFIG = tiny_config(num_experts_per_tok=2)
+BATCH = tiny_batch(CONFIG, 2, 5)
+PARAMS = init_params(CONFIG, seeded(0))
+
+
+@pytest.fixture(params=["kernels", "reference"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute: by kernels where there are any, and without."""
+    if request.param == "reference":
+        monkeypatch.setattr(runtime, "supports", lambda *_: False)
+    return request.param
+
+
+def run_forward(**changes: Any) -> Any:
+    inputs = {"params": PARAMS, "input_ids": BATCH.input_ids, "config": CONFIG} | changes
+    return forward(inputs.pop("params"), inputs.pop("input_ids"), inputs.pop("config"), **inputs)
+
+
+def step(batch: Batch = BATCH, hyper: HyperParams = HyperParams(), **how: Any) -> Any:  # noqa: B008
+    return hyper_step(init_state(CONFIG, seeded(0)), batch, hyper, CONFIG, **how)
+
+
+def with_value(t: Tensor, value: int) -> Tensor:
+    changed = t.clone()
+    changed.view(-1)[3] = value
+    return changed
+
+
+CHOICES = torch.full((2, 10), -1)
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "a token of the vocabulary's size": (
+        lambda: run_forward(input_ids=with_value(BATCH.input_ids, 13)), "input_ids: .*12, got 13",
+    ),
+    "a negative token": (lambda: run_forward(input_ids=with_value(BATCH.input_ids, -1)), "input_ids: .*got -1"),
+    "tokens of int32": (lambda: run_forward(input_ids=BATCH.input_ids.int()), "input_ids: expected torch.int64"),
+    "explore beyond the experts": (lambda: run_forward(explore=with_value(CHOICES, 4)), "explore: .*got 4"),
+    "override beyond the experts": (
+        lambda: run_forward(override=with_value(CHOICES, 10**7)), "override: .*got 10000000",
+    ),
+    "override below -1": (lambda: run_forward(override=with_value(CHOICES, -2)), "override: .*got -2"),
+    "explore of another shape": (lambda: run_forward(explore=CHOICES[:, 1:]), "explore: expected shape"),
+    "a hook point with fewer rows": (
+        lambda: run_forward(apply_w2=lambda *given: apply_w2(*given)[:3]), "apply_w2: output: expected shape",
+    ),
+    "another hook point with fewer rows": (
+        lambda: run_forward(apply_w13=lambda *given: tuple(t[:3] for t in apply_w13(*given))), "apply_w13: gate and up",
+    ),
+    "labels that are longer": (
+        lambda: step(BATCH._replace(labels=torch.zeros(2, 6, dtype=torch.int64))), "labels: expected shape",
+    ),
+    "labels that are transposed": (lambda: step(BATCH._replace(labels=BATCH.labels.T)), "labels: expected shape"),
+    "a label of the vocabulary's size": (
+        lambda: step(BATCH._replace(labels=with_value(BATCH.labels, 13))), "labels: .*got 13",
+    ),
+    "a negative label": (
+        lambda: step(BATCH._replace(labels=with_value(BATCH.labels, -1))), "labels: .* or -100, got -1",
+    ),
+    "labels of int32": (lambda: step(BATCH._replace(labels=BATCH.labels.int())), "labels: expected torch.int64"),
+    "a label of cross_entropy": (lambda: cross_entropy(torch.zeros(2, 3), torch.tensor([0, 3])), "labels: .*got 3"),
+    "a negative rate": (lambda: step(hyper=HyperParams(lr=-1)), "hyper.lr: expected 0 or more, got -1"),
+    "a prompt of int32": (
+        lambda: generate(PARAMS, BATCH.input_ids.int(), CONFIG, seeded(0), max_new_tokens=1),
+        "prompt: expected torch.int64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_wrong_is_named_in_a_line(name: str, way: str) -> None:
+    call, message = REFUSED[name]
+    with pytest.raises((ValueError, IndexError), match=message):
+        call()
+
+
+BANANAS = "ValueError: kind: expected one of w2, unweighted, experts, input, benefit, oracle, got 'bananas'"
+MASK = "ValueError: attention_mask: expected shape (2, 5), got (2, 4)"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("training.hyper_step(state, batch, hyper, config, kind='bananas')", BANANAS),
+        ("training.per_token_surprise(state.params, batch, config, hyper, kind='bananas')", BANANAS),
+        ("training.SurpriseHookManager(torch.full((2, 10, 4), torch.inf), kind='bananas')", BANANAS),
+        ("training.hyper_step(state, batch._replace(attention_mask=torch.ones(2, 4)), hyper, config)", MASK),
+    ],
+)
+def test_what_a_type_checker_would_refuse_is_refused_without_one(call: str, message: str) -> None:
+    """In a process of its own, as users run it."""
+    program = (
+        "import torch, training; from tests.helpers import TINY as config, seeded, tiny_batch\n"
+        "state, batch, hyper = training.init_state(config, seeded(0)), tiny_batch(), training.HyperParams()\n" + call
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.stderr.strip().splitlines()[-1] == message
+
+
+def test_mapped_tokens_out_of_range_do_not_read_another_run(way: str) -> None:
+    ids = torch.stack([BATCH.input_ids, with_value(BATCH.input_ids, 13 + 5)])
+    with pytest.raises(IndexError, match="input_ids: expected 0 to 12, got 18"):
+        vmap(lambda params, ids: forward(params, ids, CONFIG)[0])(stack([PARAMS, PARAMS]), ids)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 10, 2), (1, 10, 4)], ids=["tokens", "experts", "layers"])
+def test_a_surprise_matrix_of_other_sizes_is_refused(shape: tuple[int, ...], way: str) -> None:
+    hooks = SurpriseHookManager(torch.full(shape, torch.inf))
+    params = tree_map(lambda leaf: leaf.clone().requires_grad_(), PARAMS)
+    with pytest.raises((ValueError, IndexError, RuntimeError)):
+        forward(params, BATCH.input_ids, CONFIG, apply_w2=hooks.apply_w2)[0].sum().backward()
+
+
+def test_one_manager_over_two_forward_passes_is_refused_until_its_hooks_are_removed() -> None:
+    hooks = SurpriseHookManager(torch.full((2, 10, 4), torch.inf))
+    params = tree_map(lambda leaf: leaf.clone().requires_grad_(), PARAMS)
+    forward(params, BATCH.input_ids, CONFIG, apply_w2=hooks.apply_w2)
+    with pytest.raises(ValueError, match="expected one forward pass, got layer 0 again"):
+        forward(params, BATCH.input_ids, CONFIG, apply_w2=hooks.apply_w2)
+    hooks.remove_hooks()
+    forward(params, BATCH.input_ids, CONFIG, apply_w2=hooks.apply_w2)[0].sum().backward()
+    assert hooks.per_token_surprise.isfinite().sum() == 2 * 10 * 2
+
+
+def test_a_hash_does_not_depend_on_the_width_of_the_ids() -> None:
+    ids = torch.arange(50)
+    assert_same_bits(hash_logits(ids.int(), 1, 8), hash_logits(ids, 1, 8))
+
+
+# One rule, whoever computes it ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["w2", "unweighted", "experts", "input", "benefit"])
+def test_documents_without_a_target_have_no_surprise_and_do_not_teach(kind: str, way: str) -> None:
+    config = tiny_config()
+    batch = tiny_batch(config, 2, 12)
+    mask = torch.tensor([[1] * 4 + [2] * 4 + [3] * 4] * 2)
+    batch = Batch(batch.input_ids, torch.where(mask == 3, batch.labels, -100), mask)
+    hyper, state = HyperParams(pi_alpha=1.0), init_state(config, seeded(0))
+    surprise = per_token_surprise(state.params, batch, config, hyper, kind=kind)
+    assert surprise.view(2, 2, 12, 4)[:, :, :8].abs().max() == 0
+    assert float(hyper_step(state, batch, hyper, config, kind=kind)[1].tie_rate) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("routing", ["router", "token", "thresholds"])
+def test_a_broken_router_shows_in_the_loss_and_in_the_counts(
+    bad: float, dtype: torch.dtype | None, routing: str, way: str
+) -> None:
+    config = tiny_config(routing=routing)
+    state = init_state(config, seeded(0))
+    state.params["layers"]["moe"]["router"][0, 0, 0] = bad
+    metrics = hyper_step(state, BATCH, HyperParams(), config, compute_dtype=dtype)[1]
+    assert metrics.main_loss.isnan()
+    assert metrics.nonfinite_surprise > 0
+
+
+@pytest.mark.parametrize("top_k", [2, -1])
+@pytest.mark.parametrize("what", ["zeros", "tiny", "pairs", "surgery"])
+def test_generation_chooses_the_experts_of_forward_on_ties(what: str, top_k: int, way: str) -> None:
+    config = tiny_config(num_experts=8, num_experts_per_tok=top_k)
+    params = init_params(config, seeded(0))
+    router = params["layers"]["moe"]["router"]
+    router *= {"zeros": 0.0, "tiny": 1e-9, "pairs": 30.0, "surgery": 1e-5}[what]
+    if what == "pairs":
+        router[:, :, 1::2] = router[:, :, 0::2]
+    ids = BATCH.input_ids[:1]
+    logits, trace = forward(params, ids, config, surprise_budget=0.3)
+    out = decode(start_decoding(params, config, 1, 5, surprise_budget=0.3), ids, 0)
+    for layer, routes in enumerate(out.routes):
+        used = routes.active
+        assert torch.equal(routes.expert_ids[used], trace.expert_ids[layer, :, : used.shape[1]][used])
+    assert torch.allclose(out.logits[0], logits[0, -1], atol=1e-5)
+
+
+def test_a_frozen_router_is_not_moved_by_regeneration() -> None:
+    for hyper in (HyperParams(freeze_step=1), HyperParams(router_lr=0.0)):
+        state = init_state(CONFIG, seeded(0))
+        for number in range(6):
+            before = state.params["layers"]["moe"]
+            batch = tiny_batch(CONFIG, 2, 7, number)
+            state, _ = hyper_step(state, batch, hyper._replace(regenerate_below=0.9, beta2=0.5), CONFIG)
+            if number >= 1 or hyper.router_lr == 0:
+                assert_same_bits(state.params["layers"]["moe"]["router"], before["router"])
+        assert not torch.equal(state.params["layers"]["moe"]["w1"], before["w1"])
+
+
+def test_a_router_that_learns_is_moved_by_regeneration() -> None:
+    """The negative twin."""
+    state = init_state(CONFIG, seeded(0))
+    for number in range(6):
+        state, _ = hyper_step(
+            state,
+            tiny_batch(CONFIG, 2, 7, number),
+            HyperParams(router_lr=1e-9, regenerate_below=0.9, beta2=0.5),
+            CONFIG,
+        )
+    moved = state.params["layers"]["moe"]["router"] - init_state(CONFIG, seeded(0)).params["layers"]["moe"]["router"]
+    assert float(moved.abs().max()) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["lr", "surprise_weight", "router_coupling"])
+def test_forward_mode_equals_reverse_mode_in_float32(name: str) -> None:
+    state = init_state(CONFIG, seeded(0))._replace(params=spread_params(CONFIG, dtype=torch.float32))
+
+    def later(number: Tensor) -> Tensor:
+        first, _ = hyper_step(state, BATCH, HyperParams(**{name: number}), CONFIG)
+        return hyper_step(first, BATCH, HyperParams(router_coupling=1.0), CONFIG)[1].main_loss
+
+    at = torch.tensor(0.01)
+    forwards, backwards = jvp(later, (at,), (torch.ones(()),))[1], grad(later)(at)
+    assert float((forwards - backwards).abs()) <= 2e-3 * float(backwards.abs()) + 1e-8
