@@ -1,6 +1,8 @@
 """What the tests share: tiny models, awkward batches, strategies that draw them, asserts that print a statistic."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,16 @@ TINY = ModelConfig(
     vocab_size=13, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
     moe_intermediate_size=6, num_experts=4,
 )  # fmt: skip
+
+
+def example(name: str) -> ModuleType:
+    """A script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

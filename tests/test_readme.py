@@ -1,33 +1,55 @@
-"""What the README says is true: its commands exist, its tree is the tree, its example runs."""
+"""What the README and the pages of docs/ say is true: commands, paths and names exist, the example runs."""
 
+import ast
+import importlib.util
+import os
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
 from tests.helpers import ROOT
 from training.cli import USAGE, main
-from training.presets.find import resolve_preset
+from training.presets.find import STUDIES, resolve_preset
 from training.run.settings import key_types
+from training.step.metrics import Metrics
+from training.storage.results import MEASURES
+from training.study.tasks import Continual
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md")}
+PAGES["README.md"] = README
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def commands() -> list[list[str]]:
-    lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split("&&")]
-    return [line.split("#")[0].split() for line in lines if line.strip().startswith("tiny-onn")]
+def lines(text: str) -> list[str]:
+    """The commands of a page's shell blocks, comments left away, continued lines joined."""
+    joined = (block.replace("\\\n", " ") for block in blocks("bash", text))
+    parts = (part for block in joined for line in block.splitlines() for part in line.split("&&"))
+    return [part.split("#")[0].strip() for part in parts]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    return [(page, line.split()) for page, text in sorted(PAGES.items()) for line in lines(text) if "$" not in line]
+
+
+OURS = [(page, words) for page, words in commands() if words[:1] == ["tiny-onn"]]
 
 
 def test_there_are_commands_to_check() -> None:
-    assert len(commands()) >= 5
+    assert len([page for page, _ in OURS if page == "README.md"]) >= 5
+    assert len({page for page, _ in OURS}) >= 5
 
 
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_every_command_exists_with_its_flags(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("page", "command"), OURS, ids=lambda part: part if isinstance(part, str) else " ".join(part))
+def test_every_command_exists_with_its_flags(page: str, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     verb, flags = command[1], [word.split("=")[0] for word in command if word.startswith("--")]
     assert re.search(rf"^  {verb} ", USAGE, re.MULTILINE)
     if verb == "train":
@@ -35,36 +57,65 @@ def test_every_command_exists_with_its_flags(command: list[str], capsys: pytest.
         assert set(flags) <= known
         configs = [command[i + 1] for i, word in enumerate(command) if word == "--config"]
         assert all(Path(resolve_preset(config)).is_file() for config in configs)
-    else:
-        with pytest.raises(SystemExit):
-            main([verb, "--help"])
-        known = capsys.readouterr().out
-        assert all(flag in known for flag in flags)
+        return
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    known = capsys.readouterr().out
+    assert all(flag in known for flag in flags)
+    if verb == "study" and command[2] != "FILE.yaml" and not command[2].startswith("--"):
+        assert Path(resolve_preset(command[2], STUDIES)).is_file()
+
+
+def test_every_verb_has_its_line() -> None:
+    """And every line a verb: by its own name, or by an alias that it names."""
+    rows = [re.findall(r"`(\w+)`", cell) for cell in re.findall(r"^\| (`\w+`[^|]*) \|", README, re.MULTILINE)]
+    verbs = set(re.findall(r"^  (\w+)  ", USAGE, re.MULTILINE))
+    assert len(verbs) == len(rows) >= 10
+    assert all(verbs & set(names) for names in rows)
+    assert verbs <= {name for names in rows for name in names}
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs_in_a_fresh_folder(tmp_path: Path) -> None:
+    """With fewer steps: `tiny-onn` is the program of this environment, the folder holds the README alone."""
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    for words in map(shlex.split, lines(README)):
+        if words[:1] != ["tiny-onn"] or words == ["tiny-onn", "train", "--config", "small"]:
+            continue
+        short = ["--steps", "5", "--threads", "1", "--final-eval-bytes", "4096"] if words[1] == "train" else []
+        program = [sys.executable, "-m", "training", *words[1:], *short]
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, env=_environment())
+        assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_rooms_of_the_readme_are_there() -> None:
+    (tree,) = blocks("text")
+    told: set[str] = set()
+    room = ""
+    for line in tree.splitlines():
+        name, about = line.split(maxsplit=1)
+        room = "" if not line.startswith(" ") else room
+        told.add(room + name)
+        room = name if not line.startswith(" ") else room
+        assert about
+    packages = {f"{path.parent.relative_to(ROOT).as_posix()}/" for path in ROOT.glob("t*/*/__init__.py")}
+    missing = {name for name in packages - told if not name.startswith("tests/")}
+    assert missing == set(), "rooms that the README does not name"
+    assert {name for name in told if not (ROOT / name).is_dir()} == set(), "rooms that the README only names"
 
 
 def test_the_example_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = blocks("python")
     exec(compile(example, "README.md", "exec"), {})
     assert "one run:" in capsys.readouterr().out
-
-
-def test_the_file_tree_is_the_tree() -> None:
-    (tree,) = blocks("text")
-    told, folders = set(), []
-    for line in tree.splitlines():
-        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
-        folders = [*folders[:depth], name]
-        if not name.endswith("/"):
-            told.add("".join(folders))
-        assert len(line.split(maxsplit=1)) == 2, f"{name} has no caption"
-    there = {
-        str(path.relative_to(ROOT))
-        for folder in ("tiny_onn_func", "training", "tests", "docs", "benchmarks")
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".md") and path.name != "__init__.py"
-    }
-    assert there - told == set(), "files that the README does not tell of"
-    assert {name for name in told if not (ROOT / name).exists()} == set(), "files that the README only tells of"
 
 
 def test_every_extra_that_a_message_or_a_page_names_can_be_installed() -> None:
@@ -86,7 +137,81 @@ def test_no_property_sets_its_own_number_of_examples() -> None:
     assert not [path.name for path in (ROOT / "tests").rglob("test_*.py") if pinned.search(path.read_text("utf-8"))]
 
 
-def test_every_picture_is_there() -> None:
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
-    assert pictures
-    assert all((ROOT / picture).is_file() for picture in pictures)
+def test_every_picture_and_page_that_is_linked_is_there() -> None:
+    linked = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)]
+    assert sum(link.endswith(".png") for _, link in linked) >= 2
+    assert [(page, link) for page, link in linked if not (ROOT / page).parent.joinpath(link).exists()] == []
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= {link for _, link in linked}
+
+
+def test_the_layout_page_is_fresh() -> None:
+    spec = importlib.util.spec_from_file_location("make_layout", ROOT / "docs" / "make_layout.py")
+    assert spec is not None
+    assert spec.loader is not None
+    layout = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layout)
+    text = PAGES["docs/layout.md"]
+    assert layout.page(text) == text, "stale: run `python docs/make_layout.py`"
+    assert re.findall(r"^\| \[(\S+)\]\(\S+\) \|  \|$", text, re.MULTILINE) == [], "files without a caption"
+
+
+def test_what_the_layout_page_says_where_it_is_is_there() -> None:
+    table = PAGES["docs/layout.md"].split("## Every file")[0]
+    rows = re.findall(r"^\| [^|]+ \| `([^`]+)` \| ([^|]+) \|$", table, re.MULTILINE)
+    assert len(rows) >= 15
+    told = [(file, name) for file, names in rows for name in re.findall(r"`(\w+)`", names)]
+    assert [(file, name) for file, name in told if name not in (ROOT / file).read_text(encoding="utf-8")] == []
+
+
+def summary_keys(file: str) -> set[str]:
+    """The keys of the dict that becomes summary.json, read from the program's source."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    targets = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)]
+    (made,) = [node.value for node in targets if [ast.unparse(t) for t in node.targets] == ["summary"]]
+    return {key.value for key in made.keys if isinstance(key, ast.Constant)}
+
+
+def test_the_glossary_has_every_metric_and_every_field_of_a_summary() -> None:
+    known = set(re.findall(r"`(\w+)`", PAGES["docs/glossary.md"]))
+    assert set(Metrics._fields) - known == set()
+    keys = summary_keys("training/run/summary.py") | summary_keys("training/study/summary.py")
+    assert len(keys) >= 20
+    assert keys | {*MEASURES, *Continual._fields} <= known, keys - known
+
+
+def test_the_rule_of_the_contributing_page_works_as_it_stands() -> None:
+    rule, *_ = blocks("python", PAGES["docs/contributing.md"])
+    assert "Rule(init, update)" in rule
+    exec(compile(rule, "contributing.md", "exec"), {})
+
+
+MADE = {"training/commands/count.py", "config.yaml", "study.yaml"}  # by the steps of a page, or by a run
+ROOMS = "tiny_onn_func|training|tests|benchmarks|docs"
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_module_and_path_of_a_page_is_there(page: str) -> None:
+    text = PAGES[page]
+    asked = {name.rstrip(".") for name in re.findall(r"python -m ([\w.]+)", text)}
+    assert {name for name in asked if importlib.util.find_spec(name) is None} == set(), "python -m"
+    paths = {path.rstrip(".") for path in re.findall(rf"(?<![\w/.])((?:{ROOMS})/[\w/.-]*)", text)}
+    assert {path for path in paths - MADE if not (ROOT / path).exists()} == set(), "paths"
+    names = set(re.findall(r"`([a-z_0-9]+\.(?:py|c|h|yaml))`", text)) - MADE
+    assert {name for name in names if not any(_here(name))} == set(), "file names"
+    dotted = set(re.findall(r"`((?:tiny_onn_func|training)(?:\.\w+)+)`", text))
+    assert {name for name in dotted if not _is_python(name)} == set(), "modules"
+    tests = set(re.findall(r"`(test_\w+)`", text))
+    assert {name for name in tests if not any(_here(f"{name}.py"))} == set(), "tests"
+
+
+def _here(name: str) -> list[Path]:
+    return [path for room in ROOMS.split("|") for path in (ROOT / room).rglob(name)]
+
+
+def _is_python(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    parent, _, last = name.rpartition(".")
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return hasattr(importlib.import_module(parent), last)

@@ -11,9 +11,9 @@ from torch import Tensor
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.ops import rms_norm, rotate
-from tiny_onn_func.primitives.fused import FusedOp, Values, fused
+from tiny_onn_func.primitives.fused import Values, fused
 from tiny_onn_func.primitives.grouped import dense_matmul
-from tiny_onn_func.primitives.vmap import drop_repeated_axes, flatten_runs
+from tiny_onn_func.primitives.vmap import drop_repeated_axes
 
 
 def causal_bias(
@@ -76,7 +76,7 @@ def split_heads(
         rotary: as `rotary_angles` gives them; the kernel takes angles that all of a batch share.
     """
     cosines, sines = (t.view(-1, *t.shape[-2:]) for t in rotary)
-    q, k, v = (_split_heads if rotary[0].ndim == 2 else split_heads_reference)(qkv, norms, cosines, sines, eps)
+    q, k, v = (SPLIT_HEADS if rotary[0].ndim == 2 else split_heads_reference)(qkv, norms, cosines, sines, eps)
     return q, k, v
 
 
@@ -90,30 +90,16 @@ def split_heads_reference(qkv: Tensor, norms: Tensor, cosines: Tensor, sines: Te
     return q, k, v
 
 
-def _split_heads_kernel(qkv: Tensor, norms: Tensor, cosines: Tensor, sines: Tensor, eps: float) -> Values:
-    made = forward_kernels.split_heads(*_split_heads_inputs(qkv, norms, cosines, sines), eps)
-    return tuple(t.view(*qkv.shape[:-3], *t.shape[2:]) for t in made)
+def _shared(t: Tensor, runs: torch.Size) -> Tensor:
+    """The one tensor that all runs share."""
+    return t.flatten(0, -3)[0]
 
 
-def _split_heads_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
-    qkv, norms, cosines, sines, eps = inputs
-    folded = [flatten_runs(grad, 4) for grad in grads]
-    grad_qkv, grad_norms = forward_kernels.split_heads_grad(
-        folded, *_split_heads_inputs(qkv, norms, cosines, sines), eps
-    )
-    return grad_qkv.view(qkv.shape), grad_norms.view(norms.shape)
-
-
-def _split_heads_inputs(
-    qkv: Tensor, norms: Tensor, cosines: Tensor, sines: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All leading axes as one of runs; the angles are those of all."""
-    cosines, sines = (t.flatten(0, -3)[0] for t in (cosines, sines))
-    return flatten_runs(qkv, 4), flatten_runs(norms, 2), cosines, sines
-
-
-SPLIT_HEADS = FusedOp(split_heads_reference, _split_heads_kernel, _split_heads_kernel_grad, differentiable=2, smooth=3)
-_split_heads = fused(SPLIT_HEADS)
+SPLIT_HEADS = fused(
+    reference=split_heads_reference, kernel=forward_kernels.split_heads,
+    kernel_grad=lambda grads, inputs, _: forward_kernels.split_heads_grad(grads, *inputs),
+    dims=(4, 2, _shared, _shared), out_dims=(4, 4, 4), floats=2, smooth=3,
+)  # fmt: skip
 
 
 def attend(
@@ -127,40 +113,39 @@ def attend(
     Args:
         bias: added to the scores, the dtype's minimum on what may not be seen; later keys never are.
     """
-    return _attend(q, k, v, bias)[0]
+    return ATTEND(q, k, v, bias)[0]
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
-    """The values, and logarithms of the softmaxes' sums: they save the kernel's backward a pass."""
-    scores = einsum(q, k, "... share i dim, ... j dim -> ... share i j") + bias.unsqueeze(-3).unsqueeze(-3)
-    out = einsum(scores.softmax(dim=-1), v, "... share i j, ... j dim -> ... share i dim")
+    """The values, and logarithms of the softmaxes' sums: they save the kernel's backward a pass.
+
+    A masked key gets exactly 0, however low the scores of the others; a query whose keys are all masked gets 0.
+    """
+    bias = bias.unsqueeze(-3).unsqueeze(-3)
+    scores = einsum(q, k, "... share i dim, ... j dim -> ... share i j") + bias
+    masked = (bias <= torch.finfo(bias.dtype).min) & ~scores.isnan()
+    sees = ~masked.all(dim=-1, keepdim=True)
+    scores = scores.masked_fill(masked, -torch.inf)
+    p = torch.where(sees, scores, 0.0).softmax(dim=-1) * sees
+    out = einsum(p, v, "... share i j, ... j dim -> ... share i dim")
     return rearrange(out, "... groups share i dim -> ... i groups share dim"), scores.detach().logsumexp(dim=-1)
 
 
-def _attend_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
-    out, log_sums = forward_kernels.attention(
-        flatten_runs(q, 4), flatten_runs(k, 3), flatten_runs(v, 3), _masks(q, bias)
-    )
-    return out.reshape(*q.shape[:-4], *out.shape[1:]), log_sums.view(q.shape[:-1])
+def _masks(bias: Tensor, runs: torch.Size) -> Tensor:
+    """(masks, seq, seq): the bias of all runs' batches, or of one run's where all runs share it."""
+    own = bias.shape[:-3]
+    if all(size == 1 or stride == 0 for size, stride in zip(own, bias.stride(), strict=False)):
+        return bias[(0,) * len(own)]
+    return bias.expand(*runs, -1, -1).reshape(-1, *bias.shape[-2:])
 
 
-def _attend_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
-    q, k, v, bias = inputs
-    out, log_sums = outputs
-    made = forward_kernels.attention_grad(
-        flatten_runs(q, 4), flatten_runs(k, 3), flatten_runs(v, 3), _masks(q, bias),
-        flatten_runs(out, 4), flatten_runs(log_sums, 3), flatten_runs(grads[0], 4),
-    )  # fmt: skip
-    return tuple(grad.view(t.shape) for grad, t in zip(made, (q, k, v), strict=True))
+def _attend_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
+    (q, k, v, bias), (out, log_sums) = inputs, outputs
+    return forward_kernels.attention_grad(q, k, v, bias, out, log_sums, grads[0])
 
 
-ATTEND = FusedOp(attend_reference, _attend_kernel, _attend_kernel_grad, differentiable=3, smooth=1)
-_attend = fused(ATTEND)
-
-
-def _masks(q: Tensor, bias: Tensor) -> Tensor:
-    """The bias of all runs' batches, or what all runs share of it."""
-    runs = bias.shape[:-3]
-    if all(size == 1 or stride == 0 for size, stride in zip(runs, bias.stride(), strict=False)):
-        return bias[(0,) * len(runs)]
-    return bias.expand(*q.shape[:-4], -1, -1).reshape(-1, *bias.shape[-2:])
+ATTEND = fused(
+    reference=attend_reference, kernel=forward_kernels.attention,
+    kernel_grad=_attend_grad,
+    dims=(4, 3, 3, _masks), out_dims=(4, 3), floats=3, smooth=1,
+)  # fmt: skip

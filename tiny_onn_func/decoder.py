@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tiny_onn_func.attention import attention, causal_bias
+from tiny_onn_func.checks import check_indices, check_shape
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_w2, apply_w13
 from tiny_onn_func.moe import RouterTrace, RoutingInputs, moe
@@ -51,12 +52,20 @@ def forward(
         logits in float32 (float64 for float64 parameters), and a RouterTrace stacked over layers, T = batch * seq.
 
     Raises:
-        ValueError: the budget is outside (0, 1].
+        ValueError: the budget is outside (0, 1], or a tensor has another dtype or shape than said.
+        IndexError: a token or an expert that there is not.
     """
     if isinstance(surprise_budget, float | int) and not 0 < surprise_budget <= 1:
         raise ValueError(f"surprise_budget: expected a number in (0, 1], got {surprise_budget}")
     runs, (batch, seq) = input_ids.shape[:-2], input_ids.shape[-2:]
     device = input_ids.device
+    check_indices("input_ids", input_ids, 0, config.vocab_size)
+    if attention_mask is not None:
+        check_shape("attention_mask", attention_mask, input_ids.shape)
+    for name, experts in (("explore", explore), ("override", override)):
+        if experts is not None:
+            shape = *runs, config.num_hidden_layers, batch * seq
+            check_indices(name, experts, -1, config.num_experts, shape=shape)
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rotary = rotary_angles(torch.arange(seq, device=device), config.head_dim, config.rope_theta)
 

@@ -8,13 +8,13 @@ from einops import rearrange
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from tiny_onn_func.checks import check_shape
 from tiny_onn_func.kernels import forward as forward_kernels
-from tiny_onn_func.kernels import runtime
 from tiny_onn_func.ops import swiglu
 from tiny_onn_func.primitives.dispatch import combine_rows, dispatch_rows
+from tiny_onn_func.primitives.fused import Values, fused
 from tiny_onn_func.primitives.gate_up import gate_and_up
 from tiny_onn_func.primitives.grouped import grouped_matmul
-from tiny_onn_func.primitives.vmap import outside_vmap
 from tiny_onn_func.routing import Routing
 
 
@@ -64,24 +64,25 @@ def input_of(x: Float[Tensor, "*runs inputs dim"], rows: Rows) -> Int[Tensor, "*
 
 def sort_by_expert(routing: Routing, num_experts: int) -> Rows:
     """Sort the (token, slot) pairs by expert, stably, inactive ones last, with static shapes."""
-    given = routing.weights.detach(), routing.expert_ids, routing.active
-    sort = outside_vmap if runtime.supports(routing.weights) else lambda function, *inputs: function(*inputs)
-    order, inverse, expert, offsets = sort(
-        lambda weights, ids, active: _sorted(weights, ids, active, num_experts), *given
-    )
+    detached = routing.weights.detach()  # says by its dtype and device whether the kernel may run
+    order, inverse, expert, offsets = SORT_ROWS(detached, routing.expert_ids, routing.active, num_experts)
     return Rows(order // routing.expert_ids.shape[-1], expert, offsets, order, inverse)
 
 
-def _sorted(weights: Tensor, expert_ids: Tensor, active: Tensor, num_experts: int) -> tuple[Tensor, ...]:
-    """(order, inverse, expert, offsets), of one run or of several with axes of them in front."""
-    if runtime.usable_now(weights):
-        return forward_kernels.sort_rows(expert_ids, active, num_experts)
+def _sort_rows(weights: Tensor, expert_ids: Tensor, active: Tensor, num_experts: int) -> Values:
+    """(order, inverse, expert, offsets)."""
     expert = torch.where(active, expert_ids, num_experts)
     expert, order = rearrange(expert, "... tokens slots -> ... (tokens slots)").sort(stable=True)
     positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     inverse = torch.zeros_like(order).scatter(-1, order, positions)
     counts = order.new_zeros((*order.shape[:-1], num_experts + 1)).scatter_add(-1, expert, torch.ones_like(expert))
     return order, inverse, expert, counts[..., :num_experts].cumsum(dim=-1).to(torch.int32)
+
+
+SORT_ROWS = fused(
+    reference=_sort_rows,
+    kernel=lambda _, expert_ids, active, num_experts: forward_kernels.sort_rows(expert_ids, active, num_experts),
+)
 
 
 def apply_experts(
@@ -100,5 +101,8 @@ def apply_experts(
     """
     rows = sort_by_expert(routing, num_experts or params["w1"].shape[-3])
     gate, up = apply_w13(layer, x, params["w1"], params["w3"], rows)
+    for t in (gate, up):
+        check_shape("apply_w13: gate and up", t, (*rows.token.shape, params["w1"].shape[-1]))
     y = apply_w2(layer, swiglu(gate, up), params["w2"], rows)
+    check_shape("apply_w2: output", y, (*rows.token.shape, x.shape[-1]))
     return combine_rows(y, routing.weights.to(y.dtype), rows.order, rows.inverse)

@@ -10,7 +10,7 @@ _MASK = WORD - 1
 
 def mix(x: Tensor) -> Tensor:
     """A 32-bit finaliser (murmur3's constants) in int64 arithmetic: each output bit depends on every input bit."""
-    x = x & _MASK
+    x = x.to(torch.int64) & _MASK  # products of narrower integers would overflow
     x = (x ^ (x >> 16)) * 0x85EBCA6B & _MASK
     x = (x ^ (x >> 13)) * 0xC2B2AE35 & _MASK
     return x ^ (x >> 16)

@@ -36,6 +36,38 @@ class RoutingInputs(NamedTuple):
     embedded: Float[Tensor, "*runs tokens dim"] | None = None  # the tokens' embeddings; read by token routing only
 
 
+def router_input(
+    x: Float[Tensor, "*runs tokens dim"], embedded: Float[Tensor, "*runs tokens dim"] | None, config: ModelConfig
+) -> Float[Tensor, "*runs tokens dim"]:
+    """What the router sees: the token's hidden state, or its normed embedding where the token alone routes."""
+    if config.routing != "token":
+        return x
+    assert embedded is not None, "whoever routes by the token gives its embedding"
+    return rms_norm(embedded, None, config.rms_norm_eps)
+
+
+def router_logits(
+    seen: Float[Tensor, "*runs tokens dim"],
+    token_ids: Int[Tensor, "*runs tokens"] | None,
+    router: Float[Tensor, "*runs dim experts"],
+    layer: int,
+    config: ModelConfig,
+) -> Float[Tensor, "*runs tokens experts"]:
+    """Logits of the experts, float32 or wider: a linear map of the input, or a fixed hash of the token's id."""
+    if config.routing == "hash":
+        assert token_ids is not None, "whoever routes by a hash gives the ids"
+        return hash_logits(token_ids, layer, config.num_experts).to(wide_dtype(seen.dtype))
+    return linear_router_logits(seen, router)
+
+
+def linear_router_logits(
+    seen: Float[Tensor, "*layers tokens dim"], router: Float[Tensor, "*layers dim experts"]
+) -> Float[Tensor, "*layers tokens experts"]:
+    """seen @ router in float32 or wider."""
+    dtype = wide_dtype(seen.dtype)
+    return dense_matmul(seen.to(dtype), router.to(dtype))
+
+
 def moe(
     x: Float[Tensor, "*runs tokens dim"],
     params: Mapping[str, Tensor],
@@ -46,18 +78,10 @@ def moe(
     apply_w13: ApplyW13 = apply_w13,
 ) -> tuple[Float[Tensor, "*runs tokens dim"], RouterTrace]:
     """Output of the layer and its trace. Without coupling the main loss has exactly no gradient in the router."""
-    dtype = wide_dtype(x.dtype)
     decoupled = isinstance(inputs.router_coupling, float | int) and inputs.router_coupling == 0
-    seen = x
-    if config.routing == "token":
-        assert inputs.embedded is not None, "forward gives them"
-        seen = rms_norm(inputs.embedded, None, config.rms_norm_eps)
+    seen = router_input(x, inputs.embedded, config)
     seen = seen.detach() if decoupled else seen
-    if config.routing == "hash":
-        assert inputs.token_ids is not None, "forward gives them"
-        logits = hash_logits(inputs.token_ids, layer, config.num_experts).to(dtype)
-    else:
-        logits = dense_matmul(seen.to(dtype), params["router"].to(dtype))
+    logits = router_logits(seen, inputs.token_ids, params["router"], layer, config)
     explore = None if inputs.explore is None else inputs.explore.select(-2, layer)
     routing = route(logits, inputs.real, config, inputs.surprise_budget, params["router_bias"], explore)
     if inputs.override is not None:

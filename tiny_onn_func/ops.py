@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tiny_onn_func.kernels import forward as forward_kernels
-from tiny_onn_func.primitives.fused import FusedOp, Values, fused
+from tiny_onn_func.primitives.fused import Like, Values, fused
 from tiny_onn_func.primitives.vmap import outside_vmap
 
 
@@ -35,34 +35,27 @@ def rms_norm(
     x: Float[Tensor, "*batch dim"], weight: Float[Tensor, "*runs dim"] | None, eps: float
 ) -> Float[Tensor, "*batch dim"]:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467)."""
-    return F.rms_norm(x, x.shape[-1:], None, eps) if weight is None else _rms_norm(x, weight, eps)[0]
+    return F.rms_norm(x, x.shape[-1:], None, eps) if weight is None else RMS_NORM(x, weight, eps)[0]
 
 
-def _plain_norm(x: Tensor, weight: Tensor, eps: float) -> Values:
+def _norm_reference(x: Tensor, weight: Tensor, eps: float) -> Values:
     if weight.ndim == 1:
         return (F.rms_norm(x, x.shape[-1:], weight, eps),)
     ones = (1,) * (x.ndim - weight.ndim)
     return (F.rms_norm(x, x.shape[-1:], None, eps) * weight.reshape(*weight.shape[:-1], *ones, -1),)
 
 
-def _norm_kernel(x: Tensor, weight: Tensor, eps: float) -> Values:
-    return (forward_kernels.rms_norm(*_rows(x, weight), eps).view(x.shape),)
+def _rows(x: Tensor, runs: torch.Size) -> Tensor:
+    """(runs, rows, dim)."""
+    return x.reshape(runs.numel(), -1, x.shape[-1])
 
 
-def _norm_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
-    x, weight, eps = inputs
-    grad_x, grad_weight = forward_kernels.rms_norm_grad(_rows(grads[0], weight)[0], *_rows(x, weight), eps)
-    return grad_x.view(x.shape), grad_weight.view(weight.shape)
-
-
-def _rows(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(runs, rows, dim) and (runs, dim)."""
-    weight = weight.reshape(-1, weight.shape[-1])
-    return x.reshape(weight.shape[0], -1, x.shape[-1]), weight
-
-
-RMS_NORM = FusedOp(_plain_norm, _norm_kernel, _norm_kernel_grad, differentiable=2, smooth=1)
-_rms_norm = fused(RMS_NORM)
+RMS_NORM = fused(
+    reference=_norm_reference,
+    kernel=lambda x, weight, eps: (forward_kernels.rms_norm(x, weight, eps),),
+    kernel_grad=lambda grads, inputs, _: forward_kernels.rms_norm_grad(grads[0], *inputs),
+    dims=(_rows, 1), out_dims=(Like(0),), floats=2, smooth=1, leading=1,
+)  # fmt: skip
 
 
 def rotary_angles(
@@ -114,14 +107,12 @@ def scale_gradient(x: Tensor, scale: int | float | Tensor) -> Tensor:
 
 def swiglu(gate: Float[Tensor, "*rows inner"], up: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows inner"]:
     """silu(gate) * up, forward and backward in one pass each where a kernel takes them."""
-    return _swiglu(gate, up)[0]
+    return SWIGLU(gate, up)[0]
 
 
-SWIGLU = FusedOp(
-    lambda gate, up: (swiglu_reference(gate, up),),
-    lambda gate, up: (forward_kernels.swiglu(gate, up),),
-    lambda grads, inputs, _: forward_kernels.swiglu_grad(*grads, *inputs),
-    differentiable=2,
-    smooth=1,
-)
-_swiglu = fused(SWIGLU)
+SWIGLU = fused(
+    reference=lambda gate, up: (swiglu_reference(gate, up),),
+    kernel=lambda gate, up: (forward_kernels.swiglu(gate, up),),
+    kernel_grad=lambda grads, inputs, _: forward_kernels.swiglu_grad(*grads, *inputs),
+    floats=2, smooth=1,
+)  # fmt: skip

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.kernels import forward as forward_kernels
-from tiny_onn_func.kernels import runtime
+from tiny_onn_func.kernels.runtime import is_untracked
 from tiny_onn_func.ops import wide_dtype
-from tiny_onn_func.primitives.vmap import flatten_runs, outside_vmap
+from tiny_onn_func.primitives.fused import Values, fused
+from tiny_onn_func.primitives.vmap import outside_vmap
 
 
 class Routing(NamedTuple):
@@ -82,19 +83,21 @@ def _chosen(
 
     Which experts they are has no gradient, and is decided once: a gradient of the weights is that of these experts.
     """
-    seen = logits.detach()
-    if runtime.usable_now(seen):
-        one_run = (
-            flatten_runs(seen, 2),
-            flatten_runs(bias, 1),
-            flatten_runs(budget, 0).to(torch.float64),
-            flatten_runs(real, 1),
-        )
-        made = forward_kernels.choose(*one_run, slots=slots, least=least, dynamic=dynamic)
-        weights, expert_ids, active = (t.view(*logits.shape[:-1], slots) for t in made)
-        return (weights if runtime.usable_now(logits) else _weights(logits, expert_ids, active)), expert_ids, active
-    p = seen.softmax(dim=-1)
-    expert_ids = (p + bias.detach().unsqueeze(-2)).topk(slots, dim=-1).indices
+    weights, expert_ids, active = CHOOSE(logits.detach(), bias.detach(), budget, real, slots, least, dynamic)
+    if not is_untracked(logits):
+        weights = _weights(logits, expert_ids, active)
+    return weights, expert_ids, active
+
+
+def _choose(
+    logits: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool
+) -> Values:  # fmt: skip
+    """Experts by (score = p + bias, logit, place): the larger first, of equal ones the first, NaN last."""
+    p = logits.softmax(dim=-1)
+    logit, score = (x.masked_fill(x.isnan(), -torch.inf) for x in (logits, p + bias.unsqueeze(-2)))
+    by_logit = logit.argsort(dim=-1, descending=True, stable=True)
+    by_score = score.gather(-1, by_logit).argsort(dim=-1, descending=True, stable=True)
+    expert_ids = by_logit.gather(-1, by_score)[..., :slots]
     kept = torch.ones_like(expert_ids, dtype=torch.bool)
     if dynamic:
         mass_before = F.pad(p.gather(-1, expert_ids).cumsum(dim=-1)[..., :-1], (1, 0))
@@ -104,19 +107,38 @@ def _chosen(
     return _weights(logits, expert_ids, active), expert_ids, active
 
 
+CHOOSE = fused(
+    reference=_choose,
+    kernel=lambda logits, bias, budget, real, slots, least, dynamic: forward_kernels.choose(
+        logits, bias, budget.to(torch.float64), real, slots=slots, least=least, dynamic=dynamic
+    ),
+    dims=(2, 1, 0, 1), out_dims=(2, 2, 2),
+)  # fmt: skip
+
+
 def _weights(logits: Tensor, expert_ids: Tensor, active: Tensor) -> Tensor:
-    """p renormalised over the active experts, from logits: what was kept may have a p that underflows."""
+    """p renormalised over the active experts, from logits: what was kept may have a p that underflows.
+
+    A NaN among a token's logits, or +inf, makes all its weights NaN: a broken router must not vanish with the experts
+    that were not chosen.
+    """
     kept = logits.gather(-1, expert_ids).masked_fill(~active, torch.finfo(logits.dtype).min)
-    return kept.softmax(dim=-1) * active
+    return torch.where(active, kept.softmax(dim=-1) + _zero_or_nan(logits), 0.0)
+
+
+def _zero_or_nan(logits: Tensor) -> Tensor:
+    """0 of each token, or NaN if one of its logits is NaN or +inf."""
+    return logits.detach().amax(dim=-1, keepdim=True) * 0
 
 
 def _by_thresholds(above: Tensor, real: Tensor, slots: int, least: int, explore: Tensor | None) -> Routing:
-    expert_ids = above.detach().topk(slots, dim=-1).indices
+    expert_ids = above.detach().argsort(dim=-1, descending=True, stable=True)[..., :slots]
     kept = (above.detach().gather(-1, expert_ids) > 0) | (torch.arange(slots, device=above.device) < least)
     if explore is not None:
         expert_ids, kept = _try_expert(expert_ids, kept, explore)
     active = kept & real.unsqueeze(-1)
-    return Routing(expert_ids, _open_gates(above.gather(-1, expert_ids), active), active)
+    weights = _open_gates(above.gather(-1, expert_ids), active)
+    return Routing(expert_ids, torch.where(active, weights + _zero_or_nan(above), 0.0), active)
 
 
 def _open_gates(above: Tensor, active: Tensor) -> Tensor:

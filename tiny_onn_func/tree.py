@@ -1,6 +1,6 @@
 """Nested dicts of tensors: map, flatten by dotted name, stack runs, split off the router."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,16 @@ def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 def leaves(tree: Any) -> list[Any]:
     """The leaves in insertion order."""
     return pytree.tree_leaves(tree)
+
+
+def leaves_and_structure(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """(leaves in insertion order, what `rebuild` needs to make a tree of the same form)."""
+    return pytree.tree_flatten(tree)
+
+
+def rebuild(structure: pytree.TreeSpec, new_leaves: Iterable[Any]) -> Any:
+    """A tree of that structure with other leaves."""
+    return pytree.tree_unflatten(list(new_leaves), structure)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -64,8 +74,17 @@ def partition(tree: Mapping[str, Any]) -> tuple[Tree, Tree]:
 
 
 def merge(fast: Mapping[str, Any], router: Mapping[str, Any]) -> Tree:
-    """The inverse of `partition`, up to the order of keys."""
-    return unflatten(flatten(fast) | flatten(router))
+    """The inverse of `partition`; the router's leaves come first in their dict, as in the spec."""
+    by_home: dict[str, dict[str, Any]] = {}
+    for name, leaf in flatten(router).items():
+        by_home.setdefault(name.rpartition(".")[0], {})[name] = leaf
+    merged: dict[str, Any] = {}
+    for name, leaf in flatten(fast).items():
+        merged |= by_home.pop(name.rpartition(".")[0], {})
+        merged[name] = leaf
+    for rest in by_home.values():
+        merged |= rest
+    return unflatten(merged)
 
 
 def walk(tree: Any) -> Iterator[tuple[str, Any]]:

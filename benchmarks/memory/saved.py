@@ -15,9 +15,9 @@ from torch import Tensor
 from benchmarks.models import a_batch
 from benchmarks.scaling.plan import saved_of
 from tiny_onn_func import ModelConfig
-from tiny_onn_func.tree import leaves
+from tiny_onn_func.tree import leaves, partition
 from training import HyperParams, init_state
-from training.step.main_pass import main_gradients
+from training.step.main_pass import StepOptions, main_gradients
 
 BASE = {"V": 300, "D": 64, "L": 2, "H": 4, "G": 2, "d": 16, "F": 32, "E": 8, "K": 2, "B": 4, "S": 32}
 CHANGES: tuple[dict[str, int], ...] = (
@@ -71,8 +71,8 @@ def measured(model: ModelConfig, batch: int, length: int, dtype: torch.dtype | N
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         main_gradients(
-            state.params, a_batch(model, batch, length), HyperParams(balance_weight=1.0), model, state.step,
-            compute_dtype=dtype,
+            *partition(state.params), a_batch(model, batch, length), HyperParams(balance_weight=1.0), model, state.step,
+            StepOptions(compute_dtype=dtype),
         )  # fmt: skip
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

@@ -24,9 +24,8 @@ from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.params import count_active_params, count_params
 from tiny_onn_func.tree import merge, partition, stack, tree_map
 from training import Batch, HyperParams, TrainState, hyper_step, init_state
-from training.step.gradients import gradients
 from training.step.losses import language_modelling
-from training.step.main_pass import main_gradients
+from training.step.main_pass import StepOptions, gradients, main_gradients
 
 SMALL = ModelConfig(257, 64, 2, 2, 1, 32, 32, 8, num_experts_per_tok=2)
 HYPER = HyperParams(balance_weight=1.0)
@@ -63,7 +62,11 @@ def large_model(batch_size: int, seq: int, peak_tflops: float) -> dict[str, obje
         return language_modelling(logits, batch.labels).loss_sum, ()
 
     step = milliseconds(lambda: hyper_step(state, batch, HYPER, LARGE, compute_dtype=LOW))
-    hooked = milliseconds(lambda: main_gradients(state.params, batch, HYPER, LARGE, state.step, compute_dtype=LOW))
+    hooked = milliseconds(
+        lambda: main_gradients(
+            *partition(state.params), batch, HYPER, LARGE, state.step, StepOptions(compute_dtype=LOW)
+        )
+    )
     bare = milliseconds(lambda: gradients(plain, (fast,)))
     tokens = batch_size * seq
     active = count_active_params(LARGE, LARGE.routes_per_token)

@@ -19,9 +19,8 @@ from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.tree import merge, partition
 from training import HyperParams, hyper_step, init_state
 from training.run.process import disable_heap_trimming
-from training.step.gradients import gradients
 from training.step.losses import language_modelling
-from training.step.main_pass import main_gradients
+from training.step.main_pass import gradients, main_gradients
 
 HYPER = HyperParams(balance_weight=1.0)
 
@@ -61,7 +60,7 @@ def ours(config: ModelConfig, batch_size: int, seq: int) -> dict[str, Callable[[
 
     return {
         "gradients without hooks": lambda: gradients(plain, (fast,)),
-        "gradients and surprise": lambda: main_gradients(state.params, batch, HYPER, config, state.step),
+        "gradients and surprise": lambda: main_gradients(*partition(state.params), batch, HYPER, config, state.step),
         "hyper step": lambda: hyper_step(state, batch, HYPER, config),
         "hyper step in bfloat16": lambda: hyper_step(state, batch, HYPER, config, compute_dtype=torch.bfloat16),
     }

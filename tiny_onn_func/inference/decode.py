@@ -15,9 +15,9 @@ from torch import Tensor
 from tiny_onn_func.attention import causal_bias
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.decoder import unstack_layers
-from tiny_onn_func.hashing import hash_logits
 from tiny_onn_func.inference.kv_cache import append, empty_cache, view
-from tiny_onn_func.ops import rms_norm, rotary_angles, swiglu_reference, wide_dtype
+from tiny_onn_func.moe import router_input, router_logits
+from tiny_onn_func.ops import rotary_angles, swiglu_reference, wide_dtype
 from tiny_onn_func.primitives.grouped import grouped_matmul
 from tiny_onn_func.routing import Routing, route
 
@@ -116,7 +116,7 @@ def _lay_out(layer: Mapping[str, Any]) -> LayerWeights:
 
 
 @torch.inference_mode()
-def read(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> DecodeOutput:
+def decode(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> DecodeOutput:
     """Read the tokens of the columns start, start + 1, ...: one of each row, or the whole prompt at column 0.
 
     The logits are those of `forward` on the whole text, up to rounding, as long as the window holds it.
@@ -177,13 +177,8 @@ def _visit_experts(
     """x + moe(norm(x)), as in moe.py."""
     config = state.config
     normed = _rms_norm(x, layer.post_norm, state.eps)
-    if config.routing == "hash":
-        logits = hash_logits(token_ids, index, config.num_experts).to(layer.router.dtype)
-    else:
-        seen = normed
-        if config.routing == "token":
-            seen = rms_norm(F.embedding(token_ids, state.embedding), None, config.rms_norm_eps)
-        logits = seen.to(layer.router.dtype) @ layer.router
+    embedded = F.embedding(token_ids, state.embedding) if config.routing == "token" else None
+    logits = router_logits(router_input(normed, embedded, config), token_ids, layer.router, index, config)
     routing = _route(logits, real, state, layer.router_bias)
     tokens, slots = routing.expert_ids.shape
     visit = _visit_one_by_one if tokens == 1 else _visit_all if _are_few(tokens, slots, layer) else _visit_sorted
@@ -191,13 +186,10 @@ def _visit_experts(
 
 
 def _route(logits: Tensor, real: Bool[Tensor, " tokens"], state: DecodeState, bias: Tensor) -> Routing:
-    """`route`, without the slots that no token fills; a fixed K of real tokens needs fewer operations."""
-    config = state.config
-    if config.num_experts_per_tok != DYNAMIC_K and state.mask is None:
-        expert_ids = (logits.softmax(dim=-1) + bias).topk(config.num_experts_per_tok, dim=-1).indices
-        weights = logits.gather(-1, expert_ids).softmax(dim=-1)
-        return Routing(expert_ids, weights, real[:, None].expand(expert_ids.shape))
-    routing = route(logits, real, config, state.surprise_budget, bias)
+    """`route`, without the slots that no token fills."""
+    routing = route(logits, real, state.config, state.surprise_budget, bias)
+    if state.config.num_experts_per_tok != DYNAMIC_K and state.mask is None:
+        return routing
     used = max(1, int(routing.active.sum(dim=-1).max()))  # kept slots come first
     return Routing(*(part[:, :used] for part in routing))
 

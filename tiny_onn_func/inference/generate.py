@@ -1,6 +1,5 @@
-"""Generating text from a model: the prompt is read at once, then token by token, with a cache of what came before."""
+"""Generate text: read the prompt at once, then decode token by token with a key-value cache."""
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -8,9 +7,10 @@ import torch
 from jaxtyping import Int
 from torch import Generator, Tensor
 
+from tiny_onn_func.checks import check_dtype
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.inference.decode import read, start_decoding
-from tiny_onn_func.inference.sampling import penalize, sample
+from tiny_onn_func.inference.decode import decode, start_decoding
+from tiny_onn_func.inference.sampling import SamplingParams, penalize, sample
 from tiny_onn_func.routing import Routing
 
 Watch = Callable[[Int[Tensor, "batch new"], tuple[Routing, ...]], None]  # tokens that were read, their routes a layer
@@ -50,10 +50,10 @@ def generate(
     Raises:
         ValueError: an empty prompt, padding that is not on the left, or an argument out of range.
     """
+    sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty)
     sampled = stream(
-        params, input_ids, config, generator, max_new_tokens=max_new_tokens, context_length=context_length,
-        attention_mask=attention_mask, temperature=temperature, top_k=top_k, top_p=top_p,
-        repetition_penalty=repetition_penalty, stop_tokens=stop_tokens, pad_token=pad_token,
+        params, input_ids, config, generator, max_new_tokens=max_new_tokens, sampling=sampling,
+        context_length=context_length, attention_mask=attention_mask, stop_tokens=stop_tokens, pad_token=pad_token,
         surprise_budget=surprise_budget,
     )  # fmt: skip
     return torch.cat((input_ids, *(token[:, None] for token in sampled)), dim=1)
@@ -66,12 +66,9 @@ def stream(
     generator: Generator,
     *,
     max_new_tokens: int,
+    sampling: SamplingParams = SamplingParams(),  # noqa: B008  a frozen value
     context_length: int | None = None,
     attention_mask: Int[Tensor, "batch prompt"] | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
     stop_tokens: Collection[int] = (),
     pad_token: int | None = None,
     surprise_budget: float = 0.5,
@@ -80,15 +77,18 @@ def stream(
     """The sampled tokens of `generate`, one position at a time.
 
     Args:
-        watch: is told which tokens were read and which experts each layer sent them to: the prompt first, then every
-            sampled token but the last, which nobody reads.
+        watch: receives the tokens that were read and the experts that each layer sent them to: the prompt first, then
+            every sampled token but the last, which is not read.
     """
     pad = next(iter(stop_tokens), 0) if pad_token is None else pad_token
     _check_prompt(input_ids, attention_mask, config)
-    _check_numbers(
-        max_new_tokens, context_length, temperature, top_k, top_p, repetition_penalty, surprise_budget,
-        {"stop_tokens": stop_tokens, "pad_token": (pad,)}, config,
-    )  # fmt: skip
+    sampling.check()
+    _require(max_new_tokens >= 0, "max_new_tokens", "0 or more", max_new_tokens)
+    _require(context_length is None or context_length >= 1, "context_length", "1 or more", context_length)
+    _require(0 < surprise_budget <= 1, "surprise_budget", "a number in (0, 1]", surprise_budget)
+    for name, ids in (("stop_tokens", stop_tokens), ("pad_token", (pad,))):
+        for index in ids:
+            _require(0 <= index < config.vocab_size, name, f"tokens from 0 to {config.vocab_size - 1}", index)
     batch, start = input_ids.shape[0], 0
     state = start_decoding(
         params, config, batch, input_ids.shape[1] + max_new_tokens, attention_mask=attention_mask,
@@ -99,16 +99,16 @@ def stream(
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     tokens = input_ids
     for _ in range(max_new_tokens):
-        logits, routes = read(state, tokens, start)
+        logits, routes = decode(state, tokens, start)
         if watch is not None:
             watch(tokens, routes)
         start += tokens.shape[1]
-        logits = penalize(logits.clone(), seen, repetition_penalty)  # a clone leaves inference mode
-        token = sample(logits, generator, temperature=temperature, top_k=top_k, top_p=top_p)
+        logits = penalize(logits.clone(), seen, sampling.repetition_penalty)  # a clone leaves inference mode
+        token = sample(logits, generator, sampling)
         if stop_tokens:
             token = torch.where(running, token, pad)
             running = running & ~torch.isin(token, stops)
-        seen = seen if repetition_penalty == 1 else seen.scatter(1, token[:, None], True)
+        seen = seen if sampling.repetition_penalty == 1 else seen.scatter(1, token[:, None], True)
         yield token
         if not running.any():
             return
@@ -122,6 +122,7 @@ def _seen(tokens: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
 
 
 def _check_prompt(input_ids: Tensor, mask: Tensor | None, config: ModelConfig) -> None:
+    check_dtype("prompt", input_ids, torch.int64)
     lowest, highest = (int(input_ids.min()), int(input_ids.max())) if input_ids.numel() else (0, 0)
     _require(input_ids.numel() >= 1, "prompt", "at least one token", "none")
     _require(lowest >= 0, "prompt", "tokens of 0 or more", lowest)
@@ -133,29 +134,6 @@ def _check_prompt(input_ids: Tensor, mask: Tensor | None, config: ModelConfig) -
     _require(bool(((mask == 0) | (mask == 1)).all()), "attention_mask", "zeros and ones", "other numbers")
     _require(bool((mask[:, -1:] == 1).all()), "attention_mask", "padding on the left only", "some at the end of a row")
     _require(bool((mask.diff(dim=1) >= 0).all()), "attention_mask", "padding on the left only", "some within a row")
-
-
-def _check_numbers(
-    new: int,
-    context: int | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    penalty: float,
-    budget: float,
-    tokens: Mapping[str, Collection[int]],
-    config: ModelConfig,
-) -> None:
-    _require(new >= 0, "max_new_tokens", "0 or more", new)
-    _require(context is None or context >= 1, "context_length", "1 or more", context)
-    _require(temperature >= 0, "temperature", "0 or more", temperature)
-    _require(top_k is None or top_k >= 1, "top_k", "1 or more", top_k)
-    _require(0 < top_p <= 1, "top_p", "a number in (0, 1]", top_p)
-    _require(0 < penalty < math.inf, "repetition_penalty", "more than 0", penalty)
-    _require(0 < budget <= 1, "surprise_budget", "a number in (0, 1]", budget)
-    for name, ids in tokens.items():
-        for token in ids:
-            _require(0 <= token < config.vocab_size, name, f"tokens from 0 to {config.vocab_size - 1}", token)
 
 
 def _require(fine: bool, name: str, wanted: str, came: object) -> None:

@@ -1,8 +1,43 @@
 """Logits -> the next token: repetition penalty, temperature, top-k, top-p."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
+
+
+class SamplingParams(NamedTuple):
+    """How the next token is drawn.
+
+    Args:
+        temperature: divides the logits; 0 takes the most probable token.
+        top_k: sample among the k most probable tokens only; None: among all.
+        top_p: sample among the fewest tokens whose probability reaches p.
+        repetition_penalty: divides positive logits, multiplies negative ones, of every token of prompt and text.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def check(self) -> None:
+        """Refuse a number out of range.
+
+        Raises:
+            ValueError: the message names it.
+        """
+        rules = (
+            (self.temperature >= 0, "temperature", "0 or more", self.temperature),
+            (self.top_k is None or self.top_k >= 1, "top_k", "1 or more", self.top_k),
+            (0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p),
+            (0 < self.repetition_penalty < math.inf, "repetition_penalty", "more than 0", self.repetition_penalty),
+        )
+        for fits, name, wanted, came in rules:
+            if not fits:
+                raise ValueError(f"{name}: expected {wanted}, got {came}")
 
 
 def penalize(
@@ -17,23 +52,16 @@ def penalize(
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sample(
-    logits: Float[Tensor, "batch vocab"],
-    generator: Generator,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-) -> Int[Tensor, " batch"]:
+def sample(logits: Float[Tensor, "batch vocab"], generator: Generator, params: SamplingParams) -> Int[Tensor, " batch"]:
     """One token a row: temperature first, then top-k, then top-p (nucleus sampling, arXiv 1904.09751)."""
-    if temperature == 0:
+    if params.temperature == 0:
         return logits.argmax(dim=-1)
     below_best = logits - logits.amax(dim=-1, keepdim=True)  # so that a temperature near zero overflows nothing
-    ranked, ids = (below_best / max(temperature, 1e-30)).sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        ranked, ids = ranked[:, :top_k], ids[:, :top_k]
+    ranked, ids = (below_best / max(params.temperature, 1e-30)).sort(dim=-1, descending=True, stable=True)
+    if params.top_k is not None:
+        ranked, ids = ranked[:, : params.top_k], ids[:, : params.top_k]
     p = ranked.softmax(dim=-1)
     mass_before = p.cumsum(dim=-1) - p
-    p = torch.where((mass_before < top_p) | (mass_before == 0), p, 0.0)
+    p = torch.where((mass_before < params.top_p) | (mass_before == 0), p, 0.0)
     picked = torch.multinomial(p, 1, generator=generator)
     return ids.gather(-1, picked).squeeze(-1)

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -18,8 +19,13 @@ from functools import cache
 from pathlib import Path
 
 SOURCES = sorted(Path(__file__).with_name("csrc").iterdir())
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 TOO_LONG = 120  # seconds for a compiler
+
+
+def flags() -> tuple[str, ...]:
+    """FLAGS, then those of TINY_ONN_NATIVE_FLAGS, of which later ones win: for tests and measurements."""
+    return (*FLAGS, *shlex.split(os.environ.get("TINY_ONN_NATIVE_FLAGS", "")))
 
 
 @cache
@@ -58,7 +64,7 @@ def _is_ours(path: Path) -> bool:
 
 def _fingerprint() -> str:
     """Of the source, and of the processor that it is compiled for: a home folder may serve several machines."""
-    told = [platform.machine(), *FLAGS]
+    told = [platform.machine(), *flags()]
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         told += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
@@ -76,10 +82,10 @@ def _compile(path: Path) -> None:
         raise FileNotFoundError("found no C compiler called cc, gcc or clang")
     with tempfile.TemporaryDirectory(dir=path.parent) as draft:
         made = Path(draft, "kernels.so")
-        for flags in (FLAGS, [flag for flag in FLAGS if flag != "-fopenmp"]):  # one thread, where there is no OpenMP
+        for some in (flags(), [flag for flag in flags() if flag != "-fopenmp"]):  # one thread, where there is no OpenMP
             command = [
                 compiler,
-                *flags,
+                *some,
                 "-o",
                 str(made),
                 *(str(path) for path in SOURCES if path.suffix == ".c"),

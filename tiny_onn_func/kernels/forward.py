@@ -7,9 +7,16 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
 from torch import Tensor
 
-from tiny_onn_func.kernels.runtime import loaded
+from tiny_onn_func.kernels.runtime import check, loaded, refuse
 
 PARTS = 16  # of a run's rows, whose sums are made apart
+F32, F64, I64, I32, BOOL = torch.float32, torch.float64, torch.int64, torch.int32, torch.bool
+WEIGHTS = "one expert's weights, got none; use a smaller batch"
+SCORES = "one head's scores, got none; use a smaller sequence_length"
+
+
+def _ends(rows: int) -> str:
+    return f"offsets that ascend from 0 to {rows} at most"
 
 
 def matmul(
@@ -18,20 +25,23 @@ def matmul(
 ) -> Float[Tensor, "runs rows out_dim"]:
     """Each row times the weights of its expert, summed over one or two pairs of the same sizes; zeros behind the last
     offset. Transposed weights are taken as they lie."""
-    transposed = all(weights[0].mT.is_contiguous() for _, weights in pairs)
+    (runs, experts, in_dim, out_dim), count = pairs[0][1].shape, pairs[0][0].shape[1]
+    for rows, weights in pairs:
+        read = {"rows": (rows, (runs, count, in_dim), F32), "weights": (weights, (runs, experts, in_dim, out_dim), F32)}
+        check("grouped_matmul", **read, offsets=(offsets, (runs, experts), I32))
+    transposed = all(weights[:1].mT.is_contiguous() for _, weights in pairs)
     apart = pairs[0][1].stride(0)
-    as_they_lie = all((transposed or w[0].is_contiguous()) and w.stride(0) == apart for _, w in pairs)
+    as_they_lie = all((transposed or w[:1].is_contiguous()) and w.stride(0) == apart for _, w in pairs)
     if not as_they_lie:
-        transposed, apart = False, pairs[0][1][0].numel()
+        transposed, apart = False, experts * in_dim * out_dim
     dense = [(rows.contiguous(), weights if as_they_lie else weights.contiguous()) for rows, weights in pairs]
     (rows, weights), (others, other_weights) = dense[0], (*dense, (None, None))[1]
-    runs, experts, in_dim, out_dim = weights.shape
-    offsets, out = offsets.contiguous(), rows.new_empty(runs, rows.shape[1], out_dim)
-    sizes = runs, rows.shape[1], experts, in_dim, out_dim, rows.shape[1]
+    offsets, out = offsets.contiguous(), rows.new_empty(runs, count, out_dim)
+    sizes = runs, count, experts, in_dim, out_dim, count
     given = (None if t is None else t.data_ptr() for t in (rows, None, weights, others, other_weights))
     made = offsets.data_ptr(), out.data_ptr()
-    if loaded().grouped_matmul(*sizes, *given, apart, *made, transposed, torch.get_num_threads()):
-        raise MemoryError("grouped_matmul: expected memory for one expert's weights, got none; use a smaller batch")
+    if code := loaded().grouped_matmul(*sizes, *given, apart, *made, transposed, torch.get_num_threads()):
+        refuse("grouped_matmul", code, _ends(count), WEIGHTS)
     return out
 
 
@@ -41,12 +51,15 @@ def outer(
     offsets: Int32[Tensor, "runs experts"],
 ) -> Float[Tensor, "runs experts in_dim out_dim"]:
     """The sum of rows[n]^T grads[n] over each expert's rows."""
+    (runs, count, in_dim), experts, out_dim = rows.shape, offsets.shape[-1], grads.shape[-1]
+    read = {"rows": (rows, (runs, count, in_dim), F32), "grads": (grads, (runs, count, out_dim), F32)}
+    check("grouped_outer", **read, offsets=(offsets, (runs, experts), I32))
     rows, grads, offsets = rows.contiguous(), grads.contiguous(), offsets.contiguous()
-    runs, count, in_dim = rows.shape
-    out = rows.new_empty(runs, offsets.shape[1], in_dim, grads.shape[2])
-    sizes = runs, count, offsets.shape[1], in_dim, grads.shape[2], count
+    out = rows.new_empty(runs, experts, in_dim, out_dim)
+    sizes = runs, count, experts, in_dim, out_dim, count
     pointers = (None if t is None else t.data_ptr() for t in (rows, None, grads, offsets, out))
-    loaded().grouped_outer(*sizes, *pointers, torch.get_num_threads())
+    if code := loaded().grouped_outer(*sizes, *pointers, torch.get_num_threads()):
+        refuse("grouped_outer", code, _ends(count))
     return out
 
 
@@ -57,14 +70,18 @@ def token_matmul(
     offsets: Int32[Tensor, "runs experts"],
 ) -> Float[Tensor, "runs rows out_dim"]:
     """`matmul` of the rows x[token], which are not made."""
+    (runs, experts, in_dim, out_dim), tokens, count = weights.shape, x.shape[1], token.shape[-1]
+    read = {"x": (x, (runs, tokens, in_dim), F32), "token": (token, (runs, count), I64)}
+    sized = {"weights": (weights, (runs, experts, in_dim, out_dim), F32), "offsets": (offsets, (runs, experts), I32)}
+    check("grouped_matmul", **read, **sized)
     x, token, offsets = x.contiguous(), token.contiguous(), offsets.contiguous()
-    weights = weights if weights[0].is_contiguous() else weights.contiguous()
-    runs, experts, in_dim, out_dim = weights.shape
-    out = x.new_empty(runs, token.shape[1], out_dim)
+    weights = weights if weights[:1].is_contiguous() else weights.contiguous()
+    out = x.new_empty(runs, count, out_dim)
     given = x.data_ptr(), token.data_ptr(), weights.data_ptr(), None, None
     made = offsets.data_ptr(), out.data_ptr()
-    sizes = runs, token.shape[1], experts, in_dim, out_dim, x.shape[1]
-    loaded().grouped_matmul(*sizes, *given, weights.stride(0), *made, 0, torch.get_num_threads())
+    sizes = runs, count, experts, in_dim, out_dim, tokens
+    if code := loaded().grouped_matmul(*sizes, *given, weights.stride(0), *made, 0, torch.get_num_threads()):
+        refuse("grouped_matmul", code, f"token in [0, {tokens}) and {_ends(count)}", WEIGHTS)
     return out
 
 
@@ -75,16 +92,20 @@ def token_outer(
     offsets: Int32[Tensor, "runs experts"],
 ) -> Float[Tensor, "runs experts in_dim out_dim"]:
     """`outer` of the rows x[token], which are not made."""
+    (runs, tokens, in_dim), (_, count, out_dim), experts = x.shape, grads.shape, offsets.shape[-1]
+    read = {"x": (x, (runs, tokens, in_dim), F32), "token": (token, (runs, count), I64)}
+    check("grouped_outer", **read, grads=(grads, (runs, count, out_dim), F32), offsets=(offsets, (runs, experts), I32))
     given = [t.contiguous() for t in (x, token, grads, offsets)]
-    (runs, tokens, in_dim), (_, count, out_dim) = x.shape, grads.shape
-    out = x.new_empty(runs, offsets.shape[1], in_dim, out_dim)
-    sizes = runs, count, offsets.shape[1], in_dim, out_dim, tokens
-    loaded().grouped_outer(*sizes, *(t.data_ptr() for t in (*given, out)), torch.get_num_threads())
+    out = x.new_empty(runs, experts, in_dim, out_dim)
+    sizes = runs, count, experts, in_dim, out_dim, tokens
+    if code := loaded().grouped_outer(*sizes, *(t.data_ptr() for t in (*given, out)), torch.get_num_threads()):
+        refuse("grouped_outer", code, f"token in [0, {tokens}) and {_ends(count)}")
     return out
 
 
 def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """silu(gate) * up."""
+    check("swiglu", gate=(gate, gate.shape, F32), up=(up, gate.shape, F32))
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     loaded().swiglu(gate.numel(), gate.data_ptr(), up.data_ptr(), out.data_ptr(), torch.get_num_threads())
@@ -95,6 +116,7 @@ def swiglu_grad(
     grad: Float[Tensor, "*shape"], gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """Gradients of silu(gate) * up in gate and up."""
+    check("swiglu_grad", grad=(grad, gate.shape, F32), gate=(gate, gate.shape, F32), up=(up, gate.shape, F32))
     given = [t.contiguous() for t in (grad, gate, up)]
     made = torch.empty_like(given[1]), torch.empty_like(given[2])
     loaded().swiglu_grad(gate.numel(), *(t.data_ptr() for t in (*given, *made)), torch.get_num_threads())
@@ -105,11 +127,14 @@ def scaled_rows(
     x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens slots"], order: Int[Tensor, " rows"]
 ) -> Float[Tensor, "rows dim"]:
     """rows[n] = x[order[n] // slots] * weights.flatten()[order[n]]."""
+    (tokens, dim), slots, (count,) = x.shape, weights.shape[-1], order.shape
+    read = {"x": (x, (tokens, dim), F32), "weights": (weights, (tokens, slots), F32)}
+    check("scaled_rows", **read, order=(order, (count,), I64))
     given = [t.contiguous() for t in (x, weights, order)]
-    (count,), (dim, slots) = order.shape, (x.shape[1], weights.shape[1])
     rows = x.new_empty(count, dim)
     pointers = (t.data_ptr() for t in (*given, rows))
-    loaded().scaled_rows(count, dim, slots, *pointers, torch.get_num_threads())
+    if code := loaded().scaled_rows(count, dim, slots, tokens, *pointers, torch.get_num_threads()):
+        refuse("scaled_rows", code, f"order in [0, {tokens * slots})")
     return rows
 
 
@@ -117,10 +142,14 @@ def combined_rows(
     y: Float[Tensor, "rows dim"], weights: Float[Tensor, "tokens slots"], inverse: Int64[Tensor, " rows"]
 ) -> Float[Tensor, "tokens dim"]:
     """The sum over slots of weights[t, m] * y[inverse[t * slots + m]]."""
+    (rows, dim), (tokens, slots) = y.shape, weights.shape
+    read = {"y": (y, (rows, dim), F32), "weights": (weights, (tokens, slots), F32)}
+    check("combined_rows", **read, inverse=(inverse, (tokens * slots,), I64))
     given = [t.contiguous() for t in (y, weights, inverse)]
-    out = y.new_empty(weights.shape[0], y.shape[1])
+    out = y.new_empty(tokens, dim)
     pointers = (t.data_ptr() for t in (*given, out))
-    loaded().combined_rows(*out.shape, weights.shape[1], *pointers, torch.get_num_threads())
+    if code := loaded().combined_rows(tokens, dim, slots, rows, *pointers, torch.get_num_threads()):
+        refuse("combined_rows", code, f"inverse in [0, {rows})")
     return out
 
 
@@ -128,17 +157,21 @@ def sort_rows(
     expert_ids: Int64[Tensor, "*runs tokens slots"], active: Bool[Tensor, "*runs tokens slots"], num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(order, inverse, expert, offsets) of the (token, slot) pairs sorted by expert, stably, inactive ones last."""
+    shape = expert_ids.shape
+    check("sort_rows", expert_ids=(expert_ids, shape, I64), active=(active, shape, BOOL))
     ids, active = expert_ids.contiguous(), active.contiguous()
     runs, rows = ids.shape[:-2], ids.shape[-2] * ids.shape[-1]
     order, inverse, expert = (ids.new_empty(*runs, rows) for _ in range(3))
     offsets = ids.new_empty(*runs, num_experts, dtype=torch.int32)
     pointers = (t.data_ptr() for t in (ids, active, order, inverse, expert, offsets))
-    loaded().sort_rows(math.prod(runs), rows, num_experts, *pointers, torch.get_num_threads())
+    if code := loaded().sort_rows(math.prod(runs), rows, num_experts, *pointers, torch.get_num_threads()):
+        refuse("sort_rows", code, f"expert_ids in [0, {num_experts}) where active")
     return order, inverse, expert, offsets
 
 
 def rms_norm(x: Float[Tensor, "runs rows dim"], weight: Float[Tensor, "runs dim"], eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight."""
+    check("rms_norm", x=(x, x.shape, F32), weight=(weight, (x.shape[0], x.shape[2]), F32))
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     pointers = (t.data_ptr() for t in (x, weight, out))
@@ -153,6 +186,8 @@ def rms_norm_grad(
     eps: float,
 ) -> tuple[Float[Tensor, "runs rows dim"], Float[Tensor, "runs dim"]]:
     """Gradients of `rms_norm` in x and weight."""
+    check("rms_norm_grad", grad=(grad, x.shape, F32), x=(x, x.shape, F32))
+    check("rms_norm_grad", weight=(weight, (x.shape[0], x.shape[2]), F32))
     given = [t.contiguous() for t in (x, weight, grad)]
     parts = max(1, min(PARTS, x.shape[1] // PARTS))
     grad_x, partial = torch.empty_like(given[0]), x.new_empty(x.shape[0], parts, x.shape[2])
@@ -169,14 +204,24 @@ def split_heads(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (runs, batch, heads, seq, dim), k and v (runs, batch, groups, seq, dim): q and k normed and turned."""
+    groups = _check_heads("split_heads", qkv, norms, cosines, sines)
     given = [t.contiguous() for t in (qkv, norms, cosines, sines)]
     runs, batch, seq, width, dim = qkv.shape
-    groups = width - norms.shape[1]
     made = [qkv.new_empty(runs, batch, some, seq, dim) for some in (width - 2 * groups, groups, groups)]
     pointers = (t.data_ptr() for t in (*given, *made))
     sizes = runs, batch, seq, width - 2 * groups, groups, dim
     loaded().split_heads(*sizes, eps, *pointers, torch.get_num_threads())
     return made[0], made[1], made[2]
+
+
+def _check_heads(kernel: str, qkv: Tensor, norms: Tensor, cosines: Tensor, sines: Tensor) -> int:
+    """The number of key heads, which is that of value heads."""
+    (runs, _, seq, width, dim), normed = qkv.shape, norms.shape[1]
+    read = {"qkv": (qkv, qkv.shape, F32), "norms": (norms, (runs, normed, dim), F32)}
+    check(kernel, **read, cosines=(cosines, (seq, dim), F32), sines=(sines, (seq, dim), F32))
+    if dim % 2 or not width <= 2 * normed <= 2 * width:
+        raise ValueError(f"{kernel}: expected {width // 2} to {width} norms and an even dim, got {normed} and {dim}")
+    return width - normed
 
 
 def split_heads_grad(
@@ -188,9 +233,11 @@ def split_heads_grad(
     eps: float,
 ) -> tuple[Float[Tensor, "runs batch seq all_heads dim"], Float[Tensor, "runs normed dim"]]:
     """Gradients of `split_heads` in qkv and norms."""
-    given = [t.contiguous() for t in (qkv, norms, cosines, sines, *grads)]
+    groups = _check_heads("split_heads_grad", qkv, norms, cosines, sines)
     runs, batch, seq, width, dim = qkv.shape
-    groups = width - norms.shape[1]
+    for name, grad, some in zip("qkv", grads, (width - 2 * groups, groups, groups), strict=True):
+        check("split_heads_grad", **{f"grad of {name}": (grad, (runs, batch, some, seq, dim), F32)})
+    given = [t.contiguous() for t in (qkv, norms, cosines, sines, *grads)]
     grad_qkv, grad_norms = torch.empty_like(given[0]), qkv.new_empty(runs, batch, width - groups, dim)
     room = qkv.new_empty(runs, batch, dim)
     pointers = (t.data_ptr() for t in (*given, grad_qkv, grad_norms, room))
@@ -205,15 +252,27 @@ def attention(
     v: Float[Tensor, "batch groups seq dim"],
     bias: Float[Tensor, "masks seq seq"],
 ) -> tuple[Float[Tensor, "batch seq groups share dim"], Float[Tensor, "batch groups share seq"]]:
-    """Causal softmax(q k^T + bias) v and the log of each softmax's sum; fewer masks than batches are used again."""
+    """Causal softmax(q k^T + bias) v and the log of each softmax's sum; fewer masks than batches are used again.
+
+    Where the bias is float32's minimum the share is exactly 0, however low the other scores are, unless the score is
+    no number; a query without any key gets zeros, and the log of its sum is -inf.
+    """
+    _check_attention("attention", q, k, v, bias)
     given = [t.contiguous() for t in (q, k, v, bias)]
     batch, groups, share, seq, dim = q.shape
     out, log_sums = q.new_empty(batch, seq, groups, share, dim), q.new_empty(q.shape[:-1])
     pointers = [t.data_ptr() for t in given]
     made = (out.data_ptr(), log_sums.data_ptr(), torch.get_num_threads())
-    if loaded().attention(*q.shape, *pointers, bias.shape[0], *made):
-        raise MemoryError("attention: expected memory for one head's scores, got none; use a smaller sequence_length")
+    if code := loaded().attention(*q.shape, *pointers, bias.shape[0], *made):
+        refuse("attention", code, memory=SCORES)
     return out, log_sums
+
+
+def _check_attention(kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> None:
+    batch, groups, _, seq, dim = q.shape
+    keys, masks = (batch, groups, seq, dim), max(bias.shape[0], 1)  # C divides by the number of masks
+    read = {"q": (q, q.shape, F32), "k": (k, keys, F32), "v": (v, keys, F32), "bias": (bias, (masks, seq, seq), F32)}
+    check(kernel, **read)
 
 
 def attention_grad(
@@ -226,12 +285,17 @@ def attention_grad(
     grad: Float[Tensor, "batch seq groups share dim"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention` in q, k and v."""
+    batch, groups, share, seq, dim = q.shape
+    _check_attention("attention_grad", q, k, v, bias)
+    shape = batch, seq, groups, share, dim
+    known_sums = {"log_sums": (log_sums, (batch, groups, share, seq), F32)}
+    check("attention_grad", out=(out, shape, F32), grad=(grad, shape, F32), **known_sums)
     given = [t.contiguous() for t in (q, k, v, bias)]
     known = [t.contiguous() for t in (out, log_sums, grad)]
     made = torch.empty_like(given[0]), torch.empty_like(given[1]), torch.empty_like(given[2])
     pointers, more = [t.data_ptr() for t in given], [t.data_ptr() for t in (*known, *made)]
-    if loaded().attention_grad(*q.shape, *pointers, bias.shape[0], *more, torch.get_num_threads()):
-        raise MemoryError("attention: expected memory for one head's scores, got none; use a smaller sequence_length")
+    if code := loaded().attention_grad(*q.shape, *pointers, bias.shape[0], *more, torch.get_num_threads()):
+        refuse("attention_grad", code, memory=SCORES)
     return made
 
 
@@ -247,14 +311,21 @@ def choose(
 ) -> tuple[Float[Tensor, "runs tokens slots"], Int64[Tensor, "runs tokens slots"], Bool[Tensor, "runs tokens slots"]]:
     """(weights, expert_ids, active): the experts of the largest softmax + bias, and the softmax of those that are kept.
 
+    Experts come in the order of (score = softmax + bias, then logit, then the lower number), each the larger first;
+    what is no number counts as -inf there, and makes every kept weight of its token no number.
+
     Args:
         least: experts that are kept in any case, where `dynamic` keeps those that the budget leaves.
     """
-    given = [t.contiguous() for t in (logits, bias, budgets, real)]
     runs, tokens, experts = logits.shape
+    read = {"logits": (logits, (runs, tokens, experts), F32), "bias": (bias, (runs, experts), F32)}
+    check("choose", **read, budgets=(budgets, (runs,), F64), real=(real, (runs, tokens), BOOL))
+    if not 0 <= slots <= experts:
+        raise ValueError(f"choose: expected slots in [0, {experts}], got {slots}")
+    given = [t.contiguous() for t in (logits, bias, budgets, real)]
     weights = logits.new_empty(runs, tokens, slots)
     made = weights, torch.empty_like(weights, dtype=torch.int64), torch.empty_like(weights, dtype=torch.bool)
     pointers = (t.data_ptr() for t in (*given, *made))
-    if loaded().choose(runs, tokens, experts, slots, least, dynamic, *pointers, torch.get_num_threads()):
-        raise MemoryError("choose: expected memory for one token's experts, got none; use fewer experts")
+    if code := loaded().choose(runs, tokens, experts, slots, least, dynamic, *pointers, torch.get_num_threads()):
+        refuse("choose", code, memory="one token's experts, got none; use fewer experts")
     return made

@@ -2,7 +2,7 @@
 
 import ctypes
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,6 +15,36 @@ from tiny_onn_func.kernels.build import library
 def is_traced(t: Tensor) -> bool:
     """Whether the program is being traced: there are shapes, but no values."""
     return isinstance(t, FakeTensor)
+
+
+Read = tuple[Tensor, tuple[int, ...], torch.dtype]  # a tensor, and the shape and dtype that C reads it with
+
+
+def check(kernel: str, **given: Read) -> None:
+    """Refuse what C would read as something else: the last wall before memory is reached by its address.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or device.
+    """
+    for name, (t, shape, dtype) in given.items():
+        if t.shape != shape or t.dtype is not dtype or not t.is_cpu:
+            wanted, got = f"{dtype} {tuple(shape)} on cpu", f"{t.dtype} {tuple(t.shape)} on {t.device}"
+            raise ValueError(f"{kernel}: expected {name} of {wanted}, got {got}")
+
+
+NO_MEMORY, OUTSIDE = 1, 2  # what a kernel returns; vectors.h
+
+
+def refuse(kernel: str, code: int, indices: str = "", memory: str = "") -> NoReturn:
+    """Say what a kernel did not find, `indices` in their range or `memory`.
+
+    Raises:
+        IndexError: a number is no index of what it should point into.
+        MemoryError: there is none.
+    """
+    if code == OUTSIDE:
+        raise IndexError(f"{kernel}: expected {indices}, got some outside")
+    raise MemoryError(f"{kernel}: expected memory for {memory}")
 
 
 SIZE, POINTER, INT, FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
@@ -32,21 +62,21 @@ def typed(kernels: Any) -> Any:
     kernels.grouped_outer.argtypes = [SIZE] * 6 + [POINTER] * 5 + [INT]
     kernels.swiglu.argtypes = [SIZE] + [POINTER] * 3 + [INT]
     kernels.swiglu_grad.argtypes = [SIZE] + [POINTER] * 5 + [INT]
-    kernels.scaled_rows.argtypes = [SIZE] * 3 + [POINTER] * 4 + [INT]
-    kernels.combined_rows.argtypes = [SIZE] * 3 + [POINTER] * 4 + [INT]
+    kernels.scaled_rows.argtypes = [SIZE] * 4 + [POINTER] * 4 + [INT]
+    kernels.combined_rows.argtypes = [SIZE] * 4 + [POINTER] * 4 + [INT]
     kernels.sort_rows.argtypes = [SIZE] * 3 + [POINTER] * 6 + [INT]
     kernels.rms_norm.argtypes = [SIZE] * 3 + [FLOAT] + [POINTER] * 3 + [INT]
     kernels.rms_norm_grad.argtypes = [SIZE] * 4 + [FLOAT] + [POINTER] * 5 + [INT]
     kernels.split_heads.argtypes = [SIZE] * 6 + [FLOAT] + [POINTER] * 7 + [INT]
     kernels.split_heads_grad.argtypes = [SIZE] * 6 + [FLOAT] + [POINTER] * 10 + [INT]
-    kernels.cross_entropy.argtypes = [SIZE] * 2 + [POINTER] * 6 + [INT]
-    kernels.cross_entropy_grad.argtypes = [SIZE] * 2 + [POINTER] * 5 + [INT]
+    kernels.cross_entropy.argtypes = [SIZE] * 3 + [POINTER] * 6 + [INT]
+    kernels.cross_entropy_grad.argtypes = [SIZE] * 3 + [POINTER] * 5 + [INT]
     kernels.attention.argtypes = [SIZE] * 5 + [POINTER] * 4 + [SIZE] + [POINTER] * 2 + [INT]
     kernels.attention_grad.argtypes = [SIZE] * 5 + [POINTER] * 4 + [SIZE] + [POINTER] * 6 + [INT]
     kernels.adamw.argtypes = [SIZE] * 2 + [POINTER] * 2 + [FLOAT] + [POINTER] * 7 + [INT]
     kernels.choose.argtypes = [SIZE] * 5 + [INT] + [POINTER] * 7 + [INT]
     kernels.spread_surprise.argtypes = [SIZE] * 6 + [INT] + [POINTER] * 5 + [INT]
-    kernels.least_surprised.argtypes = [SIZE] * 4 + [POINTER] * 7 + [INT]
+    kernels.least_surprised.argtypes = [SIZE] * 4 + [FLOAT] + [POINTER] * 7 + [INT]
     kernels.router_sums.argtypes = [SIZE] * 4 + [POINTER] * 7 + [INT]
     kernels.router_sums_grad.argtypes = [SIZE] * 4 + [POINTER] * 8 + [INT]
     kernels.routing_sums.argtypes = [SIZE] * 5 + [POINTER] * 14 + [INT]
@@ -54,12 +84,17 @@ def typed(kernels: Any) -> Any:
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: float32 on a CPU, and they could be compiled."""
+    """True if the kernels support these tensors, float32 on a CPU, and could be compiled."""
     return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and library() is not None
 
 
 def usable_now(*tensors: Tensor) -> bool:
-    """Whether the kernels take these here and now: nobody transforms, traces or differentiates what is done to them."""
+    """True if the kernels support these tensors and no transform, trace or autograd graph is recording."""
+    return is_untracked(*tensors) and supports(*tensors)
+
+
+def is_untracked(*tensors: Tensor) -> bool:
+    """True if no transform, trace or autograd graph records what is computed from these tensors."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    return not any(is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors) and supports(*tensors)
+    return not any(is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors)

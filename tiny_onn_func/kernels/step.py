@@ -7,19 +7,35 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from tiny_onn_func.kernels.runtime import loaded
+from tiny_onn_func.kernels.runtime import Read, check, loaded, refuse
+
+IGNORE_INDEX = -100  # the label of a position that has no target
+TIE_TOLERANCE = 2.0**-17  # of the larger size: values of a token's experts that lie no further apart are equal
+F32, F64, I64, BOOL = torch.float32, torch.float64, torch.int64, torch.bool
 
 
 def cross_entropy(
     logits: Float[Tensor, "*rows vocab"], labels: Int[Tensor, "*rows"]
 ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"], Int[Tensor, "*rows"], Float[Tensor, "*rows"]]:
-    """-log softmax at the label and the softmax's entropy, both 0 where the label is negative; the first of the largest
-    logits; the logarithm of the softmax's sum."""
+    """-log softmax at the label and the softmax's entropy, both 0 where the label is -100; the first of the largest
+    logits, or of those that are no number; the logarithm of the softmax's sum.
+
+    Raises:
+        IndexError: a label is neither in the vocabulary nor -100.
+    """
+    shape, vocab = labels.shape, logits.shape[-1]
+    check("cross_entropy", logits=(logits, (*shape, vocab), F32), labels=(labels, shape, I64))
     logits, labels = logits.contiguous(), labels.contiguous()
-    made = [torch.empty_like(labels, dtype=dtype) for dtype in (logits.dtype, logits.dtype, labels.dtype, logits.dtype)]
+    made = [torch.empty_like(labels, dtype=dtype) for dtype in (F32, F32, I64, F32)]
     pointers = (t.data_ptr() for t in (logits, labels, *made))
-    loaded().cross_entropy(labels.numel(), logits.shape[-1], *pointers, torch.get_num_threads())
+    sizes = labels.numel(), vocab, IGNORE_INDEX
+    if code := loaded().cross_entropy(*sizes, *pointers, torch.get_num_threads()):
+        refuse("cross_entropy", code, _labels(vocab))
     return made[0], made[1], made[2], made[3]
+
+
+def _labels(vocab: int) -> str:
+    return f"labels in [0, {vocab}) or {IGNORE_INDEX}"
 
 
 def cross_entropy_grad(
@@ -29,10 +45,15 @@ def cross_entropy_grad(
     log_sums: Float[Tensor, "*rows"],
 ) -> Float[Tensor, "*rows vocab"]:
     """Gradients of the losses of `cross_entropy` in the logits."""
+    shape, vocab = labels.shape, logits.shape[-1]
+    read = {"grads": (grads, shape, F32), "logits": (logits, (*shape, vocab), F32)}
+    check("cross_entropy_grad", **read, labels=(labels, shape, I64), log_sums=(log_sums, shape, F32))
     given = [t.contiguous() for t in (grads, logits, labels, log_sums)]
     out = torch.empty_like(given[1])
     pointers = (t.data_ptr() for t in (*given, out))
-    loaded().cross_entropy_grad(labels.numel(), logits.shape[-1], *pointers, torch.get_num_threads())
+    sizes = labels.numel(), vocab, IGNORE_INDEX
+    if code := loaded().cross_entropy_grad(*sizes, *pointers, torch.get_num_threads()):
+        refuse("cross_entropy_grad", code, _labels(vocab))
     return out
 
 
@@ -48,12 +69,17 @@ def adamw(
     Args:
         numbers: of each leaf and run, what gradients are multiplied with, 1 - beta1, 1 - beta2, eps, decay and step.
     """
+    runs = params[0].shape[0]
+    for n, p, g, m, v in zip(numbers, params, grads, mu, nu, strict=True):
+        shape = runs, p.shape[1]
+        check("adamw", numbers=(n, (runs, 6), F32), params=(p, shape, F32), grads=(g, shape, F32))
+        check("adamw", mu=(m, shape, F32), nu=(v, shape, F32))
     given = [[t.contiguous() for t in leaves] for leaves in (numbers, params, grads, mu, nu)]
     made = [[torch.empty_like(t) for t in given[1]] for _ in range(3)]
-    count, tiny = len(params), torch.finfo(params[0].dtype).tiny
+    count, tiny = len(params), torch.finfo(F32).tiny
     counts = (ctypes.c_int64 * count)(*(t.shape[1] for t in params))
     read, *rest = ((ctypes.c_void_p * count)(*(t.data_ptr() for t in leaves)) for leaves in (*given, *made))
-    loaded().adamw(count, params[0].shape[0], counts, read, tiny, *rest, torch.get_num_threads())
+    loaded().adamw(count, runs, counts, read, tiny, *rest, torch.get_num_threads())
     return made[0], made[1], made[2]
 
 
@@ -71,12 +97,16 @@ def spread_surprise(
 
     Rows of nobody have expert `experts`.
     """
+    (runs, rows, in_dim), out_dim = left.shape, right.shape[-1]
+    out_dim = in_dim if is_signed else out_dim
+    read = {"left": (left, (runs, rows, in_dim), F32), "right": (right, (runs, rows, out_dim), F32)}
+    check("spread_surprise", **read, token=(token, (runs, rows), I64), expert=(expert, (runs, rows), I64))
     given = [t.contiguous() for t in (left, right, token, expert)]
-    runs, rows, in_dim = left.shape
     surface = left.new_empty(runs, tokens, experts)
     pointers = (t.data_ptr() for t in (*given, surface))
-    sizes = runs, rows, in_dim, right.shape[2], tokens, experts
-    loaded().spread_surprise(*sizes, is_signed, *pointers, torch.get_num_threads())
+    sizes = runs, rows, in_dim, out_dim, tokens, experts
+    if code := loaded().spread_surprise(*sizes, is_signed, *pointers, torch.get_num_threads()):
+        refuse("spread_surprise", code, f"token in [0, {tokens}) and expert in [0, {experts}]")
     return surface
 
 
@@ -88,13 +118,20 @@ def least_surprised(
 ) -> tuple[Int64[Tensor, "runs layers tokens"], Bool[Tensor, "runs layers tokens"], Bool[Tensor, "runs layers tokens"]]:
     """(expert, informative, tied): the expert of the least finite sign * surprise, and who teaches.
 
+    v = sign * (0 where |surprise| < the smallest normal number, else surprise), where the surprise is finite;
+    expert = the first of the least v; a token of several candidates is tied iff
+    max v - min v <= TIE_TOLERANCE * max(|max v|, |min v|).
+
     Args:
         least: candidates that a token must have to teach.
     """
+    runs, layers, tokens, experts = surprise.shape
+    read = {"surprise": (surprise, (runs, layers, tokens, experts), F32), "real": (real, (runs, tokens), BOOL)}
+    check("least_surprised", **read, least=(least, (runs,), F32), sign=(sign, (runs,), F32))
     given = [t.contiguous() for t in (surprise, real, least, sign)]
-    made = [torch.empty(surprise.shape[:-1], dtype=dtype) for dtype in (torch.int64, torch.bool, torch.bool)]
+    made = [torch.empty(surprise.shape[:-1], dtype=dtype) for dtype in (I64, BOOL, BOOL)]
     pointers = (t.data_ptr() for t in (*given, *made))
-    loaded().least_surprised(*surprise.shape, *pointers, torch.get_num_threads())
+    loaded().least_surprised(*surprise.shape, TIE_TOLERANCE, *pointers, torch.get_num_threads())
     return made[0], made[1], made[2]
 
 
@@ -105,13 +142,30 @@ def router_sums(
     real: Bool[Tensor, "runs tokens"],
 ) -> tuple[Float[Tensor, "runs layers"], Float[Tensor, "runs layers experts"], Float[Tensor, "runs layers"]]:
     """-log softmax at the target, the softmax, and the squared log of its sum, added up over each layer's tokens."""
-    given = [t.contiguous() for t in (logits, target, informative, real)]
     runs, layers, _, experts = logits.shape
+    check("router_sums", **_taught(logits, target, informative, real))
+    given = [t.contiguous() for t in (logits, target, informative, real)]
     made = logits.new_empty(runs, layers), logits.new_empty(runs, layers, experts), logits.new_empty(runs, layers)
     pointers = (t.data_ptr() for t in (*given, *made))
-    if loaded().router_sums(*logits.shape, *pointers, torch.get_num_threads()):
-        raise MemoryError("router_sums: expected memory for one token's experts, got none; use fewer experts")
+    if code := loaded().router_sums(*logits.shape, *pointers, torch.get_num_threads()):
+        refuse("router_sums", code, _targets(experts), "one token's experts, got none; use fewer experts")
     return made
+
+
+def _taught(logits: Tensor, target: Tensor, informative: Tensor, real: Tensor) -> dict[str, Read]:
+    """What the logits ask of the others."""
+    runs, layers, tokens, experts = logits.shape
+    by_token = runs, layers, tokens
+    return {
+        "logits": (logits, (*by_token, experts), F32),
+        "target": (target, by_token, I64),
+        "informative": (informative, by_token, BOOL),
+        "real": (real, (runs, tokens), BOOL),
+    }
+
+
+def _targets(experts: int) -> str:
+    return f"target in [0, {experts}) where informative"
 
 
 def router_sums_grad(
@@ -122,10 +176,16 @@ def router_sums_grad(
     real: Bool[Tensor, "runs tokens"],
 ) -> Float[Tensor, "runs layers tokens experts"]:
     """Gradient of `router_sums` in the logits."""
+    runs, layers, _, experts = logits.shape
+    picked, mass, squares = grads
+    slopes = {"picked": (picked, (runs, layers), F32), "mass": (mass, (runs, layers, experts), F32)}
+    told = _taught(logits, target, informative, real)
+    check("router_sums_grad", **told, **slopes, squares=(squares, (runs, layers), F32))
     given = [t.contiguous() for t in (logits, target, informative, real, *grads)]
     out = torch.empty_like(given[0])
     pointers = (t.data_ptr() for t in (*given, out))
-    loaded().router_sums_grad(*logits.shape, *pointers, torch.get_num_threads())
+    if code := loaded().router_sums_grad(*logits.shape, *pointers, torch.get_num_threads()):
+        refuse("router_sums_grad", code, _targets(experts))
     return out
 
 
@@ -141,12 +201,16 @@ def routing_sums(
 ) -> tuple[Tensor, ...]:
     """Numbers of (informative, hits, tied, visits) (4, runs, layers), chance (runs, layers), and by expert
     (runs, layers, experts): rows, targets, sums of finite surprise, and how many those are."""
+    (runs, layers, tokens, experts), slots = logits.shape, expert_ids.shape[-1]
+    by_slot = runs, layers, tokens, slots
+    routed = {"expert_ids": (expert_ids, by_slot, I64), "active": (active, by_slot, BOOL)}
+    seen = {"surprise": (surprise, logits.shape, F32), "tied": (tied, (runs, layers, tokens), BOOL)}
+    check("routing_sums", **_taught(logits, target, informative, real), **routed, **seen)
     given = [t.contiguous() for t in (logits, surprise, expert_ids, active, target, informative, tied, real)]
-    runs, layers, tokens, experts = logits.shape
     counts, chance = expert_ids.new_empty(4, runs, layers), logits.new_empty(runs, layers)
-    dtypes = torch.int64, torch.int64, torch.float64, torch.int64
-    made = [torch.empty(runs, layers, experts, dtype=dtype) for dtype in dtypes]
+    made = [torch.empty(runs, layers, experts, dtype=dtype) for dtype in (I64, I64, F64, I64)]
     pointers = (t.data_ptr() for t in (*given, counts, chance, *made))
-    sizes = runs, layers, tokens, experts, expert_ids.shape[-1]
-    loaded().routing_sums(*sizes, *pointers, torch.get_num_threads())
+    sizes = runs, layers, tokens, experts, slots
+    if code := loaded().routing_sums(*sizes, *pointers, torch.get_num_threads()):
+        refuse("routing_sums", code, f"expert_ids in [0, {experts}) where active, and {_targets(experts)}")
     return counts, chance, *made

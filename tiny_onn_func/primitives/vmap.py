@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils import _pytree as pytree  # torch has no public pytree module (2.13)
+
+from tiny_onn_func.tree import leaves_and_structure, rebuild, tree_map
 
 
 class Axis(NamedTuple):
@@ -35,6 +36,23 @@ def rewrap(plain: Tensor, axes: list[Axis]) -> Tensor:
     for dim, level in reversed(axes):
         plain = functorch._add_batch_dim(plain, dim, level)
     return plain
+
+
+def is_wrapped(t: Tensor) -> bool:
+    """True inside a torch.func transform that batches or differentiates this tensor."""
+    return bool(functorch.is_functorch_wrapped_tensor(t))
+
+
+def unwrap_if_dead(t: Tensor) -> Tensor:
+    """The tensor inside the wrapper of a transform that has ended; any other tensor is returned unchanged."""
+    return functorch.unwrap_if_dead(t)
+
+
+def unwrap_all(t: Tensor) -> Tensor:
+    """The plain tensor inside every transform's wrapper, mapped axes wherever they lie; only to look at its values."""
+    while functorch.is_functorch_wrapped_tensor(t):
+        t = functorch.get_unwrapped(t)
+    return t
 
 
 def only_vmaps() -> bool:
@@ -64,22 +82,23 @@ def outside_vmap_tree(function: Callable[[Any], Any], given: Any) -> Any:
     """`outside_vmap` of the tensors in a tree, for a function that gives another."""
     if not functorch.get_interpreter_stack():
         return function(given)
-    inputs, spec = pytree.tree_flatten(given)
-    made: list[pytree.TreeSpec] = []
+    inputs, structure = leaves_and_structure(given)
+    shapes: list[Any] = []
 
     def of_runs(*inputs: Any) -> tuple[Any, ...]:
-        out, shape = pytree.tree_flatten(function(pytree.tree_unflatten(list(inputs), spec)))
-        made.append(shape)
+        out, shape = leaves_and_structure(function(rebuild(structure, inputs)))
+        shapes.append(shape)
         return tuple(out)
 
-    return pytree.tree_unflatten(list(outside_vmap(of_runs, *inputs)), made[0])
+    outputs = outside_vmap(of_runs, *inputs)  # fills `shapes`
+    return rebuild(shapes[0], outputs)
 
 
 def each_run(function: Callable[[Any], Any], given: Any, axes: int) -> Any:
     """A function that knows of one run only, of a tree whose tensors have that many axes of runs in front."""
     if not axes:
         return function(given)
-    dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, given)
+    dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, given)
     return torch.func.vmap(lambda given: each_run(function, given, axes - 1), (dims,))(given)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tiny_onn_func.inference.generate import stream
+from tiny_onn_func.inference.sampling import SamplingParams
 from tiny_onn_func.routing import Routing
 from training.data.tokenizer import BYTES, TURN_END, Tokenizer
 from training.errors import UserError
@@ -64,8 +65,8 @@ def stream_run(
         read: list[TokenRoutes] = []
         sampled = stream(
             params, ids, model, generator, max_new_tokens=tokens,
-            context_length=trained_context if context is None else context or None, temperature=temperature,
-            top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
+            context_length=trained_context if context is None else context or None,
+            sampling=SamplingParams(temperature, top_k, top_p, repetition_penalty),
             stop_tokens=stop_tokens(tokenizer, stops, go_on=go_on), surprise_budget=budget,
             watch=partial(_note, read) if show_experts else None,
         )  # fmt: skip

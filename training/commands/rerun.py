@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tiny_onn_func.tree import walk
+from tiny_onn_func.tree import partition, walk
 from training.errors import UserError
 from training.run.config import hyper_params, statics
 from training.run.context import Run
@@ -18,7 +18,7 @@ from training.run.start import open_past
 from training.step.batch import Batch
 from training.step.finite import passed_over
 from training.step.hyper_step import TrainState
-from training.step.main_pass import main_gradients
+from training.step.main_pass import StepOptions, main_gradients
 from training.storage.checkpoint import load_state, open_checkpoint
 from training.storage.checkpoint_files import Damaged, read_meta, steps_in
 from training.storage.recorder import FILE, iter_history, to_record
@@ -107,7 +107,13 @@ def _gradients(run: Run, state: TrainState, batch: Batch) -> Iterator[tuple[str,
     config = run.config
     logits = None if run.teacher is None else run.teacher(batch)
     grads, seen = main_gradients(
-        state.params, batch, hyper_params(config), config.model, state.step, **statics(config), teacher_logits=logits
+        *partition(state.params),
+        batch,
+        hyper_params(config),
+        config.model,
+        state.step,
+        StepOptions(**statics(config)),
+        logits,
     )
     for name, leaf in walk(grads[0]):
         yield name, _extremes(leaf)

@@ -49,7 +49,7 @@ class Group:
 
         return wait
 
-    def sum(self, part: Tensor, purpose: str) -> Tensor:
+    def all_reduce(self, part: Tensor, purpose: str) -> Tensor:
         """The sum of the processes' tensors of one shape."""
         return self.all_reduce_async(part, purpose)()
 
@@ -59,7 +59,7 @@ class Group:
             return part
         own = leaves(part)
         wide = torch.float64 if any(not leaf.is_floating_point() for leaf in own) else own[0].dtype
-        total = self.sum(torch.cat([leaf.detach().reshape(-1).to(wide) for leaf in own]), purpose)
+        total = self.all_reduce(torch.cat([leaf.detach().reshape(-1).to(wide) for leaf in own]), purpose)
         pieces = iter(total.split([leaf.numel() for leaf in own]))
         return tree_map(lambda leaf: next(pieces).reshape(leaf.shape).to(leaf.dtype), part)
 
@@ -79,7 +79,7 @@ class Group:
 
         return wait
 
-    def gather(self, part: Tensor, purpose: str) -> Tensor:
+    def all_gather(self, part: Tensor, purpose: str) -> Tensor:
         """The processes' tensors of one shape, one behind the other."""
         if self.size == 1:
             return part

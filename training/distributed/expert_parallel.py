@@ -19,7 +19,7 @@ from torch.autograd import Function
 from tiny_onn_func.experts import Rows, spread
 from training.distributed.collectives import Group
 from training.step.hooks import SurpriseHookManager
-from training.step.surprise import SurpriseKind, outer_norm, row_dot
+from training.step.surprise import SurpriseKind
 
 ROWS, SURPRISE, SIZES = "rows of experts", "surprise of rows", "numbers of rows"  # purposes of messages
 
@@ -34,19 +34,24 @@ class DispatchPlan(NamedTuple):
     rows: Rows  # the received ones; a row is its own token and input
 
 
-class ExpertParallelHooks(SurpriseHookManager):
-    """The hook manager where experts are spread over a group: wraps the seams, and moves the rows between them.
+class ExpertParallelHooks:
+    """Hooks where experts are spread over a group: move the rows between the hook points of a SurpriseHookManager.
 
     Args:
-        per_token_surprise, kind: as for `SurpriseHookManager`; the surface is that of this process's tokens.
-        group: who holds the experts of a layer together, equally many each, in the order of ranks.
+        per_token_surprise, kind: as for `SurpriseHookManager`; the matrix is that of this process's tokens.
+        group: the processes that hold the experts of a layer together, equally many each, in the order of ranks.
     """
 
     def __init__(self, per_token_surprise: Tensor, kind: SurpriseKind = "w2", *, group: Group) -> None:
-        super().__init__(per_token_surprise, kind=kind)
+        self._manager = SurpriseHookManager(per_token_surprise, kind=kind, on_rows=self._keep)
         self._group = group
         self._plans: dict[int, DispatchPlan] = {}
         self._measured: dict[int, Tensor] = {}  # by layer: surprise of the received rows
+
+    @property
+    def per_token_surprise(self) -> Tensor:
+        """The surprise of this process's tokens."""
+        return self._manager.per_token_surprise
 
     def apply_w13(self, layer: int, x: Tensor, w1: Tensor, w3: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Gate and up of the rows that came here; fewer or more rows than went away."""
@@ -55,21 +60,18 @@ class ExpertParallelHooks(SurpriseHookManager):
         def came_back(surprise: Tensor) -> None:
             count = surprise.shape[0]
             sent = rows._replace(token=rows.token[:count], expert=rows.expert[:count])
-            super(ExpertParallelHooks, self)._fill(layer, surprise, sent)
+            self._manager.write_rows(layer, surprise, sent)
 
         there = _ToOwners.apply(spread(x, rows)[0], plan, self._group, lambda: self._measured.pop(layer), came_back)
-        return super().apply_w13(layer, there, w1, w3, plan.rows)
+        return self._manager.apply_w13(layer, there, w1, w3, plan.rows)
 
     def apply_w2(self, layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
         """Outputs of the rows that went away, in the order in which they went."""
         plan = self._plans.pop(layer)
-        y = super().apply_w2(layer, hidden, w2, plan.rows)
+        y = self._manager.apply_w2(layer, hidden, w2, plan.rows)
         return _FromOwners.apply(y, plan, self._group, rows.token.shape[0])
 
-    def _write(self, layer: int, left: Tensor, grad: Tensor, rows: Rows) -> None:
-        self._fill(layer, (row_dot if self._kind == "benefit" else outer_norm)(left, grad), rows)
-
-    def _fill(self, layer: int, values: Tensor, rows: Rows) -> None:
+    def _keep(self, layer: int, values: Tensor, rows: Rows) -> None:
         self._measured[layer] = values
 
 

@@ -67,7 +67,7 @@ def gathered(mine: Vectors, like: Vectors, layout: Layout) -> Vectors:
     for share, vector, group in zip(mine, like, (layout.world, layout.replicas), strict=True):
         each = -(-len(vector) // group.size)
         room = torch.cat((share, share.new_zeros(each - len(share))))
-        whole.append(group.gather(room, "parameters")[: len(vector)])
+        whole.append(group.all_gather(room, "parameters")[: len(vector)])
     return Vectors(*whole)
 
 
@@ -92,7 +92,7 @@ def whole_state(state: TrainState, config: ModelConfig, layout: Layout) -> Train
     like = to_vectors(fast, config)
 
     def whole(vectors: Vectors) -> Tree:
-        experts = layout.experts.gather(vectors.experts, "whole state")
+        experts = layout.experts.all_gather(vectors.experts, "whole state")
         return from_vectors(Vectors(vectors.dense, experts), config, config.num_experts)
 
     def moment(tree: Tree) -> Tree:

@@ -10,12 +10,14 @@ may be shared out (each process updates its range of the fast parameters and gat
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.tree import Tree, partition
 from training.distributed.collectives import Group
 from training.distributed.expert_parallel import ExpertParallelHooks
@@ -32,9 +34,10 @@ from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams
 from training.step.hyper_step import TrainState, router_gradients, run_pass, update_experts, update_router
-from training.step.main_pass import BatchShard
+from training.step.main_pass import BatchShard, StepOptions
 from training.step.metrics import Metrics
 from training.step.optim import AdamWState
+from training.step.rules import LEAST_SURPRISE, Rule, Targets, apply_rule
 from training.step.sums import Sums
 from training.step.surprise import SurpriseKind
 
@@ -49,6 +52,7 @@ def parallel_step(
     kind: SurpriseKind = "w2",
     compute_dtype: torch.dtype | None = None,
     teacher_logits: Float[Tensor, "batch seq vocab"] | None = None,
+    rule: Rule = LEAST_SURPRISE,
 ) -> tuple[TrainState, Metrics]:
     """`hyper_step` of the batch that the processes' rows make together, in the order of ranks.
 
@@ -59,27 +63,51 @@ def parallel_step(
     Returns:
         This process's part of the new state, and the metrics of the whole batch, the same on all.
     """
-    world = layout.world
+    world, options = layout.world, StepOptions(kind, compute_dtype)
     spread = layout.experts.size > 1
     hooks_factory = partial(ExpertParallelHooks, group=layout.experts) if spread else SurpriseHookManager
-    part = run_pass(
-        state, batch, hyper, config, kind=kind, compute_dtype=compute_dtype, teacher_logits=teacher_logits,
-        share=BatchShard(world.rank, world.size), hooks_factory=hooks_factory,
+    fast, router = partition(state.params)
+    shard = run_pass(
+        state, fast, router, batch, hyper, config, options, rule, teacher_logits,
+        shard=BatchShard(world.rank, world.size), hooks_factory=hooks_factory, run_rule=partial(_run_rule, world),
     )  # fmt: skip
-    grads = to_vectors(part.grads, config)
+    grads = to_vectors(shard.grads, config)
     pending = (  # on their way while the router's gradient is computed
         _begin(layout.world, grads.dense, "gradients", layout),
         _begin(layout.replicas, grads.experts, "gradients of experts", layout),
     )
-    sums = world.all_reduce_tree(part.sums, "sums over tokens")
+    sums = world.all_reduce_tree(shard.sums, "sums over tokens")
     router_grads, loss = world.all_reduce_tree(
-        router_gradients(state, part, sums, hyper, config), "gradient of the router"
+        router_gradients(router, state.step, shard, sums, hyper, config), "gradient of the router"
     )
-    fast, expert_opt, grad_norm = _fast_step(
-        state, Vectors(*(wait() for wait in pending)), sums, hyper, config, layout
-    )  # fmt: skip
-    new, metrics = update_router(state, fast, expert_opt, router_grads, loss, sums, hyper, config)
-    return new, metrics._replace(grad_norm=grad_norm)
+    vectors = Vectors(*(wait() for wait in pending))
+    new_fast, expert_opt, grad_norm = _fast_step(state, fast, vectors, sums, hyper, config, layout)
+    new = state._replace(expert_opt=expert_opt, rule=shard.rule)
+    return update_router(new, new_fast, router, router_grads, loss, sums, grad_norm, hyper, config)
+
+
+def _run_rule(
+    world: Group, rule: Rule, state: Any, surprise: Tensor, trace: RouterTrace, batch: Batch, hyper: HyperParams,
+    step: Tensor,
+) -> tuple[Any, Targets]:  # fmt: skip
+    """The rule's update. The shipped one decides token by token; any other sees all processes' tokens, as on one."""
+    if rule is LEAST_SURPRISE or world.size == 1:
+        return apply_rule(rule, state, surprise, trace, batch, hyper, step)
+
+    def whole(part: Tensor, axis: int) -> Tensor:
+        moved = part.movedim(axis, 0)
+        bits = moved.to(torch.uint8) if part.dtype == torch.bool else moved
+        return world.all_gather(bits.contiguous(), "tokens of a rule").to(part.dtype).movedim(0, axis)
+
+    everywhere = (
+        whole(surprise, 1),
+        RouterTrace(*(whole(part, 1) for part in trace)),
+        Batch(*(whole(t, 0) for t in batch)),
+    )
+    new, targets = apply_rule(rule, state, *everywhere, hyper, step)
+    tokens = surprise.shape[1]
+    own = slice(tokens * world.rank, tokens * (world.rank + 1))
+    return new, Targets(**{name: part[:, own] for name, part in targets._asdict().items() if part is not None})
 
 
 def _begin(group: Group, grads: Tensor, purpose: str, layout: Layout) -> Callable[[], Tensor]:
@@ -90,13 +118,17 @@ def _begin(group: Group, grads: Tensor, purpose: str, layout: Layout) -> Callabl
 
 
 def _fast_step(
-    state: TrainState, grads: Vectors, sums: Sums, hyper: HyperParams, config: ModelConfig, layout: Layout
+    state: TrainState, fast: Tree, grads: Vectors, sums: Sums, hyper: HyperParams, config: ModelConfig, layout: Layout
 ) -> tuple[Tree, AdamWState, Tensor]:
     """The fast parameters' step from the summed gradients, or a share of them; and the norm of their mean."""
-    fast, experts = partition(state.params)[0], layout.own_experts(config)
+    experts = layout.own_experts(config)
     dense, own = (torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads)
     holders = layout.world if layout.shard_optimizer else layout.experts
-    shared = layout.world.sum(dense + own, "norm") if layout.shard_optimizer else dense + holders.sum(own, "norm")
+    shared = (
+        layout.world.all_reduce(dense + own, "norm")
+        if layout.shard_optimizer
+        else dense + holders.all_reduce(own, "norm")
+    )
     grad_norm = shared.sqrt().to(grads.dense.dtype) / sums.targets.clamp_min(1)
     step = partial(
         update_experts, optimizer=state.expert_opt, grad_norm=grad_norm, sums=sums, step=state.step, hyper=hyper

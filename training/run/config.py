@@ -1,6 +1,5 @@
 """RunConfig: everything that decides a training run, as frozen values that are checked when they are made."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -8,13 +7,12 @@ import torch
 
 from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
-from training.step.hyper_params import HyperParams
+from training.step.hyper_params import RANGES, HyperParams, Range, out_of_range
 from training.step.surprise import KINDS, SurpriseKind
 
 BYTE_TOKENS = 257  # bytes 0 to 255 and the document boundary
 MOST_THREADS = 4096
-Rule = tuple[str, Callable[[Any], bool], str]  # (what is wanted, the test, the keys it holds for)
-RUN_RULES: tuple[Rule, ...] = (
+RUN_RULES: tuple[Range, ...] = (
     ("some text", lambda value: value != "", "data out tokenizer init teacher"),
     (
         "1 or more",
@@ -34,36 +32,10 @@ RUN_RULES: tuple[Rule, ...] = (
     ("auto, document or tail", lambda value: value in ("auto", "document", "tail"), "split"),
 )
 
-HYPER_RULES: tuple[Rule, ...] = (
-    (
-        "0 or more",
-        lambda value: value >= 0,
-        "lr router_lr backbone_lr_scale weight_decay warmup_steps pi_gamma surprise_weight surprise_until",
-    ),
-    (
-        "0 or more",
-        lambda value: value >= 0,
-        "balance_weight z_weight bias_speed target_temperature expert_norm freeze_step",
-    ),
-    ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "explore_seed"),
-    ("more than 0", lambda value: value > 0, "eps max_grad_norm distill_temperature"),
-    ("0 or more and less than 1", lambda value: 0 <= value < 1, "beta1 beta2 regenerate_below"),
-    (
-        "0 to 1",
-        lambda value: 0 <= value <= 1,
-        "min_lr_ratio router_coupling explore_prob shuffle_targets distill_alpha",
-    ),
-    ("more than 0 and at most 1", lambda value: 0 < value <= 1, "pi_alpha"),
-    ("1 or more", lambda value: value >= 1, "min_candidates"),
-    ("1 or -1", lambda value: value in (1, -1), "surprise_sign"),
-)
 
-
-def _check(values: object, rules: tuple[Rule, ...], prefix: str) -> None:
-    for wanted, test, keys in rules:
-        for key in keys.split():
-            value = getattr(values, key)
-            _require(value is None or test(value), prefix + key, wanted, value)
+def _check(values: object, ranges: tuple[Range, ...], prefix: str) -> None:
+    if wrong := out_of_range(values, ranges):
+        raise UserError(prefix + wrong)
 
 
 def _require(fine: bool, key: str, wanted: str, came: object) -> None:
@@ -112,7 +84,7 @@ class HyperSettings:
     regenerate_below: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, HYPER_RULES, "hyper.")
+        _check(self, RANGES, "hyper.")
 
 
 # The model and the numbers of the default preset; presets/small.yaml says the same, a test compares them.

@@ -90,7 +90,7 @@ def _step(
     values = to_record(metrics)
     bad, end = bad_numbers(values, new_state), False
     if run.team.layout.is_sharded:  # each process sees its own part of the state, and its own signals
-        anywhere, end = run.team.world.sum(torch.tensor([len(bad), asked()]), "bad numbers and signals").tolist()
+        anywhere, end = run.team.world.all_reduce(torch.tensor([len(bad), asked()]), "bad numbers and signals").tolist()
         bad = bad or ["the state of another process"] * anywhere
     if not bad:
         return new_state, values, bool(end)

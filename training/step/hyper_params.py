@@ -1,6 +1,7 @@
 """HyperParams: the numbers of a run, every one of which may be mapped by vmap."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -75,6 +76,36 @@ class HyperParams(NamedTuple):
     regenerate_below: Number = 0.0
     """An expert whose mean squared gradient (AdamW's nu) is below this share of its layer's mean becomes a copy of the
     busiest expert, with fresh optimizer state; 0 is never."""
+
+
+Range = tuple[str, Callable[[Any], bool], str]  # (what is wanted, whether a value is that, names of the fields)
+RANGES: tuple[Range, ...] = (
+    (
+        "0 or more", lambda value: value >= 0,
+        "lr router_lr backbone_lr_scale weight_decay warmup_steps pi_gamma surprise_weight surprise_until "
+        "balance_weight z_weight bias_speed target_temperature expert_norm freeze_step",
+    ),
+    ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "explore_seed"),
+    ("more than 0", lambda value: value > 0, "eps max_grad_norm distill_temperature"),
+    ("0 or more and less than 1", lambda value: 0 <= value < 1, "beta1 beta2 regenerate_below"),
+    (
+        "0 to 1", lambda value: 0 <= value <= 1,
+        "min_lr_ratio router_coupling explore_prob shuffle_targets distill_alpha",
+    ),
+    ("more than 0 and at most 1", lambda value: 0 < value <= 1, "pi_alpha"),
+    ("1 or more", lambda value: value >= 1, "min_candidates"),
+    ("1 or -1", lambda value: value in (1, -1), "surprise_sign"),
+)  # fmt: skip
+
+
+def out_of_range(values: object, ranges: tuple[Range, ...]) -> str | None:
+    """The first field whose Python number is out of its range, as "name: expected ..., got ..."; tensors pass."""
+    for wanted, fits, names in ranges:
+        for name in names.split():
+            value = getattr(values, name)
+            if value is not None and not isinstance(value, Tensor) and not fits(value):
+                return f"{name}: expected {wanted}, got {value!r}"
+    return None
 
 
 def is_off(coefficient: Number) -> bool:

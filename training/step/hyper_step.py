@@ -1,31 +1,39 @@
 """The hyper step: (state, batch) -> (state, metrics), two systems at two speeds from one forward and one backward."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from tiny_onn_func.checks import check_shape
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.ops import as_wide_as, wide_dtype
+from tiny_onn_func.moe import linear_router_logits
+from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.params import init_params
-from tiny_onn_func.primitives.grouped import dense_matmul
 from tiny_onn_func.primitives.vmap import outside_vmap_tree
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
-from training.step import metrics as measure
 from training.step.batch import Batch
-from training.step.counter_rng import Purpose, random_words
-from training.step.gradients import gradients
 from training.step.hooks import SurpriseHookManager
-from training.step.hyper_params import HyperParams, Number, is_off
-from training.step.main_pass import WHOLE, BatchShard, HooksFactory, PassResult, main_gradients
-from training.step.metrics import Metrics, step_metrics
+from training.step.hyper_params import RANGES, HyperParams, Number, is_off, out_of_range
+from training.step.main_pass import (
+    WHOLE,
+    BatchShard,
+    HooksFactory,
+    PassResult,
+    StepOptions,
+    gradients,
+    main_gradients,
+)
+from training.step.metrics import Metrics, shares, step_metrics
 from training.step.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
 from training.step.regenerate import regenerate
-from training.step.router_loss import RouterLoss, Targets, router_loss, router_targets, shuffled
+from training.step.router_loss import RouterLoss, router_loss
+from training.step.rules import LEAST_SURPRISE, Rule, Targets, apply_rule
 from training.step.sums import Sums, sums_of
-from training.step.surprise import SurpriseKind, divide_by_expert_mean
+from training.step.surprise import SurpriseKind
 
 
 class TrainState(NamedTuple):
@@ -35,18 +43,19 @@ class TrainState(NamedTuple):
     expert_opt: AdamWState  # over everything but the router
     router_opt: AdamWState  # over the router's matrix, and its thresholds where they are learned
     step: Tensor  # () int64, or (runs)
+    rule: Any = ()  # the rule's own state, a tree of tensors
 
 
-def init_state(config: ModelConfig, generator: Generator) -> TrainState:
+def init_state(config: ModelConfig, generator: Generator, rule: Rule = LEAST_SURPRISE) -> TrainState:
     """Fresh parameters and optimizers; the same generator state gives the same bits."""
-    return state_of(init_params(config, generator), config)
+    return state_of(init_params(config, generator), config, rule)
 
 
-def state_of(params: Tree, config: ModelConfig) -> TrainState:
-    """Step 0 from these parameters, with fresh optimizers."""
+def state_of(params: Tree, config: ModelConfig, rule: Rule = LEAST_SURPRISE) -> TrainState:
+    """Step 0 from these parameters, with fresh optimizers and the rule's first state."""
     fast, router = partition(params)
     step = torch.zeros((), dtype=torch.int64, device=leaves(params)[0].device)
-    return TrainState(params, adamw_init(fast), adamw_init(_learned(router, config)), step)
+    return TrainState(params, adamw_init(fast), adamw_init(_learned(router, config)), step, rule.init(config))
 
 
 def hyper_step(
@@ -58,6 +67,7 @@ def hyper_step(
     kind: SurpriseKind = "w2",
     compute_dtype: torch.dtype | None = None,
     teacher_logits: Float[Tensor, "*runs batch seq vocab"] | None = None,
+    rule: Rule = LEAST_SURPRISE,
 ) -> tuple[TrainState, Metrics]:
     """One step of both systems; pure: the inputs stay untouched and nothing is left behind.
 
@@ -70,86 +80,100 @@ def hyper_step(
             Parameters, moments, router, surprise and losses stay as wide as they are.
         teacher_logits: with `hyper.distill_alpha` the main loss, and so surprise, is the mixture of cross entropy and
             distillation; the metric `main_loss` stays the cross entropy.
+        rule: from surprise to the router's targets; the one that `state` was made with.
+
+    Returns:
+        The new state, and the metrics of the step, measured before its update.
+
+    Raises:
+        ValueError, IndexError: a batch, a kind or a coefficient that is out of range; the message names it.
     """
-    given = state, batch, hyper, teacher_logits
-    return outside_vmap_tree(lambda given: _step(given, config, kind, compute_dtype), given)
+    if wrong := out_of_range(hyper, RANGES):
+        raise ValueError(f"hyper.{wrong}")
+    options = StepOptions(kind, compute_dtype)
+    inputs = state, batch, hyper, teacher_logits
+    return outside_vmap_tree(lambda inputs: _step(*inputs, config=config, options=options, rule=rule), inputs)
 
 
 def _step(
-    given: tuple[TrainState, Batch, HyperParams, Tensor | None], config: ModelConfig, kind: SurpriseKind,
-    compute_dtype: torch.dtype | None,
+    state: TrainState, batch: Batch, hyper: HyperParams, teacher_logits: Tensor | None, *, config: ModelConfig,
+    options: StepOptions, rule: Rule,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Of one run, or of several, with an axis of runs in front of every tensor."""
-    state, batch, hyper, teacher_logits = given
-    part = run_pass(
-        state, batch, hyper, config, kind=kind, compute_dtype=compute_dtype, teacher_logits=teacher_logits
-    )  # fmt: skip
-    router_grads, loss = router_gradients(state, part, part.sums, hyper, config)
-    fast, _ = partition(state.params)
-    grad_norm = global_norm(part.grads, state.step.ndim) / part.sums.targets.clamp_min(1)
-    fast, expert_opt = update_experts(fast, part.grads, state.expert_opt, grad_norm, part.sums, state.step, hyper)
-    new, measured = update_router(state, fast, expert_opt, router_grads, loss, part.sums, hyper, config)
-    return new, measured._replace(grad_norm=grad_norm)
+    check_shape("labels", batch.labels, batch.input_ids.shape)
+    fast, router = partition(state.params)
+    result = run_pass(state, fast, router, batch, hyper, config, options, rule, teacher_logits)
+    router_grads, loss = router_gradients(router, state.step, result, result.sums, hyper, config)
+    grad_norm = global_norm(result.grads, state.step.ndim) / result.sums.targets.clamp_min(1)
+    fast, expert_opt = update_experts(fast, result.grads, state.expert_opt, grad_norm, result.sums, state.step, hyper)
+    new = state._replace(expert_opt=expert_opt, rule=result.rule)
+    return update_router(new, fast, router, router_grads, loss, result.sums, grad_norm, hyper, config)
 
 
 # The parts of a step --------------------------------------------------------------------------------------------------
 
+RunRule = Callable[..., tuple[Any, Targets]]  # (rule, state, surprise, trace, batch, hyper, step) -> (state, targets)
+
 
 class ShardResult(NamedTuple):
-    """What a step sees in a batch, or in some rows of one: gradients and sums of parts add up to those of the whole."""
+    """The pass over a batch, or over some rows of one: gradients and sums of shards add up to those of the whole."""
 
     grads: Tree  # of the summed main loss in the fast parameters
     router_grads: Tree | None  # in the router, where `hyper.router_coupling` lets the main loss in
-    seen: PassResult
+    observed: PassResult
     targets: Targets
+    rule: Any  # the rule's new state
     real: Bool[Tensor, "*runs tokens"]
     sums: Sums
 
 
 def run_pass(
     state: TrainState,
+    fast: Tree,
+    router: Tree,
     batch: Batch,
     hyper: HyperParams,
     config: ModelConfig,
-    *,
-    kind: SurpriseKind = "w2",
-    compute_dtype: torch.dtype | None = None,
+    options: StepOptions,
+    rule: Rule,
     teacher_logits: Float[Tensor, "*runs batch seq vocab"] | None = None,
-    share: BatchShard = WHOLE,
+    *,
+    shard: BatchShard = WHOLE,
     hooks_factory: HooksFactory = SurpriseHookManager,
+    run_rule: RunRule = apply_rule,
 ) -> ShardResult:
-    """The step's one forward and one backward pass; `share` and `hooks_factory` are for who has a part of a batch."""
-    (grads, router_grads), seen = main_gradients(
-        state.params, batch, hyper, config, state.step, kind, compute_dtype, teacher_logits, share=share,
+    """The step's one forward and one backward pass; the last three are for a process with some rows of a batch."""
+    (grads, router_grads), observed = main_gradients(
+        fast, router, batch, hyper, config, state.step, options, teacher_logits, shard=shard,
         hooks_factory=hooks_factory,
     )  # fmt: skip
+    surprise, trace = observed.per_token_surprise, observed.trace
+    rule_state, targets = run_rule(rule, state.rule, surprise, trace, batch, hyper, state.step)
     real = rearrange(batch.attention_mask != 0, "... b s -> ... (b s)")
-    targets = _targets(seen.per_token_surprise, real, hyper, state.step)
-    return ShardResult(grads, router_grads, seen, targets, real, sums_of(seen, targets, real))
+    sums = sums_of(observed, targets, real)
+    return ShardResult(grads, router_grads, observed, targets, rule_state, real, sums)
 
 
 def router_gradients(
-    state: TrainState, part: ShardResult, sums: Sums, hyper: HyperParams, config: ModelConfig
+    router: Tree, step: Tensor, result: ShardResult, sums: Sums, hyper: HyperParams, config: ModelConfig
 ) -> tuple[Tree, RouterLoss]:
-    """The router's gradient and loss, of which a part has its share; `sums` are those of the whole batch."""
-    learned = _learned(partition(state.params)[1], config)
-    load = measure.shares(sums.routed)
-    annealed = _annealed(hyper, state.step)
+    """The router's gradient and loss, to which a shard adds its part; `sums` are those of the whole batch."""
+    trace = result.observed.trace
 
-    def objective(learned: Tree, given: Any) -> tuple[Tensor, RouterLoss]:
+    def objective(learned: Tree, inputs: Any) -> tuple[Tensor, RouterLoss]:
         """The router is linear in detached inputs: its gradient needs no second pass through the model."""
-        router, (inputs, targets, load, real, hyper, informative, tokens) = learned["router"], given
-        dtype = wide_dtype(router.dtype)
-        logits = dense_matmul(inputs.to(dtype), router.to(dtype))
-        loss = router_loss(logits, targets, load, real, hyper, informative=informative, tokens=tokens)
+        router_inputs, *rest = inputs
+        loss = router_loss(linear_router_logits(router_inputs, learned["router"]), *rest)
         return loss.total, loss
 
-    inputs = part.seen.trace.router_inputs.detach()
-    given = inputs, part.targets, load, part.real, annealed, sums.informative, sums.real
-    (grads,), loss = gradients(objective, (learned,), given)
-    if part.router_grads is not None:
-        main, targets_count = _learned(part.router_grads, config), sums.targets.clamp_min(1)
-        grads = {name: grad + main[name] / as_wide_as(grad, targets_count) for name, grad in grads.items()}
+    targets = result.targets, shares(sums.routed), result.real, _annealed(hyper, step), sums.informative, sums.real
+    if config.routing == "hash":  # its logits are fixed: there is a loss, but nothing learns from it
+        return tree_map(torch.zeros_like, _learned(router, config)), router_loss(trace.router_logits.detach(), *targets)
+    inputs = trace.router_inputs.detach(), *targets
+    (grads,), loss = gradients(objective, (_learned(router, config),), inputs)
+    if result.router_grads is not None:
+        main, count = _learned(result.router_grads, config), sums.targets.clamp_min(1)
+        grads = {name: grad + main[name] / as_wide_as(grad, count) for name, grad in grads.items()}
     return grads, loss
 
 
@@ -167,49 +191,44 @@ def update_experts(
 def update_router(
     state: TrainState,
     fast: Tree,
-    expert_opt: AdamWState,
+    router: Tree,
     router_grads: Tree,
     loss: RouterLoss,
     sums: Sums,
+    grad_norm: Tensor,
     hyper: HyperParams,
     config: ModelConfig,
 ) -> tuple[TrainState, Metrics]:
-    """The router's step, and with it the new state and the metrics, but for `grad_norm`."""
-    router = partition(state.params)[1]
-    rate, learning, load = schedule(state.step, hyper), _while_learning(state.step, hyper), measure.shares(sums.routed)
+    """The router's step, and with it the new state and the metrics; `fast` are the new parameters of the experts."""
+    rate, learning = schedule(state.step, hyper), _while_learning(state.step, hyper)
     router_grad_norm = global_norm(router_grads, state.step.ndim)
     learned, router_opt = adamw_update(
         _learned(router, config), router_grads, state.router_opt, lr=hyper.router_lr * rate * learning,
         weight_decay=0.0, hyper=hyper, grad_scale=clip_factor(router_grad_norm, hyper.max_grad_norm),
     )  # fmt: skip
-    slow = {**router["layers"]["moe"], **learned}
-    slow["router_bias"] = balanced_bias(slow["router_bias"], load, hyper.bias_speed * learning)
-    params = tree_map(lambda _, leaf: leaf, state.params, merge(fast, {"layers": {"moe": slow}}))  # in the order it had
-    new = TrainState(params, expert_opt, router_opt, state.step + 1)
+    moe = {**router["layers"]["moe"], **learned}
+    moe["router_bias"] = balanced_bias(moe["router_bias"], sums.routed, hyper.bias_speed * learning)
+    params = merge(fast, {"layers": {"moe": moe}})
+    new = state._replace(params=params, router_opt=router_opt, step=state.step + 1)
     if not is_off(hyper.regenerate_below):
-        new = new._replace(**regenerate(*new, load=load, hyper=hyper))
-    measured = step_metrics(sums, loss, hyper)
-    return new, measured._replace(router_grad_norm=router_grad_norm, lr=(hyper.lr * rate).to(router_grad_norm.dtype))
+        replaced = regenerate(
+            params, new.expert_opt, router_opt, new.step, load=shares(sums.routed), hyper=hyper,
+            router_learns=hyper.router_lr * learning,
+        )  # fmt: skip
+        new = new._replace(**replaced)
+    lr = (hyper.lr * rate).to(router_grad_norm.dtype)
+    return new, step_metrics(sums, loss, hyper, grad_norm=grad_norm, router_grad_norm=router_grad_norm, lr=lr)
 
 
 def balanced_bias(
-    bias: Tensor, load: Float[Tensor, "*runs layers experts"], speed: Number
+    bias: Tensor, routed: Int[Tensor, "*runs layers experts"], speed: Number
 ) -> Float[Tensor, "*runs layers experts"]:
-    """bias + speed * sign(mean load - load): over-used experts sink (loss-free balancing, arXiv 2408.15664)."""
-    return bias + (as_wide_as(load, speed) * (load.mean(dim=-1, keepdim=True) - load).sign()).to(bias.dtype)
+    """bias + speed * sign(mean rows - rows): over-used experts sink (loss-free balancing, arXiv 2408.15664).
 
-
-def _targets(surprise: Tensor, real: Tensor, hyper: HyperParams, step: Tensor) -> Targets:
-    """What surprise asks of the router in this step."""
-    if not is_off(hyper.expert_norm):
-        surprise = divide_by_expert_mean(surprise, hyper.expert_norm)
-    targets = router_targets(
-        surprise, real, hyper.min_candidates, hyper.surprise_sign, hyper.target_temperature
-    )  # fmt: skip
-    if is_off(hyper.shuffle_targets):
-        return targets
-    words = random_words(hyper.explore_seed, step, Purpose.SHUFFLE, *targets.expert.shape[-2:])
-    return shuffled(targets, words, hyper.shuffle_targets)
+    Integers are compared, so an expert with exactly its fair share keeps its bias.
+    """
+    above = (routed.sum(dim=-1, keepdim=True) - routed * routed.shape[-1]).sign()
+    return bias + (as_wide_as(above, speed) * above).to(bias.dtype)
 
 
 def _while_learning(step: Tensor, hyper: HyperParams) -> Number:

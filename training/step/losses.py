@@ -7,9 +7,10 @@ from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tiny_onn_func.checks import check_indices
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import as_wide_as
-from tiny_onn_func.primitives.fused import FusedOp, Values, fused
+from tiny_onn_func.primitives.fused import Values, fused
 from training.step.batch import IGNORE_INDEX
 from training.step.hyper_params import Number
 
@@ -62,8 +63,13 @@ def cross_entropy(
     """(-log softmax(logits) at the label, entropy of the softmax, most probable token, log of the softmax's sum).
 
     Losses and entropies are in nats, and 0 where the label is -100. Only the first has a gradient.
+
+    Raises:
+        ValueError: labels of another dtype or shape.
+        IndexError: a label that is neither -100 nor a token.
     """
-    losses, entropies, best, log_sums = _cross_entropy(logits, labels)
+    check_indices("labels", labels, 0, logits.shape[-1], shape=logits.shape[:-1], ignore=IGNORE_INDEX)
+    losses, entropies, best, log_sums = CROSS_ENTROPY(logits, labels)
     return losses, entropies, best, log_sums
 
 
@@ -77,12 +83,11 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor) -> Values:
     return losses, entropies, seen.argmax(dim=-1), logits.detach().logsumexp(dim=-1)
 
 
-def _cross_entropy_kernel_grad(grads: Values, inputs: Values, outputs: Values) -> Values:
-    logits, labels = inputs
-    return (step_kernels.cross_entropy_grad(grads[0], logits, labels, outputs[3]),)
-
-
-CROSS_ENTROPY = FusedOp(
-    cross_entropy_reference, step_kernels.cross_entropy, _cross_entropy_kernel_grad, differentiable=1, smooth=1
-)
-_cross_entropy = fused(CROSS_ENTROPY)
+CROSS_ENTROPY = fused(
+    reference=cross_entropy_reference,
+    kernel=step_kernels.cross_entropy,
+    kernel_grad=lambda grads, inputs, outputs: (
+        step_kernels.cross_entropy_grad(grads[0], inputs[0], inputs[1], outputs[3]),
+    ),
+    smooth=1,
+)  # fmt: skip

@@ -1,27 +1,38 @@
-"""The main loss: its gradient, and what the one forward and one backward pass through the model observe."""
+"""The main loss: its gradient, and the values observed in the one forward and one backward pass through the model.
+
+Gradients are torch.func's where derivatives are followed, plain autograd's where they are not; a test compares them.
+torch.func wraps every tensor, and vmap dispatches every operation once more. Where nothing but vmap is at work the
+objective gets the plain tensors inside, with an axis of runs in front, and one forward and one backward pass serve all
+runs.
+"""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.func import vjp
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.ops import wide_dtype
-from tiny_onn_func.primitives.vmap import each_run
+from tiny_onn_func.primitives.vmap import each_run, is_wrapped, only_vmaps, outside_vmap_tree, unwrap
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training.step.batch import Batch
 from training.step.counter_rng import random_exploration
-from training.step.gradients import gradients
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams, is_off
 from training.step.losses import LanguageModelling, distillation, language_modelling
-from training.step.oracle import sampled_losses
-from training.step.surprise import PER_WEIGHT, SurpriseKind, divide_by_weight, nonfinite_surprise
+from training.step.surprise import SurpriseKind, divide_by_weight, kind_of, nonfinite_surprise
+
+
+class StepOptions(NamedTuple):
+    """Static choices of a step: other code paths, so never mapped."""
+
+    kind: SurpriseKind = "w2"
+    compute_dtype: torch.dtype | None = None  # of everything but the router; None is the parameters' own
 
 
 class PassResult(NamedTuple):
@@ -35,47 +46,62 @@ class PassResult(NamedTuple):
 
 
 class BatchShard(NamedTuple):
-    """Which of the equal shares of a batch's rows these are: the draws of chance are those of the whole batch."""
+    """Which of the equal shards of a batch's rows these are: random draws are those of the whole batch."""
 
     place: int = 0
     of: int = 1
 
 
+class Hooks(Protocol):
+    """What records surprise during a pass: SurpriseHookManager, or one that moves rows between processes."""
+
+    @property
+    def per_token_surprise(self) -> Tensor:
+        """(..., L, T, E), filled in the backward pass."""
+
+    def apply_w2(self, layer: int, hidden: Tensor, w2: Tensor, rows: Any) -> Tensor:
+        """The hook point of w2."""
+
+    def apply_w13(self, layer: int, x: Tensor, w1: Tensor, w3: Tensor, rows: Any) -> tuple[Tensor, Tensor]:
+        """The hook point of gate and up."""
+
+
 WHOLE = BatchShard()
-HooksFactory = Callable[..., SurpriseHookManager]  # (surface, kind=kind) -> hooks
+HooksFactory = Callable[..., Hooks]  # (per_token_surprise, kind=kind) -> hooks
 
 
 def main_gradients(
-    params: Tree,
+    fast: Tree,
+    router: Tree,
     batch: Batch,
     hyper: HyperParams,
     config: ModelConfig,
     step: Tensor,
-    kind: SurpriseKind = "w2",
-    compute_dtype: torch.dtype | None = None,
+    options: StepOptions = StepOptions(),  # noqa: B008  a frozen value
     teacher_logits: Float[Tensor, "*runs batch seq vocab"] | None = None,
     *,
-    share: BatchShard = WHOLE,
+    shard: BatchShard = WHOLE,
     hooks_factory: HooksFactory = SurpriseHookManager,
 ) -> tuple[tuple[Tree, Tree | None], PassResult]:
     """Gradients of the summed main loss in (fast, router), and what the pass observed.
 
     The router's is None unless `hyper.router_coupling` lets the main loss in.
     """
-    fast, router = partition(params)
-    layers, tokens, experts = config.num_hidden_layers, batch.input_ids.shape[-2:].numel(), config.num_experts
-    explore = None
+    kind, (layers, experts) = kind_of(options.kind), (config.num_hidden_layers, config.num_experts)
+    tokens, explore = batch.input_ids.shape[-2:].numel(), None
     if not is_off(hyper.explore_prob):
-        drawn = random_exploration(hyper.explore_seed, step, hyper.explore_prob, layers, tokens * share.of, experts)
-        explore = drawn[..., tokens * share.place : tokens * (share.place + 1)]
+        drawn = random_exploration(hyper.explore_seed, step, hyper.explore_prob, layers, tokens * shard.of, experts)
+        explore = drawn[..., tokens * shard.place : tokens * (shard.place + 1)]
 
-    def objective(fast: Tree, router: Tree, given: Any) -> tuple[Tensor, PassResult]:
-        batch, hyper, explore, teacher_logits = given
+    def objective(fast: Tree, router: Tree, inputs: Any) -> tuple[Tensor, Any]:
+        batch, hyper, explore, teacher_logits = inputs
         dtype = wide_dtype(fast["embed_tokens"].dtype)
         shape = *batch.input_ids.shape[:-2], layers, tokens, experts
         surprise = torch.full(shape, torch.inf, dtype=dtype, device=batch.input_ids.device)
-        hooks = hooks_factory(_wrapped_like((fast, router, given), surprise), kind=kind)
-        computed = fast if compute_dtype is None else tree_map(lambda leaf: leaf.to(compute_dtype), fast)
+        hooks = hooks_factory(_wrapped_like((fast, router, inputs), surprise), kind=options.kind)
+        computed = (
+            fast if options.compute_dtype is None else tree_map(lambda leaf: leaf.to(options.compute_dtype), fast)
+        )
         logits, trace = forward(
             merge(computed, router), batch.input_ids, config, attention_mask=batch.attention_mask,
             surprise_budget=hyper.pi_alpha, apply_w2=hooks.apply_w2, apply_w13=hooks.apply_w13,
@@ -87,37 +113,65 @@ def main_gradients(
             kl = distillation(logits, teacher_logits, batch.labels, hyper.distill_temperature)
             alpha = hyper.distill_alpha
             total = (1 - alpha) * total + alpha * hyper.distill_temperature**2 * kl
-        none_yet = torch.zeros_like(lm.targets)  # surprise is there after the backward pass
-        return total.to(lm.loss_sum.dtype), PassResult(lm, trace, hooks.per_token_surprise, kl, none_yet)
+        return total.to(lm.loss_sum.dtype), (lm, trace, hooks.per_token_surprise, kl)
 
-    given = batch, hyper, explore, teacher_logits
+    inputs = batch, hyper, explore, teacher_logits
     if is_off(hyper.router_coupling):
-        grads, seen = gradients(lambda fast, given: objective(fast, *given), (fast,), (router, given))
+        grads, observed = gradients(lambda fast, inputs: objective(fast, *inputs), (fast,), (router, inputs))
     else:
-        grads, seen = gradients(objective, (fast, router), given)
-    trace = seen.trace
-    nonfinite = nonfinite_surprise(seen.per_token_surprise, trace.expert_ids, trace.active)
-    seen = seen._replace(nonfinite=nonfinite)
-    if kind == "oracle":
-        values = each_run(lambda one: sampled_losses(one, config), (params, batch, hyper, step), step.ndim)
-        seen = seen._replace(per_token_surprise=values.to(seen.per_token_surprise.dtype))
-    if kind in PER_WEIGHT:
-        surprise = divide_by_weight(seen.per_token_surprise, trace.expert_ids, trace.weights, trace.active)
-        seen = seen._replace(per_token_surprise=surprise)
-    return (grads[0], grads[1] if len(grads) > 1 else None), seen
+        grads, observed = gradients(objective, (fast, router), inputs)
+    lm, trace, surprise, kl = observed
+    if (losses := kind.losses) is None:
+        nonfinite = nonfinite_surprise(surprise, trace.expert_ids, trace.active)
+    else:
+        run = merge(fast, router), batch, hyper, step
+        surprise = each_run(lambda run: losses(run, config), run, step.ndim).to(surprise.dtype)
+        nonfinite = surprise.isnan().sum(dim=(-3, -2, -1))  # +inf where no loss was sampled
+    if kind.divide_by_weight:
+        surprise = divide_by_weight(surprise, trace.expert_ids, trace.weights, trace.active)
+    return (grads[0], grads[1] if len(grads) > 1 else None), PassResult(lm, trace, surprise, kl, nonfinite)
 
 
 def per_token_surprise(
     params: Tree, batch: Batch, config: ModelConfig, hyper: HyperParams, *, kind: SurpriseKind = "w2"
 ) -> Float[Tensor, "layers tokens experts"]:
     """(L, B*S, E) surprise of every routed (layer, token, expert), +inf where a token did not go."""
-    start = torch.zeros((), dtype=torch.int64)
-    _, seen = main_gradients(params, batch, hyper._replace(explore_prob=0.0), config, start, kind)
-    return seen.per_token_surprise
+    start = torch.zeros((), dtype=torch.int64, device=batch.input_ids.device)
+    quiet = hyper._replace(explore_prob=0.0)
+    return main_gradients(*partition(params), batch, quiet, config, start, StepOptions(kind))[1].per_token_surprise
 
 
 def _wrapped_like(tree: Any, t: Tensor) -> Tensor:
     """The tensor, wrapped by every transform that wraps a leaf, as in-place writes need."""
-    wrapped = [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor) and is_functorch_wrapped_tensor(leaf)]
+    wrapped = [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor) and is_wrapped(leaf)]
     zeros = [leaf.detach().new_zeros((), dtype=t.dtype) for leaf in wrapped]
     return t + torch.stack(zeros).sum() if zeros else t
+
+
+Objective = Callable[..., tuple[Tensor, Any]]
+
+
+def gradients(objective: Objective, trees: tuple[Any, ...], inputs: Any = ()) -> tuple[tuple[Any, ...], Any]:
+    """(gradients of each tree, aux) of an objective `(*trees, inputs) -> (value, aux)`.
+
+    Value and aux are those of one run, or of several, whose axis is then in front of every tensor of `trees`, `inputs`,
+    value and aux. Whatever may be mapped or followed by somebody's derivative has to come in by `trees` or `inputs`.
+    """
+    if _is_followed((trees, inputs)):
+        value, pull_back, aux = vjp(lambda *own: objective(*own, inputs), *trees, has_aux=True)  # type: ignore[misc]
+        return pull_back(torch.ones_like(value), create_graph=True), aux
+
+    def of_runs(both: tuple[Any, Any]) -> tuple[Any, Any]:
+        trees, inputs = both
+        with torch.enable_grad():
+            own = tree_map(lambda leaf: leaf.detach().requires_grad_(), trees)
+            value, aux = objective(*own, inputs)
+            slopes = iter(torch.autograd.grad(value.sum(), leaves(own), materialize_grads=True))
+        return tree_map(lambda _: next(slopes), trees), tree_map(lambda leaf: leaf.detach(), aux)
+
+    return outside_vmap_tree(of_runs, (trees, inputs))
+
+
+def _is_followed(trees: Any) -> bool:
+    """Whether gradients of the gradients may be asked for: by a transform that is no vmap, or by autograd."""
+    return not only_vmaps() or any(unwrap(leaf)[0].requires_grad for leaf in leaves(trees) if isinstance(leaf, Tensor))

@@ -84,12 +84,13 @@ class Metrics(NamedTuple):
     expert_surprise: Tensor  # (L, E) mean surprise of the expert's rows, 0 where it got none
 
 
-def step_metrics(sums: Sums, loss: RouterLoss, hyper: HyperParams) -> Metrics:
-    """All but what only the optimizers know: `grad_norm`, `router_grad_norm` and `lr` are zero here."""
+def step_metrics(
+    sums: Sums, loss: RouterLoss, hyper: HyperParams, *, grad_norm: Tensor, router_grad_norm: Tensor, lr: Tensor
+) -> Metrics:
+    """The metrics of a step from its sums, its router's loss, and what the optimizers measured."""
     count, informative, layers = sums.targets.clamp_min(1), sums.informative.clamp_min(1), sums.routed.shape[-2]
     main_loss, tau, load = sums.loss / count, sums.entropy / count, shares(sums.routed)
     surprise = sums.surprise / sums.surprised.clamp_min(1)
-    unset = torch.zeros_like(main_loss)
     return Metrics(
         main_loss=main_loss,
         distill_loss=sums.distill / count,
@@ -107,9 +108,9 @@ def step_metrics(sums: Sums, loss: RouterLoss, hyper: HyperParams) -> Metrics:
         tie_rate=sums.tied / (sums.real * layers).clamp_min(1),
         balance_loss=loss.balance,
         z_loss=loss.z,
-        grad_norm=unset,
-        router_grad_norm=unset,
-        lr=unset,
+        grad_norm=grad_norm,
+        router_grad_norm=router_grad_norm,
+        lr=lr,
         expert_load=load,
         target_load=shares(sums.wanted),
         expert_surprise=sums.expert_surprise / sums.expert_surprised.clamp_min(1),

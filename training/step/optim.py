@@ -6,11 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels import step as step_kernels
-from tiny_onn_func.kernels.runtime import is_traced
 from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.primitives.vmap import outside_vmap_tree
 from tiny_onn_func.tree import Tree, flatten, leaves, tree_map, unflatten
@@ -112,10 +110,9 @@ def _native_update(
 
 
 def _may_take_kernel(trees: Any, numbers: Any) -> bool:
-    """Whether the kernel takes the leaves, and nobody asks for derivatives or is tracing."""
+    """True if the kernel supports the leaves and nothing records what is computed from leaves or numbers."""
     tensors = [leaf for leaf in leaves((trees, numbers)) if isinstance(leaf, Tensor)]
-    followed = any(t.requires_grad or is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors)
-    return not followed and runtime.supports(*leaves(trees))
+    return runtime.is_untracked(*tensors) and runtime.supports(*leaves(trees))
 
 
 def _stacked(numbers: tuple[Number, ...], runs: torch.Size) -> Float[Tensor, "runs numbers"]:
@@ -150,8 +147,10 @@ def global_norm(grads: Any, axes: int = 0) -> Float[Tensor, "*runs"]:
 
 
 def clip_factor(norm: Float[Tensor, "*runs"], max_norm: Number) -> Float[Tensor, "*runs"]:
-    """min(1, max_norm / norm): what to multiply gradients with."""
-    return (max_norm / (norm + 1e-6)).clamp_max(1.0)
+    """min(1, max_norm / norm): the factor of the gradients."""
+    # With a Python number, a tensor of no axes gets a float64 tangent (torch 2.13), which float32 operations refuse.
+    most, tiny = (torch.as_tensor(n, dtype=norm.dtype, device=norm.device) for n in (max_norm, 1e-6))
+    return (most / (norm + tiny)).clamp_max(1.0)
 
 
 def schedule(step: Int[Tensor, "*runs"], hyper: HyperParams) -> Float[Tensor, "*runs"]:

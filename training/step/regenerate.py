@@ -10,7 +10,7 @@ from torch import Tensor
 from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.tree import Tree
 from training.step.counter_rng import Purpose, random_normal
-from training.step.hyper_params import HyperParams
+from training.step.hyper_params import HyperParams, Number
 from training.step.optim import AdamWState
 
 MATRICES = ("w1", "w2", "w3")
@@ -24,6 +24,7 @@ def regenerate(
     *,
     load: Float[Tensor, "*runs layers experts"],
     hyper: HyperParams,
+    router_learns: Number,
 ) -> dict[str, Any]:
     """The fields of a TrainState in which starved experts are replaced.
 
@@ -31,7 +32,8 @@ def regenerate(
     mean of its layer: one without tokens falls to 1 % of it in ln 100 / (1 - beta2) steps. It becomes a copy of the
     layer's busiest expert; its router column is the busiest one's turned aside by noise of the matrix's own size, so
     that the two share tokens. Its first moments start at zero and its second moments are those of its source: with
-    zeros it would starve again by definition. Nothing happens in the first 1 / (1 - beta2) steps.
+    zeros it would starve again by definition. Nothing happens in the first 1 / (1 - beta2) steps. A router that does
+    not learn, `router_learns` being 0 (its rate is 0, or it is frozen), keeps its columns.
     """
     moe = params["layers"]["moe"]
     squares = reduce(expert_opt.nu["layers"]["moe"]["w2"], "... experts inner dim -> ... experts", "mean")
@@ -48,7 +50,8 @@ def regenerate(
     noise = random_normal(hyper.explore_seed, step, Purpose.REGENERATE, *router.shape[-3:]).to(router.dtype)
     size = router.square().mean(dim=(-3, -2, -1), keepdim=True).sqrt()
     aside = _by_expert(router, source) + noise * size
-    column = starved.unsqueeze(-2)
+    learns = torch.as_tensor(router_learns, device=router.device) > 0
+    column = starved.unsqueeze(-2) & as_wide_as(router, learns)
     moments = router_opt.mu["router"], router_opt.nu["router"]
     return {
         "params": replaced(params, 1.0, router=torch.where(column, aside, router)),

@@ -7,12 +7,11 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import wide_dtype
-from tiny_onn_func.primitives.vmap import flatten_runs, outside_vmap
+from tiny_onn_func.primitives.fused import Values, fused
 from training.step.main_pass import PassResult
-from training.step.router_loss import Targets
+from training.step.rules import Targets
 
 
 def routed_rows(
@@ -90,8 +89,9 @@ def sums_of(seen: PassResult, targets: Targets, real: Bool[Tensor, "*runs tokens
     """What the step's objectives and metrics need of its tokens."""
     lm, trace = seen.lm, seen.trace
     of_tokens = trace.router_logits, seen.per_token_surprise, trace.expert_ids, trace.active
-    taught = targets.expert, targets.informative, targets.tied
-    counted = outside_vmap(_routing_sums, *of_tokens, *taught, real.expand(*trace.active.shape[:-3], -1))
+    tied = torch.zeros_like(targets.informative) if targets.tied is None else targets.tied
+    taught = targets.expert, targets.informative, tied
+    counted = ROUTING_SUMS(*of_tokens, *taught, real.expand(*trace.active.shape[:-3], -1))
     informative, hits, tied, visits, chance, routed, wanted, size, sized = counted
     return Sums(
         loss=lm.loss_sum,
@@ -118,16 +118,8 @@ def sums_of(seen: PassResult, targets: Targets, real: Bool[Tensor, "*runs tokens
 def _routing_sums(
     logits: Tensor, surprise: Tensor, ids: Tensor, active: Tensor, target: Tensor, informative: Tensor, tied: Tensor,
     real: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """(informative, hits, tied, visits, chance, routed, wanted, size, sized) of one run or of several, in front."""
-    if runtime.usable_now(logits, surprise):
-        by_width = (logits, surprise, ids, active), (target, informative, tied), (real,)
-        given = [flatten_runs(t, 3 - place) for place, some in enumerate(by_width) for t in some]
-        by_layer, chance, *by_expert = step_kernels.routing_sums(*given)
-        runs, by_expert[2] = logits.shape[:-3], by_expert[2].to(torch.float32)
-        totals = by_layer.sum(dim=-1).unbind(0)
-        of_runs = (t.view(runs) for t in (*totals, chance.sum(dim=-1)))
-        return *of_runs, *(t.view(*runs, *t.shape[1:]) for t in by_expert)
+) -> Values:  # fmt: skip
+    """(informative, hits, tied, visits, chance, routed, wanted, surprise, surprised)."""
     experts, all_tokens = logits.shape[-1], (-2, -1)
     hits = (logits.argmax(dim=-1) == target) & informative
     chance = torch.where(informative, 1 / active.sum(dim=-1).clamp_min(1), 0.0)
@@ -141,3 +133,15 @@ def _routing_sums(
         counts(target, informative, experts),
         *finite_sum(surprise, dim=-2),
     )
+
+
+def _routing_sums_kernel(*inputs: Tensor) -> Values:
+    by_layer, chance, routed, wanted, surprise, surprised = step_kernels.routing_sums(*inputs)
+    totals = by_layer.sum(dim=-1).unbind(0)
+    return *totals, chance.sum(dim=-1), routed, wanted, surprise.to(torch.float32), surprised
+
+
+ROUTING_SUMS = fused(
+    reference=_routing_sums, kernel=_routing_sums_kernel,
+    dims=(3, 3, 3, 3, 2, 2, 2, 1), out_dims=(0, 0, 0, 0, 0, 2, 2, 2, 2), floats=2,
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The kinds of surprise: what a token's visit to an expert costs, measured in the one backward pass.
+"""Kinds of surprise: the cost of a token's visit to an expert, measured in the one backward pass; one table entry each.
 
 | kind | value for (layer, token, expert) | ranking within a token |
 |---|---|---|
@@ -12,19 +12,20 @@
 `oracle` is known for every expert, but for a few sampled tokens a step only, and costs several steps: for small sizes.
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiny_onn_func.experts import Rows
-from tiny_onn_func.kernels import runtime
+from tiny_onn_func.experts import Rows, input_of
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import as_wide_as
-from tiny_onn_func.primitives.vmap import flatten_runs, outside_vmap
+from tiny_onn_func.primitives.fused import Values, fused
 from training.step.hyper_params import Number
+from training.step.oracle import sampled_losses
 
 
 def nonfinite_surprise(
@@ -35,12 +36,6 @@ def nonfinite_surprise(
     """How many routed (layer, token, expert) have a surprise that is NaN or infinite; those not routed have none."""
     routed = surprise.gather(-1, torch.where(active, expert_ids, 0))
     return (active & ~routed.isfinite()).sum(dim=(-3, -2, -1))
-
-
-SurpriseKind = Literal["w2", "unweighted", "experts", "input", "benefit", "oracle"]
-KINDS: tuple[SurpriseKind, ...] = get_args(SurpriseKind)
-MEASURED = KINDS[:-1]  # by hooks in the backward pass
-PER_WEIGHT = ("unweighted", "benefit")  # kinds whose recorded values carry the routing weight, to be divided by it
 
 
 def outer_norm(
@@ -85,19 +80,21 @@ def scatter_surprise(
     is_signed: bool = False,
 ) -> Float[Tensor, "*runs tokens experts"]:
     """`scatter_rows` of each row's surprise, or with `is_signed` of its dot product; in one pass where a kernel can."""
-    sizes = tokens, experts, is_signed
-    return outside_vmap(lambda *given: (_surface(*given),), left, grad, rows.token, rows.expert, *sizes)[0]
+    return SCATTER(left, grad, rows.token, rows.expert, tokens, experts, is_signed)[0]
 
 
-def _surface(
+def _scatter_reference(
     left: Tensor, grad: Tensor, token: Tensor, expert: Tensor, tokens: int, experts: int, is_signed: bool
-) -> Tensor:
-    if runtime.usable_now(left, grad):
-        one_run = flatten_runs(left, 2), flatten_runs(grad, 2), flatten_runs(token, 1), flatten_runs(expert, 1)
-        made = step_kernels.spread_surprise(*one_run, tokens, experts, is_signed=is_signed)
-        return made.view(*left.shape[:-2], tokens, experts)
+) -> Values:
     measured = row_dot(left, grad) if is_signed else outer_norm(left, grad)
-    return scatter_rows(measured, token, expert, tokens, experts)
+    return (scatter_rows(measured, token, expert, tokens, experts),)
+
+
+SCATTER = fused(
+    reference=_scatter_reference,
+    kernel=lambda *inputs: (step_kernels.spread_surprise(*inputs[:-1], is_signed=inputs[-1]),),
+    dims=(2, 2, 1, 1), out_dims=(2,), floats=2,
+)  # fmt: skip
 
 
 def divide_by_weight(
@@ -121,3 +118,71 @@ def divide_by_expert_mean(
     mean = size.sum(dim=-2, keepdim=True) / finite.sum(dim=-2, keepdim=True).clamp_min(1)
     scale = torch.where(mean > 0, mean, 1.0) ** as_wide_as(mean, exponent)
     return torch.where(finite, surprise / scale, torch.inf)
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+class HookPoint(NamedTuple):
+    """Where the backward pass of an expert is looked at, and what is measured there.
+
+    `place` is `output` (of w2), `gate_up` (both projections) or `input` (of each row). `measure` maps the saved tensor,
+    the gradient at the place and the rows to a value of each row. `scatter` does the same and `scatter_rows` in one
+    pass: (saved, grad, rows, tokens, experts) -> (tokens, experts).
+    """
+
+    place: Literal["output", "gate_up", "input"]
+    saves: Literal["hidden", "output", "input"]
+    measure: Callable[[Tensor, Tensor, Rows], Tensor]
+    scatter: Callable[[Tensor, Tensor, Rows, int, int], Tensor] | None = None
+
+
+class Kind(NamedTuple):
+    """A kind of surprise.
+
+    Args:
+        points: where rows are measured; the values of several places add up as squares.
+        divide_by_weight: whether what is measured carries the routing weight, to be divided out.
+        losses: in place of hooks, values from extra forward passes: ((params, batch, hyper, step), config) -> (L, T, E)
+            of one run.
+    """
+
+    points: tuple[HookPoint, ...] = ()
+    divide_by_weight: bool = False
+    losses: Callable[[Any, Any], Tensor] | None = None
+
+
+def _gate_up_norm(x: Tensor, grad: Tensor, rows: Rows) -> Tensor:
+    return row_norm(x).gather(-1, input_of(x, rows)) * row_norm(grad)
+
+
+W2 = HookPoint("output", "hidden", lambda hidden, grad, _: outer_norm(hidden, grad), scatter_surprise)
+W13 = HookPoint("gate_up", "input", _gate_up_norm)
+INPUT = HookPoint("input", "input", lambda _, grad, rows: row_norm(grad))
+DOT = HookPoint(
+    "output", "output", lambda y, grad, _: row_dot(y, grad),
+    lambda y, grad, rows, tokens, experts: scatter_surprise(y, grad, rows, tokens, experts, is_signed=True),
+)  # fmt: skip
+
+SurpriseKind = Literal["w2", "unweighted", "experts", "input", "benefit", "oracle"]
+SURPRISE_KINDS: Mapping[SurpriseKind, Kind] = {
+    "w2": Kind((W2,)),
+    "unweighted": Kind((W2,), divide_by_weight=True),
+    "experts": Kind((W2, W13)),
+    "input": Kind((INPUT,)),
+    "benefit": Kind((DOT,), divide_by_weight=True),
+    "oracle": Kind(losses=sampled_losses),
+}
+KINDS: tuple[SurpriseKind, ...] = get_args(SurpriseKind)
+MEASURED = tuple(kind for kind in KINDS if SURPRISE_KINDS[kind].points)  # by hooks in the backward pass
+
+
+def kind_of(name: SurpriseKind) -> Kind:
+    """The table's entry.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if name not in SURPRISE_KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(SURPRISE_KINDS)}, got {name!r}")
+    return SURPRISE_KINDS[name]

@@ -15,11 +15,11 @@ from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.tree import Tree
 from training.step.batch import Batch
-from training.step.gradients import gradients
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import Number
 from training.step.losses import language_modelling
-from training.step.surprise import PER_WEIGHT, SurpriseKind, divide_by_weight
+from training.step.main_pass import gradients
+from training.step.surprise import SURPRISE_KINDS, SurpriseKind, divide_by_weight
 
 RECORDED: tuple[SurpriseKind, ...] = ("w2", "experts", "input", "benefit")  # `unweighted` is w2 over the weight
 VALUES = (
@@ -64,7 +64,9 @@ def all_surprises(
     found = dict(zip(RECORDED, surfaces, strict=True))
     routes = trace.expert_ids, trace.weights, trace.active
     known: dict[str, Tensor] = {**found, "unweighted": found["w2"]}
-    known |= {kind: divide_by_weight(known[kind], *routes) for kind in PER_WEIGHT}
+    known |= {
+        kind: divide_by_weight(known[kind], *routes) for kind, entry in SURPRISE_KINDS.items() if entry.divide_by_weight
+    }
     weights = torch.where(trace.active, trace.weights, torch.inf).to(found["w2"].dtype)
     known["weight"] = torch.full_like(found["w2"], torch.inf).scatter(-1, trace.expert_ids, weights)
     return torch.stack([known[name] for name in VALUES]), trace

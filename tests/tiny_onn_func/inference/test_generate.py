@@ -24,10 +24,10 @@ from tests.helpers import (
     tiny_config,
 )
 from tiny_onn_func import ModelConfig, forward, generate, init_params, save_pretrained
-from tiny_onn_func.inference import decode
-from tiny_onn_func.inference.decode import read, start_decoding
+from tiny_onn_func.inference import decode as decoding
+from tiny_onn_func.inference.decode import decode, start_decoding
 from tiny_onn_func.inference.generate import stream
-from tiny_onn_func.inference.sampling import penalize, sample
+from tiny_onn_func.inference.sampling import SamplingParams, penalize, sample
 from tiny_onn_func.tree import flatten, unflatten
 from training.cli import main
 from training.commands.generate import expert_lines, stop_tokens
@@ -93,7 +93,7 @@ def test_logits_and_routes_with_a_cache_are_those_of_forward(routing: str, dtype
         wanted, trace = forward(params, tokens, config, surprise_budget=0.7)
         opened = start_decoding(params, config, len(tokens), 7, surprise_budget=0.7)
         for start, end in ((0, 3), (3, 4), (4, 5), (5, 6), (6, 7)):
-            logits, routes = read(opened, tokens[:, start:end], start)
+            logits, routes = decode(opened, tokens[:, start:end], start)
             assert logits.dtype == dtype
             assert_close(logits, wanted[:, end - 1], tolerance, f"logits of token {end - 1}")
             for layer, found in enumerate(routes):
@@ -132,7 +132,7 @@ def test_a_padded_row_becomes_what_it_would_be_alone(lengths: list[int], routing
 def test_padding_leaves_the_logits_of_an_unpadded_row() -> None:
     """Positions begin at the first real token; the float32 angles of a shifted row would agree to 1e-6 only."""
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
-    padded = read(start_decoding(wild(), TINY, 2, 7, attention_mask=mask), LONG, 0).logits
+    padded = decode(start_decoding(wild(), TINY, 2, 7, attention_mask=mask), LONG, 0).logits
     assert_close(padded[:1], forward(wild(), LONG[:1, 3:], TINY)[0][:, -1], 1e-12)
     assert_close(padded[1:], forward(wild(), LONG[1:], TINY)[0][:, -1], 1e-12)
 
@@ -151,7 +151,7 @@ def test_one_window_is_all_that_a_single_layer_sees_and_without_one_it_sees_all(
     assert torch.equal(added(same, 7), added(other, 7))
 
     def logits(prompt: Tensor, window: int) -> Tensor:
-        return read(start_decoding(wild(config), config, 2, 14, context_length=window), prompt, 0).logits
+        return decode(start_decoding(wild(config), config, 2, 14, context_length=window), prompt, 0).logits
 
     assert_close(logits(same, 7), logits(other, 7), 1e-12)
     assert not torch.allclose(logits(same, 8), logits(other, 8))
@@ -161,10 +161,10 @@ def test_one_window_is_all_that_a_single_layer_sees_and_without_one_it_sees_all(
 @pytest.mark.parametrize("window", [1, 2, 4, 99])
 def test_a_window_hides_what_is_further_back_from_prompt_and_text_alike(window: int) -> None:
     """Reading at once and reading one by one agree, and a window as long as the text changes nothing."""
-    at_once = read(start_decoding(wild(), TINY, 2, 7, context_length=window), LONG, 0).logits
+    at_once = decode(start_decoding(wild(), TINY, 2, 7, context_length=window), LONG, 0).logits
     opened = start_decoding(wild(), TINY, 2, 7, context_length=window)
     for place in range(7):
-        one_by_one = read(opened, LONG[:, place : place + 1], place).logits
+        one_by_one = decode(opened, LONG[:, place : place + 1], place).logits
     assert_close(one_by_one, at_once, 1e-12)
     whole = forward(wild(), LONG, TINY)[0][:, -1]
     assert torch.allclose(at_once, whole) == (window == 99)
@@ -176,9 +176,11 @@ def test_few_and_many_tokens_visit_their_experts_alike(routing: str, monkeypatch
     params, tokens = wild(config), torch.randint(13, (40, 1), generator=seeded(0))
     wanted, _ = forward(params, tokens, config)
     for few in (True, False):
-        monkeypatch.setattr(decode, "_are_few", lambda *_, few=few: few)
+        monkeypatch.setattr(decoding, "_are_few", lambda *_, few=few: few)
         for batch in (40, 5, 1):
-            found = [read(start_decoding(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)]
+            found = [
+                decode(start_decoding(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)
+            ]
             assert_close(torch.cat(found), wanted[:, -1], 1e-12, f"few: {few}, batch {batch}")
 
 
@@ -190,7 +192,7 @@ def test_a_broken_expert_spoils_only_the_tokens_that_visit_it(bad: float) -> Non
     broken = int(ids[0, 0])
     params["layers"]["moe"]["w1"][-1, broken] = bad
     for batch in (40, 5):
-        found = [read(start_decoding(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)]
+        found = [decode(start_decoding(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)]
         assert torch.equal(torch.cat(found).isnan().any(dim=-1), (ids == broken).any(dim=-1))
 
 
@@ -260,9 +262,11 @@ def test_nothing_asked_is_the_prompt_alone_and_texts_do_not_see_each_other() -> 
 
 
 def test_a_stream_yields_the_tokens_of_generate() -> None:
-    how: dict[str, Any] = dict(max_new_tokens=5, context_length=4, temperature=0.7, top_k=5, top_p=0.9)
-    streamed = list(stream(wild(), PROMPT, TINY, seeded(4), **how))
-    assert torch.equal(torch.stack(streamed, dim=1), generate(wild(), PROMPT, TINY, seeded(4), **how)[:, 3:])
+    sizes: dict[str, Any] = dict(max_new_tokens=5, context_length=4)
+    sampling = SamplingParams(temperature=0.7, top_k=5, top_p=0.9)
+    streamed = list(stream(wild(), PROMPT, TINY, seeded(4), sampling=sampling, **sizes))
+    whole = generate(wild(), PROMPT, TINY, seeded(4), temperature=0.7, top_k=5, top_p=0.9, **sizes)
+    assert torch.equal(torch.stack(streamed, dim=1), whole[:, 3:])
 
 
 @pytest.mark.parametrize(
@@ -284,7 +288,7 @@ def test_tokens_are_drawn_from_the_truncated_distribution(
     draws, order = 4000, [2, 0, 3, 1]  # where the ranks lie in the vocabulary
     logits = torch.empty(4)
     logits[order] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log() + 5
-    found = sample(logits.expand(draws, 4), seeded(0), temperature=temperature, top_k=top_k, top_p=top_p)
+    found = sample(logits.expand(draws, 4), seeded(0), SamplingParams(temperature, top_k, top_p))
     counts = Counter(found.tolist())
     for token, p in zip(order, wanted, strict=True):
         assert abs(counts[token] / draws - p) <= 5 * math.sqrt(p * (1 - p) / draws), f"{counts}, wanted {wanted}"
@@ -292,7 +296,7 @@ def test_tokens_are_drawn_from_the_truncated_distribution(
 
 def test_a_temperature_near_zero_is_the_argmax_and_no_overflow() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert sample(logits, seeded(0), temperature=1e-40).tolist() == [1]
+    assert sample(logits, seeded(0), SamplingParams(temperature=1e-40)).tolist() == [1]
 
 
 def test_the_penalty_divides_positive_logits_and_multiplies_negative_ones_of_seen_tokens() -> None:

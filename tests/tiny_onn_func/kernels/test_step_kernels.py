@@ -19,7 +19,7 @@ from tiny_onn_func.kernels import build, runtime
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.ops import as_wide_as
 from tiny_onn_func.routing import route
-from training.step.router_loss import router_targets
+from training.step.rules import router_targets
 from training.step.sums import _routing_sums, finite_sum
 from training.step.surprise import scatter_surprise
 

@@ -14,7 +14,7 @@ from tests.helpers import assert_close, seeded
 from tiny_onn_func.attention import ATTEND, SPLIT_HEADS, causal_bias, split_heads
 from tiny_onn_func.kernels import build, runtime
 from tiny_onn_func.ops import RMS_NORM, SWIGLU, rotary_angles
-from tiny_onn_func.primitives.fused import FusedOp, autograd_function, fused
+from tiny_onn_func.primitives.fused import FusedOp, autograd_function
 from training.step.losses import CROSS_ENTROPY
 from training.step.router_loss import ROUTER_SUMS
 
@@ -75,7 +75,7 @@ def single(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def smooth_part(op: FusedOp, way: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    rest = inputs[op.differentiable :]
+    rest = inputs[op.floats :]
     return lambda *own: tuple(way(*own, *rest)[: op.smooth])
 
 
@@ -83,8 +83,8 @@ def slopes(
     op: FusedOp, way: Callable[..., Any], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(all outputs, gradients of the smooth ones times drawn numbers)."""
-    own = [t.detach().requires_grad_() for t in inputs[: op.differentiable]]
-    out = way(*own, *inputs[op.differentiable :])
+    own = [t.detach().requires_grad_() for t in inputs[: op.floats]]
+    out = way(*own, *inputs[op.floats :])
     total = sum((t * drawn(*t.shape, seed=7).to(t.dtype)).sum() for t in out[: op.smooth])
     return tuple(t.detach() for t in out), torch.autograd.grad(total, own)
 
@@ -98,9 +98,9 @@ def test_the_kernel_equals_the_plain_way_with_its_gradients(name: str, seed: int
     op, draw = CASES[name]
     width = min(width, 40) if name != "cross_entropy" else width
     inputs = draw(seed, size, width)
-    assert runtime.usable_now(*single(inputs)[: op.differentiable])
+    assert runtime.usable_now(*single(inputs)[: op.floats])
     found, found_slopes = slopes(op, autograd_function(op).apply, single(inputs))
-    wanted, wanted_slopes = slopes(op, op.plain, inputs)
+    wanted, wanted_slopes = slopes(op, op.reference, inputs)
     for ours, theirs in zip((*found, *found_slopes), (*wanted, *wanted_slopes), strict=True):
         if theirs.is_floating_point():
             size_of = max(1.0, float(theirs.abs().max()))
@@ -114,7 +114,7 @@ def test_the_kernel_equals_the_plain_way_with_its_gradients(name: str, seed: int
 def test_gradcheck_gradgradcheck_and_forward_mode(name: str) -> None:
     op, draw = CASES[name]
     inputs = draw(0, 3, 2)
-    own = [t.requires_grad_() for t in inputs[: op.differentiable]]
+    own = [t.requires_grad_() for t in inputs[: op.floats]]
     function = smooth_part(op, autograd_function(op).apply, inputs)
     assert torch.autograd.gradcheck(function, own, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, own)
@@ -127,12 +127,12 @@ def test_a_second_derivative_through_the_kernel_is_the_plain_ones(name: str) -> 
     inputs = draw(0, 5, 4)
 
     def curvature(way: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        own = [t.detach().requires_grad_() for t in inputs[: op.differentiable]]
+        own = [t.detach().requires_grad_() for t in inputs[: op.floats]]
         value = sum((t**2).sum() for t in smooth_part(op, way, inputs)(*own))
         first = torch.autograd.grad(value, own, create_graph=True)
         return torch.autograd.grad(sum((g**2).sum() for g in first), own)
 
-    for ours, theirs in zip(curvature(fused(op), single(inputs)), curvature(op.plain, inputs), strict=True):
+    for ours, theirs in zip(curvature(op, single(inputs)), curvature(op.reference, inputs), strict=True):
         assert_close(ours.double(), theirs, 1e-4 * max(1.0, float(theirs.abs().max())))
 
 
@@ -145,13 +145,13 @@ def test_mapped_runs_equal_a_loop_forward_and_in_a_gradient(name: str, dtype: to
     if dtype == torch.float32:
         drawings = [single(inputs) for inputs in drawings]
     count = sum(isinstance(t, Tensor) for t in drawings[0])
-    shared = None if shared is None or op.differentiable == 1 else shared
+    shared = None if shared is None or op.floats == 1 else shared
     dims = tuple(None if place == shared else 0 for place in range(count))
     columns = [torch.stack(list(t)) for t in zip(*(inputs[:count] for inputs in drawings), strict=True)]
     given = [t if dim == 0 else t[0] for t, dim in zip(columns, dims, strict=True)]
     numbers = drawings[0][count:]
     tolerance = 1e-10 if dtype == torch.float64 else 2e-5
-    for way in (fused(op), autograd_function(op).apply):
+    for way in (op, autograd_function(op).apply):
 
         def outputs(*tensors: Tensor, way: Callable[..., Any] = way) -> tuple[Tensor, ...]:
             return tuple(way(*tensors, *numbers))
@@ -181,8 +181,8 @@ def test_forward_mode_of_mapped_runs_equals_a_loop(name: str) -> None:
     columns = [torch.stack(list(t)) for t in zip(*(inputs[:count] for inputs in drawings), strict=True)]
 
     def tangent(*tensors: Tensor) -> tuple[Tensor, ...]:
-        function = smooth_part(op, fused(op), (*tensors, *drawings[0][count:]))
-        own = tensors[: op.differentiable]
+        function = smooth_part(op, op, (*tensors, *drawings[0][count:]))
+        own = tensors[: op.floats]
         return jvp(function, own, tuple(torch.ones_like(t) for t in own))[1]
 
     loop = [tangent(*(t[run] for t in columns)) for run in range(3)]
@@ -211,8 +211,8 @@ def test_the_bits_depend_on_no_thread_and_no_other_run(name: str) -> None:
     assert all(torch.equal(one, some[1]) for one, some in zip(alone, together[0], strict=True))
 
     def pulled_back(inputs: tuple[Any, ...], upstream: list[Tensor]) -> Tensors:
-        own = [t.detach().requires_grad_() for t in inputs[: op.differentiable]]
-        out = autograd_function(op).apply(*own, *inputs[op.differentiable :])[: op.smooth]
+        own = [t.detach().requires_grad_() for t in inputs[: op.floats]]
+        out = autograd_function(op).apply(*own, *inputs[op.floats :])[: op.smooth]
         return torch.autograd.grad(out, own, upstream)
 
     upstream = [drawn(*t.shape, seed=8).float() for t in together[0][: op.smooth]]

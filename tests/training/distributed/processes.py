@@ -11,15 +11,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from tests.helpers import ROOT, spread_params, tiny_batch, tiny_config
+from tests.helpers import ROOT, example, spread_params, tiny_batch, tiny_config
 from tests.training.step.test_hyper_step import HYPER, as_double
 from tiny_onn_func import ModelConfig
-from training import Batch, TrainState, hyper_step, init_state
+from tiny_onn_func.tree import tree_map
+from training import Batch, Rule, TrainState, hyper_step, init_state
 from training.distributed.collectives import Group
 from training.distributed.layout import layout_of, own_state, whole_state
 from training.distributed.parallel_step import parallel_step
 from training.distributed.sharded_checkpoint import load_sharded, open_sharded, save_sharded
+from training.step.rules import LEAST_SURPRISE
 
 FIXED, DYNAMIC = tiny_config(num_experts_per_tok=3), tiny_config()
 CROWDED = tiny_config(num_experts_per_tok=2)  # all tokens visit the first two experts, and no row the other process
@@ -36,6 +39,7 @@ TRICKS = {
     "benefit": (FIXED, HYPER._replace(backbone_lr_scale=0.3), {"kind": "benefit"}),
     "crowded": (CROWDED, HYPER, {}),
     "bfloat16": (FIXED, HYPER, {"compute_dtype": torch.bfloat16}),
+    "own rule": (FIXED, HYPER, {"rule": example("average_surprise_of_a_token").RULE}),
 }
 LAYOUTS = {"data": (False, 1), "optimizer": (True, 1), "experts": (False, 2), "both": (True, 2)}  # (ZeRO-1, experts)
 CASES = {
@@ -51,13 +55,13 @@ SAVED = ("optimizer", "experts", "both")
 ABOUT: dict = {"config_dict": asdict(FIXED), "tokenizer": "bytes", "settings": {}}
 
 
-def a_state(config: ModelConfig) -> TrainState:
-    fresh = init_state(config, torch.Generator().manual_seed(0))
+def a_state(config: ModelConfig, rule: Rule = LEAST_SURPRISE) -> TrainState:
+    fresh = init_state(config, torch.Generator().manual_seed(0), rule)
     moments = [opt._replace(mu=as_double(opt.mu), nu=as_double(opt.nu)) for opt in (fresh.expert_opt, fresh.router_opt)]
     params = spread_params(config, router_gain=3.0)
     if config is CROWDED:
         params["layers"]["moe"]["router_bias"][:, :2] += 10.0
-    return TrainState(params, *moments, fresh.step)
+    return TrainState(params, *moments, fresh.step, tree_map(Tensor.double, fresh.rule))
 
 
 def a_batch(step: int) -> Batch:
@@ -68,11 +72,19 @@ def a_batch(step: int) -> Batch:
     return batch._replace(labels=labels)
 
 
+def rule_of(statics: dict) -> dict:
+    return {key: value for key, value in statics.items() if key == "rule"}
+
+
 @cache
 def alone(trick: str) -> tuple[TrainState, list]:
     """What one process makes of it."""
     config, hyper, statics = TRICKS[trick]
-    return _train(lambda state, batch: hyper_step(state, batch, hyper, config, **statics), a_state(config), lambda b: b)
+    return _train(
+        lambda state, batch: hyper_step(state, batch, hyper, config, **statics),
+        a_state(config, **rule_of(statics)),
+        lambda b: b,
+    )
 
 
 def together(trick: str, layout_name: str, world: Group) -> tuple[TrainState, list, dict[str, int]]:
@@ -85,7 +97,7 @@ def together(trick: str, layout_name: str, world: Group) -> tuple[TrainState, li
     def rows(batch: Batch) -> Batch:
         return Batch(*(part[world.rank * each : (world.rank + 1) * each] for part in batch))
 
-    state = own_state(a_state(config), config, layout)
+    state = own_state(a_state(config, **rule_of(statics)), config, layout)
     world.sent.clear()
     state, metrics = _train(
         lambda state, batch: parallel_step(state, batch, hyper, config, layout, **statics), state, rows

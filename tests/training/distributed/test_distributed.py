@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.helpers import assert_close, assert_same_bits
 from tests.training.distributed.processes import CASES, FIXED, LAYOUTS, SAVED, STEPS, alone, spawn, trained
@@ -74,7 +75,9 @@ def test_many_processes_make_the_step_of_one(results, size: int, trick: str, lay
             assert_close(measured[0].grad_norm, metrics[0].grad_norm, 5e-2)
             continue
         for name, leaf in walk(state):
-            assert_close(dict(walk(found))[name].double(), leaf.double(), STATE, f"rank {rank}, {name}")
+            root = Tensor.sqrt if ".nu." in name else Tensor.double  # a square's relative error is twice the gradient's
+            ours, theirs = root(dict(walk(found))[name].double()), root(leaf.double())
+            assert_close(ours, theirs, STATE, f"rank {rank}, {name}")
         for mine, theirs in zip(measured, metrics, strict=True):
             for name, value in theirs._asdict().items():
                 assert_close(getattr(mine, name).double(), value.double(), METRICS, f"rank {rank}, {name}")

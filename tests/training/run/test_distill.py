@@ -15,7 +15,7 @@ from torch.func import vmap
 from tests.helpers import assert_close, assert_same_bits, spread_params, tiny_batch, tiny_config
 from tiny_onn_func import forward, save_pretrained
 from tiny_onn_func.experts import Rows, apply_w2
-from tiny_onn_func.tree import flatten, unflatten
+from tiny_onn_func.tree import flatten, partition, unflatten
 from training import HyperParams, hyper_step, init_state
 from training.cli import main
 from training.commands.export import byte_tokenizer_files
@@ -58,7 +58,7 @@ def mixture(logits: Tensor) -> Tensor:
 
 def test_gradients_are_those_of_the_mixture_and_surprise_is_its_probe_gradient() -> None:
     params = spread_params(CONFIG, 1)
-    (fast, _), seen = main_gradients(params, BATCH, MIXED, CONFIG, STEP, teacher_logits=teacher_logits())
+    (fast, _), seen = main_gradients(*partition(params), BATCH, MIXED, CONFIG, STEP, teacher_logits=teacher_logits())
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in flatten(params).items()}
     probes: list[tuple[Tensor, Tensor, Rows]] = []
 
@@ -94,7 +94,7 @@ def test_a_student_that_is_its_teacher_learns_nothing_from_it() -> None:
     params = spread_params(CONFIG, 1)
     own, _ = forward(params, BATCH.input_ids, CONFIG, attention_mask=BATCH.attention_mask)
     only = HyperParams(distill_alpha=1.0)
-    (fast, _), seen = main_gradients(params, BATCH, only, CONFIG, STEP, teacher_logits=own)
+    (fast, _), seen = main_gradients(*partition(params), BATCH, only, CONFIG, STEP, teacher_logits=own)
     assert max(float(grad.abs().max()) for grad in flatten(fast).values()) < 1e-12
     assert float(seen.distill_sum) == pytest.approx(0, abs=1e-12)
     assert float(seen.lm.loss_sum) > 1, "the metric stays the cross entropy"

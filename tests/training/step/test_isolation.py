@@ -30,14 +30,17 @@ from tests.helpers import (
     tiny_config,
 )
 from tiny_onn_func import ModelConfig, forward
+from tiny_onn_func.experts import Rows
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.tree import flatten, leaves, partition, stack, tree_map
 from training import Batch, HyperParams, SurpriseHookManager, TrainState, hyper_step, init_state, per_token_surprise
 from training.step.main_pass import main_gradients
 from training.step.metrics import shares
 from training.step.optim import adamw_init
-from training.step.router_loss import Targets, router_loss, router_targets
+from training.step.router_loss import router_loss
+from training.step.rules import Targets, router_targets
 from training.step.sums import routed_rows
+from training.step.surprise import HookPoint
 
 Params = dict[str, Any]
 IS_ROUTER = ("layers.moe.router", "layers.moe.router_bias")
@@ -217,7 +220,7 @@ def test_a_step_does_not_depend_on_what_ran_before_it() -> None:
     case = situation(num_experts=3, num_hidden_layers=1)
     vmap(lambda p: main_loss(p, case))(stack([case.params, case.params]))
     main_loss(tree_map(lambda leaf: leaf.clone().requires_grad_(), case.params), case).backward()
-    with pytest.raises(ValueError, match="surprise_budget"):
+    with pytest.raises(ValueError, match="pi_alpha"):
         a_step(pi_alpha=7.0)
     with pytest.raises(IndexError, match="out of bounds"):
         main_loss(case.params, case._replace(batch=case.batch._replace(labels=case.batch.labels.clamp_min(0) + 99)))
@@ -241,9 +244,9 @@ def test_a_step_is_the_same_with_and_without_torch_func() -> None:
     Not the same bits: backward formulas differ in the last place where the gradient has a graph itself.
     """
     case = situation()
-    plain, _ = main_gradients(case.params, case.batch, case.hyper, case.config, torch.tensor(0))
+    plain, _ = main_gradients(*partition(case.params), case.batch, case.hyper, case.config, torch.tensor(0))
     followed = tree_map(lambda leaf: leaf.clone().requires_grad_(), case.params)
-    functional, _ = main_gradients(followed, case.batch, case.hyper, case.config, torch.tensor(0))
+    functional, _ = main_gradients(*partition(followed), case.batch, case.hyper, case.config, torch.tensor(0))
     for name, leaf in flatten(plain[0]).items():
         assert_close(flatten(functional[0])[name].detach(), leaf, 1e-12, name)
 
@@ -322,9 +325,10 @@ def test_a_thousand_mapped_steps_leave_no_tensor_and_no_graph_behind() -> None:
 class Undetached(SurpriseHookManager):
     """What the hook manager must not do: keep the gradient attached to its graph."""
 
-    def _hook(self, seen: Tensor, record: Callable[[Tensor], None]) -> bool:
-        self._handles.append(seen.register_hook(record))
-        return True
+    def _hook(self, layer: int, point: HookPoint, tensors: tuple[Tensor, ...], saved: Tensor, rows: Rows) -> None:
+        for t in tensors:
+            self._handles.append(t.register_hook(lambda grad: self._record(layer, point, grad)))
+            self._saved[point.place, layer] = saved.detach(), rows
 
 
 @pytest.mark.parametrize(("manager", "leaks"), [(SurpriseHookManager, False), (Undetached, True)])

@@ -15,7 +15,8 @@ from training import HyperParams
 from training.step.hyper_step import balanced_bias
 from training.step.losses import language_modelling, predictive_integrity
 from training.step.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
-from training.step.router_loss import Targets, router_loss, router_targets
+from training.step.router_loss import router_loss
+from training.step.rules import Targets, router_targets
 
 
 def drawn_tree(seed: int) -> dict:
@@ -216,8 +217,15 @@ def test_an_even_load_has_a_balance_loss_of_one_and_a_collapsed_one_of_num_exper
 
 
 def test_the_selection_bias_sinks_over_used_experts() -> None:
-    load = torch.tensor([[0.5, 0.25, 0.25, 0.0]])
-    assert balanced_bias(torch.zeros(1, 4), load, 0.1).tolist() == [[pytest.approx(-0.1), 0.0, 0.0, pytest.approx(0.1)]]
+    rows = torch.tensor([[6, 3, 3, 0]])
+    assert balanced_bias(torch.zeros(1, 4), rows, 0.1).tolist() == [[pytest.approx(-0.1), 0.0, 0.0, pytest.approx(0.1)]]
+
+
+@given(st.integers(1, 7), st.integers(1, 10_000))
+def test_an_exactly_fair_load_moves_no_bias(experts: int, rows: int) -> None:
+    """Shares in float32 need not add up: 1 / 6 six times is above or below 1 by rounding."""
+    bias = torch.linspace(-1, 1, experts)[None]
+    assert torch.equal(balanced_bias(bias, torch.full((1, experts), rows), 0.1), bias)
 
 
 def test_predictive_integrity_is_its_formula() -> None:

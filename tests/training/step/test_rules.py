@@ -20,7 +20,7 @@ from tiny_onn_func.tree import flatten, stack, unflatten, unstack, walk
 from training import HyperParams, TrainState, hyper_step, init_state, per_token_surprise
 from training.step.counter_rng import Purpose, random_exploration, random_normal, random_words
 from training.step.regenerate import regenerate
-from training.step.router_loss import Targets, router_targets, shuffled
+from training.step.rules import Targets, router_targets, shuffled
 from training.step.surprise import MEASURED, divide_by_expert_mean, divide_by_weight, row_dot
 
 ROUTINGS = {"K=2": {"num_experts_per_tok": 2}, "dynamic": {}, "K=E": {"num_experts_per_tok": 4}}
@@ -343,10 +343,10 @@ def test_experts_of_runs_side_by_side_are_replaced_as_those_of_each_run_alone() 
     hyper = HyperParams(
         regenerate_below=torch.tensor([0.01, 0.01, 0.5]), beta2=0.75, explore_seed=torch.tensor([1, 2, 3])
     )
-    found = regenerate(*stack(states), load=load, hyper=hyper)
+    found = regenerate(*stack(states)[:4], load=load, hyper=hyper, router_learns=1.0)
     for run, state in enumerate(states):
         alone = HyperParams(regenerate_below=float(hyper.regenerate_below[run]), beta2=0.75, explore_seed=1 + run)
-        wanted = regenerate(*state, load=load[run], hyper=alone)
+        wanted = regenerate(*state[:4], load=load[run], hyper=alone, router_learns=1.0)
         for name, leaf in walk(wanted):
             assert_close(dict(walk(found))[name][run], leaf, 1e-6, name)
     changed = (stack(states).params["layers"]["moe"]["w2"] != found["params"]["layers"]["moe"]["w2"]).flatten(3).any(-1)
@@ -377,8 +377,10 @@ def test_hash_routing_trains_and_maps() -> None:
         alone, metrics = hyper_step(state, batch, HyperParams(), config)
         assert float(metrics.main_loss) > 0
         for name, leaf in flatten(alone.params).items():
-            if name != ROUTER:  # it learns from targets that no choice of it made; nobody asks it
-                assert_close(flatten(run.params)[name], leaf, 2e-4, name)
+            assert_close(flatten(run.params)[name], leaf, 2e-4, name)
+        assert_same_bits(
+            alone.params["layers"]["moe"]["router"], state.params["layers"]["moe"]["router"], "a hash learns"
+        )
 
 
 # Token routing --------------------------------------------------------------------------------------------------------

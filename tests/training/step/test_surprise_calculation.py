@@ -35,7 +35,7 @@ from tiny_onn_func.experts import apply_w2 as plain
 from tiny_onn_func.tree import flatten, stack, tree_map, unflatten, unstack
 from training import Batch, HyperParams, SurpriseHookManager, TrainState, hyper_step, per_token_surprise
 from training.step.optim import adamw_init
-from training.step.router_loss import router_targets
+from training.step.rules import router_targets
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 

@@ -11,11 +11,11 @@ static void update(int64_t count, const float *n, float tiny, const float *param
     float scale = n[0], into_mu = n[1], into_nu = n[2], eps = n[3], decay = n[4], step = n[5];
     for (int64_t i = 0; i < count; i++) {
         float grad = grads[i] * scale;
-        float m = mu[i] + into_mu * (grad - mu[i]);
-        float v = nu[i] + into_nu * (grad * grad - nu[i]);
+        float m = fused(into_mu, grad - mu[i], mu[i]);
+        float v = fused(into_nu, fused(grad, grad, -nu[i]), nu[i]);
         new_mu[i] = m;
         new_nu[i] = v;
-        new_params[i] = params[i] * decay - step * (m / (sqrtf(v + tiny) + eps));
+        new_params[i] = fused(-step, m / (sqrtf(v + tiny) + eps), params[i] * decay);
     }
 }
 

@@ -6,16 +6,19 @@
 INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* A row of `n` scores, with room for whole vectors, to e^(score + mask - from), zeros behind them; where that is not
-   `known`, to shares that sum to 1, and `from` becomes the logarithm of the sum. */
+   `known`, to shares that sum to 1, and `from` becomes the logarithm of the sum. Where the mask is the least number the share
+   is 0, whatever else is there, unless the score is no number: that is not hidden. Where nothing is left all shares are 0. */
 INLINE void softmax(int64_t n, float *p, const float *mask, float *from, int known) {
-    vec most = (vec){0} - INFINITY, sum = {0};
+    vec most = every(-INFINITY), sum = {0};
     for (int64_t j = 0; j < n; j += LANES) {
-        vec x = *(vec *)(p + j) + (n - j < LANES ? part(mask + j, (int)(n - j)) : *(const vec *)(mask + j));
-        if (n - j < LANES) x = either(places() < (int)(n - j), x, (vec){0} - INFINITY);
+        vec bias = n - j < LANES ? part(mask + j, (int)(n - j)) : *(const vec *)(mask + j), x = *(vec *)(p + j) + bias;
+        x = either((bias <= -FLT_MAX) & (x == x), every(-INFINITY), x);
+        if (n - j < LANES) x = either(places() < (int)(n - j), x, every(-INFINITY));
         most = either(most > x, most, x);
         *(vec *)(p + j) = x;
     }
     float least = known ? *from : largest_of(most);
+    if (least == -INFINITY) least = 0; /* nothing is left: e^-infinity, not what is no number */
     for (int64_t j = 0; j < n; j += LANES) {
         vec x = expo_of(*(vec *)(p + j) - least);
         if (n - j < LANES) x = either(places() < (int)(n - j), x, (vec){0});
@@ -23,7 +26,7 @@ INLINE void softmax(int64_t n, float *p, const float *mask, float *from, int kno
         *(vec *)(p + j) = x;
     }
     if (known) return;
-    float all = total_of(sum), share = 1 / all;
+    float all = total_of(sum), share = all == 0 ? 0 : 1 / all;
     *from = least + logf(all);
     for (int64_t j = 0; j < n; j += LANES) *(vec *)(p + j) *= share;
 }
@@ -52,7 +55,7 @@ INLINE int64_t place(int64_t h, int64_t i, int64_t heads, int64_t seq, int64_t d
 
 /* out (batch, seq, groups, share, dim) = softmax(q k^T + bias) v, causal, and the log of each softmax's sum; q (batch,
    groups, share, seq, dim), k and v (batch, groups, seq, dim), bias (masks, seq, seq) for batches 0 to masks - 1,
-   and again from 0 on. 1 if there is no memory. */
+   and again from 0 on. NO_MEMORY if there is none. */
 int attention(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t dim, const float *q, const float *k,
               const float *v, const float *bias, int64_t masks, float *out, float *log_sums, int threads) {
     int64_t heads = groups * share;
@@ -62,7 +65,7 @@ int attention(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t
         float *keys = malloc(sizeof(float) * (size_t)(seq * dim + HIGH * padded(seq))), *p = keys + seq * dim;
         if (!keys) {
 #pragma omp atomic write
-            failed = 1;
+            failed = NO_MEMORY;
             continue;
         }
         const float *mask = bias + t / groups % masks * seq * seq;
@@ -90,7 +93,7 @@ int attention_grad(int64_t batch, int64_t groups, int64_t share, int64_t seq, in
         float *keys = malloc(sizeof(float) * (size_t)(2 * seq * dim + 2 * seq * row));
         if (!keys) {
 #pragma omp atomic write
-            failed = 1;
+            failed = NO_MEMORY;
             continue;
         }
         float *values = keys + seq * dim, *p = values + seq * dim, *s = p + seq * row; /* s: slope in the scores */

@@ -1,5 +1,6 @@
 /* Rows times the weights of their experts. `offsets` (runs, experts) holds, for each run, the row behind the last one of
-   each expert; rows behind the last offset belong to nobody. */
+   each expert; rows behind the last offset belong to nobody. Both kernels return OUTSIDE where offsets do not ascend from 0
+   to `n` at most, or an `order` leads away from the tokens. */
 
 #include "products.h"
 
@@ -11,12 +12,25 @@ typedef struct {
     int64_t group, row, rows;
 } Task;
 
+/* Whether each run's offsets ascend from 0 to `n` at most: then every expert's rows are rows of its run. */
+static int ascend(int64_t runs, int64_t n, int64_t experts, const int32_t *offsets) {
+    int all = 1;
+    for (int64_t run = 0; run < runs; run++) {
+        int64_t last = 0;
+        for (int64_t e = run * experts; e < (run + 1) * experts; e++) {
+            all &= last <= offsets[e] && offsets[e] <= n;
+            last = offsets[e];
+        }
+    }
+    return all;
+}
+
 /* At most LANES rows times transposed weights (out, in), summed over terms: the rows are turned, not the weights, and so
    is what comes out. `room` for (in + 2 out) * LANES. */
 static void few_rows(int64_t rows, int64_t in, int64_t out, int terms, const float *const lefts[], const float *const rights[],
                      float *room, float *result) {
     float *sums = room + in * LANES, *back = sums + out * LANES;
-    memset(room, 0, sizeof(float) * (size_t)(in * LANES));
+    clear(room, in * LANES);
     for (int term = 0; term < terms; term++) {
         for (int64_t i = 0; i < rows; i++)
             for (int64_t k = 0; k < in; k++) room[k * LANES + i] = lefts[term][i * in + k];
@@ -28,13 +42,13 @@ static void few_rows(int64_t rows, int64_t in, int64_t out, int terms, const flo
         }
     }
     turn(out, LANES, sums, back);
-    memcpy(result, back, sizeof(float) * (size_t)(rows * out));
+    copy(result, back, rows * out);
 }
 
 /* result (runs, n, out): rows (runs, n, in) times the weights (experts, in, out) of their run's experts, which lie `apart`
    floats from one run to the next, or times weights (experts, out, in) transposed, plus the same of `more_rows` and `more_weights` if they are not null;
    zeros on nobody's rows. With an `order` (runs, n) row i of a run is row order[i] of its tokens' `rows` (runs, tokens, in),
-   and there are no more. 0, or 1 if there is no memory. */
+   and there are no more. */
 int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t out, int64_t tokens, const float *rows,
                    const int64_t *order, const float *weights, const float *more_rows, const float *more_weights, int64_t apart, const int32_t *offsets,
                    float *result, int transposed, int threads) {
@@ -42,8 +56,9 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
     int terms = more_rows ? 2 : 1, failed = 0;
     int few = transposed && out % LANES == 0 && in >= 2 * LANES; /* whole vectors: a row's bits are those among many rows */
     int64_t count = 0, size = in * out;
-    Task *tasks = malloc(sizeof(Task) * (size_t)(runs * (n / BLOCK + experts + 1)));
-    if (!tasks) return 1;
+    if (!ascend(runs, n, experts, offsets)) return OUTSIDE;
+    Task *tasks = malloc(sizeof(Task) * (size_t)(runs * (n / BLOCK + experts + 1))); /* whole blocks, and a rest for each expert */
+    if (!tasks) return NO_MEMORY;
     for (int64_t run = 0; run < runs; run++) {
         int64_t start = 0;
         for (int64_t e = 0; e < experts; e++)
@@ -52,7 +67,7 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
                 tasks[count++] = (Task){run * experts + e, run * n + start, some};
                 start += some;
             }
-        memset(result + (run * n + start) * out, 0, sizeof(float) * (size_t)((n - start) * out));
+        clear(result + (run * n + start) * out, (n - start) * out);
     }
 #pragma omp parallel num_threads(threads) if (threads > 1 && runs * n * size > SMALL)
     {
@@ -61,7 +76,7 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
         int64_t group = -1; /* whose weights are turned */
         if (transposed && !turned) {
 #pragma omp atomic write
-            failed = 1;
+            failed = NO_MEMORY;
         }
         int64_t some = count >= 64 * threads ? 4 : 1; /* neighbours, whose weights are next to each other */
         (void)some;
@@ -69,6 +84,11 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
         for (int64_t t = 0; t < count; t++) {
             Task task = tasks[t];
             if (transposed && !turned) continue;
+            if (order && !are_indices(task.rows, order + task.row, tokens)) {
+#pragma omp atomic write
+                failed = OUTSIDE;
+                continue;
+            }
             if (few && task.rows <= LANES) {
                 const float *own[2], *weights_of[2];
                 for (int term = 0; term < terms; term++) {
@@ -97,8 +117,10 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
 }
 
 /* result (runs, experts, in, out): for every expert the sum over its rows of rows[n]^T grads[n]; an `order` as above. */
-void grouped_outer(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t out, int64_t tokens, const float *rows,
-                   const int64_t *order, const float *grads, const int32_t *offsets, float *result, int threads) {
+int grouped_outer(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t out, int64_t tokens, const float *rows,
+                  const int64_t *order, const float *grads, const int32_t *offsets, float *result, int threads) {
+    int outside = !ascend(runs, n, experts, offsets);
+    if (outside) return OUTSIDE;
     int64_t groups = runs * experts;
     int64_t parts = groups < 8 * threads ? (in + 4 * HIGH - 1) / (4 * HIGH) : 1; /* few experts: parts of their rows of weights */
     int64_t high = (in + parts - 1) / parts;
@@ -106,22 +128,27 @@ void grouped_outer(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
     int how = aligned && groups * in * out * (int64_t)sizeof(float) > FAR ? AWAY : NEW;
 #pragma omp parallel num_threads(threads) if (threads > 1 && runs * n * in * out > SMALL)
     {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) reduction(| : outside)
         for (int64_t t = 0; t < groups * parts; t++) {
             int64_t group = t / parts, from = t % parts * high, first = group / experts * n;
             int64_t some = in - from < high ? in - from : high;
             int64_t start = group % experts ? offsets[group - 1] : 0, depth = offsets[group] - start;
             if (some <= 0) continue;
+            if (order && !are_indices(depth, order + first + start, tokens)) {
+                outside = 1;
+                continue;
+            }
             float *into = result + (group * in + from) * out;
             const float *up = grads + (first + start) * out;
             if (depth) {
                 const float *a = order ? rows + group / experts * tokens * in : rows + (first + start) * in;
                 outer_of(some, out, depth, a + from, in, order ? order + first + start : NULL, up, into, how);
             }
-            else memset(into, 0, sizeof(float) * (size_t)(some * out));
+            else clear(into, some * out);
         }
 #if defined(__AVX2__)
         _mm_sfence(); /* what was written past the caches is there for all */
 #endif
     }
+    return outside ? OUTSIDE : DONE;
 }

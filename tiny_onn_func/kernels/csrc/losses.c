@@ -16,35 +16,42 @@ INLINE void exponentials(int64_t n, const float *x, float most, float sums[2]) {
     sums[1] = total_of(moment);
 }
 
-/* Of each of `n` rows of logits: -log softmax at its label, the entropy of the softmax, the first of the largest, and the
-   log of the softmax's sum. A negative label is none: zeros for it and for the entropy. */
-void cross_entropy(int64_t n, int64_t vocab, const float *logits, const int64_t *labels, float *restrict losses,
-                   float *restrict entropies, int64_t *restrict best, float *restrict log_sums, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n * vocab > SMALL)
+/* Of each of `n` rows of logits: -log softmax at its label, the entropy of the softmax, the first of the largest (the first
+   that is no number, if any is none), and the log of the softmax's sum. A label of `none` asks for nothing: zeros for it and
+   for the entropy. OUTSIDE if another is no index of the vocabulary. */
+int cross_entropy(int64_t n, int64_t vocab, int64_t none, const float *logits, const int64_t *labels, float *restrict losses,
+                  float *restrict entropies, int64_t *restrict best, float *restrict log_sums, int threads) {
+    int outside = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : outside) if (threads > 1 && n * vocab > SMALL)
     for (int64_t i = 0; i < n; i++) {
         const float *x = logits + i * vocab;
         float most = largest(vocab, x), sums[2] = {0, 0};
         exponentials(vocab, x, most, sums);
-        int64_t first = 0;
-        while (first < vocab - 1 && x[first] != most) first++;
-        best[i] = first;
+        int is_target = is_index(labels[i], vocab);
+        outside |= !is_target && labels[i] != none;
+        best[i] = first_of(vocab, x, most, sums[0] != sums[0]);
         log_sums[i] = most + logf(sums[0]);
-        losses[i] = labels[i] < 0 ? 0 : log_sums[i] - x[labels[i]];
-        entropies[i] = labels[i] < 0 ? 0 : logf(sums[0]) - sums[1] / sums[0];
+        losses[i] = is_target ? log_sums[i] - x[labels[i]] : 0;
+        entropies[i] = is_target ? logf(sums[0]) - sums[1] / sums[0] : 0;
     }
+    return outside ? OUTSIDE : DONE;
 }
 
 /* Gradients of the losses in the logits, times grads (n). */
-void cross_entropy_grad(int64_t n, int64_t vocab, const float *grads, const float *logits, const int64_t *labels,
-                        const float *log_sums, float *restrict out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n * vocab > SMALL)
+int cross_entropy_grad(int64_t n, int64_t vocab, int64_t none, const float *grads, const float *logits,
+                       const int64_t *labels, const float *log_sums, float *restrict out, int threads) {
+    int outside = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : outside) if (threads > 1 && n * vocab > SMALL)
     for (int64_t i = 0; i < n; i++) {
         const float *x = logits + i * vocab;
-        float grad = labels[i] < 0 ? 0 : grads[i], from = log_sums[i], *to = out + i * vocab;
-        if (labels[i] < 0) memset(to, 0, sizeof(float) * (size_t)vocab);
-        else {
+        float grad = grads[i], from = log_sums[i], *to = out + i * vocab;
+        if (is_index(labels[i], vocab)) {
             for (int64_t j = 0; j < vocab; j++) to[j] = grad * expo(x[j] - from);
             to[labels[i]] -= grad;
+            continue;
         }
+        outside |= labels[i] != none;
+        clear(to, vocab);
     }
+    return outside ? OUTSIDE : DONE;
 }

@@ -19,8 +19,8 @@ INLINE void row_grad(int64_t dim, float eps, const float *x, const float *weight
     float factor = 1 / sqrtf(dot(dim, x, x) / dim + eps), along = dot3(dim, grad, weight, x) * factor * factor / dim;
     for (int64_t j = 0; j < dim; j++) {
         float slope = grad[j] * factor;
-        grad_weight[j] += slope * x[j];
-        grad_x[j] = slope * weight[j] - factor * along * x[j];
+        grad_weight[j] = fused(slope, x[j], grad_weight[j]);
+        grad_x[j] = fused(slope, weight[j], -(factor * along) * x[j]);
     }
 }
 
@@ -32,7 +32,7 @@ void rms_norm_grad(int64_t runs, int64_t n, int64_t dim, int64_t parts, float ep
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && runs * n * dim > SMALL)
     for (int64_t t = 0; t < runs * parts; t++) {
         int64_t run = t / parts, start = t % parts * rows, end = start + rows < n ? start + rows : n;
-        memset(partial + t * dim, 0, sizeof(float) * (size_t)dim);
+        clear(partial + t * dim, dim);
         for (int64_t i = run * n + start; i < run * n + end; i++)
             row_grad(dim, eps, x + i * dim, weight + run * dim, grad + i * dim, grad_x + i * dim, partial + t * dim);
     }
@@ -55,7 +55,7 @@ void split_heads(int64_t runs, int64_t batch, int64_t seq, int64_t heads, int64_
         for (int64_t h = 0; h < width; h++) {
             const float *x = qkv + (t * width + h) * dim;
             if (h >= normed) {
-                memcpy(v + ((b * groups + h - normed) * seq + i) * dim, x, sizeof(float) * (size_t)dim);
+                copy(v + ((b * groups + h - normed) * seq + i) * dim, x, dim);
                 continue;
             }
             float *to = h < heads ? q + ((b * heads + h) * seq + i) * dim : k + ((b * groups + h - heads) * seq + i) * dim;
@@ -63,8 +63,8 @@ void split_heads(int64_t runs, int64_t batch, int64_t seq, int64_t heads, int64_
             float factor = 1 / sqrtf(dot(dim, x, x) / dim + eps);
             for (int64_t j = 0; j < half; j++) {
                 float first = x[j] * factor * weight[j], second = x[j + half] * factor * weight[j + half];
-                to[j] = first * c[j] + second * s[j];
-                to[j + half] = second * c[j + half] + first * s[j + half];
+                to[j] = fused(first, c[j], second * s[j]);
+                to[j + half] = fused(second, c[j + half], first * s[j + half]);
             }
         }
     }
@@ -80,20 +80,20 @@ void split_heads_grad(int64_t runs, int64_t batch, int64_t seq, int64_t heads, i
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && runs * batch * seq * width * dim > SMALL)
     for (int64_t b = 0; b < runs * batch; b++) {
         float *turned = room + b * dim, *sums = grad_norms + b * normed * dim;
-        memset(sums, 0, sizeof(float) * (size_t)(normed * dim));
+        clear(sums, normed * dim);
         for (int64_t i = 0; i < seq; i++) {
             const float *c = cosines + i * dim, *s = sines + i * dim;
             for (int64_t h = 0; h < width; h++) {
                 int64_t at = ((b * seq + i) * width + h) * dim;
                 if (h >= normed) {
-                    memcpy(grad_qkv + at, grad_v + ((b * groups + h - normed) * seq + i) * dim, sizeof(float) * (size_t)dim);
+                    copy(grad_qkv + at, grad_v + ((b * groups + h - normed) * seq + i) * dim, dim);
                     continue;
                 }
                 const float *grad = h < heads ? grad_q + ((b * heads + h) * seq + i) * dim
                                               : grad_k + ((b * groups + h - heads) * seq + i) * dim;
                 for (int64_t j = 0; j < half; j++) { /* turned back */
-                    turned[j] = grad[j] * c[j] + grad[j + half] * s[j + half];
-                    turned[j + half] = grad[j + half] * c[j + half] + grad[j] * s[j];
+                    turned[j] = fused(grad[j], c[j], grad[j + half] * s[j + half]);
+                    turned[j + half] = fused(grad[j + half], c[j + half], grad[j] * s[j]);
                 }
                 row_grad(dim, eps, qkv + at, norms + (b / batch * normed + h) * dim, turned, grad_qkv + at, sums + h * dim);
             }

@@ -43,10 +43,10 @@ INLINE void tile(const int high, const int wide, int count, int64_t depth, const
         for (int j = 0; j < wide; j++) right[j] = *(const vec *)(b + j * LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < high; i++) {
-            float left = row[i][at];
-            if (!wide) sum[i][0] += left * right[0];
+            vec left = every(row[i][at]);
+            if (!wide) sum[i][0] = fused_of(left, right[0], sum[i][0]);
 #pragma GCC unroll 2
-            for (int j = 0; j < wide; j++) sum[i][j] += left * right[j];
+            for (int j = 0; j < wide; j++) sum[i][j] = fused_of(left, right[j], sum[i][j]);
         }
     }
 #pragma GCC unroll 8

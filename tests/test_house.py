@@ -1,0 +1,89 @@
+"""The house keeps its walls: floors, private torch modules, and packages whose __init__ is a caption."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+PACKAGES = ("tiny_onn_func", "training")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+PRIVATE = {"tiny_onn_func/tree.py", "tiny_onn_func/primitives/vmap.py", "tiny_onn_func/kernels/runtime.py"}
+PROMISED = {"tiny_onn_func/__init__.py", "training/__init__.py", "training/data/__init__.py"}  # that offer names
+
+
+def private_torch(source: str) -> Iterator[str]:
+    """Private modules of torch that a source imports, and private names that it reaches through `torch`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            named = [alias.name for alias in node.names if alias.name.startswith("torch")]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            named = [f"torch.{node.attr}"]
+        else:
+            continue
+        yield from (name for name in named if any(part.startswith("_") for part in name.split(".")))
+
+
+def test_private_torch_modules_are_imported_in_three_files() -> None:
+    allowed = {"torch.__version__", "torch._assert_async"}  # the second has no public name (2.13)
+    found = {
+        str(path.relative_to(ROOT)): [name for name in private_torch(path.read_text("utf-8")) if name not in allowed]
+        for path in SOURCES
+    }
+    assert {name for name, private in found.items() if private} == PRIVATE
+
+
+@pytest.mark.parametrize(
+    "source", ["from torch._C import x", "import torch._inductor", "from torch.utils import _pytree", "torch._foo()"]
+)
+def test_each_way_to_a_private_module_would_be_noticed(source: str) -> None:
+    assert [*private_torch(source)]
+
+
+def test_an_init_is_a_caption_or_offers_promised_names() -> None:
+    for path in (path for path in SOURCES if path.name == "__init__.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        assert ast.get_docstring(ast.Module(body, [])), path
+        assert len(body) == 1 or str(path.relative_to(ROOT)) in PROMISED, path
+
+
+@pytest.mark.parametrize(
+    "place", ["tiny_onn_func", "training", *sorted({str(p.parent.relative_to(ROOT)) for p in SOURCES})]
+)
+def test_a_room_shows_few_entries(place: str) -> None:
+    entries = [path for path in (ROOT / place).iterdir() if path.name not in ("__pycache__", "__init__.py", "py.typed")]
+    assert len(entries) <= 20, sorted(path.name for path in entries)
+
+
+def test_the_training_package_does_not_import_the_studies_until_they_are_asked_for() -> None:
+    program = "import sys, training; assert 'training.study.runner' not in sys.modules; training.run_study"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_a_wheel_carries_sub_packages_kernels_presets_and_types(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"  # a build leaves files beside what it builds
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(copy)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {str(path.relative_to(ROOT)) for path in SOURCES}
+    data = {
+        str(path.relative_to(ROOT))
+        for pattern in ("tiny_onn_func/kernels/csrc/*", "training/presets/**/*.yaml", "*/py.typed")
+        for path in ROOT.glob(pattern)
+    }
+    assert sources | data <= names
+    assert {"training/presets/small.yaml", "training/presets/studies/routers.yaml"} <= names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "examples"))]

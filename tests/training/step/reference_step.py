@@ -1,0 +1,492 @@
+"""Reference of one hyper step in plain loops and float64, written from the definitions alone.
+
+Sources: DESIGN.md, docstrings of the public names, README and docs/. Where none of them gives a definition, a comment
+`Taken:` names the one that was taken. Autograd differentiates the main loss alone; surprise is its gradient in copies
+of the weights that belong to a single row. Regeneration is left out: the noise and the state of a copy are not written.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tiny_onn_func.tree import flatten, tree_map
+
+MASK = 2**32 - 1
+TIE = 2.0**-17
+EXPLORE, SHUFFLE, ORACLE = 0, 1, 3  # streams of random words
+MATRICES = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "w1", "w3", "w2")
+ZERO = torch.zeros((), dtype=torch.float64)
+
+
+class Route(NamedTuple):
+    """A (layer, token, expert) with its routing weight, private leaves (w1, w3, w2, input) and output y."""
+
+    layer: int
+    token: int
+    expert: int
+    weight: Tensor
+    leaves: tuple[Tensor, ...]
+    y: Tensor
+
+
+class Trace(NamedTuple):
+    """Logits of each token, the routes, and by (layer, token) the router's input, its logits, and those that route."""
+
+    logits: list[Tensor]
+    routes: list[Route]
+    inputs: dict[tuple[int, int], Tensor]
+    learned: dict[tuple[int, int], Tensor]
+    routing: dict[tuple[int, int], Tensor]
+
+
+class Result(NamedTuple):
+    """Parameters and moments by name, metrics, surprise by (layer, token, expert), and the closest decision."""
+
+    params: dict[str, Tensor]
+    expert_moments: tuple[dict[str, Tensor], dict[str, Tensor]]
+    router_moments: tuple[dict[str, Tensor], dict[str, Tensor]]
+    metrics: dict[str, object]
+    surprise: dict[tuple[int, int, int], float]
+    margin: float
+
+
+class Margins(list[float]):
+    """Relative distances of discrete decisions from their alternatives; float32 may decide the closest otherwise."""
+
+    def compare(self, chosen: float, other: float, scale: float = 0.0) -> None:
+        scale = max(abs(chosen), abs(other), scale)
+        if chosen != other:  # equal values are ties by structure, which every precision shares
+            self.append(abs(chosen - other) / scale)
+
+
+def mix(x: int) -> int:
+    """Finalise 32 bits with the constants of murmur3 (tiny_onn_func/hashing.py)."""
+    x &= MASK
+    x = (x ^ x >> 16) * 0x85EBCA6B & MASK
+    x = (x ^ x >> 13) * 0xC2B2AE35 & MASK
+    return x ^ x >> 16
+
+
+def word(seed: int, step: int, stream: int, position: int) -> int:
+    """Random word of 32 bits, a hash of its four arguments (training/draws.py)."""
+    key = mix(mix(seed) + step)
+    key = key if stream == EXPLORE else mix(key + stream)
+    return mix(mix(position) + key)
+
+
+def explored(hyper, step: int, layer: int, token: int, shape: tuple[int, int, int]) -> int:
+    """Expert that the token also tries in the layer, -1 for none (training/draws.py)."""
+    layers, tokens, experts = shape
+    place = layer * tokens + token
+    chance = word(int(hyper.explore_seed), step, EXPLORE, place) / 2**32
+    choice = word(int(hyper.explore_seed), step, EXPLORE, layers * tokens + place)
+    return choice * experts >> 32 if chance < hyper.explore_prob else -1
+
+
+def rms_norm(x: Tensor, weight: Tensor | float, eps: float) -> Tensor:
+    return x / torch.sqrt((x * x).mean() + eps) * weight
+
+
+@functools.cache
+def turn(position: int, half: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles. Taken: in float32 whatever the dtype, as `transformers` computes them."""
+    angle = position * (1 / theta ** (torch.arange(half, dtype=torch.float32) / half))
+    return angle.cos().double(), angle.sin().double()
+
+
+def rotate(x: Tensor, position: int, theta: float) -> Tensor:
+    """Rotate the pairs (i, i + half) of a head by position / theta^(i / half)."""
+    half = x.shape[0] // 2
+    cos, sin = turn(position, half, theta)
+    a, b = x[:half], x[half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin))
+
+
+def attention(weights: dict[str, Tensor], x: list[Tensor], numbers: list[int], config) -> list[Tensor]:
+    """Causal grouped-query attention of one row: a token sees earlier tokens, and itself, of its own number."""
+    size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+
+    def heads(vector: Tensor, position: int, name: str) -> list[Tensor]:
+        parts = [rms_norm(p, weights[f"{name}_norm"], config.rms_norm_eps) for p in vector.split(size)]
+        return [rotate(p, position, config.rope_theta) for p in parts]
+
+    real = [i for i, number in enumerate(numbers) if number != 0]
+    queries = {i: heads(x[i] @ weights["q_proj"], i, "q") for i in real}
+    keys = {i: heads(x[i] @ weights["k_proj"], i, "k") for i in real}
+    values = {i: (x[i] @ weights["v_proj"]).split(size) for i in real}
+    outputs = [torch.zeros_like(vector) for vector in x]  # padding has no target and is never seen: any value will do
+    for i in real:
+        seen = [j for j in range(i + 1) if numbers[j] == numbers[i]]
+        mixed = []
+        for head, query in enumerate(queries[i]):
+            of = head // group
+            share = (torch.stack([keys[j][of] for j in seen]) @ query / math.sqrt(size)).softmax(0)
+            mixed.append(share @ torch.stack([values[j][of] for j in seen]))
+        outputs[i] = torch.cat(mixed) @ weights["o_proj"]
+    return outputs
+
+
+def choose(logits: Tensor, bias: Tensor, budget: float, explore: int, config, margins: Margins) -> list[int]:
+    """Experts of one real token, best first; ties by logit, then by place (DESIGN 5, "One wall")."""
+    most = config.max_experts_per_tok or config.num_experts
+    p, thresholds = logits.softmax(0).tolist(), config.routing == "thresholds"
+    # Taken: the bias is added to the probability (arXiv 2408.15664), to the logit where it is a negated threshold
+    score = (logits + bias if thresholds else logits.softmax(0) + bias).tolist()
+    order = sorted(range(len(p)), key=lambda e: (-score[e], -float(logits[e]), e))
+    if config.num_experts_per_tok > 0:
+        count = most = config.num_experts_per_tok
+    elif thresholds:
+        count = sum(s > 0 for s in score)
+        margins.extend(abs(s) for s in score)
+    else:  # Taken: with a bias, the mass of the probabilities in the order of the scores
+        mass = [math.fsum(p[e] for e in order[:rank]) for rank in range(len(p))]
+        count = sum(before < budget for before in mass)
+        margins.extend(abs(before - budget) for before in mass)
+    if config.num_experts_per_tok < 0:
+        count = min(max(count, config.min_experts_per_tok), most)
+    kept = order[:count]
+    if explore >= 0 and explore not in kept:
+        # Taken: one expert more where there is room, else in the place of the last one
+        kept = [*order[: min(count, most - 1)], explore]
+    for rank in {count, most - 1} - {0, len(p)}:
+        margins.compare(score[order[rank - 1]], score[order[rank]])
+    return kept
+
+
+def routing_weights(logits: Tensor, bias: Tensor, kept: list[int], coupling: float, config) -> Tensor:
+    """Probabilities renormalised over the kept experts; a share `coupling` of their gradient is let through."""
+    if config.routing == "thresholds":  # Taken: uniform, with the gradient of a sigmoid gate straight through (DynMoE)
+        gate = torch.sigmoid((logits + bias)[kept])
+        weights = (1 + gate - gate.detach()) / len(kept)
+    else:
+        weights = logits.softmax(0)[kept] / logits.softmax(0)[kept].sum()
+    return coupling * weights + (1 - coupling) * weights.detach()
+
+
+def visit(layer: int, token: int, expert: int, weight: Tensor, x: Tensor, moe: dict[str, Tensor]) -> Route:
+    """Apply a SwiGLU expert with weights, and an input, that are this row's own."""
+    w1, w3, w2, own = (leaf + 0.0 for leaf in (moe["w1"][expert], moe["w3"][expert], moe["w2"][expert], x))
+    gate = own @ w1
+    hidden = gate * torch.sigmoid(gate) * (own @ w3)
+    return Route(layer, token, expert, weight, (w1, w3, w2, own), hidden @ w2)
+
+
+def forward(params, batch, hyper, step: int, config, margins: Margins, rows=None, override=None) -> Trace:
+    """Decode token by token the given rows, or all; `override` sends {(layer, token): expert} to that expert alone."""
+    B, S = batch.input_ids.shape
+    shape = (config.num_hidden_layers, B * S, config.num_experts)
+    ids, numbers = batch.input_ids.flatten().tolist(), batch.attention_mask.flatten().tolist()
+    rows, eps = range(B) if rows is None else rows, config.rms_norm_eps
+    stream = [params["embed_tokens"][i] for i in ids]
+    embedded = [rms_norm(x, 1.0, eps) for x in stream]  # Taken: `token` routing sees it normed, without a weight
+    trace = Trace([], [], {}, {}, {})
+    for at in range(config.num_hidden_layers):
+        layer = tree_map(lambda leaf, at=at: leaf[at], params["layers"])
+        moe = layer["moe"]
+        for b in rows:
+            row = range(b * S, b * S + S)
+            x = [rms_norm(stream[t], layer["input_layernorm"], eps) for t in row]
+            for t, out in zip(row, attention(layer["self_attn"], x, [numbers[t] for t in row], config), strict=True):
+                stream[t] = stream[t] + out
+        for t in (t for b in rows for t in range(b * S, b * S + S) if numbers[t] != 0):
+            x = rms_norm(stream[t], layer["post_attention_layernorm"], eps)
+            seen = embedded[t] if config.routing == "token" else x
+            logits = seen @ moe["router"]
+            trace.inputs[at, t], trace.learned[at, t] = seen.detach(), logits.detach()
+            if config.routing == "hash":
+                key = mix(mix(ids[t]) + at + 1)
+                logits = torch.tensor([mix(key + mix(e)) / 2**32 for e in range(shape[2])]).double()
+            trace.routing[at, t] = logits.detach()
+            explore = explored(hyper, step, at, t, shape)
+            kept = choose(logits.detach(), moe["router_bias"].detach(), float(hyper.pi_alpha), explore, config, margins)
+            weights = routing_weights(logits, moe["router_bias"], kept, float(hyper.router_coupling), config)
+            if override and (at, t) in override:
+                kept, weights = [override[at, t]], torch.ones(1, dtype=torch.float64)
+            for e, weight in zip(kept, weights, strict=True):
+                trace.routes.append(visit(at, t, e, weight, x, moe))
+                stream[t] = stream[t] + weight * trace.routes[-1].y
+    head = params["embed_tokens"].T if config.tie_word_embeddings else params["lm_head"]
+    trace.logits.extend(rms_norm(x, params["norm"], eps) @ head for x in stream)
+    return trace
+
+
+def main_losses(trace: Trace, batch, hyper, teacher) -> tuple[list[int], Tensor, float, float]:
+    """Target tokens; sums over them: the loss that is minimised, cross entropy, KL(teacher || student)."""
+    labels = batch.labels.flatten().tolist()
+    targets = [t for t, label in enumerate(labels) if label != -100]
+    crosses, divergences = [ZERO], [ZERO]
+    alpha, heat = float(hyper.distill_alpha), float(hyper.distill_temperature)
+    for t in targets:
+        crosses.append(-trace.logits[t].log_softmax(0)[labels[t]])
+        if teacher is not None:
+            q = (teacher.double().flatten(0, 1)[t] / heat).log_softmax(0)
+            divergences.append((q.exp() * (q - (trace.logits[t] / heat).log_softmax(0))).sum())
+    cross, kl = sum(crosses), sum(divergences)
+    loss = cross if teacher is None else (1 - alpha) * cross + alpha * heat**2 * kl
+    return targets, loss, float(cross.detach()), float(kl.detach())
+
+
+def row_surprise(route: Route, grads: tuple[Tensor, ...], kind: str) -> float:
+    """Surprise of a route from the summed loss's gradients in its own w1, w3, w2, input and y."""
+    w1, w3, w2, own, y = grads
+    weight = float(route.weight.detach())
+    if kind == "w2":
+        return float(w2.norm())
+    if kind == "unweighted":  # Taken: without the routing weight
+        return float(w2.norm()) / weight
+    if kind == "experts":
+        return math.sqrt(float((w1 * w1).sum() + (w3 * w3).sum() + (w2 * w2).sum()))
+    if kind == "input":  # Taken: the gradient in the input of the row
+        return float(own.norm())
+    return float(y @ route.y.detach()) / weight  # benefit. Taken: slope of the loss in the row's weight
+
+
+def oracle_surprise(params, batch, hyper, step: int, config) -> dict[tuple[int, int, int], float]:
+    """A token's own cross entropy if it visits an expert alone, for two target tokens of each row and layer.
+
+    Taken: the two whose random words are the smallest; all else as in the step.
+    """
+    B, S = batch.input_ids.shape
+    labels, surprise = batch.labels.flatten().tolist(), {}
+    for layer in range(config.num_hidden_layers):
+        for b in range(B):
+            tokens = [t for t in range(b * S, b * S + S) if labels[t] != -100]
+            words = {t: word(int(hyper.explore_seed), step, ORACLE, layer * B * S + t) for t in tokens}
+            for t in sorted(tokens, key=words.__getitem__)[:2]:
+                for e in range(config.num_experts):
+                    alone = {(layer, t): e}
+                    logits = forward(params, batch, hyper, step, config, Margins(), [b], alone).logits[t]
+                    surprise[layer, t, e] = -float(logits.log_softmax(0)[labels[t]])
+    return surprise
+
+
+def values_of(surprise: dict, exponent: float) -> dict[tuple[int, int, int], float]:
+    """Surprise divided by its mean over the (layer, expert)'s rows, to the power of `expert_norm`."""
+    of: dict[tuple[int, int], list[float]] = {}
+    for (layer, _, e), value in surprise.items():
+        of.setdefault((layer, e), []).append(abs(value))  # Taken: mean size, as `benefit` has a sign
+    means = {key: sum(sizes) / len(sizes) for key, sizes in of.items()}
+    return {key: v / (means[key[0], key[2]] or 1.0) ** exponent for key, v in surprise.items()}
+
+
+def target_share(found: dict[int, float], temperature: float, experts: int) -> Tensor:
+    """Target of one token as a distribution over experts; found: {expert: signed surprise}."""
+    if temperature == 0 or len(found) == 1:
+        best = min(found, key=lambda e: (found[e], e))
+        return torch.nn.functional.one_hot(torch.tensor(best), experts).double()
+    mean = sum(abs(v) for v in found.values()) / len(found)  # Taken: mean size, as `benefit` has a sign
+    share = torch.full((experts,), -math.inf, dtype=torch.float64)
+    for e, value in found.items():
+        share[e] = -value / (temperature * mean)
+    return share.softmax(0)
+
+
+def targets_of(surprise: dict, tokens: list[int], total: int, hyper, step: int, config, margins: Margins):
+    """{(layer, token): target distribution} of informative tokens, before ties: how many (layer, token) are tied."""
+    values, shares, ties = values_of(surprise, float(hyper.expert_norm)), {}, 0
+    for layer in range(config.num_hidden_layers):
+        for t in tokens:
+            found = {
+                e: float(hyper.surprise_sign) * values[layer, t, e]
+                for e in range(config.num_experts)
+                if (layer, t, e) in values
+            }
+            if len(found) < max(1, int(hyper.min_candidates)):
+                continue
+            # Taken: a lone candidate, or a token with less than `min_candidates`, is not counted as a tie
+            low, high = min(found.values()), max(found.values())
+            if len(found) > 1 and high - low <= TIE * max(abs(low), abs(high)):  # `router_targets` states the threshold
+                ties += 1
+                continue
+            shares[layer, t] = target_share(found, float(hyper.target_temperature), config.num_experts)
+            ranked = sorted(found.values())
+            if len(ranked) > 1:
+                margins.compare(ranked[0], ranked[1], max(map(abs, ranked)))
+        if hyper.shuffle_targets:
+            taught = [t for t in tokens if (layer, t) in shares]
+            words = {t: word(int(hyper.explore_seed), step, SHUFFLE, layer * total + t) for t in taught}
+            # Taken: the token with the n-th smallest word gets the target of the n-th informative token
+            dealt = zip(sorted(taught, key=words.__getitem__), [shares[layer, t] for t in taught], strict=True)
+            shares.update({(layer, t): share for t, share in dealt})
+    return shares, ties
+
+
+def router_losses(trace: Trace, shares: dict, load: Tensor, hyper, step: int, config) -> tuple[dict, dict]:
+    """Losses of the router's own, and the gradient of their weighted sum in the logits of each (layer, token).
+
+    Taken: means over (layer, real token). A hash learns nothing: losses of the logits that route, without slopes.
+    """
+    E = config.num_experts
+    losses = {"router_loss": 0.0, "balance_loss": 0.0, "z_loss": 0.0}
+    weight = float(hyper.surprise_weight)
+    if hyper.surprise_until:
+        weight *= max(0.0, 1 - step / float(hyper.surprise_until))
+    slopes, fixed = {}, config.routing == "hash"
+    for (layer, t), logits in (trace.routing if fixed else trace.learned).items():
+        p, lse, count = logits.softmax(0), float(logits.logsumexp(0)), len(trace.learned)
+        loaded = float(E * (load[layer] * p).sum())  # Switch: E * sum_e (share of rows) * (mean probability)
+        losses["balance_loss"] += loaded / count
+        losses["z_loss"] += lse**2 / count
+        slope = float(hyper.balance_weight) * p * (E * load[layer] - loaded) + float(hyper.z_weight) * 2 * lse * p
+        slopes[layer, t] = slope / count
+        if (layer, t) in shares:
+            losses["router_loss"] -= float((shares[layer, t] * logits.log_softmax(0)).sum()) / len(shares)
+            slopes[layer, t] += weight * (p - shares[layer, t]) / len(shares)
+    return losses, {} if fixed else slopes
+
+
+def schedule(hyper, step: int) -> float:
+    """Share of the peak learning rate: linear warm-up, and a cosine from its end to `total_steps`."""
+    warmup, total, least = int(hyper.warmup_steps), int(hyper.total_steps), float(hyper.min_lr_ratio)
+    if step < warmup:
+        return (step + 1) / warmup  # Taken: the last step of the warm-up has the peak
+    if total == 0:
+        return 1.0
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return least + (1 - least) * (1 + math.cos(math.pi * done)) / 2
+
+
+def adamw(p, g, mu, nu, count: int, lr: float, decay: float, hyper) -> tuple[Tensor, Tensor, Tensor]:
+    """Update of `torch.optim.AdamW`, the count-th one."""
+    beta1, beta2 = float(hyper.beta1), float(hyper.beta2)
+    mu = beta1 * mu.double() + (1 - beta1) * g
+    nu = beta2 * nu.double() + (1 - beta2) * g * g
+    step = mu / (1 - beta1**count) / (torch.sqrt(nu / (1 - beta2**count)) + float(hyper.eps))
+    return p - lr * decay * p - lr * step, mu, nu
+
+
+def clip(grads: dict[str, Tensor], most: float) -> tuple[dict[str, Tensor], float]:
+    """Scale to a global norm of at most `most`, as `torch.nn.utils.clip_grad_norm_` does."""
+    norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
+    return {name: g * min(1.0, most / (norm + 1e-6)) for name, g in grads.items()}, norm
+
+
+def update(flat: dict, grads: dict, opt, rates: dict[str, float], decays: dict[str, float], hyper):
+    """New parameters and both moments by name after one step of AdamW."""
+    mus, nus, new = flatten(opt.mu), flatten(opt.nu), ({}, {}, {})
+    for name, g in grads.items():
+        count = int(opt.updates) + 1
+        updated = adamw(flat[name], g, mus[name], nus[name], count, rates[name], decays[name], hyper)
+        for out, value in zip(new, updated, strict=True):
+            out[name] = value
+    return new
+
+
+def routing_metrics(trace: Trace, shares: dict, surprise: dict, rows: Tensor, margins: Margins) -> dict:
+    """Metrics of what routers did; rows: (L, E) counts."""
+    L, E = rows.shape
+    taught, means = torch.zeros(L, E, dtype=torch.float64), torch.zeros(L, E, dtype=torch.float64)
+    agree = trivial = 0.0
+    for (layer, t), share in shares.items():
+        target, n = int(share.argmax()), len(shares)
+        taught[layer, target] += 1 / sum(at == layer for at, _ in shares)
+        agree += (int(trace.routing[layer, t].argmax()) == target) / n
+        margins.compare(*trace.routing[layer, t].sort().values[-2:].tolist(), 1.0)
+        # Taken: 1 / K, also where a shuffled or counterfactual target is none of the K experts
+        trivial += 1 / sum(r[:2] == (layer, t) for r in trace.routes) / n
+    for (layer, _, e), value in surprise.items():
+        means[layer, e] += value / sum((at, expert) == (layer, e) for at, _, expert in surprise)
+    metrics = {"gating_acc": agree, "gating_trivial": trivial, "target_load": taught, "expert_surprise": means}
+    # Taken: shares of rows are float32, also where the balance loss reads them
+    metrics["expert_load"] = (rows / rows.sum(-1, keepdim=True).clamp(min=1)).float().double()
+    metrics["avg_k"] = float(rows.sum()) / max(len(trace.learned), 1)
+    metrics["dead_experts"] = float((rows == 0).sum())
+    metrics["max_vio"] = sum(float(row.max() / row.mean() - 1) for row in rows if row.sum() > 0) / L
+    return metrics
+
+
+def loss_metrics(
+    trace: Trace, targets: list[int], cross: float, surprise: dict, batch, hyper, margins: Margins
+) -> dict:
+    """Metrics of the output distribution, and predictive integrity."""
+    labels, n = batch.labels.flatten().tolist(), max(len(targets), 1)
+    tau = hits = 0.0
+    for t in targets:
+        logp = trace.logits[t].detach().log_softmax(0)
+        tau -= float((logp.exp() * logp).sum()) / n
+        hits += (int(logp.argmax()) == labels[t]) / n
+        margins.compare(*logp.sort().values[-2:].tolist(), 1.0)
+    mean = sum(surprise.values()) / max(len(surprise), 1)
+    # Taken: "mean finite surprise per target token" is the metric `surprise`
+    exponent = (cross / n / tau if targets else 0.0) + float(hyper.pi_gamma) * mean
+    metrics = {"main_loss": cross / n, "main_acc": hits, "tau": tau, "surprise": mean, "nonfinite_surprise": 0.0}
+    return metrics | {"pi_score": math.exp(-float(hyper.pi_alpha) * exponent)}
+
+
+def update_fast(state, flat: dict, grads: dict, share: float, hyper) -> tuple[dict, dict, dict]:
+    """New parameters and moments of all but the routers; share: of the peak learning rate."""
+    rates, decays = {}, {}
+    for name in grads:
+        leaf = name.split(".")[-1]
+        scale = 1.0 if leaf in ("w1", "w3", "w2") else float(hyper.backbone_lr_scale)
+        rates[name] = float(hyper.lr) * share * scale
+        # Taken: the embedding is a matrix, norms stacked over layers are not
+        decays[name] = float(hyper.weight_decay) if leaf in MATRICES else 0.0
+    return update(flat, grads, state.expert_opt, rates, decays, hyper)
+
+
+def update_slow(state, flat: dict, grads: dict, share: float, rows: Tensor, hyper) -> tuple[dict, dict, dict]:
+    """New router and selection bias, and the router's moments; rows: (L, E) counts."""
+    old = {name: flat[f"layers.moe.{name}"] for name in ("router", "router_bias")}
+    rates, none = dict.fromkeys(grads, float(hyper.router_lr) * share), dict.fromkeys(grads, 0.0)
+    moved, mu, nu = update(old, grads, state.router_opt, rates, none, hyper)
+    moved = old | moved
+    # Loss-free balancing: sign(mean load - load), in whole rows, so that an exactly fair load moves nothing
+    unfair = torch.sign(rows.sum(-1, keepdim=True) - rows * rows.shape[-1])
+    moved["router_bias"] = moved["router_bias"] + float(hyper.bias_speed) * unfair
+    if hyper.freeze_step and int(state.step) >= hyper.freeze_step:  # Taken: the moments move on
+        moved = old
+    return {f"layers.moe.{name}": leaf for name, leaf in moved.items()}, mu, nu
+
+
+def gradients(trace: Trace, loss: Tensor, flat: dict) -> tuple[dict[str, Tensor], list[tuple[Tensor, ...]]]:
+    """Gradients of the loss in the parameters by name, and in each route's own leaves and output."""
+    wanted = [*flat.values(), *(leaf for r in trace.routes for leaf in (*r.leaves, r.y))]
+    attached = loss + 0 * flat["norm"].sum()  # without a target it depends on nothing
+    grads = torch.autograd.grad(attached, wanted, allow_unused=True, materialize_grads=True)
+    rows = [grads[len(flat) + 5 * i :][:5] for i in range(len(trace.routes))]
+    return dict(zip(flat, grads, strict=False)), rows
+
+
+def reference_step(state, batch, hyper, config, kind: str = "w2", teacher: Tensor | None = None) -> Result:
+    """One step of both systems, its metrics and its surprise."""
+    step, margins = int(state.step), Margins()
+    params = tree_map(lambda leaf: leaf.detach().double().requires_grad_(), state.params)
+    trace = forward(params, batch, hyper, step, config, margins)
+    targets, loss, cross, kl = main_losses(trace, batch, hyper, teacher)
+    flat = flatten(params)
+    grads, own = gradients(trace, loss, flat)
+    flat = {name: leaf.detach() for name, leaf in flat.items()}
+    if kind == "oracle":
+        surprise = oracle_surprise(tree_map(torch.detach, params), batch, hyper, step, config)
+    else:
+        surprise = {r[:3]: row_surprise(r, g, kind) for r, g in zip(trace.routes, own, strict=True)}
+
+    numbers = batch.attention_mask.flatten().tolist()
+    tokens = [t for t, number in enumerate(numbers) if number != 0]
+    shares, ties = targets_of(surprise, tokens, len(numbers), hyper, step, config, margins)
+    rows = torch.zeros(config.num_hidden_layers, config.num_experts, dtype=torch.float64)
+    for r in trace.routes:
+        rows[r.layer, r.expert] += 1
+    metrics = loss_metrics(trace, targets, cross, surprise, batch, hyper, margins)
+    metrics |= routing_metrics(trace, shares, surprise, rows, margins)
+    metrics["distill_loss"] = kl / max(len(targets), 1)
+    metrics["tie_rate"] = ties / max(len(trace.learned), 1)
+
+    fast = {name: g / max(len(targets), 1) for name, g in grads.items()}
+    slow = {name: fast.pop(f"layers.moe.{name}") for name in ("router", "router_bias")}
+    losses, slopes = router_losses(trace, shares, metrics["expert_load"], hyper, step, config)
+    for (layer, t), slope in slopes.items():
+        slow["router"][layer] += torch.outer(trace.inputs[layer, t], slope)
+    if config.routing != "thresholds":
+        del slow["router_bias"]  # Taken: learned only where it is a threshold
+    fast, metrics["grad_norm"] = clip(fast, float(hyper.max_grad_norm))
+    slow, metrics["router_grad_norm"] = clip(slow, float(hyper.max_grad_norm))
+    share = schedule(hyper, step)
+    new, *fast_moments = update_fast(state, flat, fast, share, hyper)
+    moved, *slow_moments = update_slow(state, flat, slow, share, rows, hyper)
+    metrics |= losses | {"lr": float(hyper.lr) * share}
+    return Result(new | moved, tuple(fast_moments), tuple(slow_moments), metrics, surprise, min(margins, default=1.0))

@@ -1,0 +1,66 @@
+"""Check tensors from outside before anything indexes with them: dtype, shape and range, one line on what is wrong.
+
+The compiled kernels trust what passes here (they check once more). Nothing waits for a device: on an accelerator the
+range is asserted asynchronously, under a trace and on the meta device there are no values to look at.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tiny_onn_func.kernels.runtime import is_traced
+from tiny_onn_func.primitives.vmap import unwrap_all
+
+
+def check_indices(
+    name: str,
+    t: Tensor,
+    low: int,
+    high: int,
+    *,
+    shape: Sequence[int] | None = None,
+    ignore: int | None = None,
+) -> None:
+    """Refuse what is no int64 tensor of that shape with values in [low, high); `ignore` is allowed beside them.
+
+    Raises:
+        ValueError: another dtype or shape.
+        IndexError: a value out of range.
+    """
+    check_dtype(name, t, torch.int64)
+    if shape is not None:
+        check_shape(name, t, shape)
+    plain = unwrap_all(t)
+    if is_traced(plain) or plain.device.type == "meta" or not plain.numel():
+        return
+    kept = plain if ignore is None else torch.where(plain == ignore, low, plain)
+    besides = "" if ignore is None else f" or {ignore}"
+    if plain.device.type != "cpu":
+        inside = ((kept >= low) & (kept < high)).all()
+        torch._assert_async(inside, f"{name}: expected {low} to {high - 1}{besides}, got a value outside")
+        return
+    lowest, highest = (int(value) for value in kept.aminmax())
+    if lowest < low or highest >= high:
+        came = lowest if lowest < low else highest
+        raise IndexError(f"{name}: expected {low} to {high - 1}{besides}, got {came}")
+
+
+def check_shape(name: str, t: Tensor, shape: Sequence[int]) -> None:
+    """Refuse another shape.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
+
+
+def check_dtype(name: str, t: Tensor, dtype: torch.dtype) -> None:
+    """Refuse another dtype; nothing is converted silently.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if t.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {t.dtype}; convert it with .to({dtype})")
