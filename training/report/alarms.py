@@ -20,6 +20,7 @@ DEAD_SHARE = 0.1
 TAKEN_SHARE = 0.9
 TAKEN_OVER_FAIR = 1.5  # so that few experts with many slots each are no takeover
 ENOUGH_BALANCE, ENOUGH_BIAS, ENOUGH_EXPLORED = 1.0, 0.01, 0.05  # with which no expert of the default sizes was dead
+ENOUGH_BUDGET = 0.9  # with which tokens kept 8 of 16 experts where 0.5 left one
 SUSPICIOUS_GATING = 0.9  # gating accuracy that a reader could take for success
 
 Records = Sequence[Mapping[str, Any]]
@@ -63,7 +64,7 @@ def collapse_alarms(
     window = [record for record in history[-WINDOW:] if _is_past(record, guards.warmup_steps)]
     load, mends = _loads(window, num_experts), _even_out(guards)
     alarms = [
-        _single_expert(history, window, _widen(guards, fewest, num_experts)) if most > 1 else None,
+        _single_expert(history, window, _widen(guards)) if most > 1 else None,
         _dead(load, mends),
         _taken_over(load, fewest, mends) if fewest < num_experts else None,
     ]
@@ -92,16 +93,12 @@ def _even_out(guards: Guards) -> str:
     return f"Set {', or '.join(mends)}."
 
 
-def _widen(guards: Guards, fewest: int, num_experts: int) -> str:
-    """What lets a token visit more experts than one."""
-    mends = []
-    if guards.balance_weight < ENOUGH_BALANCE:
-        mends.append(_raise("balance_weight", guards.balance_weight, ENOUGH_BALANCE))
-    if fewest < 2 <= num_experts:
-        mends.append("--model.min-experts-per-tok 2")
-    if guards.pi_alpha < 1:
-        mends.append(f"a larger --hyper.pi-alpha (it is {guards.pi_alpha:g})")
-    return f"Set {', or '.join(mends)}." if mends else "Lower --hyper.router-lr."
+def _widen(guards: Guards) -> str:
+    """What lets a token visit more experts than one; exploring with 0.05 or a balance weight of 1 does not."""
+    mends = ["--model.min-experts-per-tok 2"]
+    if guards.pi_alpha < ENOUGH_BUDGET:
+        mends.append(_raise("pi_alpha", guards.pi_alpha, ENOUGH_BUDGET))
+    return f"Set {', or '.join(mends)}."
 
 
 def _raise(name: str, value: float, wanted: float) -> str:

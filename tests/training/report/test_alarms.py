@@ -32,8 +32,7 @@ def test_fallen_k_rings_with_its_figures_and_says_that_perfect_gating_is_the_col
         "0.99",
         "not success",
         "--model.min-experts-per-tok 2",
-        "--hyper.pi-alpha",
-        "--hyper.balance-weight 1",
+        "--hyper.pi-alpha 0.9 (it is 0.5)",
     ):
         assert part in alarm
 
@@ -79,9 +78,11 @@ def test_advice_is_what_the_run_does_not_have_yet(guards: Guards, wanted: list[s
 
 
 def test_a_single_expert_is_widened_by_what_the_run_does_not_have_yet() -> None:
-    (alarm,) = collapse_alarms(records(avg_k=1.0), E, guards=Guards(balance_weight=1.0, pi_alpha=0.3))
-    assert "Set --model.min-experts-per-tok 2, or a larger --hyper.pi-alpha (it is 0.3)." in alarm
-    assert "balance" not in alarm
+    (alarm,) = collapse_alarms(records(avg_k=1.0), E, guards=Guards(pi_alpha=0.3))
+    assert "Set --model.min-experts-per-tok 2, or --hyper.pi-alpha 0.9 (it is 0.3)." in alarm
+    (alarm,) = collapse_alarms(records(avg_k=1.0), E, guards=Guards(pi_alpha=0.95))
+    assert alarm.endswith("Set --model.min-experts-per-tok 2.")
+    assert "explore" not in alarm, "with 0.05 of it avg_k is 1.06: the alarm goes on"
 
 
 def test_the_alarm_is_silent_during_the_warm_up_and_for_the_records_of_it() -> None:
