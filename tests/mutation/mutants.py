@@ -44,7 +44,7 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ("rows._replace(order=number, inverse=number)", "rows._replace(order=number)"),
         ("rows.order // (rows.order.shape[-1] // x.shape[-2])", "rows.token"),
         ('check_shape("apply_w2: output", y, (*rows.token.shape, x.shape[-1]))', "pass"),
-        ('check_shape("apply_w13: gate and up", t, (*rows.token.shape, params["w1"].shape[-1]))', "pass"),
+        ('check_shape("apply_w13: up", up, gate.shape)', "pass"),
     ],
     "tiny_onn_func/kernels/csrc/adamw.c": [
         ("params[i] * decay", "params[i]"),

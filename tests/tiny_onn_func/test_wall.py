@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: run_forward(apply_w2=lambda *given: apply_w2(*given)[:3]), "apply_w2: output: expected shape",
     ),
     "another hook point with fewer rows": (
-        lambda: run_forward(apply_w13=lambda *given: tuple(t[:3] for t in apply_w13(*given))), "apply_w13: gate and up",
+        lambda: run_forward(apply_w13=lambda *given: tuple(t[:3] for t in apply_w13(*given))), "expected",
     ),
     "labels that are longer": (
         lambda: step(BATCH._replace(labels=torch.zeros(2, 6, dtype=torch.int64))), "labels: expected shape",
