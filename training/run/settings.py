@@ -5,12 +5,9 @@ command line (`--model.hidden-size`), a key of the overrides of a study. Flags w
 defaults of RunConfig. This is the only file that imports pydantic and tyro.
 """
 
-import ast
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, make_dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -23,7 +20,7 @@ from training.presets.find import resolve_preset
 from training.run.config import DEFAULT_HYPER, HyperSettings, RunConfig, default_out
 from training.run.initial_state import sizes_follow
 from training.run.suggest import advice
-from training.step.hyper_params import HyperParams
+from training.step.hyper_params import HyperParams, field_texts
 from training.storage.plain_yaml import read_yaml, scalar, shown, write_yaml
 
 Values = dict[str, Any]  # dotted key -> value
@@ -198,7 +195,7 @@ def _print_help(config: RunConfig) -> NoReturn:
     plain = [f"{key} {getattr(HyperSettings(), key):g}" for key in differing(DEFAULT_HYPER, HyperSettings())]
     about = {"__doc__": "Numbers of the hyper step."}
     said = f"The defaults of hyper are those of a run; HyperParams() of Python has {', '.join(plain)}, no cosine."
-    numbers = make_dataclass("Numbers", columns(HyperSettings, _field_texts(HyperParams)), namespace=about)
+    numbers = make_dataclass("Numbers", columns(HyperSettings, field_texts(HyperParams)), namespace=about)
     file = Annotated[
         str | None,
         tyro.conf.arg(
@@ -223,13 +220,3 @@ def _print_help(config: RunConfig) -> NoReturn:
 def differing(ours: HyperSettings, theirs: HyperSettings) -> list[str]:
     """Names of the numbers in which two settings differ."""
     return [field.name for field in fields(HyperSettings) if getattr(ours, field.name) != getattr(theirs, field.name)]
-
-
-def _field_texts(kind: type) -> dict[str, str]:
-    """Field -> the text that stands under it in the source of its class."""
-    body = getattr(ast.parse(inspect.getsource(kind)).body[0], "body", [])
-    return {
-        ast.unparse(field.target): ast.literal_eval(text.value)
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }

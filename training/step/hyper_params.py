@@ -1,6 +1,9 @@
 """HyperParams: the numbers of a run, every one of which may be mapped by vmap."""
 
+import ast
+import inspect
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,6 +16,9 @@ class HyperParams(NamedTuple):
 
     A coefficient that is the Python number 0 switches its term off for good (it costs nothing); a 0-d tensor of
     value 0 computes the term and multiplies it by zero.
+
+    These defaults are those of a bare hyper step. A run of `tiny-onn train` has others for lr, warmup_steps,
+    balance_weight and total_steps, which its --help shows.
     """
 
     lr: Number = 3e-3
@@ -77,6 +83,19 @@ class HyperParams(NamedTuple):
     """An expert whose mean squared gradient (AdamW's nu) is below this share of its layer's mean becomes a copy of the
     busiest expert, with fresh optimizer state; 0 is never."""
 
+
+def field_texts(kind: type) -> dict[str, str]:
+    """Field -> the text that stands under it in the source of its class."""
+    body = getattr(ast.parse(inspect.getsource(kind)).body[0], "body", [])
+    return {
+        ast.unparse(field.target): ast.literal_eval(text.value)
+        for field, text in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+for _name, _text in field_texts(HyperParams).items():  # for help(), which says "Alias for field number 0" otherwise
+    getattr(HyperParams, _name).__doc__ = _text
 
 Range = tuple[str, Callable[[Any], bool], str]  # (what is wanted, whether a value is that, names of the fields)
 RANGES: tuple[Range, ...] = (

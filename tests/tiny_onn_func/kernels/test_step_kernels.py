@@ -143,8 +143,29 @@ def test_dynamic_k_is_that_of_the_plain_way(
     config = replace(config_of(experts, -1), min_experts_per_tok=min(least, experts))
     ours, theirs = both(route, logits, real, config, budget)
     assert torch.equal(ours.active, theirs.active)
-    if not even:
-        same(ours, theirs, tolerance=1e-5)
+    same(ours, theirs, tolerance=1e-5)
+
+
+@given(**SIZES, what=st.sampled_from(["grid", "one ulp", "tiny", "nan", "inf"]), top_k=st.sampled_from([-1, 1, 3]))
+def test_both_ways_choose_the_same_experts_where_it_is_close(
+    tokens: int, experts: int, seed: int, what: str, top_k: int
+) -> None:
+    """Ties, gaps of one ulp and of 1e-39, and numbers that are none; a router of zeros has all of the first."""
+    logits = torch.randn(tokens, experts, generator=seeded(seed)).round()
+    if what == "one ulp":
+        up = torch.rand(tokens, experts, generator=seeded(seed + 1)) < 0.5
+        logits = torch.where(up, torch.nextafter(logits, logits + 1), logits)
+    elif what == "tiny":
+        logits = 1e-39 * logits
+    elif what in ("nan", "inf"):
+        logits[torch.arange(tokens) % 2 == 0, seed % experts] = float(what)
+    config, real = config_of(experts, min(top_k, experts)), torch.ones(tokens, dtype=torch.bool)
+    ours, theirs = both(route, logits, real, config, 0.5)
+    whole = logits.isfinite().all(dim=-1)  # of a broken token the weights are NaN, whichever experts it has
+    assert torch.equal(ours.active, theirs.active)
+    assert torch.equal(ours.expert_ids[whole], theirs.expert_ids[whole])
+    torch.testing.assert_close(ours.weights, theirs.weights, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert bool(ours.weights[~whole][ours.active[~whole]].isnan().all())
 
 
 def test_a_followed_gradient_is_that_of_the_experts_that_were_chosen() -> None:

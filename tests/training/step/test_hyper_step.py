@@ -221,3 +221,11 @@ def test_no_tensor_of_a_step_has_an_entry_for_every_token_and_weight() -> None:
     with Watch():
         hyper_step(init_state(config, torch.Generator().manual_seed(0)), batch, HyperParams(), config)
     assert max(largest) < batch.input_ids.numel() * 32 * 32 / 4
+
+
+def test_help_says_what_every_number_means() -> None:
+    assert len(HyperParams._fields) == 30
+    for name in HyperParams._fields:
+        text = getattr(HyperParams, name).__doc__
+        assert text[0].isupper() or text[0] in "+1"
+        assert "Alias for field" not in text
