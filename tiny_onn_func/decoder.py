@@ -52,13 +52,15 @@ def forward(
         logits in float32 (float64 for float64 parameters), and a RouterTrace stacked over layers, T = batch * seq.
 
     Raises:
-        ValueError: the budget is outside (0, 1], or a tensor has another dtype or shape than said.
+        ValueError: the budget is outside (0, 1], there is no token, or a tensor has another dtype or shape than said.
         IndexError: a token or an expert that there is not.
     """
     if isinstance(surprise_budget, float | int) and not 0 < surprise_budget <= 1:
         raise ValueError(f"surprise_budget: expected a number in (0, 1], got {surprise_budget}")
     runs, (batch, seq) = input_ids.shape[:-2], input_ids.shape[-2:]
     device = input_ids.device
+    if not input_ids.numel():
+        raise ValueError(f"input_ids: expected at least one token, got shape {tuple(input_ids.shape)}")
     check_indices("input_ids", input_ids, 0, config.vocab_size)
     if attention_mask is not None:
         check_shape("attention_mask", attention_mask, input_ids.shape)

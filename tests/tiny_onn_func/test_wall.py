@@ -54,6 +54,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: run_forward(input_ids=with_value(BATCH.input_ids, 13)), "input_ids: .*12, got 13",
     ),
     "a negative token": (lambda: run_forward(input_ids=with_value(BATCH.input_ids, -1)), "input_ids: .*got -1"),
+    "no row": (lambda: run_forward(input_ids=BATCH.input_ids[:0]), "input_ids: expected at least one token"),
+    "no token in a batch": (
+        lambda: step(Batch(*(t[:, :0] for t in BATCH))), r"input_ids: expected at least one token, got shape \(2, 0\)",
+    ),
     "tokens of int32": (lambda: run_forward(input_ids=BATCH.input_ids.int()), "input_ids: expected torch.int64"),
     "explore beyond the experts": (lambda: run_forward(explore=with_value(CHOICES, 4)), "explore: .*got 4"),
     "override beyond the experts": (
@@ -115,6 +119,12 @@ def test_what_a_type_checker_would_refuse_is_refused_without_one(call: str, mess
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.stderr.strip().splitlines()[-1] == message
+
+
+def test_a_step_in_inference_mode_is_refused_in_a_line() -> None:
+    state = init_state(CONFIG, seeded(0))
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode: expected a step outside of it"):
+        hyper_step(state, BATCH, HyperParams(), CONFIG)
 
 
 def test_mapped_tokens_out_of_range_do_not_read_another_run(way: str) -> None:

@@ -87,6 +87,8 @@ def main_gradients(
 
     The router's is None unless `hyper.router_coupling` lets the main loss in.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("inference_mode: expected a step outside of it, as its tensors have no gradients; leave it")
     kind, (layers, experts) = kind_of(options.kind), (config.num_hidden_layers, config.num_experts)
     tokens, explore = batch.input_ids.shape[-2:].numel(), None
     if not is_off(hyper.explore_prob):
