@@ -58,7 +58,7 @@ def spread(x: Float[Tensor, "*runs tokens dim"], rows: Rows) -> tuple[Float[Tens
 
 
 def input_of(x: Float[Tensor, "*runs inputs dim"], rows: Rows) -> Int[Tensor, "*runs rows"]:
-    """Which of the inputs each row is made of."""
+    """Index of each row's input."""
     return rows.order // (rows.order.shape[-1] // x.shape[-2])
 
 

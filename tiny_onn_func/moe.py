@@ -25,7 +25,7 @@ class RouterTrace(NamedTuple):
 
 
 class RoutingInputs(NamedTuple):
-    """What every layer's routing reads beside its parameters."""
+    """Inputs of every layer's routing beside its parameters."""
 
     real: Bool[Tensor, "*runs tokens"]
     surprise_budget: int | float | Tensor
@@ -39,7 +39,7 @@ class RoutingInputs(NamedTuple):
 def router_input(
     x: Float[Tensor, "*runs tokens dim"], embedded: Float[Tensor, "*runs tokens dim"] | None, config: ModelConfig
 ) -> Float[Tensor, "*runs tokens dim"]:
-    """What the router sees: the token's hidden state, or its normed embedding where the token alone routes."""
+    """Input of the router: the token's hidden state, or its normed embedding where the token alone routes."""
     if config.routing != "token":
         return x
     assert embedded is not None, "whoever routes by the token gives its embedding"

@@ -13,7 +13,7 @@ from tiny_onn_func.kernels.build import library
 
 
 def is_traced(t: Tensor) -> bool:
-    """Whether the program is being traced: there are shapes, but no values."""
+    """True while the program is traced: there are shapes, but no values."""
     return isinstance(t, FakeTensor)
 
 
