@@ -57,6 +57,8 @@ def forward(
     """
     if isinstance(surprise_budget, float | int) and not 0 < surprise_budget <= 1:
         raise ValueError(f"surprise_budget: expected a number in (0, 1], got {surprise_budget}")
+    if input_ids.ndim < 2:
+        raise ValueError(f"input_ids: expected (batch, seq) and axes of runs in front, got {tuple(input_ids.shape)}")
     runs, (batch, seq) = input_ids.shape[:-2], input_ids.shape[-2:]
     device = input_ids.device
     if not input_ids.numel():

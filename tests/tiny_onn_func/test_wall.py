@@ -99,6 +99,7 @@ def test_what_is_wrong_is_named_in_a_line(name: str, way: str) -> None:
 
 
 BANANAS = "ValueError: kind: expected one of w2, unweighted, experts, input, benefit, oracle, got 'bananas'"
+ONE_AXIS = "ValueError: input_ids: expected (batch, seq) and axes of runs in front, got (5,)"
 MASK = "ValueError: attention_mask: expected shape (2, 5), got (2, 4)"
 
 
@@ -108,13 +109,14 @@ MASK = "ValueError: attention_mask: expected shape (2, 5), got (2, 4)"
         ("training.hyper_step(state, batch, hyper, config, kind='bananas')", BANANAS),
         ("training.per_token_surprise(state.params, batch, config, hyper, kind='bananas')", BANANAS),
         ("training.SurpriseHookManager(torch.full((2, 10, 4), torch.inf), kind='bananas')", BANANAS),
+        ("tiny_onn_func.forward(state.params, batch.input_ids[0], config)", ONE_AXIS),
         ("training.hyper_step(state, batch._replace(attention_mask=torch.ones(2, 4)), hyper, config)", MASK),
     ],
 )
 def test_what_a_type_checker_would_refuse_is_refused_without_one(call: str, message: str) -> None:
     """In a process of its own, as users run it."""
     program = (
-        "import torch, training; from tests.helpers import TINY as config, seeded, tiny_batch\n"
+        "import tiny_onn_func, torch, training; from tests.helpers import TINY as config, seeded, tiny_batch\n"
         "state, batch, hyper = training.init_state(config, seeded(0)), tiny_batch(), training.HyperParams()\n" + call
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
