@@ -121,14 +121,15 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
 
     A masked key gets exactly 0, however low the scores of the others; a query whose keys are all masked gets 0.
     """
-    bias = bias.unsqueeze(-3).unsqueeze(-3)
+    hidden = bias <= torch.finfo(bias.dtype).min
+    sees = ~hidden.all(dim=-1, keepdim=True)
+    # -inf, not the minimum: beside it a lower score would be seen; a row of -inf alone would have no softmax
+    bias = bias.masked_fill(hidden, -torch.inf).masked_fill(~sees, 0.0)
+    bias, sees = (rearrange(t, "... i j -> ... 1 1 i j") for t in (bias, sees))
     scores = einsum(q, k, "... share i dim, ... j dim -> ... share i j") + bias
-    masked = (bias <= torch.finfo(bias.dtype).min) & ~scores.isnan()
-    sees = ~masked.all(dim=-1, keepdim=True)
-    scores = scores.masked_fill(masked, -torch.inf)
-    p = torch.where(sees, scores, 0.0).softmax(dim=-1) * sees
-    out = einsum(p, v, "... share i j, ... j dim -> ... share i dim")
-    return rearrange(out, "... groups share i dim -> ... i groups share dim"), scores.detach().logsumexp(dim=-1)
+    out = einsum(scores.softmax(dim=-1), v, "... share i j, ... j dim -> ... share i dim") * sees
+    log_sums = scores.detach().logsumexp(dim=-1).masked_fill(~sees.squeeze(-1), -torch.inf)
+    return rearrange(out, "... groups share i dim -> ... i groups share dim"), log_sums
 
 
 def _masks(bias: Tensor, runs: torch.Size) -> Tensor:

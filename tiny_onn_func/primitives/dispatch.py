@@ -1,6 +1,5 @@
 """Tokens to the rows of their experts and back: gather and weighted sum, with gradients and vmap rules of their own."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -8,10 +7,10 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd import Function
 
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.kernels import runtime
+from tiny_onn_func.primitives.function import PositionalFunction
 from tiny_onn_func.primitives.grouped import sum_of
 from tiny_onn_func.primitives.vmap import flatten_runs, fold, outside_vmap, runs_first
 
@@ -61,7 +60,7 @@ def _combine(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tens
     return out.view(*weights.shape[:-1], -1)
 
 
-class _Dispatch(Function):
+class _Dispatch(PositionalFunction):
     @staticmethod
     def forward(x: Tensor, order: Tensor, inverse: Tensor, slots: int) -> Tensor:
         return x.index_select(0, order // slots)
@@ -88,7 +87,7 @@ class _Dispatch(Function):
         return _dispatch(x, order, inverse, slots), 0
 
 
-class _Combine(Function):
+class _Combine(PositionalFunction):
     @staticmethod
     def forward(y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         if runtime.usable_now(y, weights):
@@ -129,10 +128,6 @@ class _Combine(Function):
         info: Any, in_dims: tuple[int | None, ...], y: Tensor, weights: Tensor, order: Tensor, inverse: Tensor
     ) -> Any:
         return _combine(*runs_first(info.batch_size, in_dims, y, weights, order, inverse)), 0
-
-
-for function in (_Dispatch, _Combine):
-    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[union-attr]  # see grouped.py
 
 
 def _fold_index(index: Tensor) -> Tensor:

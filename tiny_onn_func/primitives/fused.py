@@ -8,7 +8,6 @@ records what is done to them; it sees plain tensors whose leading axes, those of
 The reference runs everywhere else: in other dtypes and devices, traced, and for derivatives of derivatives.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tiny_onn_func.kernels import runtime
+from tiny_onn_func.primitives.function import PositionalFunction
 from tiny_onn_func.primitives.vmap import flatten_runs, outside_vmap, runs_first, unwrap_if_dead
 
 Values = tuple[Any, ...]
@@ -87,7 +87,7 @@ def fused(
 def autograd_function(op: FusedOp) -> type[Function]:
     """With gradients by the kernel; derivatives of derivatives, and those of forward mode, are the reference's."""
 
-    class Either(Function):
+    class Either(PositionalFunction):
         @staticmethod
         def forward(*inputs: Any) -> Values:
             return _compute(op, inputs)
@@ -131,8 +131,6 @@ def autograd_function(op: FusedOp) -> type[Function]:
             out = Either.apply(*mapped)
             return out, (0,) * len(out)
 
-    # `apply` asks for the signature at every call; made once here, a small step is a tenth faster
-    Either.forward.__signature__ = inspect.signature(Either.forward)  # type: ignore[attr-defined]
     return Either
 
 
@@ -144,10 +142,7 @@ def _compute(op: FusedOp, inputs: Values) -> Values:
         return op.kernel(*inputs)
     runs = _leading_axes(op, inputs)
     outputs = op.kernel(*_folded(op, inputs, runs))
-    return tuple(
-        t.view(inputs[dim.of].shape) if isinstance(dim, Like) else t.view(runs + t.shape[t.ndim - dim :])
-        for t, dim in zip(outputs, op.out_dims, strict=True)
-    )
+    return tuple([_unfold(t, dim, inputs, runs) for t, dim in zip(outputs, op.out_dims, strict=True)])
 
 
 def _kernel_grad(op: FusedOp, grads: Values, inputs: Values, outputs: Values) -> Values:
@@ -156,10 +151,10 @@ def _kernel_grad(op: FusedOp, grads: Values, inputs: Values, outputs: Values) ->
         return op.kernel_grad(grads, inputs, outputs)
     runs = _leading_axes(op, inputs)
     folds = [op.dims[dim.of] if isinstance(dim, Like) else dim for dim in op.out_dims]
-    folded_grads = tuple(_fold(grad, fold, runs) for grad, fold in zip(grads, folds, strict=False))
-    folded_outputs = tuple(_fold(t, fold, runs) for t, fold in zip(outputs, folds, strict=True))
+    folded_grads = tuple([_fold(grad, fold, runs) for grad, fold in zip(grads, folds, strict=False)])
+    folded_outputs = tuple([_fold(t, fold, runs) for t, fold in zip(outputs, folds, strict=True)])
     input_grads = op.kernel_grad(folded_grads, _folded(op, inputs, runs), folded_outputs)
-    return tuple(grad.view(t.shape) for grad, t in zip(input_grads, inputs[: op.floats], strict=True))
+    return tuple([grad.view(t.shape) for grad, t in zip(input_grads, inputs[: op.floats], strict=True)])
 
 
 def _leading_axes(op: FusedOp, inputs: Values) -> torch.Size:
@@ -169,11 +164,17 @@ def _leading_axes(op: FusedOp, inputs: Values) -> torch.Size:
 
 def _folded(op: FusedOp, inputs: Values, runs: torch.Size) -> Values:
     dims: Sequence[int | Fold] = op.dims or ()
-    return *(_fold(t, dim, runs) for t, dim in zip(inputs, dims, strict=False)), *inputs[len(dims) :]
+    return *[_fold(t, dim, runs) for t, dim in zip(inputs, dims, strict=False)], *inputs[len(dims) :]
 
 
 def _fold(t: Tensor, dim: int | Fold, runs: torch.Size) -> Tensor:
     return flatten_runs(t, dim) if isinstance(dim, int) else dim(t, runs)
+
+
+def _unfold(t: Tensor, dim: int | Like, inputs: Values, runs: torch.Size) -> Tensor:
+    if isinstance(dim, Like):
+        return t.view(inputs[dim.of].shape)
+    return t if len(runs) == 1 else t.view(runs + t.shape[t.ndim - dim :])
 
 
 def _smooth_part(op: FusedOp, inputs: Values) -> tuple[Callable[..., Values], tuple[Tensor, ...]]:

@@ -1,17 +1,16 @@
 """Gate and up projections of each row, with gradients and a vmap rule of their own."""
 
-import inspect
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
-from torch.autograd import Function
 
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels.runtime import is_traced
 from tiny_onn_func.primitives.dispatch import dispatch_rows, undo_dispatch
+from tiny_onn_func.primitives.function import PositionalFunction
 from tiny_onn_func.primitives.grouped import GroupedMatmul, GroupedOuter, GroupedSum, matmul_kernel, sum_of
 from tiny_onn_func.primitives.vmap import flatten_runs, outside_vmap, runs_first
 
@@ -34,7 +33,7 @@ def gate_and_up(
     return gate, up
 
 
-class _GateAndUp(Function):
+class _GateAndUp(PositionalFunction):
     @staticmethod
     def forward(
         x: Tensor, w1: Tensor, w3: Tensor, token: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor
@@ -99,6 +98,3 @@ def _outer_products(
         return grad_w1, grad_w3
     rows = dispatch_rows(x, order, inverse, order.shape[-1] // x.shape[-2])
     return GroupedOuter.apply(rows, gate, offsets), GroupedOuter.apply(rows, up, offsets)
-
-
-_GateAndUp.forward.__signature__ = inspect.signature(_GateAndUp.forward)  # type: ignore[attr-defined]  # see twins.py

@@ -146,6 +146,8 @@ def unfold(t: Tensor, runs: int) -> Tensor:
 def flatten_runs(t: Tensor, dims: int) -> Tensor:
     """All axes but the last `dims` as one axis of runs; one run where there is none."""
     first = t.ndim - dims
+    if first == 1:  # the common case, without a call into torch
+        return t
     return t.reshape(t.shape[:first].numel(), *t.shape[first:])
 
 

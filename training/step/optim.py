@@ -1,6 +1,7 @@
 """AdamW as a pair of pure functions, clipping, and the learning-rate schedule."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def _updated(
     }  # fmt: skip
     p, g, mu, nu = (flatten(tree) for tree in (params, grads, state.mu, state.nu))
     kinds = {name: (is_backbone(name), has_decay(name)) for name in p}
-    if _may_take_kernel((p, g, mu, nu), [*steps.values()]):
+    if _may_take_kernel((p, g, mu, nu), steps.values()):
         new = _native_update(p, g, mu, nu, kinds, steps, updates.shape)
     else:
         new = _update(p, g, mu, nu, kinds, steps)
@@ -109,10 +110,11 @@ def _native_update(
     return dict(zip(p, zip(*shaped, strict=True), strict=True))
 
 
-def _may_take_kernel(trees: Any, numbers: Any) -> bool:
+def _may_take_kernel(trees: Iterable[Leaves], numbers: Iterable[tuple[Number, ...]]) -> bool:
     """True if the kernel supports the leaves and nothing records what is computed from leaves or numbers."""
-    tensors = [leaf for leaf in leaves((trees, numbers)) if isinstance(leaf, Tensor)]
-    return runtime.is_untracked(*tensors) and runtime.supports(*leaves(trees))
+    tensors = [leaf for tree in trees for leaf in tree.values()]
+    mapped = [number for each in numbers for number in each if isinstance(number, Tensor)]
+    return runtime.usable_now(*tensors) and runtime.is_untracked(*mapped)
 
 
 def _stacked(numbers: tuple[Number, ...], runs: torch.Size) -> Float[Tensor, "runs numbers"]:
