@@ -17,9 +17,9 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ("turned = rotate(qk, cosines, sines)", "turned = qk"),
         ("rms_norm(qk, None, eps)", "qk"),
         ("t.flatten(0, -3)[0]", "t.flatten(0, -3)[-1] * 1.01"),
-        ("scores = scores.masked_fill(masked, -torch.inf)", "scores = scores + 0"),
-        (".softmax(dim=-1) * sees", ".softmax(dim=-1)"),
-        ("& ~scores.isnan()", ""),
+        ("bias.masked_fill(hidden, -torch.inf)", "bias"),
+        ('share i dim") * sees', 'share i dim")'),
+        (".masked_fill(~sees, 0.0)", ""),
     ],
     "tiny_onn_func/checks.py": [
         ("torch.where(plain == ignore, low, plain)", "plain"),
@@ -161,12 +161,9 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ("given = [t.contiguous() for t in (logits, bias, budgets, real)]", "given = [logits, bias, budgets, real]"),
     ],
     "tiny_onn_func/kernels/runtime.py": [
-        ("and any(t.requires_grad for t in tensors)", "and False"),
-        ("t.dtype == torch.float32 and", ""),
-        (
-            "return not any(is_functorch_wrapped_tensor(t) or is_traced(t) for t in tensors)",
-            "return not any(is_traced(t) for t in tensors)",
-        ),
+        ("(records and t.requires_grad)", "False"),
+        ("t.dtype is not torch.float32 or", ""),
+        ("or is_functorch_wrapped_tensor(t)", ""),
     ],
     "tiny_onn_func/kernels/step.py": [
         ("[[t.contiguous() for t in leaves] for leaves in", "[list(leaves) for leaves in"),
@@ -209,7 +206,7 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ("else tuple(t.clone() for t in outputs)", "else outputs"),
         ("ctx.mark_non_differentiable(*output[op.smooth :])", "pass"),
         ("return shape[: len(shape) - dims]", "return shape[:0]"),
-        ("isinstance(dim, Like) else t.view(runs +", "isinstance(dim, Like) else t.view(runs[::-1] +"),
+        ("else t.view(runs +", "else t.view(runs[::-1] +"),
     ],
     "tiny_onn_func/primitives/gate_up.py": [
         ("offsets), matmul_kernel(rows, w3", "offsets), matmul_kernel(rows, w1"),
@@ -336,7 +333,7 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
             '("router",) if config.routing == "thresholds"',
         ),
         ("hyper.bias_speed * learning", "hyper.bias_speed"),
-        ("(1 - step / until.clamp_min(1))", "(1 - (step + 1) / until.clamp_min(1))"),
+        ("(1 - at / until.clamp_min(1))", "(1 - (at + 1) / until.clamp_min(1))"),
         ("(step < last)", "(step <= last)"),
         ("grad_scale=clip_factor(router_grad_norm, hyper.max_grad_norm)", "grad_scale=1.0"),
         ("lr=hyper.router_lr * rate * learning", "lr=hyper.router_lr * rate"),
@@ -356,12 +353,16 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ),
         ("router_opt=router_opt, step=state.step + 1", "router_opt=router_opt, step=state.step"),
         ("main[name] / as_wide_as(grad, count)", "main[name]"),
-        ("shares(sums.routed), result.real, _annealed", "shares(sums.routed), torch.ones_like(result.real), _annealed"),
+        ("shares(sums.routed), result.real, annealed", "shares(sums.routed), torch.ones_like(result.real), annealed"),
         ("expert_opt=expert_opt, rule=result.rule", "expert_opt=expert_opt"),
         ('if config.routing == "hash":', "if False:"),
         ("if wrong := out_of_range(hyper, RANGES):", "if wrong := None:"),
         ("router_learns=hyper.router_lr * learning", "router_learns=1.0"),
+    ],
+    "training/step/batch.py": [
         ('check_shape("labels", batch.labels, batch.input_ids.shape)', "pass"),
+        ('check_dtype("labels", batch.labels, torch.int64)', "pass"),
+        ("torch.where(batch.attention_mask != 0, batch.labels, IGNORE_INDEX)", "batch.labels"),
     ],
     "training/step/losses.py": [
         ("is_target = labels != IGNORE_INDEX", "is_target = labels != -101"),
@@ -537,6 +538,7 @@ TESTS = {
         "transforms",
         "reference_step",
     ),
+    "training/step/batch.py": ("hyper_step", "wall"),
     "training/step/counter_rng.py": ("rules", "dynmoe", "transforms"),
     "training/step/hooks.py": ("rules", "surprise_calculation", "isolation", "reference_step"),
     "training/step/hyper_step.py": (

@@ -24,7 +24,13 @@ def matmul(
     offsets: Int32[Tensor, "runs experts"],
 ) -> Float[Tensor, "runs rows out_dim"]:
     """Each row times the weights of its expert, summed over one or two pairs of the same sizes; zeros behind the last
-    offset. Transposed weights are taken as they lie."""
+    offset. Transposed weights are taken as they lie.
+
+    Raises:
+        ValueError: no pair or more than two; a tensor of another shape or dtype.
+    """
+    if len(pairs) not in (1, 2):
+        raise ValueError(f"grouped_matmul: expected one or two pairs of rows and weights, got {len(pairs)}")
     (runs, experts, in_dim, out_dim), count = pairs[0][1].shape, pairs[0][0].shape[1]
     for rows, weights in pairs:
         read = {"rows": (rows, (runs, count, in_dim), F32), "weights": (weights, (runs, experts, in_dim, out_dim), F32)}

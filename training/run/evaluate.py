@@ -16,7 +16,7 @@ from training.data.batches import held_out_batches, scored_span
 from training.data.corpus import Splits
 from training.errors import UserError
 from training.run.config import RunConfig
-from training.step.batch import IGNORE_INDEX, Batch
+from training.step.batch import IGNORE_INDEX, Batch, without_padding_labels
 from training.step.losses import language_modelling
 from training.step.sums import count_visits
 
@@ -80,7 +80,7 @@ def evaluate_runs(
     budgets = torch.tensor(surprise_budgets, dtype=torch.float64)
     totals, targets, real_tokens = torch.zeros(3, len(budgets), dtype=torch.float64), 0, 0
     with torch.no_grad():
-        for batch in progress(batches):
+        for batch in map(without_padding_labels, progress(batches)):
             by_run = vmap(sums, in_dims=(0, 0, None))(params, budgets, batch)
             totals += torch.stack([part.double() for part in by_run])
             targets += int((batch.labels != IGNORE_INDEX).sum())

@@ -1,8 +1,11 @@
-"""What one step trains on."""
+"""One batch of tokens, labels and the attention mask."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from tiny_onn_func.checks import check_dtype, check_shape
 
 IGNORE_INDEX = -100  # label of a position that has no target, as in torch.nn.functional.cross_entropy
 
@@ -18,3 +21,15 @@ class Batch(NamedTuple):
     input_ids: Tensor
     labels: Tensor
     attention_mask: Tensor
+
+
+def without_padding_labels(batch: Batch) -> Batch:
+    """The batch with -100 as the label of every padded position: padding is excluded from the loss, too.
+
+    Raises:
+        ValueError: labels that are not int64, or labels or a mask of another shape than the ids.
+    """
+    check_dtype("labels", batch.labels, torch.int64)  # `where` would widen what is narrower
+    check_shape("labels", batch.labels, batch.input_ids.shape)
+    check_shape("attention_mask", batch.attention_mask, batch.input_ids.shape)
+    return batch._replace(labels=torch.where(batch.attention_mask != 0, batch.labels, IGNORE_INDEX))

@@ -8,7 +8,6 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from tiny_onn_func.checks import check_shape
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.moe import linear_router_logits
 from tiny_onn_func.ops import as_wide_as
@@ -100,7 +99,6 @@ def _step(
     options: StepOptions, rule: Rule,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Of one run, or of several, with an axis of runs in front of every tensor."""
-    check_shape("labels", batch.labels, batch.input_ids.shape)
     fast, router = partition(state.params)
     result = run_pass(state, fast, router, batch, hyper, config, options, rule, teacher_logits)
     router_grads, loss = router_gradients(router, state.step, result, result.sums, hyper, config)
@@ -166,7 +164,8 @@ def router_gradients(
         loss = router_loss(linear_router_logits(router_inputs, learned["router"]), *rest)
         return loss.total, loss
 
-    targets = result.targets, shares(sums.routed), result.real, _annealed(hyper, step), sums.informative, sums.real
+    annealed = _annealed(hyper, step, trace.router_logits.dtype)
+    targets = result.targets, shares(sums.routed), result.real, annealed, sums.informative, sums.real
     if config.routing == "hash":  # its logits are fixed: there is a loss, but nothing learns from it
         return tree_map(torch.zeros_like, _learned(router, config)), router_loss(trace.router_logits.detach(), *targets)
     inputs = trace.router_inputs.detach(), *targets
@@ -239,13 +238,14 @@ def _while_learning(step: Tensor, hyper: HyperParams) -> Number:
     return ((step < last) | (last <= 0)).to(torch.float64)
 
 
-def _annealed(hyper: HyperParams, step: Tensor) -> HyperParams:
-    """With the weight of surprise that this step has."""
+def _annealed(hyper: HyperParams, step: Tensor, dtype: torch.dtype) -> HyperParams:
+    """With the weight of surprise that this step has, as a tensor of that dtype where it changes."""
     if is_off(hyper.surprise_until):
         return hyper
-    until = torch.as_tensor(hyper.surprise_until, device=step.device)
-    share = torch.where(until > 0, (1 - step / until.clamp_min(1)).clamp_min(0), 1.0)
-    return hyper._replace(surprise_weight=hyper.surprise_weight * share)
+    at = step.to(torch.float64)  # as Python's own numbers
+    until = torch.as_tensor(hyper.surprise_until, device=at.device, dtype=at.dtype)
+    share = torch.where(until > 0, (1 - at / until.clamp_min(1)).clamp_min(0), 1.0)
+    return hyper._replace(surprise_weight=(hyper.surprise_weight * share).to(dtype))
 
 
 def _learned(router: Tree, config: ModelConfig) -> dict[str, Any]:

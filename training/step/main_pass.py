@@ -20,7 +20,7 @@ from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.primitives.vmap import each_run, is_wrapped, only_vmaps, outside_vmap_tree, unwrap
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
-from training.step.batch import Batch
+from training.step.batch import Batch, without_padding_labels
 from training.step.counter_rng import random_exploration
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams, is_off
@@ -89,6 +89,7 @@ def main_gradients(
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("inference_mode: expected a step outside of it, as its tensors have no gradients; leave it")
+    batch = without_padding_labels(batch)
     kind, (layers, experts) = kind_of(options.kind), (config.num_hidden_layers, config.num_experts)
     tokens, explore = batch.input_ids.shape[-2:].numel(), None
     if not is_off(hyper.explore_prob):
@@ -126,7 +127,7 @@ def main_gradients(
     if (losses := kind.losses) is None:
         nonfinite = nonfinite_surprise(surprise, trace.expert_ids, trace.active)
     else:
-        run = merge(fast, router), batch, hyper, step
+        run = merge(fast, router), batch, hyper, step, explore
         surprise = each_run(lambda run: losses(run, config), run, step.ndim).to(surprise.dtype)
         nonfinite = surprise.isnan().sum(dim=(-3, -2, -1))  # +inf where no loss was sampled
     if kind.divide_by_weight:

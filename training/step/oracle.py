@@ -40,11 +40,13 @@ def counterfactual_losses(
     sample: Int[Tensor, "layers batch picks"],
     *,
     surprise_budget: Number = 0.5,
+    explore: Int[Tensor, "layers tokens"] | None = None,
 ) -> Float[Tensor, "layers batch picks experts"]:
     """Nats that each sampled token's own target costs by way of each expert alone; +inf where it has no target.
 
     Args:
         sample: positions in the sequence, for every layer its own; `draw_sample` makes some.
+        explore: as in the step: the expert that a token visits besides its own, or -1; not where it is sent alone.
     """
     positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device).expand_as(batch.input_ids)
     seq = positions.shape[1]
@@ -57,9 +59,10 @@ def counterfactual_losses(
         normed = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
         forked = repeat(sample[index], "batch picks -> batch (picks experts)", experts=config.num_experts)
         forks = _columns(x, forked) + _each_alone(_columns(normed, forked), layer["moe"], index, config)
+        explored = None if explore is None else _explored(explore, positions, seq)
         token_ids = batch.input_ids.gather(1, positions).flatten()
         embedded = F.embedding(token_ids, params["embed_tokens"])
-        inputs = RoutingInputs((documents != 0).flatten(), surprise_budget, 0.0, None, token_ids, embedded=embedded)
+        inputs = RoutingInputs((documents != 0).flatten(), surprise_budget, 0.0, explored, token_ids, embedded=embedded)
         out, _ = moe(rearrange(normed, "b s dim -> (b s) dim"), layer["moe"], index, inputs, config, apply_w2)
         x = torch.cat((x + rearrange(out, "(b s) dim -> b s dim", b=x.shape[0]), forks), dim=1)
         positions = torch.cat((positions, forked), dim=1)
@@ -86,13 +89,13 @@ def draw_sample(
 
 
 def sampled_losses(
-    of_run: tuple[Mapping[str, Any], Batch, HyperParams, Tensor], config: ModelConfig
+    of_run: tuple[Mapping[str, Any], Batch, HyperParams, Tensor, Tensor | None], config: ModelConfig
 ) -> Float[Tensor, "layers tokens experts"]:
     """The losses of PICKS tokens a layer and sequence, drawn by (seed, step), as a surprise; +inf at all others."""
-    params, batch, hyper, step = of_run
+    params, batch, hyper, step, explore = of_run
     sample = draw_sample(batch.labels, config.num_hidden_layers, PICKS, hyper.explore_seed, step)
     with torch.no_grad():
-        losses = counterfactual_losses(params, batch, config, sample, surprise_budget=hyper.pi_alpha)
+        losses = counterfactual_losses(params, batch, config, sample, surprise_budget=hyper.pi_alpha, explore=explore)
     return fill_sampled(losses.detach(), sample, batch.labels.shape[1])
 
 
@@ -121,6 +124,14 @@ def _fork_bias(
     document, own = documents.unsqueeze(1), documents.unsqueeze(2)
     visible = visible & (document != 0) & ((document == own) | (own == 0))
     return visible.new_zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def _explored(
+    explore: Int[Tensor, "layers tokens"], positions: Int[Tensor, "batch columns"], seq: int
+) -> Int[Tensor, "layers columns_of_batch"]:
+    """Exploration of every column: that of the token at its position."""
+    by_row = rearrange(explore, "layers (batch seq) -> layers batch seq", seq=seq)
+    return by_row.gather(-1, positions.expand(by_row.shape[0], -1, -1)).flatten(1)
 
 
 def _columns(x: Float[Tensor, "batch columns dim"], index: Int[Tensor, "batch forks"]) -> Tensor:

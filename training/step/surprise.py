@@ -143,8 +143,8 @@ class Kind(NamedTuple):
     Args:
         points: where rows are measured; the values of several places add up as squares.
         divide_by_weight: whether what is measured carries the routing weight, to be divided out.
-        losses: in place of hooks, values from extra forward passes: ((params, batch, hyper, step), config) -> (L, T, E)
-            of one run.
+        losses: in place of hooks, values from extra forward passes, of one run:
+            ((params, batch, hyper, step, explore), config) -> (L, T, E).
     """
 
     points: tuple[HookPoint, ...] = ()

@@ -14,7 +14,7 @@ from tiny_onn_func.experts import apply_w2, apply_w13
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.tree import Tree
-from training.step.batch import Batch
+from training.step.batch import Batch, without_padding_labels
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import Number
 from training.step.losses import language_modelling
@@ -44,6 +44,7 @@ def all_surprises(
 
     def objective(embedding: Tree, given: Any) -> tuple[Tensor, tuple[list[Tensor], RouterTrace]]:
         params, batch, surprise_budget = given
+        batch = without_padding_labels(batch)
         leaf, w2, w13, surfaces = embedding["embed_tokens"], apply_w2, apply_w13, []
         for kind in RECORDED:
             surfaces.append(

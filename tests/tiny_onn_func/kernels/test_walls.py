@@ -127,3 +127,10 @@ def test_more_slots_than_experts_and_odd_heads_are_refused() -> None:
     tensors = {name: t[..., :5] for name, t in CALLS["split_heads"].tensors.items()}
     with pytest.raises(ValueError, match="even dim, got 3 and 5"):
         forward.split_heads(**tensors, eps=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_sum_of_other_than_one_or_two_products_is_refused(count: int) -> None:
+    rows, weights = torch.zeros(1, 2, 3), torch.zeros(1, 1, 3, 4)
+    with pytest.raises(ValueError, match=f"one or two pairs of rows and weights, got {count}"):
+        forward.matmul([(rows, weights)] * count, torch.full((1, 1), 2, dtype=torch.int32))

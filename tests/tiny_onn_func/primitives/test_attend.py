@@ -160,3 +160,15 @@ def test_later_keys_leave_every_bit_of_earlier_queries_however_large_they_are(at
     for some, all_ in zip(slopes, wanted, strict=True):
         assert torch.equal(some[..., :at, :], all_[..., :at, :])
         assert not some[..., at:, :].any()
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**10, 2.0**50])
+def test_gradients_of_tied_scores_of_any_size_share_out_equally(size: float) -> None:
+    """All scores are 16 size^2: the logarithm of the softmax's sum that the forward pass saves rounds the sum away."""
+    q, k, v = (torch.full((1, 1, *shape, 5, 16), value) for shape, value in (((1,), size), ((), size), ((), 1.0)))
+    v.requires_grad_()
+    bias = causal_bias(torch.ones(1, 5, dtype=torch.int64), 5, torch.device("cpu"), torch.float32)
+    attend(q, k, v, bias).sum().backward()
+    expected = sum(torch.cat((torch.full((i + 1,), 1 / (i + 1)), torch.zeros(4 - i))) for i in range(5))
+    assert v.grad is not None
+    assert_close(v.grad[0, 0], expected[:, None].expand(5, 16), 1e-5, "gradient of the values")

@@ -213,9 +213,15 @@ def forward(params, batch, hyper, step: int, config, margins: Margins, rows=None
     return trace
 
 
+def real_labels(batch) -> list[int]:
+    """Of every token; padding has no target, whatever its label says."""
+    pairs = zip(batch.labels.flatten().tolist(), batch.attention_mask.flatten().tolist(), strict=True)
+    return [label if real else -100 for label, real in pairs]
+
+
 def main_losses(trace: Trace, batch, hyper, teacher) -> tuple[list[int], Tensor, float, float]:
     """Target tokens; sums over them: the loss that is minimised, cross entropy, KL(teacher || student)."""
-    labels = batch.labels.flatten().tolist()
+    labels = real_labels(batch)
     targets = [t for t, label in enumerate(labels) if label != -100]
     crosses, divergences = [ZERO], [ZERO]
     alpha, heat = float(hyper.distill_alpha), float(hyper.distill_temperature)
@@ -250,7 +256,7 @@ def oracle_surprise(params, batch, hyper, step: int, config) -> dict[tuple[int, 
     Taken: the two whose random words are the smallest; all else as in the step.
     """
     B, S = batch.input_ids.shape
-    labels, surprise = batch.labels.flatten().tolist(), {}
+    labels, surprise = real_labels(batch), {}
     for layer in range(config.num_hidden_layers):
         for b in range(B):
             tokens = [t for t in range(b * S, b * S + S) if labels[t] != -100]
@@ -402,7 +408,7 @@ def loss_metrics(
     trace: Trace, targets: list[int], cross: float, surprise: dict, batch, hyper, margins: Margins
 ) -> dict:
     """Metrics of the output distribution, and predictive integrity."""
-    labels, n = batch.labels.flatten().tolist(), max(len(targets), 1)
+    labels, n = real_labels(batch), max(len(targets), 1)
     tau = hits = 0.0
     for t in targets:
         logp = trace.logits[t].detach().log_softmax(0)

@@ -168,6 +168,17 @@ def test_a_batch_that_predicts_nothing_moves_nothing_and_leaves_every_number_fin
     assert float(metrics.main_loss) == float(metrics.router_loss) == float(metrics.surprise) == 0.0
 
 
+def test_a_label_on_padding_is_no_target() -> None:
+    state, batch = a_state(CONFIG), a_batch(0)
+    padding = batch.attention_mask == 0
+    labelled = batch._replace(labels=torch.where(padding, 7, batch.labels))
+    assert not torch.equal(labelled.labels, batch.labels)
+    after, metrics = hyper_step(state, labelled, HYPER, CONFIG)
+    expected, expected_metrics = hyper_step(state, batch, HYPER, CONFIG)
+    for actual, wanted in zip(tree_leaves((after, metrics)), tree_leaves((expected, expected_metrics)), strict=True):
+        assert torch.equal(actual, wanted)
+
+
 def test_per_token_surprise_never_explores() -> None:
     state, batch = a_state(CONFIG), a_batch(0)
     found = per_token_surprise(state.params, batch, CONFIG, HYPER._replace(explore_prob=1.0))

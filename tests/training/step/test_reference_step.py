@@ -83,7 +83,11 @@ def draw_batch(rng: random.Random, config: ModelConfig) -> Batch:
     mask = [draw_mask_row(rng, length) for _ in range(rows)]
     gaps = rng.choice([0.0, 0.2, 0.6, 1.0] if rng.random() < 0.3 else [0.0, 0.2])
     tokens = [[rng.randrange(config.vocab_size) for _ in row] for row in mask]
-    labels = [[rng.randrange(config.vocab_size) if n and rng.random() >= gaps else -100 for n in row] for row in mask]
+    on_padding = rng.random() < 0.3  # where it is no target
+    labels = [
+        [rng.randrange(config.vocab_size) if (n or on_padding) and rng.random() >= gaps else -100 for n in row]
+        for row in mask
+    ]
     return Batch(torch.tensor(tokens), torch.tensor(labels), torch.tensor(mask))
 
 

@@ -25,9 +25,9 @@ INLINE void softmax(int64_t n, float *p, const float *mask, float *from, int kno
         sum += x;
         *(vec *)(p + j) = x;
     }
-    if (known) return;
     float all = total_of(sum), share = all == 0 ? 0 : 1 / all;
-    *from = least + logf(all);
+    if (known && all > 0.999f && all < 1.001f) return; /* beside a score of 1e8 the logarithm of a sum has no digits left */
+    if (!known) *from = least + logf(all);
     for (int64_t j = 0; j < n; j += LANES) *(vec *)(p + j) *= share;
 }
 
