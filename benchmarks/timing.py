@@ -70,8 +70,12 @@ def machine() -> dict[str, object]:
 
 def write_json(path: str, results: Mapping[str, Mapping[str, Timing]]) -> None:
     """All timings with the machine they were made on."""
-    told = {title: {name: timing._asdict() for name, timing in timings.items()} for title, timings in results.items()}
-    Path(path).write_text(json.dumps({"machine": machine(), "milliseconds": told}, indent=2) + "\n", encoding="utf-8")
+    milliseconds = {
+        title: {name: timing._asdict() for name, timing in timings.items()} for title, timings in results.items()
+    }
+    Path(path).write_text(
+        json.dumps({"machine": machine(), "milliseconds": milliseconds}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _summary(times: list[float]) -> Timing:

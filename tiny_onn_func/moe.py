@@ -47,7 +47,7 @@ def router_input(
 
 
 def router_logits(
-    seen: Float[Tensor, "*runs tokens dim"],
+    features: Float[Tensor, "*runs tokens dim"],
     token_ids: Int[Tensor, "*runs tokens"] | None,
     router: Float[Tensor, "*runs dim experts"],
     layer: int,
@@ -56,16 +56,16 @@ def router_logits(
     """Logits of the experts, float32 or wider: a linear map of the input, or a fixed hash of the token's id."""
     if config.routing == "hash":
         assert token_ids is not None, "whoever routes by a hash gives the ids"
-        return hash_logits(token_ids, layer, config.num_experts).to(wide_dtype(seen.dtype))
-    return linear_router_logits(seen, router)
+        return hash_logits(token_ids, layer, config.num_experts).to(wide_dtype(features.dtype))
+    return linear_router_logits(features, router)
 
 
 def linear_router_logits(
-    seen: Float[Tensor, "*layers tokens dim"], router: Float[Tensor, "*layers dim experts"]
+    features: Float[Tensor, "*layers tokens dim"], router: Float[Tensor, "*layers dim experts"]
 ) -> Float[Tensor, "*layers tokens experts"]:
-    """seen @ router in float32 or wider."""
-    dtype = wide_dtype(seen.dtype)
-    return dense_matmul(seen.to(dtype), router.to(dtype))
+    """features @ router in float32 or wider."""
+    dtype = wide_dtype(features.dtype)
+    return dense_matmul(features.to(dtype), router.to(dtype))
 
 
 def moe(
@@ -79,13 +79,13 @@ def moe(
 ) -> tuple[Float[Tensor, "*runs tokens dim"], RouterTrace]:
     """Output of the layer and its trace. Without coupling the main loss has exactly no gradient in the router."""
     decoupled = isinstance(inputs.router_coupling, float | int) and inputs.router_coupling == 0
-    seen = router_input(x, inputs.embedded, config)
-    seen = seen.detach() if decoupled else seen
-    logits = router_logits(seen, inputs.token_ids, params["router"], layer, config)
+    features = router_input(x, inputs.embedded, config)
+    features = features.detach() if decoupled else features
+    logits = router_logits(features, inputs.token_ids, params["router"], layer, config)
     explore = None if inputs.explore is None else inputs.explore.select(-2, layer)
     routing = route(logits, inputs.real, config, inputs.surprise_budget, params["router_bias"], explore)
     if inputs.override is not None:
         routing = send_alone(routing, inputs.override.select(-2, layer), inputs.real)
     routing = routing._replace(weights=scale_gradient(routing.weights, inputs.router_coupling))
     out = apply_experts(x, routing, params, layer, apply_w2, apply_w13, config.num_experts)
-    return out, RouterTrace(seen.detach(), logits, *routing)
+    return out, RouterTrace(features.detach(), logits, *routing)

@@ -108,11 +108,11 @@ def check_params(params: Tree, config: ModelConfig) -> None:
     Raises:
         ValueError: a leaf is missing, unknown or has another shape; the message names it.
     """
-    found, specs = flatten(params), param_specs(config)
-    for name in specs.keys() | found.keys():
-        if name not in found:
+    leaves, specs = flatten(params), param_specs(config)
+    for name in specs.keys() | leaves.keys():
+        if name not in leaves:
             raise ValueError(f"params.{name}: expected shape {specs[name].shape}, got no such leaf")
         if name not in specs:
-            raise ValueError(f"params.{name}: expected no such leaf, got shape {tuple(found[name].shape)}")
-        if tuple(found[name].shape) != specs[name].shape:
-            raise ValueError(f"params.{name}: expected shape {specs[name].shape}, got {tuple(found[name].shape)}")
+            raise ValueError(f"params.{name}: expected no such leaf, got shape {tuple(leaves[name].shape)}")
+        if tuple(leaves[name].shape) != specs[name].shape:
+            raise ValueError(f"params.{name}: expected shape {specs[name].shape}, got {tuple(leaves[name].shape)}")

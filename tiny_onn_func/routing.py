@@ -56,8 +56,8 @@ def route(
         return _by_thresholds(logits + bias.unsqueeze(-2), real, slots, least, explore)
     dynamic = config.num_experts_per_tok == DYNAMIC_K
     budget = torch.as_tensor(surprise_budget, device=logits.device).expand(runs)
-    given = logits, bias.to(logits.dtype).expand(*runs, experts), budget, real.expand(logits.shape[:-1])
-    weights, expert_ids, active = outside_vmap(_chosen, *given, slots, least, dynamic)
+    inputs = logits, bias.to(logits.dtype).expand(*runs, experts), budget, real.expand(logits.shape[:-1])
+    weights, expert_ids, active = outside_vmap(_chosen, *inputs, slots, least, dynamic)
     if explore is not None:
         routed = expert_ids, active
         expert_ids, kept = _try_expert(expert_ids, active, explore)

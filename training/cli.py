@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        told = error or "too little"
-        said = f"memory: expected enough for what was asked, got: {told}; choose smaller sizes, batches or lengths"
+        cause = error or "too little"
+        said = f"memory: expected enough for what was asked, got: {cause}; choose smaller sizes, batches or lengths"
         print(f"tiny-onn: {one_line(said)}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -122,18 +122,18 @@ def _evaluate(argv: Sequence[str]) -> None:
     parser.add_argument("--all", action="store_true", help="score all of the text, held out or not; no baselines then")
     parser.add_argument("--bytes", type=int, metavar="N", help="bytes to score; all of them by default")
     parser.add_argument("--json", action="store_true", help="print the score as one JSON object")
-    options = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     from training.commands.evaluate import evaluate_run
     from training.run.summary import score_table
 
-    found = evaluate_run(
-        options.run, data=options.data, max_bytes=options.bytes, split=options.split, holdout=options.holdout,
-        everything=options.all,
+    evaluation = evaluate_run(
+        args.run, data=args.data, max_bytes=args.bytes, split=args.split, holdout=args.holdout,
+        everything=args.all,
     )  # fmt: skip
-    if options.json:
-        print(json.dumps({**found._asdict(), "score": found.score._asdict()}))
+    if args.json:
+        print(json.dumps({**evaluation._asdict(), "score": evaluation.score._asdict()}))
     else:
-        print(score_table(found.score, found.baselines, "bytes" if options.all else "held-out bytes"))
+        print(score_table(evaluation.score, evaluation.baselines, "bytes" if args.all else "held-out bytes"))
 
 
 def _generate(argv: Sequence[str]) -> None:
@@ -153,15 +153,15 @@ def _generate(argv: Sequence[str]) -> None:
     parser.add_argument("--no-stop", action="store_true", help="write on where a document or a turn ends")
     parser.add_argument("--show-experts", action="store_true", help="then list the experts that every token visited")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     from training.commands.generate import stream_run
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     pieces = stream_run(
-        given.run, given.prompt, tokens=given.tokens, temperature=given.temperature, top_k=given.top_k,
-        top_p=given.top_p, repetition_penalty=given.repetition_penalty, context=given.context, stops=given.stop,
-        go_on=given.no_stop, show_experts=given.show_experts, width=width, seed=given.seed,
-        num_samples=given.num_samples,
+        args.run, args.prompt, tokens=args.tokens, temperature=args.temperature, top_k=args.top_k,
+        top_p=args.top_p, repetition_penalty=args.repetition_penalty, context=args.context, stops=args.stop,
+        go_on=args.no_stop, show_experts=args.show_experts, width=width, seed=args.seed,
+        num_samples=args.num_samples,
     )  # fmt: skip
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -175,14 +175,14 @@ def _export(argv: Sequence[str]) -> None:
     parser.add_argument("--num-experts-per-tok", type=int, metavar="K", help="experts a token visits; the run's own")
     parser.add_argument("--from-sharded", action="store_true", help="the newest sharded checkpoint; trust the run")
     parser.add_argument("--force", action="store_true", help="replace an earlier export in --out")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     from training.commands.export import export_run
 
-    if given.from_sharded:
+    if args.from_sharded:
         from training.distributed.sharded_checkpoint import gather_sharded
 
-        gather_sharded(given.run)
-    print(export_run(given.run, given.out, num_experts_per_tok=given.num_experts_per_tok, force=given.force))
+        gather_sharded(args.run)
+    print(export_run(args.run, args.out, num_experts_per_tok=args.num_experts_per_tok, force=args.force))
 
 
 def _tokenizer(argv: Sequence[str]) -> None:
@@ -193,10 +193,10 @@ def _tokenizer(argv: Sequence[str]) -> None:
     parser.add_argument("--out", required=True, help="new or empty folder")
     parser.add_argument("--holdout", type=float, default=0.1, help="share of the text that is left out, as in a run")
     parser.add_argument("--split", choices=("auto", "document", "tail"), default="auto", help="as in a run")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     from training.data.train_tokenizer import train_tokenizer
 
-    print(train_tokenizer(given.data, given.out, given.vocab_size, holdout=given.holdout, split=given.split))
+    print(train_tokenizer(args.data, args.out, args.vocab_size, holdout=args.holdout, split=args.split))
 
 
 def _surgery(argv: Sequence[str]) -> None:
@@ -208,12 +208,12 @@ def _surgery(argv: Sequence[str]) -> None:
     parser.add_argument("--split", choices=("contiguous", "clusters"), default="contiguous")
     parser.add_argument("--calibration", metavar="FILE", help="text whose activations --split clusters looks at")
     parser.add_argument("--force", action="store_true", help="replace an earlier result in --out")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     from training.commands.surgery import cut_into_experts
 
     out = cut_into_experts(
-        given.model, given.out, num_experts=given.num_experts, num_experts_per_tok=given.num_experts_per_tok,
-        split=given.split, calibration=given.calibration, force=given.force,
+        args.model, args.out, num_experts=args.num_experts, num_experts_per_tok=args.num_experts_per_tok,
+        split=args.split, calibration=args.calibration, force=args.force,
     )  # fmt: skip
     print(out)
 
@@ -232,20 +232,20 @@ def _study(argv: Sequence[str]) -> None:
     parser.add_argument("--runs-at-once", type=int, metavar="N", help="runs of one program; automatic by default")
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="where its groups are trained")
     parser.add_argument("--address", help="for ray: HOST:PORT of a cluster, or auto; without, one of its own")
-    given = parser.parse_args(argv)
-    if given.address and given.launcher != "ray":
+    args = parser.parse_args(argv)
+    if args.address and args.launcher != "ray":
         raise UserError("--address: expected --launcher ray with it, got --launcher local; add it, or leave --address")
     from training.study.file import load_study, named_study
 
-    file, out = named_study(given.file, given.out, quick=given.quick, resume=given.resume)
-    study = load_study(file, quick=given.quick)
+    file, out = named_study(args.file, args.out, quick=args.quick, resume=args.resume)
+    study = load_study(file, quick=args.quick)
     stop_politely()
     from training.study.launch import local_launcher
     from training.study.ray.launcher import ray_launcher
     from training.study.runner import run_study
 
-    launcher = ray_launcher(given.address) if given.launcher == "ray" else local_launcher
-    results = run_study(study, out, resume=given.resume, runs_at_once=given.runs_at_once, launcher=launcher)
+    launcher = ray_launcher(args.address) if args.launcher == "ray" else local_launcher
+    results = run_study(study, out, resume=args.resume, runs_at_once=args.runs_at_once, launcher=launcher)
     print(f"{results.table}\n\nstudy folder: {results.folder}\nreport: {results.folder / 'report.html'}")
 
 
@@ -253,26 +253,26 @@ def _rerun(argv: Sequence[str]) -> None:
     parser = _Parser("tiny-onn rerun", description="Make one step of a run again, and look at all its numbers.")
     parser.add_argument("run", help="run folder")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="number of the step, from 1 on")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     from training.commands.rerun import rerun, rerun_table
 
-    print(rerun_table(rerun(given.run, given.step)))
+    print(rerun_table(rerun(args.run, args.step)))
 
 
 def _doctor(argv: Sequence[str]) -> int:
     parser = _Parser("tiny-onn doctor", description="Versions, machine, and the soundness of a run or study folder.")
     parser.add_argument("run", nargs="?", help="folder of a run or a study")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     from training.commands.doctor import doctor
 
-    return 0 if doctor(given.run) else 1
+    return 0 if doctor(args.run) else 1
 
 
 def _report(argv: Sequence[str]) -> None:
     parser = _Parser("tiny-onn report", description="Write report.html into the folder of a study or of a run.")
     parser.add_argument("folder", metavar="DIR", help="what `tiny-onn study` or `tiny-onn train` made")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     from training.study.report import write_report
 
-    report = write_report(given.folder)
+    report = write_report(args.folder)
     print(f"{report.text}\n\nreport: {report.path}")

@@ -26,21 +26,21 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of a study")
     parser.add_argument("--pair", nargs=2, action="append", metavar=("ARM", "OTHER"), default=[])
     parser.add_argument("--measure", default="nats_per_token", help="column of results.csv")
-    given = parser.parse_args()
-    rows = read_results(given.folder)
-    for arm, other in given.pair:
-        print(f"{given.measure}, {arm} - {other}: {paired(rows, arm, other, given.measure)}")
-    if not given.pair:
-        facts = read_facts(given.folder, [row["run"] for row in rows])
+    args = parser.parse_args()
+    rows = read_results(args.folder)
+    for arm, other in args.pair:
+        print(f"{args.measure}, {arm} - {other}: {paired(rows, arm, other, args.measure)}")
+    if not args.pair:
+        facts = read_facts(args.folder, [row["run"] for row in rows])
         print("\n".join(savings(rows, facts)))
 
 
 def paired(rows: Sequence[Row], arm: str, other: str, measure: str) -> str:
     """The mean difference of runs that share everything but the arm, with its interval, as in a study's analysis."""
     ours, theirs = ([row for row in rows if row["arm"] == name] for name in (arm, other))
-    found = paired_differences(ours, theirs, measure)
-    orders = f" of {found.shape[1]} orders" if found.shape[1] > 1 else ""
-    return f"{interval(found)}, {len(found)} pairs{orders}" if len(found) else "no pairs"
+    differences = paired_differences(ours, theirs, measure)
+    orders = f" of {differences.shape[1]} orders" if differences.shape[1] > 1 else ""
+    return f"{interval(differences)}, {len(differences)} pairs{orders}" if len(differences) else "no pairs"
 
 
 def savings(rows: Sequence[Row], facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -52,10 +52,11 @@ def savings(rows: Sequence[Row], facts: Mapping[str, Mapping[str, Any]]) -> list
     for arm in (*dict.fromkeys(row["arm"] for row in known), None):
         chosen = [facts[row["run"]] for row in known if arm in (row["arm"], None)]
         saved = [
-            interval([one["regret"]["visited random"] - one["regret"][value] for one in chosen]) for value in VALUES
+            interval([routing["regret"]["visited random"] - routing["regret"][value] for routing in chosen])
+            for value in VALUES
         ]
-        found = [[agreement(one, value) for one in chosen] for value in AGREEING]
-        agreed = [interval([tau for tau in taus if tau is not None]) for taus in found]
+        agreements = [[agreement(routing, value) for routing in chosen] for value in AGREEING]
+        agreed = [interval([tau for tau in taus if tau is not None]) for taus in agreements]
         lines.append(f"| {' | '.join((arm or 'all', str(len(chosen)), *saved, *agreed))} |")
     return lines
 

@@ -40,23 +40,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=1)
-    given = parser.parse_args()
-    runs = [(name, seed) for name in ARMS for seed in range(given.seeds)]
+    args = parser.parse_args()
+    runs = [(name, seed) for name in ARMS for seed in range(args.seeds)]
     as_numbers = [
-        [torch.tensor(float(number)) for number in ARMS[name]._replace(total_steps=given.steps)] for name, _ in runs
+        [torch.tensor(float(number)) for number in ARMS[name]._replace(total_steps=args.steps)] for name, _ in runs
     ]
     hypers = stack([HyperParams(*numbers) for numbers in as_numbers])
     states = stack([init_state(CONFIG, torch.Generator().manual_seed(seed)) for _, seed in runs])
     corpus = open_corpus("stdlib", sequence_length=LENGTH)
     start = time.perf_counter()
-    for step in tqdm(range(given.steps), unit="step"):
+    for step in tqdm(range(args.steps), unit="step"):
         batch = batch_at(corpus.train, 0, step, BATCH, LENGTH)
         states, metrics = vmap(lambda state, hyper, batch=batch: hyper_step(state, batch, hyper, CONFIG))(
             states, hypers
         )
     seconds = time.perf_counter() - start
     print(
-        f"{len(runs)} runs of {given.steps} steps of {BATCH} x {LENGTH} bytes in {seconds:.0f} s;",
+        f"{len(runs)} runs of {args.steps} steps of {BATCH} x {LENGTH} bytes in {seconds:.0f} s;",
         f"{CONFIG.num_hidden_layers} layers of {CONFIG.num_experts} experts, K = {CONFIG.num_experts_per_tok}\n",
     )
     print(

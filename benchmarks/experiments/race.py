@@ -46,19 +46,19 @@ def main() -> None:
     parser.add_argument("--our-steps", type=int, default=2000, help="at which our cosine ends")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
-    given = parser.parse_args()
+    args = parser.parse_args()
     disable_heap_trimming()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(args.threads)
     print(machine(), flush=True)
-    config = replace(load_settings(str(CONFIG)), steps=given.our_steps)
-    corpus = open_corpus(given.text, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length)
-    racers = {"tiny-onn": tiny_onn(config, corpus), "dense": dense(config, corpus, given.steps)}
+    config = replace(load_settings(str(CONFIG)), steps=args.our_steps)
+    corpus = open_corpus(args.text, holdout=config.holdout, split=config.split, sequence_length=config.sequence_length)
+    racers = {"tiny-onn": tiny_onn(config, corpus), "dense": dense(config, corpus, args.steps)}
     seconds = dict.fromkeys(racers, 0.0)
     curves: dict[str, list[tuple[int, float, float]]] = {name: [] for name in racers}
-    for begin in range(0, given.steps, TURN):
-        batches = [batch_at(corpus.train, 0, step, 12, 64) for step in range(begin, min(begin + TURN, given.steps))]
+    for begin in range(0, args.steps, TURN):
+        batches = [batch_at(corpus.train, 0, step, 12, 64) for step in range(begin, min(begin + TURN, args.steps))]
         for name, racer in racers.items():
-            if name == "tiny-onn" and begin >= given.our_steps:
+            if name == "tiny-onn" and begin >= args.our_steps:
                 continue
             start = time.perf_counter()
             for step, batch in enumerate(batches, begin):
@@ -80,9 +80,9 @@ def main() -> None:
             f"tiny-onn: {GOAL} nats at step {arrived[0]} in {arrived[1]:.0f} s, "
             f"{arrived[1] / last[1]:.2f} of the dense time"
         )
-    if given.json:
-        told = {"machine": machine(), "curves (step, seconds, nats)": curves}
-        Path(given.json).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    if args.json:
+        figures = {"machine": machine(), "curves (step, seconds, nats)": curves}
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def tiny_onn(config: RunConfig, corpus: Splits) -> Racer:

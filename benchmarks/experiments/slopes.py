@@ -46,20 +46,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--ahead", type=int, default=4)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    corpus = open_corpus(given.data, sequence_length=LENGTH)
+    corpus = open_corpus(args.data, sequence_length=LENGTH)
 
     def batches(step: int) -> Batch:
-        return stack([batch_at(corpus.train, seed, step, BATCH, LENGTH) for seed in given.seeds])
+        return stack([batch_at(corpus.train, seed, step, BATCH, LENGTH) for seed in args.seeds])
 
     for title, model, names in (
         ("K = 4", MODEL, NUMBERS),
         ("dynamic K", replace(MODEL, num_experts_per_tok=-1), ("pi_alpha", *NUMBERS)),
     ):
-        found = slopes(model, given.seeds, given.steps, given.every, given.ahead, names, batches)
-        print(f"{title}: {given.steps} steps, every {given.every}, {given.ahead} ahead, seeds {given.seeds}")
-        for name, values in found.items():
+        by_name = slopes(model, args.seeds, args.steps, args.every, args.ahead, names, batches)
+        print(f"{title}: {args.steps} steps, every {args.every}, {args.ahead} ahead, seeds {args.seeds}")
+        for name, values in by_name.items():
             mean, low, high = t_interval(values)
             print(f"  {name:32} {mean:+.5f} ({low:+.5f} to {high:+.5f})")
 
@@ -72,20 +72,20 @@ def slopes(
     hyper = HYPER._replace(total_steps=steps)
     step = vmap(lambda state, batch: hyper_step(state, batch, hyper, model)[0])
     states = stack([init_state(model, torch.Generator().manual_seed(seed)) for seed in seeds])
-    found: dict[str, list[Tensor]] = {}
+    by_name: dict[str, list[Tensor]] = {}
     zeros = torch.zeros(len(seeds))
     for number in range(steps):
         if number and number % every == 0:
-            some, unseen = [batches(number + i) for i in range(ahead)], batches(UNSEEN + number)
+            upcoming, unseen = [batches(number + i) for i in range(ahead)], batches(UNSEEN + number)
             for name in names:
                 later = partial(later_loss, name=name, hyper=hyper, model=model)
                 loss, slope = (vmap(function, in_dims=(0, 0, [0] * ahead, 0)) for function in (later, grad(later)))
-                found.setdefault(f"d / d log {name}", []).append(slope(zeros, states, some, unseen))
+                by_name.setdefault(f"d / d log {name}", []).append(slope(zeros, states, upcoming, unseen))
                 if name == "pi_alpha":
-                    more, less = (loss(zeros + math.log(size), states, some, unseen) for size in (1.1, 0.9))
-                    found.setdefault("pi_alpha 10 % more - 10 % less", []).append(more - less)
+                    more, less = (loss(zeros + math.log(size), states, upcoming, unseen) for size in (1.1, 0.9))
+                    by_name.setdefault("pi_alpha 10 % more - 10 % less", []).append(more - less)
         states = step(states, batches(number))
-    return {name: torch.stack(values).mean(dim=0).tolist() for name, values in found.items()}
+    return {name: torch.stack(values).mean(dim=0).tolist() for name, values in by_name.items()}
 
 
 def later_loss(

@@ -37,16 +37,16 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="measure memory instead")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    if given.memory:
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.memory:
         return memory_table()
     corpus = open_corpus("stdlib", holdout=0.1, split="auto", sequence_length=SEQUENCE)
-    counts = sorted({max(1, given.num_experts * eighths // 8) for eighths in (1, 2, 3, 4, 6, 7, 8)}, reverse=True)
+    counts = sorted({max(1, args.num_experts * eighths // 8) for eighths in (1, 2, 3, 4, 6, 7, 8)}, reverse=True)
     with tempfile.TemporaryDirectory() as folder:
-        dense = Path(given.dense or Path(folder, "dense"))
-        if given.dense is None:
-            train_dense(corpus, dense, given.steps)
+        dense = Path(args.dense or Path(folder, "dense"))
+        if args.dense is None:
+            train_dense(corpus, dense, args.steps)
         print("| split | " + " | ".join(f"K = {k}" for k in counts) + " |")
         print("|---" * (len(counts) + 1) + "|")
         for split, name in (
@@ -57,14 +57,14 @@ def main() -> None:
         ):
             row = []
             for k in counts:
-                cut_for = k if name.endswith("K") else given.num_experts
+                cut_for = k if name.endswith("K") else args.num_experts
                 out = Path(folder, f"{split}-{cut_for}")
                 if not out.exists():
                     cut_into_experts(
-                        dense, out, num_experts=given.num_experts, num_experts_per_tok=cut_for, split=split,
+                        dense, out, num_experts=args.num_experts, num_experts_per_tok=cut_for, split=split,
                         calibration=argparse.__file__ if split == "clusters" else None,
                     )  # fmt: skip
-                row.append(f"{perplexity(out, k, corpus, given.bytes, blind=name.endswith('random')):.2f}")
+                row.append(f"{perplexity(out, k, corpus, args.bytes, blind=name.endswith('random')):.2f}")
             print(f"| {name} | " + " | ".join(row) + " |", flush=True)
 
 

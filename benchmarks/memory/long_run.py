@@ -50,15 +50,15 @@ def main() -> None:
     parser.add_argument("--data", default="stdlib:email/*.py")
     parser.add_argument("--out", help="where the run is made; by default in a folder that goes in the end")
     parser.add_argument("--json", help="where to write the figures")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(given.out or f"{folder}/run")
-        samples = watched(command(given.steps, given.data, out), out)
-        found = {**machine(), **memory(samples), **effort(samples), **speed(out), **disk(out, given.steps)}
-    for name, value in found.items():
+        out = Path(args.out or f"{folder}/run")
+        samples = watched(command(args.steps, args.data, out), out)
+        figures = {**machine(), **memory(samples), **effort(samples), **speed(out), **disk(out, args.steps)}
+    for name, value in figures.items():
         print(f"{name}: {value}")
-    if given.json:
-        Path(given.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def command(steps: int, data: str, out: Path) -> list[str]:

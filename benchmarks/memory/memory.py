@@ -23,21 +23,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("--only", choices=SUBJECTS, help="print the growth of this process in MiB (used by itself)")
-    given = parser.parse_args()
-    if given.only:
-        print(grown(given.only, given.sizes[0], given.steps))
+    args = parser.parse_args()
+    if args.only:
+        print(grown(args.only, args.sizes[0], args.steps))
         return
-    results = {
-        size: {subject: in_a_process(subject, size, given.steps) for subject in SUBJECTS} for size in given.sizes
-    }
-    for size, found in results.items():
-        plain = found[SUBJECTS[-1]]
+    results = {size: {subject: in_a_process(subject, size, args.steps) for subject in SUBJECTS} for size in args.sizes}
+    for size, growth in results.items():
+        plain = growth[SUBJECTS[-1]]
         print(f"**Size {size}**\n\n| what | MiB | against {SUBJECTS[-1]} |\n|---|---|---|")
-        for subject, mebibytes in found.items():
+        for subject, mebibytes in growth.items():
             print(f"| {subject} | {mebibytes:.0f} | {mebibytes / plain:.2f} |")
         print()
-    if given.json:
-        Path(given.json).write_text(json.dumps({"mebibytes": results}, indent=2) + "\n", encoding="utf-8")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"mebibytes": results}, indent=2) + "\n", encoding="utf-8")
 
 
 def in_a_process(subject: str, size: str, steps: int) -> float:

@@ -30,12 +30,12 @@ TERMS = ("L T D", "L T Q", "L N F", "L N D", "L T E", "T V")
 def main() -> None:
     torch.set_num_threads(1)
     for dtype, width in ((None, 4), (torch.bfloat16, 2)):
-        found = np.array([measured(model, batch, length, dtype) for model, batch, length in models()])
+        saved = np.array([measured(model, batch, length, dtype) for model, batch, length in models()])
         sizes = np.array([terms(model, batch * length) for model, batch, length in models()], dtype=float)
-        fitted, _ = nnls(sizes / found[:, None], np.ones(len(found)))
+        fitted, _ = nnls(sizes / saved[:, None], np.ones(len(saved)))
         rounded = np.array([saved_of(model, batch * length, width) for model, batch, length in models()])
         values = ", ".join(f"{name} {value:.1f}" for name, value in zip(TERMS, fitted, strict=True))
-        worst, off = (np.abs(guess / found - 1).max() for guess in (sizes @ fitted, rounded))
+        worst, off = (np.abs(guess / saved - 1).max() for guess in (sizes @ fitted, rounded))
         print(f"{width} bytes a number: {values}; at most {worst:.1%} off, {off:.1%} as rounded in SAVED")
 
 

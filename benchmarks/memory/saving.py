@@ -43,14 +43,14 @@ def main() -> None:
     parser.add_argument("--large-steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
-    given = parser.parse_args()
+    args = parser.parse_args()
     disable_heap_trimming()
-    torch.set_num_threads(given.threads)
-    found = {**machine(), **small(given.rounds, given.steps), **large(given.large_steps)}
-    for name, value in found.items():
+    torch.set_num_threads(args.threads)
+    figures = {**machine(), **small(args.rounds, args.steps), **large(args.large_steps)}
+    for name, value in figures.items():
         print(f"{name}: {value}")
-    if given.json:
-        Path(given.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def small(rounds: int, steps: int) -> dict[str, object]:

@@ -65,35 +65,35 @@ def measured(processes: Collection[int]) -> dict[str, Any]:
     print(f"{about}; gloo between two processes: {bandwidth / 1e9:.2f} GB/s, {latency * 1e6:.0f} us\n")
     print("| processes | layout | sent, MB | memory, MiB | step, ms | with over without overlap |")
     print("|---|---|---|---|---|---|", flush=True)
-    one, rows = 0.0, []
+    flops, rows = 0.0, []
     for size, layout in CASES:
         if size > 1 and size not in processes:
             continue
-        seen = Found(*json.loads(last_line(size, str(layout.experts), str(int(layout.shard_optimizer)))))
-        one = one or flops_of(MODEL, SEQUENCES * LENGTH, LENGTH) / seen.seconds
+        actual = Found(*json.loads(last_line(size, str(layout.experts), str(int(layout.shard_optimizer)))))
+        flops = flops or flops_of(MODEL, SEQUENCES * LENGTH, LENGTH) / actual.seconds
         cores = min(size, os.cpu_count() or 1)
         here = Cluster(
-            gpus_per_node=size, tflops=one * cores / size / 1e12, utilisation=1.0, memory_gb_s=1e6,
+            gpus_per_node=size, tflops=flops * cores / size / 1e12, utilisation=1.0, memory_gb_s=1e6,
             intra_gb_s=bandwidth / 1e9, inter_gb_s=bandwidth / 1e9, latency_us=latency * 1e6,
         )  # fmt: skip
         guess = plan(MODEL, here, layout, size, sequences=SEQUENCES // size, length=LENGTH, width=4)
         pairs = (
-            (guess.sent / 1e6, seen.sent / 1e6), (guess.memory.peak / 2**20, seen.memory / 2**20),
-            (guess.seconds * 1e3, seen.seconds * 1e3),
+            (guess.sent / 1e6, actual.sent / 1e6), (guess.memory.peak / 2**20, actual.memory / 2**20),
+            (guess.seconds * 1e3, actual.seconds * 1e3),
         )  # fmt: skip
-        middle, low, high = seen.overlap
+        middle, low, high = actual.overlap
         overlap = f"{middle:.2f} ({low:.2f} to {high:.2f})" if size > 1 else ""
         columns = " | ".join(compared(*pair) for pair in pairs)
         print(f"| {size} | {layout.name} | {columns} | {overlap} |", flush=True)
         by_purpose = bytes_sent(MODEL, layout, size, SEQUENCES * LENGTH // size, 4)
         rows.append({"processes": size, "layout": layout.name, "predicted": [a for a, _ in pairs]})
-        rows[-1] |= {"measured": [b for _, b in pairs], "overlap": seen.overlap, "predicted_by_purpose": by_purpose}
-    return {"machine": about, "bytes_per_second": bandwidth, "latency": latency, "flops": one, "rows": rows}
+        rows[-1] |= {"measured": [b for _, b in pairs], "overlap": actual.overlap, "predicted_by_purpose": by_purpose}
+    return {"machine": about, "bytes_per_second": bandwidth, "latency": latency, "flops": flops, "rows": rows}
 
 
-def compared(guess: float, seen: float) -> str:
-    error = f" ({guess / seen - 1:+.0%})" if seen else ""
-    return f"{guess:.1f} for {seen:.1f}{error}"
+def compared(guess: float, actual: float) -> str:
+    error = f" ({guess / actual - 1:+.0%})" if actual else ""
+    return f"{guess:.1f} for {actual:.1f}{error}"
 
 
 def last_line(size: int, *arguments: str) -> str:
@@ -154,10 +154,10 @@ def step_of_many(experts: int, shard_optimizer: bool) -> Found:
     grown = torch.tensor(_of_status("VmHWM") - before)
     disable_heap_trimming()  # as a run does
     world.sent.clear()
-    found = interleaved({"with": lambda: step(layout), "without": lambda: step(waiting)}, ROUNDS, WARM_UP)
+    timings = interleaved({"with": lambda: step(layout), "without": lambda: step(waiting)}, ROUNDS, WARM_UP)
     sent = sum(world.sent.values()) / (ROUNDS + WARM_UP)
     dist.all_reduce(grown, dist.ReduceOp.MAX)
-    return Found(found["with"].median / 1e3, int(grown), sent, ratio(found, "with", "without"))
+    return Found(timings["with"].median / 1e3, int(grown), sent, ratio(timings, "with", "without"))
 
 
 def link() -> tuple[float, float]:
@@ -183,9 +183,9 @@ def _of_status(name: str) -> int:
 def _main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = link() if arguments == ["link"] else step_of_many(int(arguments[0]), arguments[1] == "1")
+    figures = link() if arguments == ["link"] else step_of_many(int(arguments[0]), arguments[1] == "1")
     if dist.get_rank() == 0:
-        print(json.dumps(found))
+        print(json.dumps(figures))
     dist.destroy_process_group()
 
 

@@ -35,15 +35,15 @@ MOST_GPUS = 4096
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; the exit status: 2 for a mistake, which gets one line."""
     try:
-        given, model, cluster = parse(sys.argv[1:] if argv is None else argv)
-        if given.measure:
+        args, model, cluster = parse(sys.argv[1:] if argv is None else argv)
+        if args.measure:
             from benchmarks.scaling.measured import measured
 
-            found = measured(given.processes)
+            figures = measured(args.processes)
         else:
-            found = simulated(given, model, cluster)
-        if given.json:
-            Path(given.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            figures = simulated(args, model, cluster)
+        if args.json:
+            Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     except (UserError, ValueError) as error:
         print(f"benchmarks.scaling.report: {error}", file=sys.stderr)
         return 2
@@ -63,11 +63,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ModelConfig, Cluster
     for field in fields(Cluster):
         kind = int if field.name == "gpus_per_node" else float
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
-    given, rest = parser.parse_known_args(argv)
-    for gpus in given.gpus:
+    args, rest = parser.parse_known_args(argv)
+    for gpus in args.gpus:
         if not 1 <= gpus <= MOST_GPUS:
             raise UserError(f"--gpus: expected 1 to {MOST_GPUS}, got {gpus}")
-    return given, _model(given.model, rest), Cluster(**{f.name: getattr(given, f.name) for f in fields(Cluster)})
+    return args, _model(args.model, rest), Cluster(**{f.name: getattr(args, f.name) for f in fields(Cluster)})
 
 
 def _model(name: str, rest: Sequence[str]) -> ModelConfig:
@@ -80,17 +80,17 @@ def _model(name: str, rest: Sequence[str]) -> ModelConfig:
     return MODELS[name]
 
 
-def simulated(given: argparse.Namespace, model: ModelConfig, cluster: Cluster) -> dict[str, Any]:
+def simulated(args: argparse.Namespace, model: ModelConfig, cluster: Cluster) -> dict[str, Any]:
     """Print the table of a model on a cluster; the figures as plain values."""
-    print(headline(model, cluster, given.sequences, given.length) + "\n")
+    print(headline(model, cluster, args.sequences, args.length) + "\n")
     print(
         "| GPUs | layout | weights, moments, gradients, GiB | activations, surprise, GiB | peak, GiB | step, ms "
         "| communication | tokens/s | $ / 1e9 tokens |\n|---|---|---|---|---|---|---|---|---|"
     )
     rows = []
-    for gpus in given.gpus:
+    for gpus in args.gpus:
         every = [
-            plan(model, cluster, layout, gpus, sequences=given.sequences, length=given.length)
+            plan(model, cluster, layout, gpus, sequences=args.sequences, length=args.length)
             for layout in layouts_of(model, gpus)
         ]
         for row in best_of_each_kind(every, cluster):
@@ -100,7 +100,7 @@ def simulated(given: argparse.Namespace, model: ModelConfig, cluster: Cluster) -
                 | {"layout": row.layout.name, "memory": row.memory._asdict()}
                 | {"seconds": row.seconds, "dollars": row.dollars(cluster)}
             )
-    sizes = {"parameters": count_params(model), "sequences": given.sequences, "length": given.length}
+    sizes = {"parameters": count_params(model), "sequences": args.sequences, "length": args.length}
     return {"model": asdict(model), "cluster": asdict(cluster), **sizes, "plans": rows}
 
 

@@ -25,17 +25,17 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
-    given = parser.parse_args()
+    args = parser.parse_args()
     disable_heap_trimming()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(args.threads)
     print(machine())
     results = {}
-    for name in given.sizes:
+    for name in args.sizes:
         subjects = both(name)
-        results[name] = interleaved(subjects, given.repetitions)
+        results[name] = interleaved(subjects, args.repetitions)
         print(table(name, results[name], "as it is"), flush=True)
-    if given.json:
-        write_json(given.json, results)
+    if args.json:
+        write_json(args.json, results)
 
 
 def both(name: str) -> dict[str, Callable[[], object]]:

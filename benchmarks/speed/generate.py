@@ -36,24 +36,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
-    given = parser.parse_args()
+    args = parser.parse_args()
     disable_heap_trimming()
-    torch.set_num_threads(given.threads)
-    told = machine()
-    print(told, flush=True)
+    torch.set_num_threads(args.threads)
+    host = machine()
+    print(host, flush=True)
     params, peer = both_models(DEFAULT_MODEL)
     results = {}
-    for batch in given.batches:
-        subjects = writers(params, peer, DEFAULT_MODEL, batch, given.prompt, given.new)
+    for batch in args.batches:
+        subjects = writers(params, peer, DEFAULT_MODEL, batch, args.prompt, args.new)
         texts = [subject() for subject in subjects.values()]
         assert torch.equal(*texts), f"batch {batch}: expected the same greedy text of both, got two"
-        assert texts[0].shape[1] == given.prompt + given.new, "both write until the end"
-        results[batch] = interleaved(subjects, given.rounds, warm_up=0)
-        print(speed_table(results[batch], batch, given.new), flush=True)
-    if given.json:
+        assert texts[0].shape[1] == args.prompt + args.new, "both write until the end"
+        results[batch] = interleaved(subjects, args.rounds, warm_up=0)
+        print(speed_table(results[batch], batch, args.new), flush=True)
+    if args.json:
         timings = {f"batch {batch}": {name: t._asdict() for name, t in r.items()} for batch, r in results.items()}
-        figures = {"machine": told, "prompt": given.prompt, "new": given.new, "milliseconds": timings}
-        Path(given.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        figures = {"machine": host, "prompt": args.prompt, "new": args.new, "milliseconds": timings}
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def both_models(config: ModelConfig) -> tuple[Any, Any]:

@@ -38,17 +38,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sequence", type=int, default=1024)
     parser.add_argument("--json", help="where to write the figures")
-    given = parser.parse_args()
+    args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(
             "benchmarks.speed.gpu: expected a CUDA device, found none; this benchmark has nothing to say without one"
         )
-    found: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    found |= large_model(given.batch, given.sequence, given.peak_tflops) | many_runs()
-    for name, value in found.items():
+    figures: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    figures |= large_model(args.batch, args.sequence, args.peak_tflops) | many_runs()
+    for name, value in figures.items():
         print(f"{name}: {value}")
-    if given.json:
-        Path(given.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def large_model(batch_size: int, seq: int, peak_tflops: float) -> dict[str, object]:

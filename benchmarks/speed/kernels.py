@@ -26,24 +26,24 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=31)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
-    given = parser.parse_args()
+    args = parser.parse_args()
     disable_heap_trimming()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(args.threads)
     print(machine())
     results = {}
     for sizes in PRODUCTS:
         title = "{} rows of {} experts, {} x {}".format(*sizes)
-        results[title] = interleaved(products(*sizes), given.repetitions)
+        results[title] = interleaved(products(*sizes), args.repetitions)
         print(table(title, results[title], "product"), flush=True)
     for shape in PROJECTIONS:
         title = "{} runs of {} rows, {} x {}".format(*shape)
-        results[title] = interleaved(projections(*shape), given.repetitions)
+        results[title] = interleaved(projections(*shape), args.repetitions)
         print(table(title, results[title], "product"), flush=True)
     for name, heads in HEADS.items():
-        results[name] = interleaved(attentions(*heads), given.repetitions)
+        results[name] = interleaved(attentions(*heads), args.repetitions)
         print(table(f"attention, {name}", results[name], "kernel"), flush=True)
-    if given.json:
-        write_json(given.json, results)
+    if args.json:
+        write_json(args.json, results)
 
 
 def products(rows: int, experts: int, inner: int, outer: int) -> dict[str, Subject]:
@@ -52,13 +52,13 @@ def products(rows: int, experts: int, inner: int, outer: int) -> dict[str, Subje
     counts = torch.bincount(torch.randint(0, experts, (rows,), generator=generator), minlength=experts)
     offsets = counts.cumsum(0).to(torch.int32)
     x, grad, w = torch.randn(rows, inner), torch.randn(rows, outer), torch.randn(experts, inner, outer)
-    one = offsets[None]
+    run_offsets = offsets[None]
     return {
-        "product": lambda: forward_kernels.matmul([(x[None], w[None])], one),
+        "product": lambda: forward_kernels.matmul([(x[None], w[None])], run_offsets),
         "product, grouped_mm": lambda: F.grouped_mm(x, w, offs=offsets),
-        "transposed": lambda: forward_kernels.matmul([(grad[None], w[None].mT)], one),
+        "transposed": lambda: forward_kernels.matmul([(grad[None], w[None].mT)], run_offsets),
         "transposed, grouped_mm": lambda: F.grouped_mm(grad, w.mT, offs=offsets),
-        "outer": lambda: forward_kernels.outer(x[None], grad[None], one),
+        "outer": lambda: forward_kernels.outer(x[None], grad[None], run_offsets),
         "outer, grouped_mm": lambda: F.grouped_mm(x.mT, grad, offs=offsets),
     }
 

@@ -25,9 +25,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
-    given = parser.parse_args()
+    args = parser.parse_args()
     disable_heap_trimming()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(args.threads)
     print(machine())
     lengths, counts = (512, 2048, 8192), (8, 32, 128, 512)
     groups: dict[str, tuple[dict[str, Subject], str]] = {
@@ -38,10 +38,10 @@ def main() -> None:
     }
     results = {}
     for title, (subjects, to) in groups.items():
-        results[title] = interleaved(subjects, given.repetitions)
+        results[title] = interleaved(subjects, args.repetitions)
         print(table(title, results[title], to), flush=True)
-    if given.json:
-        write_json(given.json, results)
+    if args.json:
+        write_json(args.json, results)
 
 
 def beside_dense(tokens: int, dim: int, inner: int, num_experts: int, top_k: int) -> dict[str, Subject]:
@@ -54,9 +54,9 @@ def experts(tokens: int, dim: int, inner: int, num_experts: int, top_k: int) -> 
     (layer,) = unstack_layers(init_params(config, torch.Generator().manual_seed(0))["layers"], 1)
     params = {name: leaf.clone().requires_grad_("router" not in name) for name, leaf in layer["moe"].items()}
     x, upstream = inputs(tokens, dim)
-    told = RoutingInputs(torch.ones(tokens, dtype=torch.bool), 0.5, 0.0, None)
+    routing = RoutingInputs(torch.ones(tokens, dtype=torch.bool), 0.5, 0.0, None)
     wanted = [x, params["w1"], params["w3"], params["w2"]]
-    return lambda: torch.autograd.grad(moe(x, params, 0, told, config, apply_w2)[0], wanted, upstream)
+    return lambda: torch.autograd.grad(moe(x, params, 0, routing, config, apply_w2)[0], wanted, upstream)
 
 
 def dense(tokens: int, dim: int, inner: int) -> Subject:

@@ -30,18 +30,18 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
-    given = parser.parse_args()
+    args = parser.parse_args()
     disable_heap_trimming()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(args.threads)
     print(machine())
     results = {}
-    for name in given.sizes:
+    for name in args.sizes:
         for runs in SIZES[name][3]:
             title = f"{name}, {runs} runs"
-            results[title] = interleaved(subjects(*SIZES[name][:3], runs), given.repetitions)
+            results[title] = interleaved(subjects(*SIZES[name][:3], runs), args.repetitions)
             print(table(title, results[title], "together"), flush=True)
-    if given.json:
-        write_json(given.json, results)
+    if args.json:
+        write_json(args.json, results)
 
 
 def subjects(config: ModelConfig, batch_size: int, seq: int, runs: int) -> dict[str, Callable[[], object]]:

@@ -31,22 +31,22 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="where to write the figures")
-    given = parser.parse_args()
+    args = parser.parse_args()
     disable_heap_trimming()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(args.threads)
     print(machine())
     results = {}
-    for name in given.sizes:
+    for name in args.sizes:
         subjects = ours(*SIZES[name]) | peer(*SIZES[name])
-        results[name] = interleaved(subjects, given.repetitions)
+        results[name] = interleaved(subjects, args.repetitions)
         print(table(f"Size {name}", results[name], "plain step of transformers"), flush=True)
         cost = ratio(results[name], "gradients and surprise", "gradients without hooks")
         print(
             "gradients and surprise against gradients without hooks: {:.3f} ({:.3f} to {:.3f})\n".format(*cost),
             flush=True,
         )
-    if given.json:
-        write_json(given.json, results)
+    if args.json:
+        write_json(args.json, results)
 
 
 def ours(config: ModelConfig, batch_size: int, seq: int) -> dict[str, Callable[[], object]]:

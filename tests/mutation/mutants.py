@@ -154,11 +154,11 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ("{ return (vec)(((lanes)a & yes)", "{ return (vec)(((lanes)a)"),
     ],
     "tiny_onn_func/kernels/forward.py": [
-        ("given = [t.contiguous() for t in (x, weights, order)]", "given = [x, weights, order]"),
+        ("inputs = [t.contiguous() for t in (x, weights, order)]", "inputs = [x, weights, order]"),
         ("return grad_x, partial[:, 0]", "return grad_x, partial[:, -1]"),
         ("grad_qkv, grad_norms.sum(dim=1)", "grad_qkv, grad_norms[:, 0]"),
-        ("bias.shape[0], *made", "1, *made"),
-        ("given = [t.contiguous() for t in (logits, bias, budgets, real)]", "given = [logits, bias, budgets, real]"),
+        ("bias.shape[0], *rest", "1, *rest"),
+        ("inputs = [t.contiguous() for t in (logits, bias, budgets, real)]", "inputs = [logits, bias, budgets, real]"),
     ],
     "tiny_onn_func/kernels/runtime.py": [
         ("(records and t.requires_grad)", "False"),
@@ -167,8 +167,8 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
     ],
     "tiny_onn_func/kernels/step.py": [
         ("[[t.contiguous() for t in leaves] for leaves in", "[list(leaves) for leaves in"),
-        ("given = [t.contiguous() for t in (left, right, token, expert)]", "given = [left, right, token, expert]"),
-        ("given = [t.contiguous() for t in (surprise, real, least, sign)]", "given = [surprise, real, least, sign]"),
+        ("inputs = [t.contiguous() for t in (left, right, token, expert)]", "inputs = [left, right, token, expert]"),
+        ("inputs = [t.contiguous() for t in (surprise, real, least, sign)]", "inputs = [surprise, real, least, sign]"),
         ("[t.contiguous() for t in (logits, target, informative, real)]", "[logits, target, informative, real]"),
         (
             "[t.contiguous() for t in (logits, target, informative, real, *grads)]",
@@ -239,7 +239,7 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ("device=x.device) * x.shape[-2]", "device=x.device) * (x.shape[-2] - 1)"),
     ],
     "tiny_onn_func/primitives/vmap.py": [
-        ("if level not in found:", "if True:"),
+        ("if level not in mapped:", "if True:"),
         ("or not only_vmaps():\n        return function", "or False:\n        return function"),
         ("t for t in inputs]\n    with temporarily_clear_interpreter_stack():", "t for t in inputs]\n    if True:"),
         ("t = functorch._add_batch_dim(t, 0, level)", "t = functorch._add_batch_dim(t, -1, level)"),
@@ -250,7 +250,7 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
             "t.unsqueeze(0).expand(runs, *t.shape)",
         ),
         ("for dim, level in reversed(axes):", "for dim, level in axes:"),
-        ("each_run(function, given, axes - 1)", "function(given)"),
+        ("each_run(function, run, axes - 1)", "function(run)"),
         ("0 if isinstance(leaf, Tensor) else None", "-1 if isinstance(leaf, Tensor) and leaf.ndim == axes else 0"),
         (
             "with temporarily_clear_interpreter_stack():\n            return function",
@@ -367,8 +367,8 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
     "training/step/losses.py": [
         ("is_target = labels != IGNORE_INDEX", "is_target = labels != -101"),
         ("for x in (-picked, entropy))", "for x in (-picked, picked))"),
-        ("-reduce(seen.exp() * seen", "-reduce(seen"),
-        ("seen.argmax(dim=-1)", "seen.argmin(dim=-1)"),
+        ("-reduce(detached.exp() * detached", "-reduce(detached"),
+        ("detached.argmax(dim=-1)", "detached.argmin(dim=-1)"),
         ("losses, labels != IGNORE_INDEX,", "losses, labels != -101,"),
         ("best == labels,", "best != labels,"),
         ("where(labels != IGNORE_INDEX, kl", "where(labels != -101, kl"),
@@ -415,7 +415,7 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ("torch.finfo(nu.dtype).tiny", "0.0"),
         ('endswith("norm")', 'endswith("q_norm")'),
         ("grad = g[name] * scale", "grad = g[name]"),
-        ("strict=True)] for leaves in made)", "strict=True)] for leaves in (made[0], made[0], made[2]))"),
+        ("strict=True)] for leaves in updated)", "strict=True)] for leaves in (updated[0], updated[0], updated[2]))"),
         ("(is_backbone(name), has_decay(name)) for", "(False, has_decay(name)) for"),
         ("torch.where(total > 0, cosine, 1.0)", "cosine"),
         ("hyper.eps * root_correction", "hyper.eps"),

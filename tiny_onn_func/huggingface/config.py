@@ -207,7 +207,7 @@ def _moe_sizes(values: Values, kind: str) -> dict[str, Any]:
 
 def _rope_theta(values: Values) -> float:
     """The base of the rotary frequencies: `rope_theta`, or `rope_parameters.rope_theta`; no scaling of any kind."""
-    found = [_number(values, "rope_theta")] if values.get("rope_theta") is not None else []
+    thetas = [_number(values, "rope_theta")] if values.get("rope_theta") is not None else []
     for key in ("rope_parameters", "rope_scaling"):
         rope = values.get(key)
         if rope is None:
@@ -218,10 +218,10 @@ def _rope_theta(values: Values) -> float:
         known = rope.keys() <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
         if kind != "default" or not known or rope.get("partial_rotary_factor", 1) != 1:
             raise ValueError(f"{key}: expected plain rotary positions (rope_type default), got {shown(rope)}")
-        found += [_number(rope, "rope_theta")] if rope.get("rope_theta") is not None else []
-    if len({*found}) > 1:
-        raise ValueError(f"rope_theta: expected one value, got {shown(found)}")
-    return found[0] if found else 10000.0
+        thetas += [_number(rope, "rope_theta")] if rope.get("rope_theta") is not None else []
+    if len({*thetas}) > 1:
+        raise ValueError(f"rope_theta: expected one value, got {shown(thetas)}")
+    return thetas[0] if thetas else 10000.0
 
 
 def _whole(values: Values, key: str, default: int | None = None, lowest: int = 1) -> int:

@@ -57,9 +57,9 @@ def read_headers(folder: Path) -> dict[str, Stored]:
             raise ValueError(f"{shown(folder / shard)}: expected the shard that {INDEX} names, got no such file")
         for name, entry in _header(folder / shard).items():
             if places.get(name) != shard:
-                told = places.get(name, "no file")
+                place = places.get(name, "no file")
                 raise ValueError(
-                    f"{shown(entry.file)}: {shown(name)}: expected in {shown(told)} by {INDEX}, got it here"
+                    f"{shown(entry.file)}: {shown(name)}: expected in {shown(place)} by {INDEX}, got it here"
                 )
             stored[name] = entry
     for name in sorted(places.keys() - stored.keys()):

@@ -104,7 +104,7 @@ def check_headers(
         ValueError: a tensor is missing, superfluous or of another shape; one line that names file and tensor.
     """
     specs, unknown = param_specs(config), {*stored}
-    found: dict[str, set[torch.dtype]] = {}
+    dtypes: dict[str, set[torch.dtype]] = {}
     for piece in (piece for group in layout(config, spelling, bias=bias) for piece in group):
         shape = piece.shape(specs)
         if piece.name not in stored:
@@ -114,7 +114,7 @@ def check_headers(
             raise ValueError(f"{shown(file)}: {piece.name}: expected shape {shape}, got {shown(list(came))}")
         unknown.discard(piece.name)
         for leaf in piece.leaves:
-            found.setdefault(leaf, set()).add(DTYPES[dtype])
+            dtypes.setdefault(leaf, set()).add(DTYPES[dtype])
     if config.tie_word_embeddings and HEAD in unknown:
         _check_tied(stored)
         unknown.discard(HEAD)
@@ -122,7 +122,7 @@ def check_headers(
         raise ValueError(
             f"{shown(stored[name].file)}: expected no tensor {shown(name)}, got one of shape {stored[name].shape}"
         )
-    return _leaf_dtypes(found, specs)
+    return _leaf_dtypes(dtypes, specs)
 
 
 def _check_tied(stored: Mapping[str, Stored]) -> None:
@@ -134,12 +134,12 @@ def _check_tied(stored: Mapping[str, Stored]) -> None:
         )
 
 
-def _leaf_dtypes(found: Mapping[str, set[torch.dtype]], specs: Mapping[str, Any]) -> dict[str, torch.dtype]:
+def _leaf_dtypes(by_leaf: Mapping[str, set[torch.dtype]], specs: Mapping[str, Any]) -> dict[str, torch.dtype]:
     def router(leaf: str) -> bool:
         return leaf.rsplit(".", 1)[-1] in ROUTER_LEAVES
 
-    widest = reduce(torch.promote_types, {dtype for leaf, some in found.items() if not router(leaf) for dtype in some})
-    own = {leaf: reduce(torch.promote_types, some) for leaf, some in found.items() if router(leaf)}
+    widest = reduce(torch.promote_types, {d for leaf, dtypes in by_leaf.items() if not router(leaf) for d in dtypes})
+    own = {leaf: reduce(torch.promote_types, dtypes) for leaf, dtypes in by_leaf.items() if router(leaf)}
     own.setdefault("layers.moe.router", widest)  # of a dense model
     own.setdefault(BIAS, own["layers.moe.router"])
     return {leaf: own[leaf] if router(leaf) else widest for leaf in specs}

@@ -94,7 +94,7 @@ def stream(
         params, config, batch, input_ids.shape[1] + max_new_tokens, attention_mask=attention_mask,
         context_length=context_length, surprise_budget=surprise_budget,
     )  # fmt: skip
-    seen = _seen(input_ids, attention_mask, config.vocab_size)
+    present = _tokens_present(input_ids, attention_mask, config.vocab_size)
     stops = torch.tensor(list(stop_tokens), device=input_ids.device)
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     tokens = input_ids
@@ -103,22 +103,22 @@ def stream(
         if watch is not None:
             watch(tokens, routes)
         start += tokens.shape[1]
-        logits = penalize(logits.clone(), seen, sampling.repetition_penalty)  # a clone leaves inference mode
+        logits = penalize(logits.clone(), present, sampling.repetition_penalty)  # a clone leaves inference mode
         token = sample(logits, generator, sampling)
         if stop_tokens:
             token = torch.where(running, token, pad)
             running = running & ~torch.isin(token, stops)
-        seen = seen if sampling.repetition_penalty == 1 else seen.scatter(1, token[:, None], True)
+        present = present if sampling.repetition_penalty == 1 else present.scatter(1, token[:, None], True)
         yield token
         if not running.any():
             return
         tokens = token[:, None]
 
 
-def _seen(tokens: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
+def _tokens_present(tokens: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor:
     """(batch, vocab) True for every real token of the prompt."""
-    seen = torch.zeros(tokens.shape[0], vocab_size, dtype=torch.int64, device=tokens.device)
-    return seen.scatter_add(1, tokens, torch.ones_like(tokens) if mask is None else (mask != 0).long()) > 0
+    counts = torch.zeros(tokens.shape[0], vocab_size, dtype=torch.int64, device=tokens.device)
+    return counts.scatter_add(1, tokens, torch.ones_like(tokens) if mask is None else (mask != 0).long()) > 0
 
 
 def _check_prompt(input_ids: Tensor, mask: Tensor | None, config: ModelConfig) -> None:

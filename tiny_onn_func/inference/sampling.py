@@ -41,7 +41,7 @@ class SamplingParams(NamedTuple):
 
 
 def penalize(
-    logits: Float[Tensor, "batch vocab"], seen: Bool[Tensor, "batch vocab"], penalty: float
+    logits: Float[Tensor, "batch vocab"], present: Bool[Tensor, "batch vocab"], penalty: float
 ) -> Float[Tensor, "batch vocab"]:
     """Make the tokens that the text has already less likely: a positive logit / penalty, a negative one * penalty.
 
@@ -49,7 +49,7 @@ def penalize(
     """
     if penalty == 1:
         return logits
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return torch.where(present, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample(logits: Float[Tensor, "batch vocab"], generator: Generator, params: SamplingParams) -> Int[Tensor, " batch"]:

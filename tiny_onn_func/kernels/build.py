@@ -64,11 +64,11 @@ def _is_ours(path: Path) -> bool:
 
 def _fingerprint() -> str:
     """Of the source, and of the processor that it is compiled for: a home folder may serve several machines."""
-    told = [platform.machine(), *flags()]
+    target = [platform.machine(), *flags()]
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        told += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    return hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES) + "\n".join(told).encode()).hexdigest()[:16]
+        target += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES) + "\n".join(target).encode()).hexdigest()[:16]
 
 
 def _compile(path: Path) -> None:
@@ -81,13 +81,13 @@ def _compile(path: Path) -> None:
     if compiler is None:
         raise FileNotFoundError("found no C compiler called cc, gcc or clang")
     with tempfile.TemporaryDirectory(dir=path.parent) as draft:
-        made = Path(draft, "kernels.so")
-        for some in (flags(), [flag for flag in flags() if flag != "-fopenmp"]):  # one thread, where there is no OpenMP
+        shared_object = Path(draft, "kernels.so")
+        for options in (flags(), [flag for flag in flags() if flag != "-fopenmp"]):  # one thread, if there is no OpenMP
             command = [
                 compiler,
-                *some,
+                *options,
                 "-o",
-                str(made),
+                str(shared_object),
                 *(str(path) for path in SOURCES if path.suffix == ".c"),
                 "-lm",
             ]
@@ -95,5 +95,5 @@ def _compile(path: Path) -> None:
             if ended.returncode == 0:
                 break
         ended.check_returncode()
-        made.chmod(0o700)
-        os.replace(made, path)
+        shared_object.chmod(0o700)
+        os.replace(shared_object, path)

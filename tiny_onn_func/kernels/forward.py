@@ -44,9 +44,9 @@ def matmul(
     (rows, weights), (others, other_weights) = dense[0], (*dense, (None, None))[1]
     offsets, out = offsets.contiguous(), rows.new_empty(runs, count, out_dim)
     sizes = runs, count, experts, in_dim, out_dim, count
-    given = (None if t is None else t.data_ptr() for t in (rows, None, weights, others, other_weights))
-    made = offsets.data_ptr(), out.data_ptr()
-    if code := loaded().grouped_matmul(*sizes, *given, apart, *made, transposed, torch.get_num_threads()):
+    pointers = (None if t is None else t.data_ptr() for t in (rows, None, weights, others, other_weights))
+    more = offsets.data_ptr(), out.data_ptr()
+    if code := loaded().grouped_matmul(*sizes, *pointers, apart, *more, transposed, torch.get_num_threads()):
         refuse("grouped_matmul", code, _ends(count), WEIGHTS)
     return out
 
@@ -83,10 +83,10 @@ def token_matmul(
     x, token, offsets = x.contiguous(), token.contiguous(), offsets.contiguous()
     weights = weights if weights[:1].is_contiguous() else weights.contiguous()
     out = x.new_empty(runs, count, out_dim)
-    given = x.data_ptr(), token.data_ptr(), weights.data_ptr(), None, None
-    made = offsets.data_ptr(), out.data_ptr()
+    pointers = x.data_ptr(), token.data_ptr(), weights.data_ptr(), None, None
+    more = offsets.data_ptr(), out.data_ptr()
     sizes = runs, count, experts, in_dim, out_dim, tokens
-    if code := loaded().grouped_matmul(*sizes, *given, weights.stride(0), *made, 0, torch.get_num_threads()):
+    if code := loaded().grouped_matmul(*sizes, *pointers, weights.stride(0), *more, 0, torch.get_num_threads()):
         refuse("grouped_matmul", code, f"token in [0, {tokens}) and {_ends(count)}", WEIGHTS)
     return out
 
@@ -101,10 +101,10 @@ def token_outer(
     (runs, tokens, in_dim), (_, count, out_dim), experts = x.shape, grads.shape, offsets.shape[-1]
     read = {"x": (x, (runs, tokens, in_dim), F32), "token": (token, (runs, count), I64)}
     check("grouped_outer", **read, grads=(grads, (runs, count, out_dim), F32), offsets=(offsets, (runs, experts), I32))
-    given = [t.contiguous() for t in (x, token, grads, offsets)]
+    inputs = [t.contiguous() for t in (x, token, grads, offsets)]
     out = x.new_empty(runs, experts, in_dim, out_dim)
     sizes = runs, count, experts, in_dim, out_dim, tokens
-    if code := loaded().grouped_outer(*sizes, *(t.data_ptr() for t in (*given, out)), torch.get_num_threads()):
+    if code := loaded().grouped_outer(*sizes, *(t.data_ptr() for t in (*inputs, out)), torch.get_num_threads()):
         refuse("grouped_outer", code, f"token in [0, {tokens}) and {_ends(count)}")
     return out
 
@@ -123,10 +123,10 @@ def swiglu_grad(
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """Gradients of silu(gate) * up in gate and up."""
     check("swiglu_grad", grad=(grad, gate.shape, F32), gate=(gate, gate.shape, F32), up=(up, gate.shape, F32))
-    given = [t.contiguous() for t in (grad, gate, up)]
-    made = torch.empty_like(given[1]), torch.empty_like(given[2])
-    loaded().swiglu_grad(gate.numel(), *(t.data_ptr() for t in (*given, *made)), torch.get_num_threads())
-    return made
+    inputs = [t.contiguous() for t in (grad, gate, up)]
+    grads = torch.empty_like(inputs[1]), torch.empty_like(inputs[2])
+    loaded().swiglu_grad(gate.numel(), *(t.data_ptr() for t in (*inputs, *grads)), torch.get_num_threads())
+    return grads
 
 
 def scaled_rows(
@@ -136,9 +136,9 @@ def scaled_rows(
     (tokens, dim), slots, (count,) = x.shape, weights.shape[-1], order.shape
     read = {"x": (x, (tokens, dim), F32), "weights": (weights, (tokens, slots), F32)}
     check("scaled_rows", **read, order=(order, (count,), I64))
-    given = [t.contiguous() for t in (x, weights, order)]
+    inputs = [t.contiguous() for t in (x, weights, order)]
     rows = x.new_empty(count, dim)
-    pointers = (t.data_ptr() for t in (*given, rows))
+    pointers = (t.data_ptr() for t in (*inputs, rows))
     if code := loaded().scaled_rows(count, dim, slots, tokens, *pointers, torch.get_num_threads()):
         refuse("scaled_rows", code, f"order in [0, {tokens * slots})")
     return rows
@@ -151,9 +151,9 @@ def combined_rows(
     (rows, dim), (tokens, slots) = y.shape, weights.shape
     read = {"y": (y, (rows, dim), F32), "weights": (weights, (tokens, slots), F32)}
     check("combined_rows", **read, inverse=(inverse, (tokens * slots,), I64))
-    given = [t.contiguous() for t in (y, weights, inverse)]
+    inputs = [t.contiguous() for t in (y, weights, inverse)]
     out = y.new_empty(tokens, dim)
-    pointers = (t.data_ptr() for t in (*given, out))
+    pointers = (t.data_ptr() for t in (*inputs, out))
     if code := loaded().combined_rows(tokens, dim, slots, rows, *pointers, torch.get_num_threads()):
         refuse("combined_rows", code, f"inverse in [0, {rows})")
     return out
@@ -194,10 +194,10 @@ def rms_norm_grad(
     """Gradients of `rms_norm` in x and weight."""
     check("rms_norm_grad", grad=(grad, x.shape, F32), x=(x, x.shape, F32))
     check("rms_norm_grad", weight=(weight, (x.shape[0], x.shape[2]), F32))
-    given = [t.contiguous() for t in (x, weight, grad)]
+    inputs = [t.contiguous() for t in (x, weight, grad)]
     parts = max(1, min(PARTS, x.shape[1] // PARTS))
-    grad_x, partial = torch.empty_like(given[0]), x.new_empty(x.shape[0], parts, x.shape[2])
-    pointers = (t.data_ptr() for t in (*given, grad_x, partial))
+    grad_x, partial = torch.empty_like(inputs[0]), x.new_empty(x.shape[0], parts, x.shape[2])
+    pointers = (t.data_ptr() for t in (*inputs, grad_x, partial))
     loaded().rms_norm_grad(*x.shape, parts, eps, *pointers, torch.get_num_threads())
     return grad_x, partial[:, 0]
 
@@ -211,13 +211,13 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (runs, batch, heads, seq, dim), k and v (runs, batch, groups, seq, dim): q and k normed and turned."""
     groups = _check_heads("split_heads", qkv, norms, cosines, sines)
-    given = [t.contiguous() for t in (qkv, norms, cosines, sines)]
+    inputs = [t.contiguous() for t in (qkv, norms, cosines, sines)]
     runs, batch, seq, width, dim = qkv.shape
-    made = [qkv.new_empty(runs, batch, some, seq, dim) for some in (width - 2 * groups, groups, groups)]
-    pointers = (t.data_ptr() for t in (*given, *made))
+    outputs = [qkv.new_empty(runs, batch, count, seq, dim) for count in (width - 2 * groups, groups, groups)]
+    pointers = (t.data_ptr() for t in (*inputs, *outputs))
     sizes = runs, batch, seq, width - 2 * groups, groups, dim
     loaded().split_heads(*sizes, eps, *pointers, torch.get_num_threads())
-    return made[0], made[1], made[2]
+    return outputs[0], outputs[1], outputs[2]
 
 
 def _check_heads(kernel: str, qkv: Tensor, norms: Tensor, cosines: Tensor, sines: Tensor) -> int:
@@ -241,12 +241,12 @@ def split_heads_grad(
     """Gradients of `split_heads` in qkv and norms."""
     groups = _check_heads("split_heads_grad", qkv, norms, cosines, sines)
     runs, batch, seq, width, dim = qkv.shape
-    for name, grad, some in zip("qkv", grads, (width - 2 * groups, groups, groups), strict=True):
-        check("split_heads_grad", **{f"grad of {name}": (grad, (runs, batch, some, seq, dim), F32)})
-    given = [t.contiguous() for t in (qkv, norms, cosines, sines, *grads)]
-    grad_qkv, grad_norms = torch.empty_like(given[0]), qkv.new_empty(runs, batch, width - groups, dim)
+    for name, grad, count in zip("qkv", grads, (width - 2 * groups, groups, groups), strict=True):
+        check("split_heads_grad", **{f"grad of {name}": (grad, (runs, batch, count, seq, dim), F32)})
+    inputs = [t.contiguous() for t in (qkv, norms, cosines, sines, *grads)]
+    grad_qkv, grad_norms = torch.empty_like(inputs[0]), qkv.new_empty(runs, batch, width - groups, dim)
     room = qkv.new_empty(runs, batch, dim)
-    pointers = (t.data_ptr() for t in (*given, grad_qkv, grad_norms, room))
+    pointers = (t.data_ptr() for t in (*inputs, grad_qkv, grad_norms, room))
     sizes = runs, batch, seq, width - 2 * groups, groups, dim
     loaded().split_heads_grad(*sizes, eps, *pointers, torch.get_num_threads())
     return grad_qkv, grad_norms.sum(dim=1)
@@ -264,12 +264,12 @@ def attention(
     no number; a query without any key gets zeros, and the log of its sum is -inf.
     """
     _check_attention("attention", q, k, v, bias)
-    given = [t.contiguous() for t in (q, k, v, bias)]
+    inputs = [t.contiguous() for t in (q, k, v, bias)]
     batch, groups, share, seq, dim = q.shape
     out, log_sums = q.new_empty(batch, seq, groups, share, dim), q.new_empty(q.shape[:-1])
-    pointers = [t.data_ptr() for t in given]
-    made = (out.data_ptr(), log_sums.data_ptr(), torch.get_num_threads())
-    if code := loaded().attention(*q.shape, *pointers, bias.shape[0], *made):
+    pointers = [t.data_ptr() for t in inputs]
+    rest = (out.data_ptr(), log_sums.data_ptr(), torch.get_num_threads())
+    if code := loaded().attention(*q.shape, *pointers, bias.shape[0], *rest):
         refuse("attention", code, memory=SCORES)
     return out, log_sums
 
@@ -296,13 +296,13 @@ def attention_grad(
     shape = batch, seq, groups, share, dim
     known_sums = {"log_sums": (log_sums, (batch, groups, share, seq), F32)}
     check("attention_grad", out=(out, shape, F32), grad=(grad, shape, F32), **known_sums)
-    given = [t.contiguous() for t in (q, k, v, bias)]
+    inputs = [t.contiguous() for t in (q, k, v, bias)]
     known = [t.contiguous() for t in (out, log_sums, grad)]
-    made = torch.empty_like(given[0]), torch.empty_like(given[1]), torch.empty_like(given[2])
-    pointers, more = [t.data_ptr() for t in given], [t.data_ptr() for t in (*known, *made)]
+    grads = torch.empty_like(inputs[0]), torch.empty_like(inputs[1]), torch.empty_like(inputs[2])
+    pointers, more = [t.data_ptr() for t in inputs], [t.data_ptr() for t in (*known, *grads)]
     if code := loaded().attention_grad(*q.shape, *pointers, bias.shape[0], *more, torch.get_num_threads()):
         refuse("attention_grad", code, memory=SCORES)
-    return made
+    return grads
 
 
 def choose(
@@ -328,10 +328,10 @@ def choose(
     check("choose", **read, budgets=(budgets, (runs,), F64), real=(real, (runs, tokens), BOOL))
     if not 0 <= slots <= experts:
         raise ValueError(f"choose: expected slots in [0, {experts}], got {slots}")
-    given = [t.contiguous() for t in (logits, bias, budgets, real)]
+    inputs = [t.contiguous() for t in (logits, bias, budgets, real)]
     weights = logits.new_empty(runs, tokens, slots)
-    made = weights, torch.empty_like(weights, dtype=torch.int64), torch.empty_like(weights, dtype=torch.bool)
-    pointers = (t.data_ptr() for t in (*given, *made))
+    outputs = weights, torch.empty_like(weights, dtype=torch.int64), torch.empty_like(weights, dtype=torch.bool)
+    pointers = (t.data_ptr() for t in (*inputs, *outputs))
     if code := loaded().choose(runs, tokens, experts, slots, least, dynamic, *pointers, torch.get_num_threads()):
         refuse("choose", code, memory="one token's experts, got none; use fewer experts")
-    return made
+    return outputs

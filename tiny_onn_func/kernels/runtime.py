@@ -20,13 +20,13 @@ def is_traced(t: Tensor) -> bool:
 Read = tuple[Tensor, tuple[int, ...], torch.dtype]  # a tensor, and the shape and dtype that C reads it with
 
 
-def check(kernel: str, **given: Read) -> None:
+def check(kernel: str, **tensors: Read) -> None:
     """Refuse what C would read as something else: the last wall before memory is reached by its address.
 
     Raises:
         ValueError: a tensor has another shape, dtype or device.
     """
-    for name, (t, shape, dtype) in given.items():
+    for name, (t, shape, dtype) in tensors.items():
         if t.shape != shape or t.dtype is not dtype or not t.is_cpu:
             wanted, got = f"{dtype} {tuple(shape)} on cpu", f"{t.dtype} {tuple(t.shape)} on {t.device}"
             raise ValueError(f"{kernel}: expected {name} of {wanted}, got {got}")

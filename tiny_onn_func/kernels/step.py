@@ -26,12 +26,12 @@ def cross_entropy(
     shape, vocab = labels.shape, logits.shape[-1]
     check("cross_entropy", logits=(logits, (*shape, vocab), F32), labels=(labels, shape, I64))
     logits, labels = logits.contiguous(), labels.contiguous()
-    made = [torch.empty_like(labels, dtype=dtype) for dtype in (F32, F32, I64, F32)]
-    pointers = (t.data_ptr() for t in (logits, labels, *made))
+    outputs = [torch.empty_like(labels, dtype=dtype) for dtype in (F32, F32, I64, F32)]
+    pointers = (t.data_ptr() for t in (logits, labels, *outputs))
     sizes = labels.numel(), vocab, IGNORE_INDEX
     if code := loaded().cross_entropy(*sizes, *pointers, torch.get_num_threads()):
         refuse("cross_entropy", code, _labels(vocab))
-    return made[0], made[1], made[2], made[3]
+    return outputs[0], outputs[1], outputs[2], outputs[3]
 
 
 def _labels(vocab: int) -> str:
@@ -48,9 +48,9 @@ def cross_entropy_grad(
     shape, vocab = labels.shape, logits.shape[-1]
     read = {"grads": (grads, shape, F32), "logits": (logits, (*shape, vocab), F32)}
     check("cross_entropy_grad", **read, labels=(labels, shape, I64), log_sums=(log_sums, shape, F32))
-    given = [t.contiguous() for t in (grads, logits, labels, log_sums)]
-    out = torch.empty_like(given[1])
-    pointers = (t.data_ptr() for t in (*given, out))
+    inputs = [t.contiguous() for t in (grads, logits, labels, log_sums)]
+    out = torch.empty_like(inputs[1])
+    pointers = (t.data_ptr() for t in (*inputs, out))
     sizes = labels.numel(), vocab, IGNORE_INDEX
     if code := loaded().cross_entropy_grad(*sizes, *pointers, torch.get_num_threads()):
         refuse("cross_entropy_grad", code, _labels(vocab))
@@ -74,13 +74,13 @@ def adamw(
         shape = runs, p.shape[1]
         check("adamw", numbers=(n, (runs, 6), F32), params=(p, shape, F32), grads=(g, shape, F32))
         check("adamw", mu=(m, shape, F32), nu=(v, shape, F32))
-    given = [[t.contiguous() for t in leaves] for leaves in (numbers, params, grads, mu, nu)]
-    made = [[torch.empty_like(t) for t in given[1]] for _ in range(3)]
+    inputs = [[t.contiguous() for t in leaves] for leaves in (numbers, params, grads, mu, nu)]
+    outputs = [[torch.empty_like(t) for t in inputs[1]] for _ in range(3)]
     count, tiny = len(params), torch.finfo(F32).tiny
     counts = (ctypes.c_int64 * count)(*(t.shape[1] for t in params))
-    read, *rest = ((ctypes.c_void_p * count)(*(t.data_ptr() for t in leaves)) for leaves in (*given, *made))
+    read, *rest = ((ctypes.c_void_p * count)(*(t.data_ptr() for t in leaves)) for leaves in (*inputs, *outputs))
     loaded().adamw(count, runs, counts, read, tiny, *rest, torch.get_num_threads())
-    return made[0], made[1], made[2]
+    return outputs[0], outputs[1], outputs[2]
 
 
 def spread_surprise(
@@ -101,9 +101,9 @@ def spread_surprise(
     out_dim = in_dim if is_signed else out_dim
     read = {"left": (left, (runs, rows, in_dim), F32), "right": (right, (runs, rows, out_dim), F32)}
     check("spread_surprise", **read, token=(token, (runs, rows), I64), expert=(expert, (runs, rows), I64))
-    given = [t.contiguous() for t in (left, right, token, expert)]
+    inputs = [t.contiguous() for t in (left, right, token, expert)]
     surface = left.new_empty(runs, tokens, experts)
-    pointers = (t.data_ptr() for t in (*given, surface))
+    pointers = (t.data_ptr() for t in (*inputs, surface))
     sizes = runs, rows, in_dim, out_dim, tokens, experts
     if code := loaded().spread_surprise(*sizes, is_signed, *pointers, torch.get_num_threads()):
         refuse("spread_surprise", code, f"token in [0, {tokens}) and expert in [0, {experts}]")
@@ -128,11 +128,11 @@ def least_surprised(
     runs, layers, tokens, experts = surprise.shape
     read = {"surprise": (surprise, (runs, layers, tokens, experts), F32), "real": (real, (runs, tokens), BOOL)}
     check("least_surprised", **read, least=(least, (runs,), F32), sign=(sign, (runs,), F32))
-    given = [t.contiguous() for t in (surprise, real, least, sign)]
-    made = [torch.empty(surprise.shape[:-1], dtype=dtype) for dtype in (I64, BOOL, BOOL)]
-    pointers = (t.data_ptr() for t in (*given, *made))
+    inputs = [t.contiguous() for t in (surprise, real, least, sign)]
+    outputs = [torch.empty(surprise.shape[:-1], dtype=dtype) for dtype in (I64, BOOL, BOOL)]
+    pointers = (t.data_ptr() for t in (*inputs, *outputs))
     loaded().least_surprised(*surprise.shape, TIE_TOLERANCE, *pointers, torch.get_num_threads())
-    return made[0], made[1], made[2]
+    return outputs[0], outputs[1], outputs[2]
 
 
 def router_sums(
@@ -144,12 +144,12 @@ def router_sums(
     """-log softmax at the target, the softmax, and the squared log of its sum, added up over each layer's tokens."""
     runs, layers, _, experts = logits.shape
     check("router_sums", **_taught(logits, target, informative, real))
-    given = [t.contiguous() for t in (logits, target, informative, real)]
-    made = logits.new_empty(runs, layers), logits.new_empty(runs, layers, experts), logits.new_empty(runs, layers)
-    pointers = (t.data_ptr() for t in (*given, *made))
+    inputs = [t.contiguous() for t in (logits, target, informative, real)]
+    sums = logits.new_empty(runs, layers), logits.new_empty(runs, layers, experts), logits.new_empty(runs, layers)
+    pointers = (t.data_ptr() for t in (*inputs, *sums))
     if code := loaded().router_sums(*logits.shape, *pointers, torch.get_num_threads()):
         refuse("router_sums", code, _targets(experts), "one token's experts, got none; use fewer experts")
-    return made
+    return sums
 
 
 def _taught(logits: Tensor, target: Tensor, informative: Tensor, real: Tensor) -> dict[str, Read]:
@@ -179,11 +179,11 @@ def router_sums_grad(
     runs, layers, _, experts = logits.shape
     picked, mass, squares = grads
     slopes = {"picked": (picked, (runs, layers), F32), "mass": (mass, (runs, layers, experts), F32)}
-    told = _taught(logits, target, informative, real)
-    check("router_sums_grad", **told, **slopes, squares=(squares, (runs, layers), F32))
-    given = [t.contiguous() for t in (logits, target, informative, real, *grads)]
-    out = torch.empty_like(given[0])
-    pointers = (t.data_ptr() for t in (*given, out))
+    read = _taught(logits, target, informative, real)
+    check("router_sums_grad", **read, **slopes, squares=(squares, (runs, layers), F32))
+    inputs = [t.contiguous() for t in (logits, target, informative, real, *grads)]
+    out = torch.empty_like(inputs[0])
+    pointers = (t.data_ptr() for t in (*inputs, out))
     if code := loaded().router_sums_grad(*logits.shape, *pointers, torch.get_num_threads()):
         refuse("router_sums_grad", code, _targets(experts))
     return out
@@ -204,13 +204,13 @@ def routing_sums(
     (runs, layers, tokens, experts), slots = logits.shape, expert_ids.shape[-1]
     by_slot = runs, layers, tokens, slots
     routed = {"expert_ids": (expert_ids, by_slot, I64), "active": (active, by_slot, BOOL)}
-    seen = {"surprise": (surprise, logits.shape, F32), "tied": (tied, (runs, layers, tokens), BOOL)}
-    check("routing_sums", **_taught(logits, target, informative, real), **routed, **seen)
-    given = [t.contiguous() for t in (logits, surprise, expert_ids, active, target, informative, tied, real)]
+    read = {"surprise": (surprise, logits.shape, F32), "tied": (tied, (runs, layers, tokens), BOOL)}
+    check("routing_sums", **_taught(logits, target, informative, real), **routed, **read)
+    inputs = [t.contiguous() for t in (logits, surprise, expert_ids, active, target, informative, tied, real)]
     counts, chance = expert_ids.new_empty(4, runs, layers), logits.new_empty(runs, layers)
-    made = [torch.empty(runs, layers, experts, dtype=dtype) for dtype in (I64, I64, F64, I64)]
-    pointers = (t.data_ptr() for t in (*given, counts, chance, *made))
+    by_expert = [torch.empty(runs, layers, experts, dtype=dtype) for dtype in (I64, I64, F64, I64)]
+    pointers = (t.data_ptr() for t in (*inputs, counts, chance, *by_expert))
     sizes = runs, layers, tokens, experts, slots
     if code := loaded().routing_sums(*sizes, *pointers, torch.get_num_threads()):
         refuse("routing_sums", code, f"expert_ids in [0, {experts}) where active, and {_targets(experts)}")
-    return counts, chance, *made
+    return counts, chance, *by_expert

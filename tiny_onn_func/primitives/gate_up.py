@@ -91,10 +91,10 @@ def _outer_products(
     """Gradients of w1 and w3 from those of gate and up."""
     if runtime.usable_now(x, gate, up):
         plain = flatten_runs(x, 2), flatten_runs(token, 1)
-        made = (
+        grads = (
             forward_kernels.token_outer(*plain, flatten_runs(grad, 2), flatten_runs(offsets, 1)) for grad in (gate, up)
         )
-        grad_w1, grad_w3 = (t.view(*offsets.shape, *t.shape[2:]) for t in made)
+        grad_w1, grad_w3 = (t.view(*offsets.shape, *t.shape[2:]) for t in grads)
         return grad_w1, grad_w3
     rows = dispatch_rows(x, order, inverse, order.shape[-1] // x.shape[-2])
     return GroupedOuter.apply(rows, gate, offsets), GroupedOuter.apply(rows, up, offsets)

@@ -112,11 +112,11 @@ class GroupedSum(PositionalFunction):
 
     @staticmethod
     def jvp(ctx: Any, *dots: Tensor | None) -> Tensor:
-        *given, offsets = ctx.saved_tensors
+        *operands, offsets = ctx.saved_tensors
         out = None
         for at in range(4):
             if dots[at] is not None:
-                pair = [dots[at], given[at + 1]] if at % 2 == 0 else [given[at - 1], dots[at]]
+                pair = [dots[at], operands[at + 1]] if at % 2 == 0 else [operands[at - 1], dots[at]]
                 out = sum_of(out, GroupedMatmul.apply(*pair, offsets))
         return sum_of(out, None)
 

@@ -78,11 +78,11 @@ def outside_vmap(function: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> t
     return tuple(_mapped_again(t, levels) if isinstance(t, Tensor) else t for t in out)
 
 
-def outside_vmap_tree(function: Callable[[Any], Any], given: Any) -> Any:
+def outside_vmap_tree(function: Callable[[Any], Any], tree: Any) -> Any:
     """`outside_vmap` of the tensors in a tree, for a function that gives another."""
     if not functorch.get_interpreter_stack():
-        return function(given)
-    inputs, structure = leaves_and_structure(given)
+        return function(tree)
+    inputs, structure = leaves_and_structure(tree)
     shapes: list[Any] = []
 
     def of_runs(*inputs: Any) -> tuple[Any, ...]:
@@ -94,24 +94,24 @@ def outside_vmap_tree(function: Callable[[Any], Any], given: Any) -> Any:
     return rebuild(shapes[0], outputs)
 
 
-def each_run(function: Callable[[Any], Any], given: Any, axes: int) -> Any:
+def each_run(function: Callable[[Any], Any], tree: Any, axes: int) -> Any:
     """A function that knows of one run only, of a tree whose tensors have that many axes of runs in front."""
     if not axes:
-        return function(given)
-    dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, given)
-    return torch.func.vmap(lambda given: each_run(function, given, axes - 1), (dims,))(given)
+        return function(tree)
+    dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tree)
+    return torch.func.vmap(lambda run: each_run(function, run, axes - 1), (dims,))(tree)
 
 
 def _runs_first(t: Tensor, levels: list[tuple[int, int]]) -> Tensor:
     """(runs, ...) plain: those of outer vmaps first; what is not mapped is repeated without a copy."""
-    shape, found = t.shape, set[int]()
+    shape, mapped = t.shape, set[int]()
     while functorch.is_batchedtensor(t):
-        found.add(functorch.maybe_get_level(t))
+        mapped.add(functorch.maybe_get_level(t))
         dim = functorch.maybe_get_bdim(t)
         t = functorch.get_unwrapped(t)
         t = t if dim == 0 else t.movedim(dim, 0)
     for place, (level, runs) in enumerate(levels):
-        if level not in found:
+        if level not in mapped:
             t = t.unsqueeze(place).expand(*t.shape[:place], runs, *t.shape[place:])
     return t if len(levels) == 1 else t.reshape(-1, *shape)
 

@@ -96,25 +96,25 @@ def cluster_neurons(activations: Float[Tensor, "tokens inner"], clusters: int) -
     for _ in range(ROUNDS):
         centres = rearrange(points[order], "(clusters size) tokens -> clusters size tokens", clusters=clusters)
         similarity = points @ F.normalize(centres.mean(dim=1), dim=-1).mT
-        found = assign_evenly(similarity, size).sort(stable=True).indices
-        if torch.equal(found, order):
+        updated = assign_evenly(similarity, size).sort(stable=True).indices
+        if torch.equal(updated, order):
             break
-        order = found
+        order = updated
     return order
 
 
-def fit_router(seen: Seen, order: Int[Tensor, " inner"], clusters: int) -> Float[Tensor, "clusters dim"]:
+def fit_router(observed: Seen, order: Int[Tensor, " inner"], clusters: int) -> Float[Tensor, "clusters dim"]:
     """Ridge regression from an MLP's input to the size of each cluster's output, ||h_e w2_e||, next to the others'.
 
     Only the ranking of its logits matters; the scale is the caller's.
     """
     members = rearrange(order, "(clusters size) -> clusters size", clusters=clusters)
-    sizes = [(seen.activations[:, some] @ seen.down[:, some].mT).norm(dim=-1) for some in members]
+    sizes = [(observed.activations[:, neurons] @ observed.down[:, neurons].mT).norm(dim=-1) for neurons in members]
     wanted = torch.stack(sizes, dim=-1)
     wanted = wanted - wanted.mean(dim=-1, keepdim=True)
-    moment = seen.inputs.mT @ seen.inputs
+    moment = observed.inputs.mT @ observed.inputs
     damping = RIDGE * moment.diagonal().mean().clamp_min(1e-30) * torch.eye(len(moment))
-    return torch.linalg.solve(moment + damping, seen.inputs.mT @ wanted).mT
+    return torch.linalg.solve(moment + damping, observed.inputs.mT @ wanted).mT
 
 
 def assign_evenly(similarity: Float[Tensor, "points clusters"], size: int) -> Int[Tensor, " points"]:

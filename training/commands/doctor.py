@@ -43,20 +43,20 @@ def examine(folder: str | Path | None = None) -> list[Finding]:
     """
     if folder is not None and not Path(folder).is_dir():
         raise UserError(f"{folder}: expected the folder of a run or a study, found none; name another, or none")
-    found = [*_versions(), *_machine(Path(folder or "."))]
+    findings = [*_versions(), *_machine(Path(folder or "."))]
     if folder is None:
-        return found
+        return findings
     home = Path(folder)
-    found += [*_lock(home), *_drafts(home)]
+    findings += [*_lock(home), *_drafts(home)]
     settings = [home / "config.yaml"] if (home / "config.yaml").exists() else sorted(home.glob("runs/*/config.yaml"))
     if not settings:
-        found.append(Finding(str(home), "no run in it", "name the folder that `tiny-onn train --out` made"))
+        findings.append(Finding(str(home), "no run in it", "name the folder that `tiny-onn train --out` made"))
     for path in settings:
-        found += _run(path.parent)
-    found += _unfinished(home, [path.parent for path in settings])
+        findings += _run(path.parent)
+    findings += _unfinished(home, [path.parent for path in settings])
     for checkpoints in sorted(home.glob("checkpoints/*/checkpoints")):
-        found += _checkpoints(checkpoints)
-    return found
+        findings += _checkpoints(checkpoints)
+    return findings
 
 
 def _versions() -> Iterator[Finding]:
@@ -124,8 +124,8 @@ def _run(home: Path) -> Iterator[Finding]:
     if len(legs) > 1:
         mend = f"it is not the score of a run of {config.steps} steps; `tiny-onn report {home}` says how to repeat it"
         yield Finding("schedule", bends_text(legs), mend)
-    made = max((step for step, _ in steps_in(home / "checkpoints")), default=0)
-    yield from _records(home, made)
+    saved_step = max((step for step, _ in steps_in(home / "checkpoints")), default=0)
+    yield from _records(home, saved_step)
     yield from _checkpoints(home / "checkpoints")
     for step, path in steps_in(home / EVIDENCE / "checkpoints"):
         yield Finding(
@@ -137,19 +137,19 @@ def _unfinished(home: Path, runs: list[Path]) -> Iterator[Finding]:
     """Whether the run, or one of the study's, has no end yet."""
     left = [run for run in runs if not (run / "summary.json").exists()]
     if left == [home]:
-        made = max((step for step, _ in steps_in(home / "checkpoints")), default=0)
-        yield Finding("unfinished", f"steps saved: {made}", f"tiny-onn train --out {home} --resume")
+        saved_step = max((step for step, _ in steps_in(home / "checkpoints")), default=0)
+        yield Finding("unfinished", f"steps saved: {saved_step}", f"tiny-onn train --out {home} --resume")
     elif left:
         yield Finding("unfinished", f"{len(left)} of {len(runs)} runs", f"tiny-onn study --out {home} --resume")
 
 
-def _records(home: Path, made: int) -> Iterator[Finding]:
-    """Those of all steps up to the checkpoint of step `made` must be there."""
-    if not made and not (home / FILE).exists():
+def _records(home: Path, saved_step: int) -> Iterator[Finding]:
+    """Those of all steps up to the checkpoint of step `saved_step` must be there."""
+    if not saved_step and not (home / FILE).exists():
         yield Finding("records", f"{home / FILE}: none yet")
         return
     try:
-        for _ in unbroken_upto(home, made):
+        for _ in unbroken_upto(home, saved_step):
             pass
         steps = [record.get("step", 0) for record in read_history(home)]
     except UserError as error:
@@ -183,9 +183,9 @@ def _checkpoints(home: Path) -> Iterator[Finding]:
 
 def doctor(folder: str | Path | None = None) -> bool:
     """Print every finding; whether all is well."""
-    found = examine(folder)
-    width = max(len(finding.subject) for finding in found)
-    for finding in found:
+    findings = examine(folder)
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
         mark, advice = ("!!", f"  -> {finding.advice}") if finding.advice else ("ok", "")
         print(f"{mark}  {finding.subject:<{width}}  {finding.text}{advice}", file=sys.stdout)
-    return not any(finding.advice for finding in found)
+    return not any(finding.advice for finding in findings)

@@ -106,7 +106,7 @@ def _gradients(run: Run, state: TrainState, batch: Batch) -> Iterator[tuple[str,
     """The main loss's gradient, and surprise, leaf by leaf."""
     config = run.config
     logits = None if run.teacher is None else run.teacher(batch)
-    grads, seen = main_gradients(
+    grads, observed = main_gradients(
         *partition(state.params),
         batch,
         hyper_params(config),
@@ -117,8 +117,8 @@ def _gradients(run: Run, state: TrainState, batch: Batch) -> Iterator[tuple[str,
     )
     for name, leaf in walk(grads[0]):
         yield name, _extremes(leaf)
-    surprise = seen.per_token_surprise
-    yield "surprise", (_extremes(surprise)[0], int(seen.nonfinite))
+    surprise = observed.per_token_surprise
+    yield "surprise", (_extremes(surprise)[0], int(observed.nonfinite))
 
 
 def _extremes(leaf: Tensor) -> tuple[float, int]:

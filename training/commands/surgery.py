@@ -143,11 +143,11 @@ def _cluster(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the next layer sees of the calibration text; of this one the order of its neurons, and a router whose
     logits have a standard deviation of 1."""
-    states, seen = calibrate(states, layer, dense)
-    order = cluster_neurons(seen.activations, experts)
-    router = fit_router(seen, order, experts)
-    router = router / (seen.inputs @ router.mT).std().clamp_min(1e-30)
-    if not all(bool(part.isfinite().all()) for part in (states, *seen, router)):
+    states, observed = calibrate(states, layer, dense)
+    order = cluster_neurons(observed.activations, experts)
+    router = fit_router(observed, order, experts)
+    router = router / (observed.inputs @ router.mT).std().clamp_min(1e-30)
+    if not all(bool(part.isfinite().all()) for part in (states, *observed, router)):
         raise UserError(f"{place}: expected finite numbers on the calibration text, got others; fetch it again")
     return states, order, router
 

@@ -160,8 +160,8 @@ def _cached(
 
 def _key(source: Source, holdout: float, split: str, tokenizer: Tokenizer) -> str:
     folders = {folder: str(folder.resolve()) for folder in {file.parent for file in source.files}}
-    found = ((file, _stat(file)) for file in source.files)
-    files = [(folders[file.parent], file.name, stat.st_size, stat.st_mtime_ns) for file, stat in found]
+    stats = ((file, _stat(file)) for file in source.files)
+    files = [(folders[file.parent], file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
     version = sys.version if source.name == "stdlib" else None
     parts: list[Any] = [FORMAT, version, source.read.__name__, split, holdout, files]
     if any(file.suffix.lower() in NEW_KINDS for file in source.files):
@@ -208,10 +208,10 @@ def _build(source: Source, entry: Path, holdout: float, split: str, progress: bo
     draft = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}")
     try:
         draft.mkdir(parents=True)
-        split, found = resolve_split(split, documents(source))
+        split, docs = resolve_split(split, documents(source))
         size, desc = sum(_stat(file).st_size for file in source.files), f"tokenizing {source.name}"
         with tqdm(total=size, desc=desc, unit="B", unit_scale=True, delay=1.0, disable=not progress) as bar:
-            write_streams(draft, found, holdout, split, bar, tokenizer)
+            write_streams(draft, docs, holdout, split, bar, tokenizer)
             bar.update(max(0, size - bar.n))  # JSON lines have more bytes than their text
         record = {"split": split} | {side: _measure(draft, side, tokenizer) for side in SIDES}
         (draft / RECORD).write_text(json.dumps(record), encoding="utf-8")

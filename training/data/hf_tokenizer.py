@@ -37,15 +37,15 @@ def open_tokenizer(spec: str | Path) -> Tokenizer:
     """
     if spec == "bytes":
         return BYTES
-    given = Path(os.path.expanduser(spec))
-    path = given / FILE if given.is_dir() else given
+    location = Path(os.path.expanduser(spec))
+    path = location / FILE if location.is_dir() else location
     if not path.is_file():
-        came = f"a folder without {FILE}" if given.is_dir() else "no such file"
-        raise UserError(f"tokenizer: {printable(given)}: expected bytes, a {FILE} or a folder with one, got {came}")
+        came = f"a folder without {FILE}" if location.is_dir() else "no such file"
+        raise UserError(f"tokenizer: {printable(location)}: expected bytes, a {FILE} or a folder with one, got {came}")
     try:
         data = read_small(path, MOST_BYTES)
         beside = path.with_name(SETTINGS)
-        settings = read_small(beside, MOST_BYTES) if given.is_dir() and beside.is_file() else None
+        settings = read_small(beside, MOST_BYTES) if location.is_dir() and beside.is_file() else None
     except OSError as error:
         _refuse(path, "a file that can be read", error.strerror or str(error))
     parsed = None if settings is None else _settings(beside, settings)
@@ -69,11 +69,11 @@ def run_tokenizer(folder: str | Path, spec: str, fingerprint: str) -> Tokenizer:
     return tokenizer
 
 
-def vocab_follows(given: Mapping[str, Any]) -> dict[str, Any]:
+def vocab_follows(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by dotted key; where they name a tokenizer and no model.vocab_size, that of the tokenizer joins them."""
-    if "tokenizer" not in given or "model.vocab_size" in given or not given["tokenizer"]:
-        return {**given}
-    return {**given, "model.vocab_size": open_tokenizer(given["tokenizer"]).vocab_size}
+    if "tokenizer" not in settings or "model.vocab_size" in settings or not settings["tokenizer"]:
+        return {**settings}
+    return {**settings, "model.vocab_size": open_tokenizer(settings["tokenizer"]).vocab_size}
 
 
 def check_same_tokens(tokenizer: Tokenizer, folder: str | Path, key: str) -> None:

@@ -143,11 +143,11 @@ def _unpacked(path: Path) -> BufferedIOBase:
 
 def _learnable(path: Path, documents: Iterable[Document]) -> Iterator[Document]:
     """The documents; in the end, a complaint if nothing in any of them is to be learned."""
-    found, learned, name = False, False, printable(path)
+    has_documents, learned, name = False, False, printable(path)
     for document in documents:
-        found, learned = True, learned or any(part.is_target for part in document)
+        has_documents, learned = True, learned or any(part.is_target for part in document)
         yield document
-    if found and not learned:
+    if has_documents and not learned:
         raise UserError(
             f"{name}: expected chats with assistant turns (only those are learned), got none; "
             'name that role "assistant"'

@@ -80,16 +80,16 @@ def documents(source: Source) -> Iterator[Document]:
         UserError: a file that cannot be read, is binary, or has a line that is no JSON object of the known kinds;
             no text in any of the files.
     """
-    found = False
+    has_text = False
     for file in source.files:
         try:
             for document in source.read(file):
                 if any(part.text or part.role is not None for part in document):
-                    found = True
+                    has_text = True
                     yield document
         except (OSError, EOFError, zlib.error) as error:  # the last two: packed data that is cut short or damaged
             refuse(printable(file), error)
-    if not found:
+    if not has_text:
         sizes = [file.stat().st_size for file in source.files]
         came = "an empty file" if sizes == [0] else f"none in {len(sizes)} file(s)"
         raise UserError(f"{source.name}: expected text, got {came}; name a file or folder that has some")
@@ -101,9 +101,9 @@ def documents(source: Source) -> Iterator[Document]:
 def _stdlib_files(pattern: str, name: str) -> tuple[Path, ...]:
     """Modules that belong to CPython on every platform, by their path below the library's folder, wherever that is."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = [file.relative_to(root) for file in _walk(root, NO_MODULES) if file.suffix == ".py"]
+    modules = [file.relative_to(root) for file in _walk(root, NO_MODULES) if file.suffix == ".py"]
     names = sys.stdlib_module_names  # the same on all platforms: no sitecustomize, no file that a build made
-    kept = [file for file in found if file.parts[0].removesuffix(".py") in names]
+    kept = [file for file in modules if file.parts[0].removesuffix(".py") in names]
     if not kept:
         raise UserError(f"stdlib: expected Python source files in {root}, got none; give a file or a folder as --data")
     chosen = [file for file in kept if _matches(file.parts, pattern.split("/"))]

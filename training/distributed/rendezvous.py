@@ -192,7 +192,7 @@ def _call(store: Any, rank_info: RankInfo, deadline: float) -> dict[str, Any]:
     names = [f"note/{rank}" for rank in range(rank_info.size)]
     while True:
         there = [store.check([name]) for name in names]
-        notes = [json.loads(store.get(name)) if found else None for name, found in zip(names, there, strict=True)]
+        notes = [json.loads(store.get(name)) if present else None for name, present in zip(names, there, strict=True)]
         if all(there) and notes != called["notes"]:
             called = {"id": uuid.uuid4().hex, "notes": notes}
             store.set(ROUND, json.dumps(called))
@@ -202,8 +202,8 @@ def _call(store: Any, rank_info: RankInfo, deadline: float) -> dict[str, Any]:
             store.set(f"{called['id']}/go", "")
             return called
         if time.monotonic() > deadline:
-            missing = [rank for rank, found in enumerate(there) if not found]
-            missing = missing or [rank for rank, found in enumerate(answered, 1) if not found]
+            missing = [rank for rank, present in enumerate(there) if not present]
+            missing = missing or [rank for rank, replied in enumerate(answered, 1) if not replied]
             store.set(ROUND, json.dumps({"id": "", "notes": notes}))
             raise UserError(
                 f"WORLD_SIZE: expected {rank_info.size} processes within {PATIENCE:.0f} s, got none of rank "

@@ -132,11 +132,11 @@ def gather_sharded(run: str | Path) -> Path:
         UserError: there is none, it is not whole, the run is in use, the disk refuses.
     """
     home = Path(run)
-    found = steps_in(home / FOLDER)
-    if not found:
+    checkpoints = steps_in(home / FOLDER)
+    if not checkpoints:
         raise UserError(f"{home}: expected {FOLDER}/step_NNNNNN in it, got none; its checkpoints are whole already")
     with locked(home):
-        checkpoint = open_sharded(found[-1][1])
+        checkpoint = open_sharded(checkpoints[-1][1])
         alone = Layout(Group(), Group(), Group())
         state = load_sharded(checkpoint, ModelConfig(**checkpoint.model), alone)
         return save_checkpoint(

@@ -110,10 +110,10 @@ def _raise(name: str, value: float, wanted: float) -> str:
 
 
 def _single_expert(history: Records, window: Records, mends: str) -> str | None:
-    seen = _numbers(window, "avg_k")
-    if len(seen) < MIN_RECORDS or np.mean(seen) > ONE_EXPERT:
+    avg_k = _numbers(window, "avg_k")
+    if len(avg_k) < MIN_RECORDS or np.mean(avg_k) > ONE_EXPERT:
         return None
-    now, first = float(np.mean(seen)), float(np.mean(_numbers(history[:WINDOW], "avg_k") or seen))
+    now, first = float(np.mean(avg_k)), float(np.mean(_numbers(history[:WINDOW], "avg_k") or avg_k))
     change = f"has fallen from {first:.2f} to {now:.2f}" if first > now + 0.1 else f"is {now:.2f}"
     gating = _numbers(window, "gating_acc")
     success = ""

@@ -22,9 +22,12 @@ def append_record(history: list[dict[str, Any]], record: dict[str, Any]) -> None
     if now > MOST and now % ENDS == 0:
         stride, best = 1 << ((now - 1) // MOST).bit_length(), best_step(history)
         history[:] = [
-            one
-            for one in history
-            if one["step"] % stride == 0 or one["step"] <= ENDS or one["step"] > now - ENDS or one["step"] == best
+            entry
+            for entry in history
+            if entry["step"] % stride == 0
+            or entry["step"] <= ENDS
+            or entry["step"] > now - ENDS
+            or entry["step"] == best
         ]
 
 

@@ -40,15 +40,15 @@ def open_run(folder: str | Path) -> FinishedRun:
     Raises:
         UserError: there is no run in the folder, or no checkpoint in it, or another tokenizer than it trained with.
     """
-    given = Path(folder)
-    home = given.parents[1] if STEP_FOLDER.fullmatch(given.name) and len(given.parents) > 1 else given
+    path = Path(folder)
+    home = path.parents[1] if STEP_FOLDER.fullmatch(path.name) and len(path.parents) > 1 else path
     settings = home / "config.yaml"
     if not settings.is_file():
         raise UserError(f"{folder}: expected a run folder with a config.yaml, found none; `tiny-onn train` makes one")
     config = load_settings(str(settings))
-    if given == home:
+    if path == home:
         check_whole(home)
-    checkpoint = open_checkpoint(given)
+    checkpoint = open_checkpoint(path)
     params, model = params_of(checkpoint)
     if model != config.model:
         raise UserError(f"{settings}: expected the sizes of the checkpoint, got others; restore the file as it was")

@@ -63,9 +63,9 @@ def facts_of(config: RunConfig, resume: bool) -> dict[str, Any]:
 
 def _sources() -> str:
     """Hash of the files of both packages."""
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for package in PACKAGES:
         home = Path(str(import_module(package).__file__)).parent
         for path in sorted(home.rglob("*.py")):  # sub-packages too: ranks whose code differs must not pass for alike
-            seen.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
-    return seen.hexdigest()[:16]
+            digest.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

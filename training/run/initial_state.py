@@ -21,18 +21,18 @@ from training.step.hyper_step import TrainState, init_state, state_of
 FREE = ("num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok", "routing")
 
 
-def sizes_follow(given: Mapping[str, Any]) -> dict[str, Any]:
+def sizes_follow(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by dotted key; where they name `init`, sizes and tokenizer of its folder join them, unless given.
 
     A folder without a tokenizer.json is taken to be of the run's tokenizer, bytes by default.
     """
     keys = {f"model.{field.name}": field.name for field in fields(ModelConfig)}
-    if not given.get("init") or keys.keys() <= given.keys():  # a run's own settings spell all of them
-        return {**given}
-    folder = _folder(given["init"])
+    if not settings.get("init") or keys.keys() <= settings.keys():  # a run's own settings spell all of them
+        return {**settings}
+    folder = _folder(settings["init"])
     config, _ = read_config(folder, (MOE, OWN))
-    found = {key: getattr(config, name) for key, name in keys.items()}
-    return found | ({"tokenizer": given["init"]} if (folder / FILE).is_file() else {}) | {**given}
+    sizes = {key: getattr(config, name) for key, name in keys.items()}
+    return sizes | ({"tokenizer": settings["init"]} if (folder / FILE).is_file() else {}) | {**settings}
 
 
 def first_state(config: RunConfig, tokenizer: Tokenizer | None = None) -> TrainState:
@@ -49,9 +49,9 @@ def first_state(config: RunConfig, tokenizer: Tokenizer | None = None) -> TrainS
         return init_state(config.model, torch.Generator().manual_seed(config.seed))
     if tokenizer is not None:
         check_same_tokens(tokenizer, _folder(config.init), "init")
-    params, found = load_pretrained(_folder(config.init))
+    params, pretrained = load_pretrained(_folder(config.init))
     for field in fields(ModelConfig):
-        wanted, came = getattr(found, field.name), getattr(config.model, field.name)
+        wanted, came = getattr(pretrained, field.name), getattr(config.model, field.name)
         if field.name not in FREE and wanted != came:
             raise UserError(
                 f"model.{field.name}: expected {wanted}, as in {config.init}, got {came}; leave it away to follow init"

@@ -55,9 +55,9 @@ def open_team(prepare: Callable[[], tuple[RunConfig, bool]]) -> Iterator[tuple[T
             team = Team(_layout(rank_info, config), rank_info.local_rank, met.restarts)
             yield team, config, resume
     except PeerLost as error:
-        told = cause_is_reported(met.store)
+        is_reported = cause_is_reported(met.store)
         leave(met.store, rank_info)
-        raise (ReportedByAnotherRank() if told else error) from None
+        raise (ReportedByAnotherRank() if is_reported else error) from None
     except BaseException as error:
         first = report_cause(met.store)
         leave(met.store, rank_info)

@@ -107,11 +107,11 @@ def _step(
 
 def _held_out(run: Run, state: TrainState) -> dict[str, float]:
     """The score during the run, made by process 0 and told to all."""
-    whole, found = run.team.whole(state, run.config.model), {}
+    whole, scores = run.team.whole(state, run.config.model), {}
     if run.team.first:
         score = held_out_score(run, whole, run.config.eval_bytes)
-        found = {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
-    return run.team.world.broadcast_object(found)
+        scores = {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
+    return run.team.world.broadcast_object(scores)
 
 
 # Effects --------------------------------------------------------------------------------------------------------------

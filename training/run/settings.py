@@ -86,15 +86,15 @@ def _types(kind: type, prefix: str) -> dict[str, Any]:
 
 def _resolve(path: str | None, overrides: Mapping[str, Any], spell: Callable[[str], str]) -> RunConfig:
     """Defaults, then the file, then the overrides, whose keys `spell` names as the user wrote them."""
-    given = checked(_read_file(path), lambda key: f"{path}: {key}") if path is not None else {}
+    settings = checked(_read_file(path), lambda key: f"{path}: {key}") if path is not None else {}
     asked = checked(overrides, spell)
-    if (given | asked).get("init"):
-        given = sizes_follow(given | asked)
+    if (settings | asked).get("init"):
+        settings = sizes_follow(settings | asked)
     else:
         wanted = vocab_follows(asked)
-        given = (given if "model.vocab_size" in wanted else vocab_follows(given)) | wanted
+        settings = (settings if "model.vocab_size" in wanted else vocab_follows(settings)) | wanted
     values: dict[str, Any] = asdict(RunConfig())
-    for key, value in given.items():
+    for key, value in settings.items():
         section, _, name = key.rpartition(".")
         (values[section] if section else values)[name] = value
     try:

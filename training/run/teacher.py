@@ -57,8 +57,8 @@ def open_teacher(config: RunConfig, tokenizer: Tokenizer) -> Teacher | None:
 
     def logits(batch: Batch) -> Float[Tensor, "batch seq vocab"]:
         with torch.no_grad():
-            found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        return found.logits.to(torch.float32)
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return output.logits.to(torch.float32)
 
     return _kept(logits, folder, config) if config.teacher_cache else logits
 
@@ -68,13 +68,13 @@ def ask(teacher: Teacher | None, batches: Batch) -> tuple[Tensor, ...]:
     if teacher is None:
         return ()
     known: dict[bytes, Tensor] = {}
-    found = []
+    logits = []
     for batch in unstack(batches):
         key = batch.input_ids.numpy().tobytes() + batch.attention_mask.numpy().tobytes()
         if key not in known:
             known[key] = teacher(batch)
-        found.append(known[key])
-    return (torch.stack(found),)
+        logits.append(known[key])
+    return (torch.stack(logits),)
 
 
 def _load(folder: Path) -> Any:
@@ -86,13 +86,13 @@ def _load(folder: Path) -> Any:
     library: Any = AutoModelForCausalLM
     try:
         with _quiet():  # eager attention: config.json could name another, which is code fetched from a hub
-            model, found = library.from_pretrained(
+            model, loading_info = library.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
                 attn_implementation="eager", output_loading_info=True,
             )  # fmt: skip
     except Exception as error:  # whatever the library finds wrong with a folder
         raise UserError(f"teacher: expected a causal language model in {folder}, got: {_one_line(error)}") from None
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise UserError(f"teacher: expected all weights of the model in {folder}, got none for {missing[0]}")
     return model.requires_grad_(False)  # from_pretrained leaves it in evaluation mode
 
@@ -129,21 +129,21 @@ def _kept(logits: Teacher, folder: Path, config: RunConfig) -> Teacher:
     home.mkdir(parents=True, exist_ok=True)
 
     def kept(batch: Batch) -> Tensor:
-        seen = hashlib.sha256(teacher.encode())
+        digest = hashlib.sha256(teacher.encode())
         for part in (batch.input_ids, batch.attention_mask):
-            seen.update(str(tuple(part.shape)).encode() + part.numpy().tobytes())
-        path = home / f"{seen.hexdigest()[:32]}.safetensors"
+            digest.update(str(tuple(part.shape)).encode() + part.numpy().tobytes())
+        path = home / f"{digest.hexdigest()[:32]}.safetensors"
         try:
             return load_file(path)["logits"]
         except (FileNotFoundError, SafetensorError, KeyError):  # not there yet, or broken off by a power cut
-            found = logits(batch).contiguous()
+            answer = logits(batch).contiguous()
         draft = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            draft.write_bytes(save({"logits": found}))
+            draft.write_bytes(save({"logits": answer}))
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
-        return found
+        return answer
 
     return kept
 

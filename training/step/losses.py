@@ -77,10 +77,10 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor) -> Values:
     is_target = labels != IGNORE_INDEX
     log_p = logits.log_softmax(dim=-1)
     picked = log_p.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    seen = log_p.detach()
-    entropy = -reduce(seen.exp() * seen, "... vocab -> ...", "sum")
+    detached = log_p.detach()
+    entropy = -reduce(detached.exp() * detached, "... vocab -> ...", "sum")
     losses, entropies = (torch.where(is_target, x, 0.0) for x in (-picked, entropy))
-    return losses, entropies, seen.argmax(dim=-1), logits.detach().logsumexp(dim=-1)
+    return losses, entropies, detached.argmax(dim=-1), logits.detach().logsumexp(dim=-1)
 
 
 CROSS_ENTROPY = fused(

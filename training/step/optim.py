@@ -51,8 +51,8 @@ def adamw_update(
     step for all runs of a vmap at once. `backbone_scale` multiplies the rate, and so the decay, of every leaf that is
     no expert's.
     """
-    given = params, grads, state, lr, weight_decay, hyper, grad_scale, backbone_scale
-    return outside_vmap_tree(lambda given: _updated(*given), given)
+    inputs = params, grads, state, lr, weight_decay, hyper, grad_scale, backbone_scale
+    return outside_vmap_tree(lambda inputs: _updated(*inputs), inputs)
 
 
 def _updated(
@@ -77,8 +77,8 @@ def _updated(
         new = _native_update(p, g, mu, nu, kinds, steps, updates.shape)
     else:
         new = _update(p, g, mu, nu, kinds, steps)
-    made = [unflatten({name: leaf[place] for name, leaf in new.items()}) for place in range(3)]
-    return made[0], AdamWState(updates, made[1], made[2])
+    trees = [unflatten({name: leaf[place] for name, leaf in new.items()}) for place in range(3)]
+    return trees[0], AdamWState(updates, trees[1], trees[2])
 
 
 Leaves = dict[str, Tensor]
@@ -105,8 +105,8 @@ def _native_update(
     """The same, each leaf read and written once."""
     numbers = {kind: _stacked(steps[kind], runs) for kind in set(kinds.values())}
     flat = ([t.reshape(runs.numel(), -1) for t in tree.values()] for tree in (p, {n: g[n] for n in p}, mu, nu))
-    made = step_kernels.adamw([numbers[kinds[name]] for name in p], *flat)
-    shaped = ([t.view(leaf.shape) for t, leaf in zip(leaves, p.values(), strict=True)] for leaves in made)
+    updated = step_kernels.adamw([numbers[kinds[name]] for name in p], *flat)
+    shaped = ([t.view(leaf.shape) for t, leaf in zip(leaves, p.values(), strict=True)] for leaves in updated)
     return dict(zip(p, zip(*shaped, strict=True), strict=True))
 
 

@@ -85,10 +85,10 @@ class Sums(NamedTuple):
     nonfinite: Tensor
 
 
-def sums_of(seen: PassResult, targets: Targets, real: Bool[Tensor, "*runs tokens"]) -> Sums:
+def sums_of(observed: PassResult, targets: Targets, real: Bool[Tensor, "*runs tokens"]) -> Sums:
     """What the step's objectives and metrics need of its tokens."""
-    lm, trace = seen.lm, seen.trace
-    of_tokens = trace.router_logits, seen.per_token_surprise, trace.expert_ids, trace.active
+    lm, trace = observed.lm, observed.trace
+    of_tokens = trace.router_logits, observed.per_token_surprise, trace.expert_ids, trace.active
     tied = torch.zeros_like(targets.informative) if targets.tied is None else targets.tied
     taught = targets.expert, targets.informative, tied
     counted = ROUTING_SUMS(*of_tokens, *taught, real.expand(*trace.active.shape[:-3], -1))
@@ -98,7 +98,7 @@ def sums_of(seen: PassResult, targets: Targets, real: Bool[Tensor, "*runs tokens
         targets=lm.targets,
         correct=lm.correct,
         entropy=lm.entropy_sum,
-        distill=seen.distill_sum,
+        distill=observed.distill_sum,
         real=real.sum(dim=-1),
         visits=visits,
         informative=informative,
@@ -111,7 +111,7 @@ def sums_of(seen: PassResult, targets: Targets, real: Bool[Tensor, "*runs tokens
         surprised=sized.sum(dim=(-2, -1)),
         expert_surprise=size,
         expert_surprised=sized,
-        nonfinite=seen.nonfinite,
+        nonfinite=observed.nonfinite,
     )
 
 

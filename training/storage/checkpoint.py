@@ -97,10 +97,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UserError: no checkpoint, none that is whole, or one of another format.
     """
-    given = Path(path)
-    if (given / META).exists() or (given / STATE).exists():
-        return _opened(given)
-    folders = [folder for _, folder in reversed(steps_in(given / "checkpoints"))]
+    location = Path(path)
+    if (location / META).exists() or (location / STATE).exists():
+        return _opened(location)
+    folders = [folder for _, folder in reversed(steps_in(location / "checkpoints"))]
     if not folders:
         raise UserError(f"{path}: expected a run folder with checkpoints/step_NNNNNN in it, or one of those; got none")
     for folder, before in pairwise(folders):

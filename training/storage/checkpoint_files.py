@@ -72,8 +72,8 @@ def clean(home: Path) -> None:
 
 def steps_in(home: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every finished checkpoint, in the order of steps."""
-    found = [(STEP_FOLDER.fullmatch(path.name), path) for path in home.iterdir()] if home.is_dir() else []
-    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+    matches = [(STEP_FOLDER.fullmatch(path.name), path) for path in home.iterdir()] if home.is_dir() else []
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def locked(folder: str | Path, *, patience: float = 0.0) -> Iterator[None]:
         UserError: another process holds it; the message says which.
     """
     home = Path(folder)
-    made = [path for path in (home, *home.parents) if not path.exists()]
+    created = [path for path in (home, *home.parents) if not path.exists()]
     make_folder(home)
     try:
         descriptor = _take(home, time.monotonic() + patience)
@@ -40,7 +40,7 @@ def locked(folder: str | Path, *, patience: float = 0.0) -> Iterator[None]:
             (home / LOCK).unlink(missing_ok=True)  # while it is held: nobody else's can be removed
             os.close(descriptor)
     finally:
-        for path in made:
+        for path in created:
             try:
                 path.rmdir()
             except OSError:

@@ -95,9 +95,9 @@ def unbroken_upto(folder: str | Path, step: int) -> Iterator[dict[str, Any]]:
         UserError: as `read_history`, or one of them is missing or in another one's place.
     """
     path = Path(folder) / FILE
-    found = iter_history(folder) if step and path.exists() else iter(())
+    records = iter_history(folder) if step and path.exists() else iter(())
     for wanted in range(1, step + 1):
-        record = next(found, None)
+        record = next(records, None)
         if record is None or not _is_upto(record, wanted) or record["step"] != wanted:
             came = "none" if record is None else f"that of step {record.get('step')!r:.20}"
             mend = (

@@ -48,15 +48,15 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: it cannot be read, or holds something else.
     """
     try:
-        found = json.loads(read_small(path))
-        came = type(found).__name__
+        value = json.loads(read_small(path))
+        came = type(value).__name__
     except OSError as error:
-        found, came = None, str(error.strerror)
+        value, came = None, str(error.strerror)
     except (ValueError, RecursionError):
-        found, came = None, "no JSON"
-    if not isinstance(found, dict):
+        value, came = None, "no JSON"
+    if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got {came}; restore the file or remove it")
-    return found
+    return value
 
 
 def _is_regular(status: os.stat_result) -> bool:

@@ -42,8 +42,8 @@ def all_surprises(
     """
     shape = config.num_hidden_layers, batch.input_ids.numel(), config.num_experts
 
-    def objective(embedding: Tree, given: Any) -> tuple[Tensor, tuple[list[Tensor], RouterTrace]]:
-        params, batch, surprise_budget = given
+    def objective(embedding: Tree, inputs: Any) -> tuple[Tensor, tuple[list[Tensor], RouterTrace]]:
+        params, batch, surprise_budget = inputs
         batch = without_padding_labels(batch)
         leaf, w2, w13, surfaces = embedding["embed_tokens"], apply_w2, apply_w13, []
         for kind in RECORDED:
@@ -62,14 +62,14 @@ def all_surprises(
     _, (surfaces, trace) = gradients(
         objective, ({"embed_tokens": params["embed_tokens"]},), (dict(params), batch, surprise_budget)
     )
-    found = dict(zip(RECORDED, surfaces, strict=True))
+    recorded = dict(zip(RECORDED, surfaces, strict=True))
     routes = trace.expert_ids, trace.weights, trace.active
-    known: dict[str, Tensor] = {**found, "unweighted": found["w2"]}
+    known: dict[str, Tensor] = {**recorded, "unweighted": recorded["w2"]}
     known |= {
         kind: divide_by_weight(known[kind], *routes) for kind, entry in SURPRISE_KINDS.items() if entry.divide_by_weight
     }
-    weights = torch.where(trace.active, trace.weights, torch.inf).to(found["w2"].dtype)
-    known["weight"] = torch.full_like(found["w2"], torch.inf).scatter(-1, trace.expert_ids, weights)
+    weights = torch.where(trace.active, trace.weights, torch.inf).to(recorded["w2"].dtype)
+    known["weight"] = torch.full_like(recorded["w2"], torch.inf).scatter(-1, trace.expert_ids, weights)
     return torch.stack([known[name] for name in VALUES]), trace
 
 

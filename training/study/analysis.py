@@ -82,8 +82,8 @@ def analyse_rows(
     by_label: dict[str, list[Row]] = {}
     for run, row in zip(expand(study), rows, strict=True):
         by_label.setdefault(run.arm, []).append(row)
-    chosen = {label: _best_point(found, study.tune) for label, found in by_label.items()}
-    arms = {label: _describe(found, study.tune, facts or {}) for label, found in chosen.items()}
+    chosen = {label: _best_point(runs, study.tune) for label, runs in by_label.items()}
+    arms = {label: _describe(runs, study.tune, facts or {}) for label, runs in chosen.items()}
     baselines = baselines_of(study)
     pairs = {
         label: paired_differences(chosen[label], chosen[other], MEASURE)
@@ -92,11 +92,11 @@ def analyse_rows(
     }
     lost = {label for label in pairs if arms[label]["diverged"] or arms[baselines[label]]["diverged"]}
     against = judge(pairs, study.margin, lost)
-    for label, found in against.items():
-        found["baseline"] = baselines[label]
+    for label, pair in against.items():
+        pair["baseline"] = baselines[label]
         for key, measure in {"k_matched": "avg_k", "flops_matched": "flops_per_token"}.items():
             ours, theirs = arms[label][measure], arms[baselines[label]][measure]
-            found[key] = None if ours is None or not theirs else abs(ours / theirs - 1) <= MATCHED
+            pair[key] = None if ours is None or not theirs else abs(ours / theirs - 1) <= MATCHED
     stream = {"continual": _continual(chosen, baselines)} if study.tasks else {}
     facts = {key: getattr(study, key) for key in ("name", "question", "margin", "falsifier")}
     baseline = study.baseline or next(iter(baselines.values()))
@@ -109,34 +109,34 @@ def analyse_rows(
 
 def paired_differences(ours: Sequence[Row], theirs: Sequence[Row], measure: str) -> Float[np.ndarray, "pairs orders"]:
     """ours - theirs, one row for each seed that has finished runs of both for every order of the tasks."""
-    found = _grid(ours, measure, (*ours, *theirs)) - _grid(theirs, measure, (*ours, *theirs))
-    return _whole(found)
+    differences = _grid(ours, measure, (*ours, *theirs)) - _grid(theirs, measure, (*ours, *theirs))
+    return _whole(differences)
 
 
 def judge(
     differences: Mapping[str, Float[np.ndarray, "pairs orders"]], margin: float, lost: Collection[str] = ()
 ) -> dict[str, dict[str, Any]]:
     """Label -> tests, verdict and interval of its paired differences; `lost` are those where a run diverged."""
-    found = decide({label: _compare(pairs, margin) for label, pairs in differences.items()}, lost)
-    multiplied = step_down(_planned(found, "tost_p"))
-    for label, pair in found.items():
+    comparisons = decide({label: _compare(pairs, margin) for label, pairs in differences.items()}, lost)
+    multiplied = step_down(_planned(comparisons, "tost_p"))
+    for label, pair in comparisons.items():
         if pair["verdict"] == "equivalent":
             pair["level"] = 1 - 2 * LEVEL / multiplied[label]
             _, pair["low"], pair["high"] = t_interval(differences[label], pair["level"])
-    return found
+    return comparisons
 
 
 def decide(pairs: Mapping[str, Mapping[str, Any]], lost: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """The comparisons of one family with their p values corrected, and verdicts."""
-    found = {label: dict(pair) for label, pair in pairs.items()}
+    comparisons = {label: dict(pair) for label, pair in pairs.items()}
     for key in ("p", "tost_p", "beyond_p"):
         corrected = holm(_planned(pairs, key))
-        for label, pair in found.items():
+        for label, pair in comparisons.items():
             pair[f"{key}_holm"] = None if pair[key] is None else corrected[label]
-    for label, pair in found.items():
+    for label, pair in comparisons.items():
         pair["beyond_margin"] = None if pair["beyond_p"] is None else pair["beyond_p_holm"] < LEVEL
         pair["verdict"] = "undecided" if label in lost else _verdict(pair)
-    return found
+    return comparisons
 
 
 def study_table(analysis: Mapping[str, Any]) -> str:
@@ -163,18 +163,20 @@ def study_table(analysis: Mapping[str, Any]) -> str:
 
 def read_facts(folder: Path, runs: Sequence[str]) -> dict[str, Mapping[str, Any]]:
     """Run -> `routing` of its summary.json, for the runs that have one."""
-    found: dict[str, Mapping[str, Any]] = {}
+    by_run: dict[str, Mapping[str, Any]] = {}
     for run in runs:
         path = folder / "runs" / run / "summary.json"
         facts = read_object(path).get("routing") if path.exists() else None
         if isinstance(facts, dict):
-            found[run] = facts
-    return found
+            by_run[run] = facts
+    return by_run
 
 
 def mean_facts(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Facts of the same form, number by number their mean over the runs that know it; None without any run."""
-    return _mean([{key: value for key, value in one.items() if key not in OWN} for one in facts]) if facts else None
+    return (
+        _mean([{key: value for key, value in of_run.items() if key not in OWN} for of_run in facts]) if facts else None
+    )
 
 
 def _mean(values: Sequence[Any]) -> Any:
@@ -198,9 +200,9 @@ def _best_point(rows: Sequence[Row], tune: Sequence[str]) -> list[Row]:
     for row in rows:
         points.setdefault(tuple(str(row[key]) for key in tune), []).append(row)
 
-    def rank(found: list[Row]) -> tuple[int, int, float]:
-        scores = _scores(found)
-        lost = sum(row["status"] == DIVERGED for row in found)
+    def rank(point: list[Row]) -> tuple[int, int, float]:
+        scores = _scores(point)
+        lost = sum(row["status"] == DIVERGED for row in point)
         return lost, -len(scores), fmean(scores) if scores else math.inf
 
     return min(points.values(), key=rank)
@@ -252,17 +254,17 @@ def _planned(pairs: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, floa
 
 def _continual(chosen: Mapping[str, Sequence[Row]], baselines: Mapping[str, str]) -> dict[str, Any]:
     """Arm -> measure of a stream -> its mean and interval, and those of the paired difference to the baseline."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for label, rows in chosen.items():
-        found[label] = {}
+        results[label] = {}
         for measure in Continual._fields:
             mine = _whole(_grid(rows, measure, rows))
             pairs = paired_differences(rows, chosen[baselines[label]], measure)
             alone = dict(zip(("mean", "low", "high"), _interval(mine), strict=True))
             against = _interval(pairs if label != baselines[label] else pairs[:0])
             names = "difference", "difference_low", "difference_high"
-            found[label][measure] = alone | {"n": mine.size} | dict(zip(names, against, strict=True))
-    return found
+            results[label][measure] = alone | {"n": mine.size} | dict(zip(names, against, strict=True))
+    return results
 
 
 MENTIONED = 6  # arms without a verdict that a sentence can name
@@ -277,16 +279,16 @@ def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: flo
         "better": "better than", "worse": "worse than", "equivalent": f"within {margin:g} nats of",
         "undecided": "not told apart from",
     }.items():  # fmt: skip
-        found = sorted(
+        ranked = sorted(
             (pair["difference"], name)
             for name, pair in against.items()
             if pair["verdict"] == verdict and pair["difference"] is not None
         )
-        if len(found) > MENTIONED and verdict == "undecided":
-            span = f"{found[0][0]:+.3f} to {found[-1][0]:+.3f}"
-            parts.append(f"{len(found)} of {len(against)} {verb} {baseline} ({span})")
-        elif found:
-            names = ", ".join(f"{name} ({difference:+.3f})" for difference, name in found)
+        if len(ranked) > MENTIONED and verdict == "undecided":
+            span = f"{ranked[0][0]:+.3f} to {ranked[-1][0]:+.3f}"
+            parts.append(f"{len(ranked)} of {len(against)} {verb} {baseline} ({span})")
+        elif ranked:
+            names = ", ".join(f"{name} ({difference:+.3f})" for difference, name in ranked)
             parts.append(f"{verb} {baseline}: {names}")
         elif verdict == "better":
             parts.append(f"no arm is better than {baseline}")
@@ -333,5 +335,5 @@ def _number(value: float | None, form: str = ".4f") -> str:
     return "" if value is None else format(value, form)
 
 
-def _bounds(found: Mapping[str, Any], form: str = ".4f") -> str:
-    return "" if found.get("low") is None else f"{found['low']:{form}} to {found['high']:{form}}"
+def _bounds(entry: Mapping[str, Any], form: str = ".4f") -> str:
+    return "" if entry.get("low") is None else f"{entry['low']:{form}} to {entry['high']:{form}}"

@@ -131,9 +131,9 @@ class StudyRun(NamedTuple):
 
 def expand(study: StudyConfig) -> list[StudyRun]:
     """All runs: every cell with the first seed and order, then with the next order, then with the next seed."""
-    keys, found, runs = overridden_keys(study), cells(study), []
+    keys, study_cells, runs = overridden_keys(study), cells(study), []
     orders = [(f"-order{number}", tuple(order)) for number, order in enumerate(orders_of(study), 1)] or [("", ())]
-    for seed, (mark, order), cell in product(study.seeds, orders, found):
+    for seed, (mark, order), cell in product(study.seeds, orders, study_cells):
         tuned = {key: cell.point[key] for key in study.tune}
         name = " ".join(part for part in (cell.label, _point_text(tuned, study)) if part)
         values = flatten(asdict(cell.config))
@@ -151,18 +151,18 @@ def cells(study: StudyConfig) -> list[Cell]:
     Raises:
         UserError: an arm's values are out of range, or two cells are the same run.
     """
-    found: dict[RunConfig, Cell] = {}
+    by_config: dict[RunConfig, Cell] = {}
     for arm in study.arms or (Arm(""),):
         for point in _points(study):
             shown = {key: value for key, value in _untuned(point, study).items() if len(study.axes[key]) > 1}
             label = " ".join(part for part in (arm.name, _point_text(shown, study)) if part) or study.name
             place = f"arms.{arm.name}: " if arm.name else "axes: "
             config = changed(study.base, {**arm.set, **point}, place)
-            if twin := found.get(config):
+            if twin := by_config.get(config):
                 came = f"{twin.label!r} and {label!r}" if twin.label != label else f"{label!r} twice"
                 raise UserError(f"arms: expected arms that differ, got the same run for {came}; change or remove one")
-            found[config] = Cell(arm.name, label, point, config)
-    return [*found.values()]
+            by_config[config] = Cell(arm.name, label, point, config)
+    return [*by_config.values()]
 
 
 def orders_of(study: StudyConfig) -> list[list[str]]:
@@ -177,13 +177,13 @@ def overridden_keys(study: StudyConfig) -> list[str]:
 
 def baselines_of(study: StudyConfig) -> dict[str, str]:
     """Label -> label that it is compared with: of the baseline, at the same point of the axes."""
-    found = cells(study)
-    baseline = study.baseline or found[0].arm or found[0].label
+    study_cells = cells(study)
+    baseline = study.baseline or study_cells[0].arm or study_cells[0].label
 
-    at = [(_untuned(cell.point, study), cell.label) for cell in found if cell.arm == baseline]
+    at = [(_untuned(cell.point, study), cell.label) for cell in study_cells if cell.arm == baseline]
     return {
         cell.label: next((label for point, label in at if point == _untuned(cell.point, study)), baseline)
-        for cell in found
+        for cell in study_cells
     }
 
 
@@ -201,20 +201,20 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
 
 def quick_study(study: StudyConfig) -> StudyConfig:
     """The short version that the study's `quick` describes."""
-    given = dict(study.quick)
-    if not given:
+    changes = dict(study.quick)
+    if not changes:
         raise UserError("quick: expected what the short version changes, got nothing; add `quick: {steps: 50}`")
-    names = given.pop("arms", [arm.name for arm in study.arms])
-    parts = {key: given.pop(key) for key in ("seeds", "axes", "orders") if key in given}
+    names = changes.pop("arms", [arm.name for arm in study.arms])
+    parts = {key: changes.pop(key) for key in ("seeds", "axes", "orders") if key in changes}
     for name in names:
         if name not in [arm.name for arm in study.arms]:
             raise UserError(
                 f"quick.arms: expected names of arms, got {name!r}{near(name, [a.name for a in study.arms])}"
             )
-    if taken := [key for key in given if key in overridden_keys(study)]:
+    if taken := [key for key in changes if key in overridden_keys(study)]:
         raise UserError(f"quick.{taken[0]}: expected a key that no arm or axis sets, got one; remove it here or there")
     arms = [arm for arm in study.arms if arm.name in names]
-    return replace(study, base=changed(study.base, given, "quick: "), arms=arms, quick={}, **parts)
+    return replace(study, base=changed(study.base, changes, "quick: "), arms=arms, quick={}, **parts)
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -222,10 +222,10 @@ def quick_study(study: StudyConfig) -> StudyConfig:
 
 def _check_keys(study: StudyConfig) -> None:
     known = flatten(asdict(study.base))
-    given = [(f"axes.{key}", key) for key in study.axes]
-    given += [(f"arms.{arm.name}.set.{key}", key) for arm in study.arms for key in arm.set]
-    given += [(f"quick.{key}", key) for key in study.quick if key not in QUICK_PARTS]
-    for place, key in given:
+    places = [(f"axes.{key}", key) for key in study.axes]
+    places += [(f"arms.{arm.name}.set.{key}", key) for arm in study.arms for key in arm.set]
+    places += [(f"quick.{key}", key) for key in study.quick if key not in QUICK_PARTS]
+    for place, key in places:
         if key not in known:
             raise UserError(f"{place}: unknown key{near(key, known)}")
         if key in UNUSED:

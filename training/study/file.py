@@ -60,30 +60,30 @@ def parse_study(values: Mapping[Any, Any], *, name: str) -> StudyConfig:
     for key in values:
         if key not in KEYS:
             raise UserError(f"{key}: unknown key{near(str(key), KEYS)}")
-    given = {key: _kind(value, WANTED[key], key) for key, value in values.items() if value is not None}
-    if "margin" not in given:
+    settings = {key: _kind(value, WANTED[key], key) for key, value in values.items() if value is not None}
+    if "margin" not in settings:
         raise UserError("margin: expected nats per token, got none; set it before the runs, such as `margin: 0.02`")
-    for seed in given.get("seeds", ()):
+    for seed in settings.get("seeds", ()):
         _kind(seed, int, "seeds")
-    for key in given.get("tune", ()):
+    for key in settings.get("tune", ()):
         _kind(key, str, "tune")
-    quick = dict(given.get("quick", {}))
+    quick = dict(settings.get("quick", {}))
     parts = {key: _kind(quick.pop(key), WANTED[key], f"quick.{key}") for key in QUICK_PARTS if key in quick}
     for seed in parts.get("seeds", ()):
         _kind(seed, int, "quick.seeds")
-    _check_names(given.get("tasks", {}), given.get("orders", ()), "")
+    _check_names(settings.get("tasks", {}), settings.get("orders", ()), "")
     _check_names({}, parts.get("orders", ()), "quick.")
     if "axes" in parts:
         parts["axes"] = _axes(parts["axes"], "quick.axes.")
-    base = _typed(given.get("base", {}), "base.")
+    base = _typed(settings.get("base", {}), "base.")
     parsed = {
         "name": name,
         "base": changed(RunConfig(), base, "base."),
-        "arms": [_arm(entry, number) for number, entry in enumerate(given.get("arms", ()), 1)],
-        "axes": _axes(given.get("axes", {}), "axes."),
+        "arms": [_arm(entry, number) for number, entry in enumerate(settings.get("arms", ()), 1)],
+        "axes": _axes(settings.get("axes", {}), "axes."),
         "quick": parts | _typed(quick, "quick."),
     }
-    return StudyConfig(**parsed | {key: value for key, value in given.items() if key == "name" or key not in parsed})
+    return StudyConfig(**parsed | {key: value for key, value in settings.items() if key == "name" or key not in parsed})
 
 
 def _check_names(tasks: Mapping[Any, Any], orders: Sequence[Any], prefix: str) -> None:

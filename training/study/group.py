@@ -88,9 +88,9 @@ def _open(study: StudyConfig, group: Group, folder: Path) -> tuple[GroupRun, Che
 def _first_state(group: GroupRun, checkpoint: Checkpoint | None) -> GroupState:
     """The state of a checkpoint, or the runs before their first step."""
     state = start_group(group.runs, group.tokenizer if checkpoint is None else None)
-    seen = snapshot(group, state)
-    if seen is not None:
-        state = state._replace(choices=seen.first_choices)
+    snap = snapshot(group, state)
+    if snap is not None:
+        state = state._replace(choices=snap.first_choices)
     return state if checkpoint is None else load_state(checkpoint, state)
 
 

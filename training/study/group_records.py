@@ -39,25 +39,25 @@ def record_step(group: GroupRun, state: GroupState, metrics: Metrics, recorders:
     is_scored = config.eval_every > 0 and step % config.eval_every == 0
     is_due = is_scored or step in (1, config.steps) or step % group.study.record_every == 0
     scores = score_tasks(state.runs.params, group.runs, group.corpora, config.eval_bytes) if is_scored else []
-    seen = snapshot(group, state) if is_scored else None
+    snap = snapshot(group, state) if is_scored else None
     extras = [_scored(overall(tasks)) for tasks in scores] or [{} for _ in group.runs]
-    extras = [a | b for a, b in zip(extras, _routing(state, seen), strict=True)] if seen is not None else extras
+    extras = [a | b for a, b in zip(extras, _routing(state, snap), strict=True)] if snap is not None else extras
     tokens, seconds = step * config.batch_size * config.sequence_length, float(state.seconds) / len(group.runs)
     rows = zip(unstack(metrics), extras, state.diverged_at.tolist(), recorders, strict=True)
     for of_run, extra, diverged_at, recorder in rows:
         if diverged_at == step or (is_due and not diverged_at):
             recorder.write(step, tokens, seconds, of_run._asdict() | extra)
-    return state if seen is None else state._replace(choices=seen.first_choices)
+    return state if snap is None else state._replace(choices=snap.first_choices)
 
 
 def _scored(score: Score) -> dict[str, Any]:
     return {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
 
 
-def _routing(state: GroupState, seen: RouterSnapshot) -> list[dict[str, Any]]:
+def _routing(state: GroupState, snap: RouterSnapshot) -> list[dict[str, Any]]:
     """Of each run, how its router has changed since the last look, and which experts go together."""
-    drifts = drift(state.choices, seen.first_choices).to(torch.float64)
+    drifts = drift(state.choices, snap.first_choices).to(torch.float64)
     return [
         {"routing_drift": float(layers.mean()), "routing_drift_layers": layers, "co_activation_layers": together}
-        for layers, together in zip(drifts, seen.co_activation, strict=True)
+        for layers, together in zip(drifts, snap.co_activation, strict=True)
     ]

@@ -118,20 +118,20 @@ def memory_of_a_run(config: RunConfig) -> int:
 
 def available_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its control group."""
-    found = []
+    available = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+        available.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
     except (OSError, StopIteration, ValueError, IndexError):
         pass
     try:
         limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
-        found.append(int(limit) - int(used))
+        available.append(int(limit) - int(used))
     except (OSError, ValueError):  # no control group, or one without a limit
         pass
-    if not found and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return max(0, min(found, default=UNKNOWN_MEMORY))
+    if not available and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        available.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return max(0, min(available, default=UNKNOWN_MEMORY))
 
 
 def _fitting(config: RunConfig) -> int:

@@ -63,15 +63,15 @@ def routing_facts(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, to
         return counterfactual_losses(params, part, config.model, sample, surprise_budget=budget)
 
     parts = _parts(batch, sample, config.batch_size)
-    seen = [vmap(surprises, in_dims=(0, 0, None))(params, budgets, part) for part, _ in parts]
+    passes = [vmap(surprises, in_dims=(0, 0, None))(params, budgets, part) for part, _ in parts]
     forks = sample.shape[0] * sample.shape[2] * config.model.num_experts
     rows = max(1, 2 * config.batch_size * config.sequence_length // (config.sequence_length + forks))
     with torch.no_grad():
         losses = [
             vmap(oracle, in_dims=(0, 0, None, None))(params, budgets, *part) for part in _parts(batch, sample, rows)
         ]
-    values = torch.cat([found for found, _ in seen], dim=3)
-    trace = RouterTrace(*(torch.cat(part, dim=2) for part in zip(*(trace for _, trace in seen), strict=True)))
+    values = torch.cat([surprise for surprise, _ in passes], dim=3)
+    trace = RouterTrace(*(torch.cat(part, dim=2) for part in zip(*(trace for _, trace in passes), strict=True)))
     whole = Sampled(values, trace, torch.cat(losses, dim=2))
     return [facts_of(run, batch, sample, config.model) for run in unstack(whole)]
 
@@ -88,7 +88,7 @@ def router_snapshot(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, 
     config = configs[0]
     batch, sample = analysis_batch(corpus, config, tokens)
 
-    def one(params: Tree, budget: Tensor, part: Batch) -> tuple[Tensor, Tensor]:
+    def routes(params: Tree, budget: Tensor, part: Batch) -> tuple[Tensor, Tensor]:
         _, trace = forward(
             params, part.input_ids, config.model, attention_mask=part.attention_mask, surprise_budget=budget
         )
@@ -96,8 +96,8 @@ def router_snapshot(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, 
 
     with torch.no_grad():
         parts = _parts(batch, sample, 2 * config.batch_size)
-        seen = [vmap(one, in_dims=(0, 0, None))(params, _budgets(configs), part) for part, _ in parts]
-    ids, active = (torch.cat(part, dim=2) for part in zip(*seen, strict=True))
+        routed = [vmap(routes, in_dims=(0, 0, None))(params, _budgets(configs), part) for part, _ in parts]
+    ids, active = (torch.cat(part, dim=2) for part in zip(*routed, strict=True))
     met = [coactivation_excess(*run, config.model.num_experts)[0] for run in zip(ids, active, strict=True)]
     return RouterSnapshot(torch.where(active[..., 0], ids[..., 0], -1), torch.stack(met))
 
@@ -169,8 +169,10 @@ def agreement_facts(
     values: Float[Tensor, "kinds layers tokens slots"], active: Bool[Tensor, "layers tokens slots"]
 ) -> Facts:
     """`kinds`, and their matrices `tau`, `top1` and `chance`; None where no token tells."""
-    found = rank_agreement(values, active)
-    matrices = {name: [[_plain(x) for x in row] for row in getattr(found, name).tolist()] for name in found._fields[:3]}
+    agreement = rank_agreement(values, active)
+    matrices = {
+        name: [[_plain(x) for x in row] for row in getattr(agreement, name).tolist()] for name in agreement._fields[:3]
+    }
     return {"kinds": list(KINDS), **matrices}
 
 

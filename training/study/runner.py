@@ -86,13 +86,13 @@ def _run_study(
             _forget(folder, group)
     check_texts(study, left, folder)
     done = [run for run in runs if rows[run.id]["status"] != UNFINISHED]
-    total, made = (sum(run.config.steps for run in some) for some in (runs, done))
+    total, initial = (sum(run.config.steps for run in subset) for subset in (runs, done))
     with (
-        tqdm(total=total, initial=made, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05) as bar,
+        tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05) as bar,
         closing(launch(study, left, folder, bar)) as finished,
     ):
-        for group, found in finished:
-            rows |= {row["run"]: row for row in found}
+        for group, group_rows in finished:
+            rows |= {row["run"]: row for row in group_rows}
             write_results([*rows.values()], folder)
             _forget(folder, group)
     analysis = analyse(folder)

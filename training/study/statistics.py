@@ -111,11 +111,11 @@ def _tests(table: Table, null: float, alternative: Alternative) -> list[Any]:
     seeds, orders = table.mean(axis=-1), table.mean(axis=-2)
     if table.shape[-1] == 1:
         return [_one_sample(seeds, null, alternative, SURE)]
-    found = [_one_sample(seeds, null, alternative, SURE), _one_sample(orders, null, alternative, 0)]
-    if not any(isinstance(test, _Certain) for test in found):
+    tests = [_one_sample(seeds, null, alternative, SURE), _one_sample(orders, null, alternative, 0)]
+    if not any(isinstance(test, _Certain) for test in tests):
         deviations = orders - orders.mean(axis=-1, keepdims=True)
-        found.append(ttest_ind(seeds - null, deviations, axis=-1, equal_var=False, alternative=alternative))
-    return found
+        tests.append(ttest_ind(seeds - null, deviations, axis=-1, equal_var=False, alternative=alternative))
+    return tests
 
 
 def _one_sample(values: Float[np.ndarray, "*studies n"], null: float, alternative: Alternative, sure: int) -> Any:
@@ -134,8 +134,8 @@ def _one_sample(values: Float[np.ndarray, "*studies n"], null: float, alternativ
 
 
 def _table(values: Values) -> Float[np.ndarray, "pairs orders"]:
-    found = np.asarray(values, dtype=float)
-    return found[:, None] if found.ndim == 1 else found
+    table = np.asarray(values, dtype=float)
+    return table[:, None] if table.ndim == 1 else table
 
 
 def _known(value: Any) -> float | None:

@@ -111,8 +111,8 @@ def write_summary(outcome: Outcome, row: Row) -> None:
 
 
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    found = [record[key] for record in records if record.get(key) is not None]
-    return _rounded(sum(found) / len(found)) if found else None
+    values = [record[key] for record in records if record.get(key) is not None]
+    return _rounded(sum(values) / len(values)) if values else None
 
 
 def _rounded(value: float) -> float:

@@ -93,13 +93,13 @@ def row_tasks(position: int, seed: int, step: int, rows: int, replay: float) -> 
     [0, 1), so n is the same in every step where replay * rows is whole, and has that mean elsewhere. There is no replay
     during the first task.
     """
-    found = np.full(rows, position, dtype=np.int64)
+    positions = np.full(rows, position, dtype=np.int64)
     if position and replay:
         stream = np.random.Philox(key=int(seed) + REPLAY, counter=int(step) << 64)
         uniform = (int(stream.random_raw()) >> 11) / (1 << 53)
         count = min(rows, int(replay * rows + uniform))
-        found[rows - count :] = stream.random_raw(count) % np.uint64(position)
-    return found
+        positions[rows - count :] = stream.random_raw(count) % np.uint64(position)
+    return positions
 
 
 def batches_at(corpora: Mapping[str, Splits], runs: Sequence[StudyRun], step: int) -> Batch:
@@ -144,8 +144,8 @@ def score_tasks(
         max_bytes: of held-out text, of each task.
     """
     configs = [run.config for run in runs]
-    found = {task: score_runs(params, configs, text, max_bytes) for task, text in corpora.items()}
-    return [[found[task][i] for task in tasks_of(run)] for i, run in enumerate(runs)]
+    scores = {task: score_runs(params, configs, text, max_bytes) for task, text in corpora.items()}
+    return [[scores[task][i] for task in tasks_of(run)] for i, run in enumerate(runs)]
 
 
 def overall(scores: Sequence[Score]) -> Score:

@@ -30,12 +30,12 @@ def vmapped_step(configs: Sequence[RunConfig]) -> Any:
     numbers, varied = split_numbers([hyper_params(config) for config in configs])
     model, fixed = configs[0].model, statics(configs[0])
 
-    def one(
+    def step(
         state: TrainState, batch: Batch, varied: dict[str, Tensor], logits: Tensor | None = None
     ) -> tuple[TrainState, Metrics]:
         return hyper_step(state, batch, numbers._replace(**varied), model, **fixed, teacher_logits=logits)
 
-    return lambda states, batches, *logits: vmap(one)(states, batches, varied, *logits)
+    return lambda states, batches, *logits: vmap(step)(states, batches, varied, *logits)
 
 
 def split_numbers(hypers: Sequence[HyperParams]) -> tuple[HyperParams, dict[str, Tensor]]:

@@ -161,10 +161,10 @@ def _dots(curves: Sequence[Curve], across: tuple[float, float], down: Place) -> 
     """Marks on curves of few points: a curve of one point would not be seen."""
     dots = []
     for curve in curves:
-        seen = np.isfinite(curve.y)
-        if seen.sum() > FEW:
+        finite = np.isfinite(curve.y)
+        if finite.sum() > FEW:
             continue
-        for x, y in zip(curve.x[seen].tolist(), curve.y[seen].tolist(), strict=True):
+        for x, y in zip(curve.x[finite].tolist(), curve.y[finite].tolist(), strict=True):
             share, place = (x - across[0]) / (across[1] - across[0]), down(y)
             if 0 <= place <= HEIGHT:
                 dots.append(

@@ -66,8 +66,8 @@ def surprise_map(title: object, surprise: Float[np.ndarray, "layers experts"] | 
 
 def alarm_counts(alarms: Sequence[Sequence[str]]) -> list[tuple[str, int]]:
     """Kind of alarm (what stands before its colon) -> how many runs ring it, most frequent first."""
-    kinds = [kind for some in alarms for kind in {alarm.partition(":")[0] for alarm in some}]
-    return sorted(((kind, kinds.count(kind)) for kind in set(kinds)), key=lambda found: (-found[1], found[0]))
+    kinds = [kind for of_run in alarms for kind in {alarm.partition(":")[0] for alarm in of_run}]
+    return sorted(((kind, kinds.count(kind)) for kind in set(kinds)), key=lambda entry: (-entry[1], entry[0]))
 
 
 def _grouped(experts: int) -> Html:
@@ -101,7 +101,10 @@ def heat_map(levels: Int[np.ndarray, "layers experts"], kind: str, said: str) ->
             if expert == len(row) or row[expert] != row[start]:
                 cells.setdefault(row[start], []).append(f"M{start} {layer}h{expert - start}v1h{start - expert}z")
                 start = expert
-    paths = [element("path", d="".join(some), class_=level_class(level, kind)) for level, some in sorted(cells.items())]
+    paths = [
+        element("path", d="".join(segments), class_=level_class(level, kind))
+        for level, segments in sorted(cells.items())
+    ]
     height = layers * max(4, min(18, 216 // layers))
     return element(
         "svg", *paths, width="100%", height=height, viewBox=f"0 0 {levels.shape[1]} {layers}",

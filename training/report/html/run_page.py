@@ -96,8 +96,8 @@ def _ranking(summary: Mapping[str, Any]) -> Html:
 
 def _baselines(summary: Mapping[str, Any]) -> dict[str, float]:
     """Bits per byte of the baselines that have a number, and one that can be drawn."""
-    given = summary.get("baselines") or {}
-    return {name: value for name, value in given.items() if isinstance(value, int | float) and abs(value) < LARGEST}
+    baselines = summary.get("baselines") or {}
+    return {name: value for name, value in baselines.items() if isinstance(value, int | float) and abs(value) < LARGEST}
 
 
 def _charts(run: RunFiles) -> Html:
@@ -117,9 +117,9 @@ def _slotted(lines: Sequence[tuple[str, str]]) -> list[tuple[int, tuple[str, str
 
 
 def _curve(history: Records, key: str, name: str, slot: int) -> Curve:
-    seen = [record for record in history if isinstance(record.get(key), int | float)]
-    at = columns(seen, POINTS)
-    return Curve(name, at.x, gather(numbers(seen, key), at.starts), slot)
+    records = [record for record in history if isinstance(record.get(key), int | float)]
+    at = columns(records, POINTS)
+    return Curve(name, at.x, gather(numbers(records, key), at.starts), slot)
 
 
 def _maps(history: Records) -> Html:

@@ -32,7 +32,7 @@ class ShownArm(NamedTuple):
 
     label: str
     short: str  # the label without the point of the axes that its whole group has
-    found: Mapping[str, Any]  # of analysis["arms"]
+    result: Mapping[str, Any]  # of analysis["arms"]
     pair: Mapping[str, Any] | None  # of analysis["against_baseline"]; None is a baseline
     slot: int  # of colour and dashes: 0 for the baseline, then in the study's order
     curves: dict[str, Curve]  # means over its runs, by key of a record, and by `layer_key`
@@ -52,7 +52,7 @@ class Group(NamedTuple):
 
     def best_first(self) -> list[ShownArm]:
         """The arms by their mean score."""
-        return sorted(self.arms, key=lambda arm: float("inf") if arm.found["mean"] is None else arm.found["mean"])
+        return sorted(self.arms, key=lambda arm: float("inf") if arm.result["mean"] is None else arm.result["mean"])
 
 
 def read_groups(
@@ -64,11 +64,11 @@ def read_groups(
         pair = study.analysis["against_baseline"].get(label, {})
         labels.setdefault(pair.get("baseline", label), []).append(label)
     groups = []
-    for baseline, some in labels.items():
-        others = [label for label in some if label != baseline]
+    for baseline, members in labels.items():
+        others = [label for label in members if label != baseline]
         slots = {baseline: 0} | {label: slot for slot, label in enumerate(others, 1)}
-        shown = [_shown(study, label, slots[label], history_of, summary_of) for label in some]
-        end = shared_end(some) if len(labels) > 1 else ""
+        shown = [_shown(study, label, slots[label], history_of, summary_of) for label in members]
+        end = shared_end(members) if len(labels) > 1 else ""
         shown = [arm._replace(short=arm.label.removesuffix(end)) for arm in shown]
         groups.append(Group(baseline, [_named_shortly(arm) for arm in shown]))
     return groups
@@ -81,8 +81,8 @@ def shared_end(labels: Sequence[str]) -> str:
     """
     words = [label.split(" ") for label in labels]
     count = 0
-    while all(len(some) > count + 1 and "=" in some[-1 - count] for some in words) and len(labels) > 1:
-        if len({some[-1 - count] for some in words}) > 1:
+    while all(len(parts) > count + 1 and "=" in parts[-1 - count] for parts in words) and len(labels) > 1:
+        if len({parts[-1 - count] for parts in words}) > 1:
             break
         count += 1
     return "".join(f" {word}" for word in words[0][len(words[0]) - count :])
@@ -95,13 +95,13 @@ def _named_shortly(arm: ShownArm) -> ShownArm:
 
 def arm_name(arm: ShownArm) -> Html:
     """The arm's label, and the values that were chosen for it."""
-    tuned = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in arm.found.get("tuned", {}).items())
+    tuned = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in arm.result.get("tuned", {}).items())
     return with_small(arm.short, f"chosen: {tuned}" if tuned else "")
 
 
 def scores_by_seed(study: Study, arm: ShownArm) -> dict[str, float]:
     """Seed (and order of tasks) -> held-out nats per token of the arm's finished runs."""
-    runs = [row for row in study.rows if row["run"] in arm.found["runs"] and row["status"] == FINISHED]
+    runs = [row for row in study.rows if row["run"] in arm.result["runs"] and row["status"] == FINISHED]
     return {pair_key(row): float(row["nats_per_token"]) for row in runs}
 
 
@@ -109,21 +109,21 @@ def _shown(
     study: Study, label: str, slot: int, history_of: Callable[[str], Records],
     summary_of: Callable[[str], Mapping[str, Any]],
 ) -> ShownArm:  # fmt: skip
-    found = study.analysis["arms"][label]
-    records = {run: history_of(run) for run in found["runs"]}
+    result = study.analysis["arms"][label]
+    records = {run: history_of(run) for run in result["runs"]}
     lost = {row["run"] for row in study.rows if row["status"] == DIVERGED}
-    ends = {run: int(some[-1]["step"]) for run, some in records.items() if run in lost and some}
-    loads = ((run, last_tables(some, "expert_load")) for run, some in records.items() if run not in lost)
+    ends = {run: int(history[-1]["step"]) for run, history in records.items() if run in lost and history}
+    loads = ((run, last_tables(history, "expert_load")) for run, history in records.items() if run not in lost)
     run, load = next(((run, load) for run, load in loads if load is not None), ("", None))
     curves = {key: _mean_curve(label, slot, [*records.values()], key) for key in CURVES}
-    layered, layers = [by_layer(some) for some in records.values()], 0 if load is None else load.shape[0]
+    layered, layers = [by_layer(history) for history in records.values()], 0 if load is None else load.shape[0]
     for key in (layer_key(name, layer) for name, _ in LAYERED for layer in shown_layers(layers)):
         curves[key] = _mean_curve(label, slot, layered, key)
     summaries = {name: summary_of(name) for name in records}
     alarms = [summary.get("alarms") or [] for summary in summaries.values()]
     together = _cube((summaries.get(run, {}).get("routing") or {}).get("co_activation_cosine"))
     pair = study.analysis["against_baseline"].get(label)
-    return ShownArm(label, label, found, pair, slot, curves, load, layers, run, together, alarms, ends)
+    return ShownArm(label, label, result, pair, slot, curves, load, layers, run, together, alarms, ends)
 
 
 def _cube(value: Any) -> Float[ndarray, "layers experts experts"] | None:
@@ -142,6 +142,6 @@ def _mean_curve(label: str, slot: int, runs: Sequence[Records], key: str) -> Cur
         for step, value in zip(numbers(history, "step").tolist(), numbers(history, key).tolist(), strict=True):
             if value == value and step == step:  # both are known
                 by_step.setdefault(step, []).append(value)
-    merged = [{"step": step, "value": sum(some) / len(some)} for step, some in sorted(by_step.items())]
+    merged = [{"step": step, "value": sum(values) / len(values)} for step, values in sorted(by_step.items())]
     at = columns(merged, POINTS)
     return Curve(label, at.x, gather(numbers(merged, "value"), at.starts), slot)

@@ -40,12 +40,12 @@ def by_layer(history: Records) -> list[dict[str, Any]]:
     shape = table_shape(history, ("expert_load",))
     if shape is None:
         return []
-    found = []
+    records = []
     for record, load in zip(history, tables(history, "expert_load", shape), strict=True):
         of_layers = measures(load) | {"co-activation": _layers(record, shape[0])}
-        values = {layer_key(name, i): some[i] for name, some in of_layers.items() for i in range(shape[0])}
-        found.append({"step": record.get("step"), **values})
-    return found
+        values = {layer_key(name, i): row[i] for name, row in of_layers.items() for i in range(shape[0])}
+        records.append({"step": record.get("step"), **values})
+    return records
 
 
 def measures(load: Float[np.ndarray, "layers experts"]) -> dict[str, list[float | None]]:
@@ -53,12 +53,12 @@ def measures(load: Float[np.ndarray, "layers experts"]) -> dict[str, list[float 
     experts = load.shape[-1]
     p = load / np.where((total := load.sum(axis=-1, keepdims=True)) > 0, total, 1.0)
     entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1) / (math.log(experts) if experts > 1 else 1.0)
-    found = {
+    values = {
         "load entropy": np.where(experts > 1, entropy, p.sum(axis=-1)),
         "MaxVio": p.max(axis=-1) * experts - 1,
         "dead experts": np.where(np.isnan(p), np.nan, p == 0).sum(axis=-1),
     }
-    return {name: [None if math.isnan(x) else x for x in some.tolist()] for name, some in found.items()}
+    return {name: [None if math.isnan(x) else x for x in row.tolist()] for name, row in values.items()}
 
 
 def _layers(record: Mapping[str, Any], count: int) -> Sequence[Any]:

@@ -135,26 +135,26 @@ def _results(study: Study, groups: Sequence[Group]) -> Html:
 
 def _result(arm: ShownArm) -> list[object]:
     """The cells of one arm."""
-    found, pair = arm.found, arm.pair or {}
-    seeds = f"{found['n']} {'seed' if found['n'] == 1 else 'seeds'}"
-    if found.get("seeds", found["n"]) != found["n"]:  # in a stream, a pair is of a seed and an order
-        seeds = f"{found['n']} runs of {found['seeds']} seeds"
-    seeds += f", {found['diverged']} diverged" if found["diverged"] else ""
+    result, pair = arm.result, arm.pair or {}
+    seeds = f"{result['n']} {'seed' if result['n'] == 1 else 'seeds'}"
+    if result.get("seeds", result["n"]) != result["n"]:  # in a stream, a pair is of a seed and an order
+        seeds = f"{result['n']} runs of {result['seeds']} seeds"
+    seeds += f", {result['diverged']} diverged" if result["diverged"] else ""
     verdict = str(pair.get("verdict", "baseline"))
     beyond = "beyond the margin" if pair.get("beyond_margin") and verdict in ("better", "worse") else ""
     k, flops = (_matched(pair.get(key)) for key in ("k_matched", "flops_matched"))
-    weights = element("small", f"{number(found['active_parameters'], ',.0f')} weights")
+    weights = element("small", f"{number(result['active_parameters'], ',.0f')} weights")
     return [
         with_small(arm_name(arm), seeds),
         with_small(h.badge(verdict), beyond),
-        with_small(number(found["mean"]), bounds(found["low"], found["high"])),
+        with_small(number(result["mean"]), bounds(result["low"], result["high"])),
         with_small(number(pair.get("difference"), "+.4f"), _interval(pair)),
-        with_small(number(found["avg_k"], ".2f"), k),
-        number(found["max_vio"], ".2f"),
-        number(found["dead_experts"], ".1f"),
-        with_small(number(found["gating_acc"], ".3f"), f"trivial {number(found['gating_trivial'], '.3f')}"),
-        join((number(found.get("flops_per_token"), ",.0f"), weights, element("small", flops) if flops else "")),
-        number(found["bits_per_byte"]),
+        with_small(number(result["avg_k"], ".2f"), k),
+        number(result["max_vio"], ".2f"),
+        number(result["dead_experts"], ".1f"),
+        with_small(number(result["gating_acc"], ".3f"), f"trivial {number(result['gating_trivial'], '.3f')}"),
+        join((number(result.get("flops_per_token"), ",.0f"), weights, element("small", flops) if flops else "")),
+        number(result["bits_per_byte"]),
         number(pair.get("p_holm"), ".3g"),
         number(pair.get("tost_p_holm"), ".3g"),
     ]
@@ -162,14 +162,14 @@ def _result(arm: ShownArm) -> list[object]:
 
 def _interval(pair: Mapping[str, Any]) -> str:
     """The interval of a difference; of several orders of tasks, the one for other orders and the one for these."""
-    found = bounds(pair.get("low"), pair.get("high"), "+.4f") + level_note(pair)
-    if pair.get("orders", 1) == 1 or not found:
-        return found
-    return f"{found}; in these orders {bounds(pair.get('same_orders_low'), pair.get('same_orders_high'), '+.4f')}"
+    interval = bounds(pair.get("low"), pair.get("high"), "+.4f") + level_note(pair)
+    if pair.get("orders", 1) == 1 or not interval:
+        return interval
+    return f"{interval}; in these orders {bounds(pair.get('same_orders_low'), pair.get('same_orders_high'), '+.4f')}"
 
 
-def _matched(found: bool | None) -> str:
-    return "" if found is None else "matched" if found else "not matched"
+def _matched(matched: bool | None) -> str:
+    return "" if matched is None else "matched" if matched else "not matched"
 
 
 def _settings(study: Study) -> Html:

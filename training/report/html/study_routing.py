@@ -25,7 +25,7 @@ SIDE = 3  # levels of agreement on either side of none
 
 def routing_part(groups: Sequence[Group]) -> Html:
     """The sections; nothing where no run was analysed."""
-    arms = [arm for group in groups for arm in group.best_first() if arm.found.get("routing")]
+    arms = [arm for group in groups for arm in group.best_first() if arm.result.get("routing")]
     if not arms:
         return Html("")
     return h.join((_regret(arms), _agreement(arms), _meetings(arms)))
@@ -34,13 +34,13 @@ def routing_part(groups: Sequence[Group]) -> Html:
 def _regret(arms: Sequence[ShownArm]) -> Html:
     rows: list[list[object]] = []
     for arm in arms:
-        facts = arm.found["routing"]
+        facts = arm.result["routing"]
         regrets = facts.get("regret") or {}
         hits = with_small(
             number(facts.get("oracle_hits"), ".3f"), f"chance {number(facts.get('oracle_chance'), '.3f')}"
         )
         rows.append([arm.label, *(number(regrets.get(rule), ".4f") for rule in RULES), hits])
-    sampled = number(arms[0].found["routing"].get("sampled"), ".0f")
+    sampled = number(arms[0].result["routing"].get("sampled"), ".0f")
     notes = [
         "Nats that a token's own next-token loss lies above the best expert's, when in one layer that token alone is "
         f"sent to the expert that the rule points at, with weight 1. About {sampled} held-out tokens a layer, the "
@@ -57,16 +57,16 @@ def _regret(arms: Sequence[ShownArm]) -> Html:
 def _agreement(arms: Sequence[ShownArm]) -> Html:
     rows: list[list[object]] = []
     for arm in arms:
-        found = arm.found["routing"]["agreement"]
-        rows.append([arm.label, *(_pair(found, *pair) for pair in PAIRS)])
+        agreement = arm.result["routing"]["agreement"]
+        rows.append([arm.label, *(_pair(agreement, *pair) for pair in PAIRS)])
     head = ["arm", *(f"{a}, {b}" for a, b in PAIRS)]
-    kinds = ", ".join(arms[0].found["routing"]["agreement"]["kinds"])
+    kinds = ", ".join(arms[0].result["routing"]["agreement"]["kinds"])
     note = (
         "Kendall's tau-b of two rankings of the experts that a token visits, mean over held-out tokens with two or "
         f"more; 1 is the same order, 0 none in common, {h.MINUS}1 the reverse. Below it the share of tokens whose "
         f"lowest expert is the same. Rows and columns of the maps: {kinds}."
     )
-    maps = [_agreement_map(arm.label, arm.found["routing"]["agreement"]) for arm in arms]
+    maps = [_agreement_map(arm.label, arm.result["routing"]["agreement"]) for arm in arms]
     return h.section(
         "Agreement of the kinds of surprise", h.paragraph(note, class_="note"),
         h.table("Agreement of the kinds of surprise", head, rows), _agreement_legend(),
@@ -74,11 +74,11 @@ def _agreement(arms: Sequence[ShownArm]) -> Html:
     )  # fmt: skip
 
 
-def _pair(found: Mapping[str, Any], a: str, b: str) -> object:
-    if not {a, b} <= {*found["kinds"]}:
+def _pair(agreement: Mapping[str, Any], a: str, b: str) -> object:
+    if not {a, b} <= {*agreement["kinds"]}:
         return h.NOTHING
-    row, column = found["kinds"].index(a), found["kinds"].index(b)
-    tau, top1 = (_at(found[key], row, column) for key in ("tau", "top1"))
+    row, column = agreement["kinds"].index(a), agreement["kinds"].index(b)
+    tau, top1 = (_at(agreement[key], row, column) for key in ("tau", "top1"))
     return with_small(number(tau, "+.2f"), f"same {number(top1, '.2f')}" if top1 is not None else "")
 
 
@@ -87,9 +87,9 @@ def _at(matrix: Any, row: int, column: int) -> Any:
     return matrix[row][column] if matrix and matrix[row] else None
 
 
-def _agreement_map(label: str, found: Mapping[str, Any]) -> Html:
-    size = len(found["kinds"])
-    entries = [[_at(found["tau"], row, column) for column in range(size)] for row in range(size)]
+def _agreement_map(label: str, agreement: Mapping[str, Any]) -> Html:
+    size = len(agreement["kinds"])
+    entries = [[_at(agreement["tau"], row, column) for column in range(size)] for row in range(size)]
     tau = np.array(entries, dtype=float)
     levels = np.where(np.isnan(tau), UNKNOWN, SIDE - np.rint(np.nan_to_num(tau) * SIDE).astype(np.int64))
     return element("figure", element("figcaption", label), heat_map(levels, "h", f"rank agreement of {label}"))
@@ -102,7 +102,7 @@ def _agreement_legend() -> Html:
 
 def _meetings(arms: Sequence[ShownArm]) -> Html:
     """Co-activation: a number an arm, and maps of one run."""
-    rows = [[arm.label, number(arm.found["routing"].get("co_activation"), ".4f")] for arm in arms]
+    rows = [[arm.label, number(arm.result["routing"].get("co_activation"), ".4f")] for arm in arms]
     note = (
         "How far the pairs of experts that tokens visit together are from what the experts' loads alone would give, in "
         "nats (Kullback and Leibler): 0 is chance. The maps show visits in common / √(visits of one · visits of the "

@@ -39,10 +39,10 @@ def _facts(values: Mapping[str, Any]) -> list[tuple[str, object]]:
     tasks = values.get("tasks") or {}
     orders = values.get("orders") or [list(tasks)]
     texts = ", ".join(f"{name} ({data})" for name, data in tasks.items())
-    told = "; ".join(f"{number}: {' > '.join(map(str, order))}" for number, order in enumerate(orders, 1))
+    sequences = "; ".join(f"{number}: {' > '.join(map(str, order))}" for number, order in enumerate(orders, 1))
     steps = (values.get("base") or {}).get("steps")
     each = steps // len(tasks) if isinstance(steps, int) and tasks else h.NOTHING
-    return [("tasks", texts), ("orders", told), ("steps of a task", each)]
+    return [("tasks", texts), ("orders", sequences), ("steps of a task", each)]
 
 
 def _measures(arms: Sequence[ShownArm], measures: Mapping[str, Any]) -> Html:
@@ -51,10 +51,10 @@ def _measures(arms: Sequence[ShownArm], measures: Mapping[str, Any]) -> Html:
     for arm in arms:
         cells: list[object] = [arm.label]
         for key in HEAD:
-            found = measures.get(arm.label, {}).get(key, {})
-            cells.append(with_small(number(found.get("mean")), bounds(found.get("low"), found.get("high"))))
-            low, high = found.get("difference_low"), found.get("difference_high")
-            cells.append(with_small(number(found.get("difference"), "+.4f"), bounds(low, high, "+.4f")))
+            result = measures.get(arm.label, {}).get(key, {})
+            cells.append(with_small(number(result.get("mean")), bounds(result.get("low"), result.get("high"))))
+            low, high = result.get("difference_low"), result.get("difference_high")
+            cells.append(with_small(number(result.get("difference"), "+.4f"), bounds(low, high, "+.4f")))
         rows.append(cells)
     head = ["arm", *(name for key in HEAD.values() for name in (key, "difference to baseline"))]
     notes = [
@@ -97,8 +97,8 @@ def _matrices(study: Study, arms: Sequence[ShownArm], summary_of: SummaryOf) -> 
 
 def _mean_matrix(arm: ShownArm, summary_of: SummaryOf) -> Float[np.ndarray, "after task"] | None:
     """Mean over the arm's runs that are finished."""
-    found = [matrix for run in arm.found["runs"] if (matrix := summary_of(run).get("score_matrix"))]
-    return np.mean(np.asarray(found, dtype=float), axis=0) if found else None
+    matrices = [matrix for run in arm.result["runs"] if (matrix := summary_of(run).get("score_matrix"))]
+    return np.mean(np.asarray(matrices, dtype=float), axis=0) if matrices else None
 
 
 def _matrix(label: str, mean: Float[np.ndarray, "after task"], low: float, high: float) -> Html:

@@ -55,7 +55,7 @@ def ray_launcher(address: str | None = None) -> Launcher:
 
 def _launch(ray: Any, place: Place, study: StudyConfig, groups: Sequence[Group], folder: Path, bar: tqdm) -> Finished:
     """All groups at once; Ray starts those for which there is room."""
-    before, made = bar.n, dict.fromkeys((group.name for group in groups), 0)
+    before, steps_done = bar.n, dict.fromkeys((group.name for group in groups), 0)
     tasks: dict[Any, Group] = {}
     lost: list[str] = []
     try:
@@ -68,11 +68,11 @@ def _launch(ray: Any, place: Place, study: StudyConfig, groups: Sequence[Group],
                 if (rows := _rows(ray, task)) is None:
                     lost.append(group.name)
                     continue
-                made[group.name] = sum(run.config.steps for run in group.runs)
+                steps_done[group.name] = sum(run.config.steps for run in group.runs)
                 yield group, rows
-            said = [_look(folder, group, made) for group in tasks.values()]
+            said = [_look(folder, group, steps_done) for group in tasks.values()]
             running = [text for text in said if text]
-            bar.n = before + sum(made.values())
+            bar.n = before + sum(steps_done.values())
             bar.set_description(f"{len(groups) - len(tasks)}/{len(groups)} groups, {len(running)} running", False)
             bar.set_postfix_str(running[0] if running else "", refresh=True)
     finally:
@@ -117,10 +117,10 @@ def _rows(ray: Any, task: Any) -> list[Row] | None:
         return None
 
 
-def _look(folder: Path, group: Group, made: dict[str, int]) -> str:
+def _look(folder: Path, group: Group, steps_done: dict[str, int]) -> str:
     """How a group that runs is going, its steps put on record; "" where it does not run yet."""
     progress = progress_of(folder, group.name)
-    made[group.name] = max(made[group.name], progress.made)
+    steps_done[group.name] = max(steps_done[group.name], progress.made)
     return progress.said
 
 

@@ -47,8 +47,8 @@ class Progress(NamedTuple):
 
 def versions() -> dict[str, str]:
     """What must be the same on all nodes."""
-    found = {name: metadata.version(name) for name in ("tiny-onn-func", "torch", "numpy")}
-    return {"python": platform.python_version(), **found}
+    packages = {name: metadata.version(name) for name in ("tiny-onn-func", "torch", "numpy")}
+    return {"python": platform.python_version(), **packages}
 
 
 def check_place(folder: str, holder: str, cwd: str, theirs: Mapping[str, str]) -> str | None:
@@ -92,8 +92,8 @@ def train_remotely(job: Job) -> list[Row]:
 def progress_of(folder: Path, name: str) -> Progress:
     """The last that a group told of itself."""
     try:
-        found = json.loads((folder / "checkpoints" / name / PROGRESS).read_text(encoding="utf-8"))
-        return Progress(int(found["made"]), str(found["said"]))
+        progress = json.loads((folder / "checkpoints" / name / PROGRESS).read_text(encoding="utf-8"))
+        return Progress(int(progress["made"]), str(progress["said"]))
     except (OSError, ValueError, KeyError, TypeError):
         return Progress()
 
