@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +14,7 @@ from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.ops import rms_norm, rotate
 from tiny_onn_func.primitives.fused import Values, fused
 from tiny_onn_func.primitives.grouped import dense_matmul
-from tiny_onn_func.primitives.vmap import drop_repeated_axes
+from tiny_onn_func.primitives.vmap import drop_repeated_axes, only_vmaps, outside_vmap
 
 
 def causal_bias(
@@ -113,7 +114,31 @@ def attend(
     Args:
         bias: added to the scores, the dtype's minimum on what may not be seen; later keys never are.
     """
+    if q.device.type != "cpu" and only_vmaps():
+        return outside_vmap(lambda *plain: (_attend_by_library(*plain),), q, k, v, bias)[0]
     return ATTEND(q, k, v, bias)[0]
+
+
+def _attend_by_library(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """By `scaled_dot_product_attention`: no matrix of scores where the device has a kernel. It has one derivative."""
+    *runs, batch, groups, share, seq, dim = q.shape
+    bias, sees = _softmax_bias(bias)
+    heads = q.reshape(-1, groups * share, seq, dim)
+    keys, values = (t.unsqueeze(-3).expand(*runs, batch, groups, share, seq, dim).reshape(heads.shape) for t in (k, v))
+    mask = bias.expand(*runs, batch, seq, seq).reshape(-1, 1, seq, seq)
+    out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask, scale=1.0)
+    out = out.reshape(q.shape) * rearrange(sees, "... i j -> ... 1 1 i j")
+    return rearrange(out, "... groups share i dim -> ... i groups share dim")
+
+
+def _softmax_bias(bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(the bias with -inf on masked keys and 0 for a query that sees none, whether a query sees a key).
+
+    -inf, not the dtype's minimum: beside it a lower score would be seen; a row of -inf alone would have no softmax.
+    """
+    hidden = bias <= torch.finfo(bias.dtype).min
+    sees = ~hidden.all(dim=-1, keepdim=True)
+    return bias.masked_fill(hidden, -torch.inf).masked_fill(~sees, 0.0), sees
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
@@ -121,11 +146,7 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
 
     A masked key gets exactly 0, however low the scores of the others; a query whose keys are all masked gets 0.
     """
-    hidden = bias <= torch.finfo(bias.dtype).min
-    sees = ~hidden.all(dim=-1, keepdim=True)
-    # -inf, not the minimum: beside it a lower score would be seen; a row of -inf alone would have no softmax
-    bias = bias.masked_fill(hidden, -torch.inf).masked_fill(~sees, 0.0)
-    bias, sees = (rearrange(t, "... i j -> ... 1 1 i j") for t in (bias, sees))
+    bias, sees = (rearrange(t, "... i j -> ... 1 1 i j") for t in _softmax_bias(bias))
     scores = einsum(q, k, "... share i dim, ... j dim -> ... share i j") + bias
     out = einsum(scores.softmax(dim=-1), v, "... share i j, ... j dim -> ... share i dim") * sees
     log_sums = scores.detach().logsumexp(dim=-1).masked_fill(~sees.squeeze(-1), -torch.inf)

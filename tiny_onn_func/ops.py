@@ -95,6 +95,15 @@ def as_wide_as(x: Tensor, number: int | float | Tensor) -> int | float | Tensor:
     return number[(..., *(None,) * (x.ndim - number.ndim))].to(x.device) if isinstance(number, Tensor) else number
 
 
+def as_scalar(
+    number: int | float | Tensor, device: torch.device, dtype: torch.dtype | None = None
+) -> Float[Tensor, "*runs"] | Int[Tensor, "*runs"]:
+    """A number as a tensor on a device. A Python number is filled in there: a copy from the host would wait."""
+    if isinstance(number, Tensor):
+        return number.to(device, dtype)
+    return torch.full((), number, dtype=dtype, device=device)
+
+
 def scale_gradient(x: Tensor, scale: int | float | Tensor) -> Tensor:
     """The value of x, with its gradient multiplied by `scale`; a Python 0 or 1 costs nothing."""
     if isinstance(scale, float | int) and scale == 0:

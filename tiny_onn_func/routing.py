@@ -10,7 +10,7 @@ from torch import Tensor
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.kernels.runtime import is_untracked
-from tiny_onn_func.ops import wide_dtype
+from tiny_onn_func.ops import as_scalar, wide_dtype
 from tiny_onn_func.primitives.fused import Values, fused
 from tiny_onn_func.primitives.vmap import outside_vmap
 
@@ -55,7 +55,7 @@ def route(
     if config.routing == "thresholds":
         return _by_thresholds(logits + bias.unsqueeze(-2), real, slots, least, explore)
     dynamic = config.num_experts_per_tok == DYNAMIC_K
-    budget = torch.as_tensor(surprise_budget, device=logits.device).expand(runs)
+    budget = as_scalar(surprise_budget, logits.device).expand(runs)
     inputs = logits, bias.to(logits.dtype).expand(*runs, experts), budget, real.expand(logits.shape[:-1])
     weights, expert_ids, active = outside_vmap(_chosen, *inputs, slots, least, dynamic)
     if explore is not None:

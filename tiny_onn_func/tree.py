@@ -51,6 +51,18 @@ def unflatten(flat: Mapping[str, Tensor]) -> Tree:
     return tree
 
 
+def to_device(tree: Any, device: torch.device | str) -> Any:
+    """The tree with every tensor on a device; a copy from pinned memory to it does not wait. Other leaves stay."""
+    device = torch.device(device)
+    ahead = device.type != "cpu"  # what comes to the CPU is read at once
+    return tree_map(lambda leaf: leaf.to(device, non_blocking=ahead) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def device_of(tree: Any) -> torch.device:
+    """The device of a tree's first tensor."""
+    return next(leaf.device for leaf in leaves(tree) if isinstance(leaf, Tensor))
+
+
 def stack(trees: Sequence[Any]) -> Any:
     """R trees of one structure -> one tree whose leaves have a new leading axis of size R (the axis vmap maps)."""
     if not trees:

@@ -27,6 +27,7 @@ USAGE = """usage: tiny-onn VERB ...
   report     a web page of what was found   tiny-onn report DIR
 
 `tiny-onn VERB --help` lists the flags of a verb."""
+DEVICES = "auto (an accelerator where there is one), cpu, cuda, cuda:N or mps"
 ALIASES = {"replay": "rerun"}  # former names of verbs
 
 
@@ -122,13 +123,14 @@ def _evaluate(argv: Sequence[str]) -> None:
     parser.add_argument("--all", action="store_true", help="score all of the text, held out or not; no baselines then")
     parser.add_argument("--bytes", type=int, metavar="N", help="bytes to score; all of them by default")
     parser.add_argument("--json", action="store_true", help="print the score as one JSON object")
+    parser.add_argument("--device", default="auto", metavar="D", help=DEVICES)
     args = parser.parse_args(argv)
     from training.commands.evaluate import evaluate_run
     from training.run.summary import score_table
 
     evaluation = evaluate_run(
         args.run, data=args.data, max_bytes=args.bytes, split=args.split, holdout=args.holdout,
-        everything=args.all,
+        everything=args.all, device=args.device,
     )  # fmt: skip
     if args.json:
         print(json.dumps({**evaluation._asdict(), "score": evaluation.score._asdict()}))
@@ -153,6 +155,7 @@ def _generate(argv: Sequence[str]) -> None:
     parser.add_argument("--no-stop", action="store_true", help="write on where a document or a turn ends")
     parser.add_argument("--show-experts", action="store_true", help="then list the experts that every token visited")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--device", default="auto", metavar="D", help=DEVICES)
     args = parser.parse_args(argv)
     from training.commands.generate import stream_run
 
@@ -161,7 +164,7 @@ def _generate(argv: Sequence[str]) -> None:
         args.run, args.prompt, tokens=args.tokens, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, repetition_penalty=args.repetition_penalty, context=args.context, stops=args.stop,
         go_on=args.no_stop, show_experts=args.show_experts, width=width, seed=args.seed,
-        num_samples=args.num_samples,
+        num_samples=args.num_samples, device=args.device,
     )  # fmt: skip
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -231,14 +234,15 @@ def _study(argv: Sequence[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the study in --out")
     parser.add_argument("--runs-at-once", type=int, metavar="N", help="runs of one program; automatic by default")
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="where its groups are trained")
+    parser.add_argument("--device", metavar="D", help=f"{DEVICES}; the file's `base.device` by default")
     parser.add_argument("--address", help="for ray: HOST:PORT of a cluster, or auto; without, one of its own")
     args = parser.parse_args(argv)
     if args.address and args.launcher != "ray":
         raise UserError("--address: expected --launcher ray with it, got --launcher local; add it, or leave --address")
-    from training.study.file import load_study, named_study
+    from training.study.file import load_study, named_study, on_device
 
     file, out = named_study(args.file, args.out, quick=args.quick, resume=args.resume)
-    study = load_study(file, quick=args.quick)
+    study = on_device(load_study(file, quick=args.quick), args.device)
     stop_politely()
     from training.study.launch import local_launcher
     from training.study.ray.launcher import ray_launcher

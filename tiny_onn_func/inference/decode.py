@@ -4,11 +4,12 @@ One token costs little arithmetic, so the time goes into the number of operation
 shapes are changed by `view` (einops asks what a pattern means at every call), no gradient is prepared for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.decoder import unstack_layers
 from tiny_onn_func.inference.kv_cache import append, empty_cache, view
 from tiny_onn_func.moe import router_input, router_logits
-from tiny_onn_func.ops import rotary_angles, swiglu_reference, wide_dtype
+from tiny_onn_func.ops import as_scalar, rotary_angles, swiglu_reference, wide_dtype
 from tiny_onn_func.primitives.grouped import grouped_matmul
 from tiny_onn_func.routing import Routing, route
 
@@ -35,7 +36,10 @@ class LayerWeights(NamedTuple):
     w13: Float[Tensor, "experts dim both"]
     w2: Float[Tensor, "experts inner dim"]
     each: tuple[tuple[Tensor, Tensor], ...]  # (w13, w2) of every expert
-    finite: bool  # whether all of w13 and w2 is
+    finite: bool  # True if all of w13 and w2 is known to be
+
+
+Visit = Callable[[Tensor, Tensor, Routing, LayerWeights], Tensor]  # (x, normed, routing, layer) -> x + moe(normed)
 
 
 class DecodeState(NamedTuple):
@@ -78,7 +82,7 @@ def start_decoding(
     embedding = params["embed_tokens"]
     dtype, device = embedding.dtype, embedding.device
     layers = tuple(_lay_out(layer) for layer in unstack_layers(params["layers"], config.num_hidden_layers))
-    mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+    mask = None if attention_mask is None or (_reads(device) and attention_mask.all()) else attention_mask
     positions, hidden = torch.arange(columns, device=device)[None], None
     if mask is not None:
         skipped = (mask == 0).sum(dim=1, keepdim=True)
@@ -89,10 +93,15 @@ def start_decoding(
     cache = empty_cache(config, batch, columns, dtype, device)
     return DecodeState(
         config, embedding, layers, params["norm"], embedding.mT if config.tie_word_embeddings else params["lm_head"],
-        torch.tensor(config.rms_norm_eps, dtype=wide_dtype(dtype), device=device),
+        as_scalar(config.rms_norm_eps, device, wide_dtype(dtype)),
         cos, sin, mask, hidden, context_length or columns, surprise_budget,
         tuple(zip(*(part.unbind(0) for part in cache), strict=True)),
     )  # fmt: skip
+
+
+def _reads(device: torch.device) -> bool:
+    """True where a value may be looked at; on an accelerator every look would wait for it."""
+    return device.type == "cpu"
 
 
 def _lay_out(layer: Mapping[str, Any]) -> LayerWeights:
@@ -111,7 +120,7 @@ def _lay_out(layer: Mapping[str, Any]) -> LayerWeights:
         w13,
         w2,
         tuple(zip(w13.unbind(0), w2.unbind(0), strict=True)),
-        bool(w13.isfinite().all() & w2.isfinite().all()),
+        _reads(w2.device) and bool(w13.isfinite().all() & w2.isfinite().all()),
     )
 
 
@@ -180,18 +189,35 @@ def _visit_experts(
     embedded = F.embedding(token_ids, state.embedding) if config.routing == "token" else None
     logits = router_logits(router_input(normed, embedded, config), token_ids, layer.router, index, config)
     routing = _route(logits, real, state, layer.router_bias)
+    return _visit_of(routing, layer)(x, normed, routing, layer), routing
+
+
+def _visit_of(routing: Routing, layer: LayerWeights) -> Visit:
+    """The fastest way for so many tokens on this device."""
     tokens, slots = routing.expert_ids.shape
-    visit = _visit_one_by_one if tokens == 1 else _visit_all if _are_few(tokens, slots, layer) else _visit_sorted
-    return visit(x, normed, routing, layer), routing
+    if not _reads(layer.w2.device):
+        return _visit_gathered if tokens * slots <= layer.w2.shape[0] else _visit_sorted
+    if tokens == 1:
+        return _visit_one_by_one
+    return _visit_all if _are_few(tokens, slots, layer) else _visit_sorted
 
 
 def _route(logits: Tensor, real: Bool[Tensor, " tokens"], state: DecodeState, bias: Tensor) -> Routing:
     """`route`, without the slots that no token fills."""
     routing = route(logits, real, state.config, state.surprise_budget, bias)
-    if state.config.num_experts_per_tok != DYNAMIC_K and state.mask is None:
+    if not _reads(logits.device) or (state.config.num_experts_per_tok != DYNAMIC_K and state.mask is None):
         return routing
     used = max(1, int(routing.active.sum(dim=-1).max()))  # kept slots come first
     return Routing(*(part[:, :used] for part in routing))
+
+
+def _visit_gathered(x: Tensor, normed: Tensor, routing: Routing, layer: LayerWeights) -> Float[Tensor, "tokens dim"]:
+    """Few (token, slot) pairs: their experts' matrices are gathered, and no index is read on the host."""
+    ids = routing.expert_ids
+    gate, up = einsum(normed, layer.w13[ids], "t dim, t slot dim both -> t slot both").chunk(2, dim=-1)
+    hidden = swiglu_reference(gate, up) * routing.weights.to(x.dtype).unsqueeze(-1)
+    y = einsum(hidden, layer.w2[ids], "t slot inner, t slot inner dim -> t slot dim")
+    return x + torch.where(routing.active.unsqueeze(-1), y, 0.0).sum(dim=1)
 
 
 def _visit_one_by_one(x: Tensor, normed: Tensor, routing: Routing, layer: LayerWeights) -> Float[Tensor, "1 dim"]:

@@ -110,7 +110,7 @@ def stream(
             running = running & ~torch.isin(token, stops)
         present = present if sampling.repetition_penalty == 1 else present.scatter(1, token[:, None], True)
         yield token
-        if not running.any():
+        if stop_tokens and not running.any():
             return
         tokens = token[:, None]
 
@@ -123,8 +123,10 @@ def _tokens_present(tokens: Tensor, mask: Tensor | None, vocab_size: int) -> Ten
 
 def _check_prompt(input_ids: Tensor, mask: Tensor | None, config: ModelConfig) -> None:
     check_dtype("prompt", input_ids, torch.int64)
-    lowest, highest = (int(input_ids.min()), int(input_ids.max())) if input_ids.numel() else (0, 0)
     _require(input_ids.numel() >= 1, "prompt", "at least one token", "none")
+    if input_ids.device.type == "meta":
+        return
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
     _require(lowest >= 0, "prompt", "tokens of 0 or more", lowest)
     _require(highest < config.vocab_size, "prompt", f"tokens below vocab_size ({config.vocab_size})", highest)
     if mask is None:

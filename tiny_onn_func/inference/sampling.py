@@ -63,5 +63,5 @@ def sample(logits: Float[Tensor, "batch vocab"], generator: Generator, params: S
     p = ranked.softmax(dim=-1)
     mass_before = p.cumsum(dim=-1) - p
     p = torch.where((mass_before < params.top_p) | (mass_before == 0), p, 0.0)
-    picked = torch.multinomial(p, 1, generator=generator)
+    picked = torch.multinomial(p.to(generator.device), 1, generator=generator).to(ids.device)
     return ids.gather(-1, picked).squeeze(-1)

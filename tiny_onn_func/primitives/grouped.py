@@ -187,8 +187,12 @@ def _matmul_fallback(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _matmul_of_one_run(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    if is_traced(offsets):
-        return tiled_matmul(rows, weights, offsets)
+    if not _reads_offsets(offsets):
+        if not _has_fast_path(rows, weights):
+            return tiled_matmul(rows, weights, offsets)
+        out = F.grouped_mm(rows, weights, offs=offsets)
+        owned = torch.arange(rows.shape[0], device=rows.device) < offsets[-1]
+        return torch.where(owned.unsqueeze(-1), out, 0.0)
     if _has_fast_path(rows, weights):
         out = F.grouped_mm(rows, weights, offs=offsets)
         out[int(offsets[-1]) :] = 0  # the library leaves these rows as it found the memory
@@ -217,21 +221,31 @@ def _outer_kernel(
 
 
 def _outer_of_one_run(rows: Tensor, grads: Tensor, offsets: Tensor) -> Tensor:
-    if is_traced(offsets):
-        return tiled_outer(rows, grads, offsets)
     rows = rows.contiguous()
     if _has_fast_path(rows.mT, grads):
         return F.grouped_mm(rows.mT, grads, offs=offsets)
+    if not _reads_offsets(offsets):
+        return tiled_outer(rows, grads, offsets)
     out = rows.new_zeros(offsets.shape[0], rows.shape[1], grads.shape[1])
     for start, end, block in _groups(offsets, out):
         torch.mm(rows[start:end].mT, grads[start:end], out=block)
     return out
 
 
+def _reads_offsets(offsets: Tensor) -> bool:
+    """True on a CPU outside of traces: elsewhere reading a size would wait for the device, or there is none."""
+    return offsets.device.type == "cpu" and not is_traced(offsets)
+
+
 def _has_fast_path(left: Tensor, right: Tensor) -> bool:
-    """Whether the library's grouped matmul takes these: float32 or bfloat16, strides in multiples of 16 bytes."""
-    fast = (torch.float32, torch.bfloat16) if left.device.type == "cpu" else (torch.bfloat16,)
-    return left.dtype in fast and all(_is_aligned(t) for t in (left, right))
+    """True if `F.grouped_mm` supports dtype, device and strides (multiples of 16 bytes); traces use tiles instead."""
+    if is_traced(left) or not all(_is_aligned(t) for t in (left, right)):
+        return False
+    if left.device.type == "cuda":  # built for Ampere and newer
+        return left.dtype == torch.bfloat16 and torch.cuda.get_device_capability(left.device) >= (8, 0)
+    if left.device.type == "meta":
+        return left.dtype == torch.bfloat16
+    return left.device.type == "cpu" and left.dtype in (torch.float32, torch.bfloat16)
 
 
 def _is_aligned(t: Tensor) -> bool:

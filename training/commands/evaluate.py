@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from tiny_onn_func.tree import to_device
 from training.data.baselines import baselines
 from training.data.batches import held_out_batches, scored_span
 from training.data.corpus import Splits, TooLittleText, open_corpus, whole
 from training.errors import UserError
+from training.run.device import choose_device
 from training.run.evaluate import Score, evaluate
 from training.run.finished import FinishedRun, open_run
 
@@ -28,6 +30,7 @@ def evaluate_run(
     split: str | None = None,
     holdout: float | None = None,
     everything: bool = False,
+    device: str = "auto",
 ) -> Evaluation:
     """Score a run on the held-out part of its data or of another source, beside baselines on the same bytes.
 
@@ -35,6 +38,7 @@ def evaluate_run(
         split, holdout: how the text is parted; as in the run by default. Of the run's own data another part may be one
             that it was trained on.
         everything: score all of the text, held out or not.
+        device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
         UserError: no run, a text that cannot be read, or that has too little on a side.
@@ -43,13 +47,15 @@ def evaluate_run(
         raise UserError(f"--bytes: expected 1 or more, got {max_bytes}; leave it away for all of them")
     if everything and not (split is None and holdout is None):
         raise UserError("--all: expected no --split and no --holdout with it, which part a text; leave them away")
+    place, _ = choose_device(device, key="--device")
     run = open_run(folder)
     config, source = run.config, data or run.config.data
     splits = _open(run, source, split, holdout, everything)
     corpus = whole(splits) if everything else splits.held_out
     batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack)
     num_bytes = scored_span(corpus, max_bytes).num_bytes
-    score = evaluate(run.params, config.model, batches, num_bytes, surprise_budget=config.hyper.pi_alpha)
+    params = to_device(run.params, place)
+    score = evaluate(params, config.model, batches, num_bytes, surprise_budget=config.hyper.pi_alpha)
     lines = {} if everything else baselines(splits.train, splits.held_out, max_bytes)
     return Evaluation(score, lines, source, "all" if everything else splits.split)
 

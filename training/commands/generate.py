@@ -12,8 +12,10 @@ from torch import Tensor
 from tiny_onn_func.inference.generate import stream
 from tiny_onn_func.inference.sampling import SamplingParams
 from tiny_onn_func.routing import Routing
+from tiny_onn_func.tree import to_device
 from training.data.tokenizer import BYTES, TURN_END, Tokenizer
 from training.errors import UserError
+from training.run.device import choose_device
 from training.run.finished import open_writer
 
 NEXT = "\n\n"  # between two samples
@@ -35,6 +37,7 @@ def stream_run(
     width: int | None = None,
     seed: int = 0,
     num_samples: int = 1,
+    device: str = "auto",
 ) -> Iterator[str]:
     """The prompt and then what the model adds to it, piece by piece; the same seed gives the same text.
 
@@ -49,6 +52,7 @@ def stream_run(
             turn; what ended the text is its last token.
         go_on: whether to write on after the end of a document or of a turn.
         show_experts: whether lines follow that say which experts every token visited, each of at most `width`.
+        device: auto, cpu, cuda, cuda:N or mps; sampled on the CPU in any case.
         num_samples: how many texts, one after the other, under a line with their number.
     """
     for flag, value in (("--tokens", tokens), ("--seed", seed)):
@@ -58,9 +62,11 @@ def stream_run(
         raise UserError(f"--context: expected 0 (all tokens) or more, got {context}")
     if num_samples < 1:
         raise UserError(f"--num-samples: expected 1 or more, got {num_samples}")
+    place, _ = choose_device(device, key="--device")
     model, params, tokenizer, trained_context, budget, own_prompt = open_writer(folder)
+    params = to_device(params, place)
     prompt, generator = own_prompt if prompt is None else prompt, torch.Generator().manual_seed(seed)
-    ids = torch.from_numpy(tokenizer.prompt(prompt).astype("int64"))[None]
+    ids = torch.from_numpy(tokenizer.prompt(prompt).astype("int64"))[None].to(place)
     for number in range(1, num_samples + 1):
         read: list[TokenRoutes] = []
         sampled = stream(

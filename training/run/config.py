@@ -1,5 +1,6 @@
 """RunConfig: everything that decides a training run, as frozen values that are checked when they are made."""
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from training.step.surprise import KINDS, SurpriseKind
 
 BYTE_TOKENS = 257  # bytes 0 to 255 and the document boundary
 MOST_THREADS = 4096
+Precision = Literal["auto", "float32", "bfloat16"]
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?|mps")
 RUN_RULES: tuple[Range, ...] = (
     ("some text", lambda value: value != "", "data out tokenizer init teacher"),
     (
@@ -26,7 +29,8 @@ RUN_RULES: tuple[Range, ...] = (
     ("more than 0 and less than 1", lambda value: 0 < value < 1, "holdout"),
     ("0 or more and less than 1", lambda value: 0 <= value < 1, "replay"),
     ("cosine or constant", lambda value: value in ("cosine", "constant"), "schedule"),
-    ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16"), "precision"),
+    ("auto, float32 or bfloat16", lambda value: value in ("auto", "float32", "bfloat16"), "precision"),
+    ("auto, cpu, cuda, cuda:N or mps", lambda value: DEVICE.fullmatch(value) is not None, "device"),
     (", ".join(KINDS), lambda value: value in KINDS, "surprise_kind"),
     ("stop or skip", lambda value: value in ("stop", "skip"), "on_nonfinite"),
     ("auto, document or tail", lambda value: value in ("auto", "document", "tail"), "split"),
@@ -163,8 +167,11 @@ class RunConfig:
     the beginning of a document."""
     threads: int = 0
     """Processor threads; 0 leaves the choice to torch."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in; parameters, moments, router and surprise are float32 either way."""
+    device: str = "auto"
+    """Where it is computed: auto (an accelerator where there is one), cpu, cuda, cuda:N or mps."""
+    precision: Precision = "auto"
+    """What the model computes in: auto is bfloat16 on CUDA devices that have it, else float32. Parameters, moments,
+    router and surprise are float32 in any case."""
     compile: bool = False
     """Whether the step is compiled: minutes once, then faster steps. Wants a C++ compiler."""
     shard_optimizer: bool = False

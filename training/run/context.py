@@ -6,6 +6,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from training.data.corpus import Splits
 from training.distributed.team import ALONE, Team
 from training.run.config import RunConfig
@@ -71,6 +73,7 @@ class Run(NamedTuple):
     team: Team = ALONE
     first_step: int = 0  # at which this process began
     legs: tuple[Leg, ...] = ()  # schedules that its steps follow
+    device: torch.device = torch.device("cpu")  # where its steps are computed
 
     @property
     def tokens_a_step(self) -> int:

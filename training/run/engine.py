@@ -9,6 +9,7 @@ import torch
 from training.distributed.team import ALONE, Team
 from training.errors import UserError
 from training.run.config import RunConfig
+from training.run.device import place
 from training.run.identity import check_same
 from training.run.loop import run_steps
 from training.run.process import disable_heap_trimming
@@ -50,6 +51,7 @@ def train(config: RunConfig, *, resume: bool = False, team: Team = ALONE) -> dic
 
 
 def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[str, Any]:
+    config, placement = place(config, team.local_rank)
     checkpoint = team.world.broadcast_object(newest_checkpoint(folder) if team.first else None)
     tokenizer = tokenizer_of(config, folder, checkpoint)
     run = team.one_by_one(lambda: open_new(config, folder, tokenizer, team))
@@ -57,7 +59,7 @@ def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[st
         raise UserError(f"data: expected the text of rank 0 on every rank, got another on rank {team.world.rank}")
     settings, step = (checkpoint.settings, checkpoint.step) if checkpoint is not None else (None, 0)
     check_same(run.settings, settings or {}, folder)
-    run = run._replace(legs=legs_of(config, settings, step))
+    run = run._replace(legs=legs_of(config, settings, step), device=placement.device)
     if team.first and len(run.legs) > 1:
         print(f"note: {bends_text(run.legs)}; the score will not be that of {config.steps} steps", file=sys.stderr)
     state = begin(run, checkpoint, tokenizer)

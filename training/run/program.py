@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from tiny_onn_func.tree import to_device
 from training.data.batches import batch_at
 from training.distributed.parallel_step import parallel_step
 from training.run.config import hyper_params, statics
@@ -48,6 +49,12 @@ def _program_of_many(run: Run) -> Program:
 
 
 def step_batch(run: Run, step: int) -> Batch:
-    """The batch of a step, counted from 0; the seed decides it."""
+    """The batch of a step, counted from 0, on the run's device; the seed decides it."""
     config = run.config
-    return batch_at(run.corpus.train, config.seed, step, config.batch_size, config.sequence_length, config.pack)
+    batch = batch_at(run.corpus.train, config.seed, step, config.batch_size, config.sequence_length, config.pack)
+    return to_device(pinned(batch) if run.device.type == "cuda" else batch, run.device)
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in memory from which a CUDA device copies while the program goes on."""
+    return Batch(*(part.pin_memory() for part in batch))

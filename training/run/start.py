@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tiny_onn_func.tree import to_device
 from training.data.baselines import baselines
 from training.data.batches import scored_span
 from training.data.corpus import Splits, open_corpus
@@ -96,9 +97,9 @@ def begin(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> Trai
     """This process's part of the state to go on from; process 0 makes the folder ready for what comes."""
     config, folder, team = run.config, run.folder, run.team
     if checkpoint is not None and is_sharded(checkpoint):
-        state = load_sharded(checkpoint, config.model, team.layout)
+        state = to_device(load_sharded(checkpoint, config.model, team.layout), run.device)
     else:
-        state = team.own(_whole(run, checkpoint, tokenizer), config.model)
+        state = team.own(to_device(_whole(run, checkpoint, tokenizer), run.device), config.model)
     if team.first:
         if checkpoint is None:
             save_tokenizer(tokenizer, folder)

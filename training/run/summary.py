@@ -75,7 +75,7 @@ def sample_text(run: Run, state: TrainState, tokens: int) -> str:
     """The run's prompt and its continuation; the run's seed decides it."""
     config, tokenizer = run.config, run.corpus.train.tokenizer
     prompt = config.prompt or ""
-    ids = torch.from_numpy(tokenizer.prompt(prompt).astype("int64"))[None]
+    ids = torch.from_numpy(tokenizer.prompt(prompt).astype("int64"))[None].to(run.device)
     generator = torch.Generator().manual_seed(config.seed)
     out = generate(
         state.params, ids, config.model, generator, max_new_tokens=tokens, context_length=config.sequence_length,

@@ -57,8 +57,8 @@ def open_teacher(config: RunConfig, tokenizer: Tokenizer) -> Teacher | None:
 
     def logits(batch: Batch) -> Float[Tensor, "batch seq vocab"]:
         with torch.no_grad():
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        return output.logits.to(torch.float32)
+            output = model(input_ids=batch.input_ids.cpu(), attention_mask=batch.attention_mask.cpu(), use_cache=False)
+        return output.logits.to(batch.input_ids.device, torch.float32)
 
     return _kept(logits, folder, config) if config.teacher_cache else logits
 
@@ -70,7 +70,7 @@ def ask(teacher: Teacher | None, batches: Batch) -> tuple[Tensor, ...]:
     known: dict[bytes, Tensor] = {}
     logits = []
     for batch in unstack(batches):
-        key = batch.input_ids.numpy().tobytes() + batch.attention_mask.numpy().tobytes()
+        key = batch.input_ids.cpu().numpy().tobytes() + batch.attention_mask.cpu().numpy().tobytes()
         if key not in known:
             known[key] = teacher(batch)
         logits.append(known[key])
@@ -131,15 +131,15 @@ def _kept(logits: Teacher, folder: Path, config: RunConfig) -> Teacher:
     def kept(batch: Batch) -> Tensor:
         digest = hashlib.sha256(teacher.encode())
         for part in (batch.input_ids, batch.attention_mask):
-            digest.update(str(tuple(part.shape)).encode() + part.numpy().tobytes())
+            digest.update(str(tuple(part.shape)).encode() + part.cpu().numpy().tobytes())
         path = home / f"{digest.hexdigest()[:32]}.safetensors"
         try:
-            return load_file(path)["logits"]
+            return load_file(path)["logits"].to(batch.input_ids.device)
         except (FileNotFoundError, SafetensorError, KeyError):  # not there yet, or broken off by a power cut
             answer = logits(batch).contiguous()
         draft = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            draft.write_bytes(save({"logits": answer}))
+            draft.write_bytes(save({"logits": answer.cpu()}))
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)

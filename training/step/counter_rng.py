@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tiny_onn_func.hashing import WORD, mix
-from tiny_onn_func.ops import as_wide_as
+from tiny_onn_func.ops import as_scalar, as_wide_as
 from training.step.hyper_params import Number
 
 
@@ -24,7 +24,7 @@ class Purpose(IntEnum):
 def random_words(seed: Number, step: Tensor, stream: Purpose, *shape: int) -> Int[Tensor, "..."]:
     """Words of 32 bits: hash(hash(seed, step, stream), position); seed and step may have an axis of runs."""
     position = torch.arange(math.prod(shape), device=step.device).reshape(shape)
-    key = mix(mix(torch.as_tensor(seed, device=step.device).to(torch.int64)) + step)
+    key = mix(mix(as_scalar(seed, step.device).to(torch.int64)) + step)
     key = key if stream == Purpose.EXPLORE else mix(key + int(stream))
     return mix(mix(position) + key[(..., *(None,) * len(shape))])
 

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.moe import linear_router_logits
-from tiny_onn_func.ops import as_wide_as
+from tiny_onn_func.ops import as_scalar, as_wide_as
 from tiny_onn_func.params import init_params
 from tiny_onn_func.primitives.vmap import outside_vmap_tree
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
@@ -234,7 +234,7 @@ def _while_learning(step: Tensor, hyper: HyperParams) -> Number:
     """1 while the router learns, 0 from its `freeze_step` on."""
     if is_off(hyper.freeze_step):
         return 1.0
-    last = torch.as_tensor(hyper.freeze_step, device=step.device)
+    last = as_scalar(hyper.freeze_step, step.device)
     return ((step < last) | (last <= 0)).to(torch.float64)
 
 
@@ -243,7 +243,7 @@ def _annealed(hyper: HyperParams, step: Tensor, dtype: torch.dtype) -> HyperPara
     if is_off(hyper.surprise_until):
         return hyper
     at = step.to(torch.float64)  # as Python's own numbers
-    until = torch.as_tensor(hyper.surprise_until, device=at.device, dtype=at.dtype)
+    until = as_scalar(hyper.surprise_until, at.device, at.dtype)
     share = torch.where(until > 0, (1 - at / until.clamp_min(1)).clamp_min(0), 1.0)
     return hyper._replace(surprise_weight=(hyper.surprise_weight * share).to(dtype))
 

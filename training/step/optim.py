@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels import step as step_kernels
-from tiny_onn_func.ops import as_wide_as
+from tiny_onn_func.ops import as_scalar, as_wide_as
 from tiny_onn_func.primitives.vmap import outside_vmap_tree
 from tiny_onn_func.tree import Tree, flatten, leaves, tree_map, unflatten
 from training.step.hyper_params import HyperParams, Number
@@ -151,7 +151,7 @@ def global_norm(grads: Any, axes: int = 0) -> Float[Tensor, "*runs"]:
 def clip_factor(norm: Float[Tensor, "*runs"], max_norm: Number) -> Float[Tensor, "*runs"]:
     """min(1, max_norm / norm): the factor of the gradients."""
     # With a Python number, a tensor of no axes gets a float64 tangent (torch 2.13), which float32 operations refuse.
-    most, tiny = (torch.as_tensor(n, dtype=norm.dtype, device=norm.device) for n in (max_norm, 1e-6))
+    most, tiny = (as_scalar(n, norm.device, norm.dtype) for n in (max_norm, 1e-6))
     return (most / (norm + tiny)).clamp_max(1.0)
 
 
@@ -161,9 +161,7 @@ def schedule(step: Int[Tensor, "*runs"], hyper: HyperParams) -> Float[Tensor, "*
     warm = min(1, (step + 1) / warmup_steps); without `total_steps` (0) the rate stays at its peak.
     """
     at = step.to(torch.float64)  # as Python's own numbers
-    warmup, total = (
-        torch.as_tensor(n, device=at.device, dtype=at.dtype) for n in (hyper.warmup_steps, hyper.total_steps)
-    )
+    warmup, total = (as_scalar(n, at.device, at.dtype) for n in (hyper.warmup_steps, hyper.total_steps))
     warm = ((at + 1) / warmup.clamp_min(1)).clamp_max(1.0)
     progress = ((at - warmup) / (total - warmup).clamp_min(1)).clamp(0.0, 1.0)
     cosine = hyper.min_lr_ratio + (1 - hyper.min_lr_ratio) * 0.5 * (1 + torch.cos(math.pi * progress))

@@ -7,7 +7,7 @@ from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiny_onn_func.ops import as_wide_as
+from tiny_onn_func.ops import as_scalar, as_wide_as
 from tiny_onn_func.tree import Tree
 from training.step.counter_rng import Purpose, random_normal
 from training.step.hyper_params import HyperParams, Number
@@ -50,7 +50,7 @@ def regenerate(
     noise = random_normal(hyper.explore_seed, step, Purpose.REGENERATE, *router.shape[-3:]).to(router.dtype)
     size = router.square().mean(dim=(-3, -2, -1), keepdim=True).sqrt()
     aside = _by_expert(router, source) + noise * size
-    learns = torch.as_tensor(router_learns, device=router.device) > 0
+    learns = as_scalar(router_learns, router.device) > 0
     column = starved.unsqueeze(-2) & as_wide_as(router, learns)
     moments = router_opt.mu["router"], router_opt.nu["router"]
     return {

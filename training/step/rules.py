@@ -20,7 +20,7 @@ from torch import Tensor
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.moe import RouterTrace
-from tiny_onn_func.ops import as_wide_as
+from tiny_onn_func.ops import as_scalar, as_wide_as
 from tiny_onn_func.primitives.fused import Values, fused
 from tiny_onn_func.primitives.vmap import each_run
 from tiny_onn_func.tree import walk
@@ -56,7 +56,7 @@ def router_targets(
     A lone candidate, allowed by min_candidates = 1, is not a tie.
     """
     runs, numbers = per_token_surprise.shape[:-3], (min_candidates, sign)  # a kernel reads one of each run
-    least, side = (torch.as_tensor(n, device=real.device, dtype=torch.float32).expand(runs) for n in numbers)
+    least, side = (as_scalar(n, real.device, torch.float32).expand(runs) for n in numbers)
     real = real.expand(*runs, -1)
     expert, informative, tied = ARGMIN_TARGETS(per_token_surprise, real, least, side)
     if is_off(temperature):
@@ -70,7 +70,7 @@ def router_targets(
     below = torch.where(finite & informative.unsqueeze(-1), signed.amin(dim=-1, keepdim=True) - signed, -torch.inf)
     hard = torch.zeros_like(signed).scatter(-1, expert.unsqueeze(-1), 1.0)
     soft = torch.where(informative.unsqueeze(-1), below / width.unsqueeze(-1), 0.0).softmax(dim=-1)
-    is_soft = as_wide_as(soft, torch.as_tensor(temperature)) > 0
+    is_soft = as_wide_as(soft, as_scalar(temperature, soft.device)) > 0
     return Targets(expert, informative, tied, torch.where(is_soft, soft, hard))
 
 
@@ -106,7 +106,7 @@ def shuffled(targets: Targets, words: Int[Tensor, "*runs layers tokens"], switch
     from_place = torch.where(targets.informative, places, places + behind).argsort(dim=-1)
     to_place = torch.where(targets.informative, words, places + behind).argsort(dim=-1)
     dealt = torch.zeros_like(targets.expert).scatter(-1, to_place, targets.expert.gather(-1, from_place))
-    on = as_wide_as(words, torch.as_tensor(switch, device=words.device) > 0)
+    on = as_wide_as(words, as_scalar(switch, words.device) > 0)
     shares = targets.shares
     if shares is not None:
         wide = from_place.unsqueeze(-1).expand_as(shares), to_place.unsqueeze(-1).expand_as(shares)

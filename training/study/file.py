@@ -1,7 +1,7 @@
 """Text -> StudyConfig: the YAML file of a study, every error one line that names the file and the key."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ def named_study(file: str | None, out: str | None, *, quick: bool, resume: bool)
         raise UserError("--quick: expected a FILE.yaml with it, got none; what is resumed is as short as it was begun")
     folder = Path(out or f"runs/{Path(file or '').stem}{'-quick' if quick else ''}")
     return (folder / "study.yaml" if file is None else Path(resolve_preset(file, STUDIES))), folder
+
+
+def on_device(study: StudyConfig, device: str | None) -> StudyConfig:
+    """The study with another device for its runs; None leaves it."""
+    return study if device is None else replace(study, base=changed(study.base, {"device": device}, "base."))
 
 
 def save_study(study: StudyConfig, path: str | Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tiny_onn_func.tree import unstack
+from tiny_onn_func.tree import to_device, unstack
 from training.data.hf_tokenizer import open_tokenizer, run_tokenizer
 from training.errors import UserError
+from training.run.device import choose_device
 from training.run.evaluate import Score
 from training.run.identity import check_same
 from training.run.teacher import ask
@@ -82,16 +83,17 @@ def _open(study: StudyConfig, group: Group, folder: Path) -> tuple[GroupRun, Che
     texts = fingerprints(corpora)
     settings = checkpoint.settings if checkpoint is not None else {}
     check_same({"text": texts}, began_with(folder, group) | settings, folder)
-    return GroupRun(study, group, folder, tokenizer, corpora, texts, teacher), checkpoint
+    device, _ = choose_device(config.device)
+    return GroupRun(study, group, folder, tokenizer, corpora, texts, teacher, device), checkpoint
 
 
 def _first_state(group: GroupRun, checkpoint: Checkpoint | None) -> GroupState:
     """The state of a checkpoint, or the runs before their first step."""
-    state = start_group(group.runs, group.tokenizer if checkpoint is None else None)
+    state = to_device(start_group(group.runs, group.tokenizer if checkpoint is None else None), group.device)
     snap = snapshot(group, state)
     if snap is not None:
         state = state._replace(choices=snap.first_choices)
-    return state if checkpoint is None else load_state(checkpoint, state)
+    return state if checkpoint is None else to_device(load_state(checkpoint, state), group.device)
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ def _train(group: GroupRun, state: GroupState, recorders: Sequence[Recorder], ba
 def _step(group: GroupRun, step: Any, state: GroupState) -> tuple[GroupState, Metrics]:
     """One hyper step of every run, with the time that it took."""
     start = time.perf_counter()
-    batches = batches_at(group.corpora, group.runs, int(state.step))
+    batches = to_device(batches_at(group.corpora, group.runs, int(state.step)), group.device)
     states, metrics = step(state.runs, batches, *ask(group.teacher, batches))
     new = _without_bad_numbers(state, states, metrics, stop=group.config.on_nonfinite == "stop")
     return new._replace(seconds=state.seconds + time.perf_counter() - start), metrics

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tiny_onn_func.tree import unstack
+from tiny_onn_func.tree import to_device, unstack
 from training.run.evaluate import Score
 from training.step.metrics import Metrics
 from training.storage.atomic import write_text
@@ -43,7 +43,7 @@ def record_step(group: GroupRun, state: GroupState, metrics: Metrics, recorders:
     extras = [_scored(overall(tasks)) for tasks in scores] or [{} for _ in group.runs]
     extras = [a | b for a, b in zip(extras, _routing(state, snap), strict=True)] if snap is not None else extras
     tokens, seconds = step * config.batch_size * config.sequence_length, float(state.seconds) / len(group.runs)
-    rows = zip(unstack(metrics), extras, state.diverged_at.tolist(), recorders, strict=True)
+    rows = zip(unstack(to_device(metrics, "cpu")), extras, state.diverged_at.tolist(), recorders, strict=True)
     for of_run, extra, diverged_at, recorder in rows:
         if diverged_at == step or (is_due and not diverged_at):
             recorder.write(step, tokens, seconds, of_run._asdict() | extra)
@@ -56,7 +56,7 @@ def _scored(score: Score) -> dict[str, Any]:
 
 def _routing(state: GroupState, snap: RouterSnapshot) -> list[dict[str, Any]]:
     """Of each run, how its router has changed since the last look, and which experts go together."""
-    drifts = drift(state.choices, snap.first_choices).to(torch.float64)
+    drifts = drift(state.choices, snap.first_choices).cpu().to(torch.float64)
     return [
         {"routing_drift": float(layers.mean()), "routing_drift_layers": layers, "co_activation_layers": together}
         for layers, together in zip(drifts, snap.co_activation, strict=True)

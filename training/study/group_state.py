@@ -30,6 +30,7 @@ class GroupRun(NamedTuple):
     corpora: Mapping[str, Splits]  # task -> its text
     texts: Mapping[str, str]  # task -> fingerprint of its text
     teacher: Teacher | None
+    device: torch.device  # where its steps are computed
 
     @property
     def runs(self) -> list[StudyRun]:

@@ -16,7 +16,7 @@ from torch.func import vmap
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.moe import RouterTrace
-from tiny_onn_func.tree import Tree, unstack
+from tiny_onn_func.tree import Tree, device_of, to_device, unstack
 from training.data.batches import batch_at, held_out_batches
 from training.data.corpus import Corpus
 from training.run.config import RunConfig
@@ -54,7 +54,8 @@ def routing_facts(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, to
     """The facts of every run; `params` are stacked, `tokens` are sampled in each layer. See `facts_of` for the keys."""
     config = configs[0]
     batch, sample = analysis_batch(corpus, config, tokens)
-    budgets = _budgets(configs)
+    device = device_of(params)
+    budgets = _budgets(configs).to(device)
 
     def surprises(params: Tree, budget: Tensor, part: Batch) -> tuple[Tensor, RouterTrace]:
         return all_surprises(params, part, config.model, budget)
@@ -62,17 +63,18 @@ def routing_facts(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, to
     def oracle(params: Tree, budget: Tensor, part: Batch, sample: Tensor) -> Tensor:
         return counterfactual_losses(params, part, config.model, sample, surprise_budget=budget)
 
-    parts = _parts(batch, sample, config.batch_size)
+    parts = _parts(to_device(batch, device), sample.to(device), config.batch_size)
     passes = [vmap(surprises, in_dims=(0, 0, None))(params, budgets, part) for part, _ in parts]
     forks = sample.shape[0] * sample.shape[2] * config.model.num_experts
     rows = max(1, 2 * config.batch_size * config.sequence_length // (config.sequence_length + forks))
     with torch.no_grad():
         losses = [
-            vmap(oracle, in_dims=(0, 0, None, None))(params, budgets, *part) for part in _parts(batch, sample, rows)
+            vmap(oracle, in_dims=(0, 0, None, None))(params, budgets, *part)
+            for part in _parts(to_device(batch, device), sample.to(device), rows)
         ]
     values = torch.cat([surprise for surprise, _ in passes], dim=3)
     trace = RouterTrace(*(torch.cat(part, dim=2) for part in zip(*(trace for _, trace in passes), strict=True)))
-    whole = Sampled(values, trace, torch.cat(losses, dim=2))
+    whole = to_device(Sampled(values, trace, torch.cat(losses, dim=2)), "cpu")
     return [facts_of(run, batch, sample, config.model) for run in unstack(whole)]
 
 
@@ -95,8 +97,12 @@ def router_snapshot(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, 
         return trace.expert_ids, trace.active
 
     with torch.no_grad():
-        parts = _parts(batch, sample, 2 * config.batch_size)
-        routed = [vmap(routes, in_dims=(0, 0, None))(params, _budgets(configs), part) for part, _ in parts]
+        device = device_of(params)
+        budgets, parts = (
+            _budgets(configs).to(device),
+            _parts(to_device(batch, device), sample.to(device), 2 * config.batch_size),
+        )
+        routed = [vmap(routes, in_dims=(0, 0, None))(params, budgets, part) for part, _ in parts]
     ids, active = (torch.cat(part, dim=2) for part in zip(*routed, strict=True))
     met = [coactivation_excess(*run, config.model.num_experts)[0] for run in zip(ids, active, strict=True)]
     return RouterSnapshot(torch.where(active[..., 0], ids[..., 0], -1), torch.stack(met))

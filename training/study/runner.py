@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from training.data.hf_tokenizer import open_tokenizer
 from training.data.tokenizer import check_vocab, save_tokenizer
 from training.errors import UserError
+from training.run.device import choose_device, choose_precision
 from training.run.initial_state import first_state
 from training.run.process import disable_heap_trimming
 from training.storage.atomic import make_folder
@@ -59,11 +61,13 @@ def run_study(
         UserError: the data cannot be used, or the folder holds a study and `resume` was not asked for (or the reverse).
     """
     disable_heap_trimming()
+    choose_device(study.base.device)
     if study.base.threads:
         torch.set_num_threads(study.base.threads)
     _check_folder(Path(out), resume)
     with locked(out):
         _check_folder(Path(out), resume)  # once more: another process may have come first
+        study = _with_precision(study, Path(out), resume)
         try:
             with launcher(Path(out)) as launch:
                 return _run_study(study, Path(out), resume, runs_at_once, launch)
@@ -98,6 +102,19 @@ def _run_study(
     analysis = analyse(folder)
     write_report(folder)
     return StudyResults(folder, [*rows.values()], analysis, study_table(analysis))
+
+
+def _with_precision(study: StudyConfig, folder: Path, resume: bool) -> StudyConfig:
+    """The study with its precision spelled out: that of this machine's device, or what a resumed one began with."""
+    from training.study.file import load_study  # pydantic, which the package does without
+
+    if study.base.precision != "auto":
+        return study
+    if resume:
+        precision = load_study(folder / "study.yaml").base.precision
+    else:
+        precision, _ = choose_precision("auto", choose_device(study.base.device)[0])
+    return replace(study, base=replace(study.base, precision=precision))
 
 
 def _begin(
@@ -155,5 +172,6 @@ def _check_folder(folder: Path, resume: bool) -> None:
 
 
 def _settled(study: StudyConfig) -> dict[str, Any]:
-    """What may not change when a study is resumed: all but its short version."""
+    """What may not change when a study is resumed: all but its short version and the device."""
+    study = replace(study, base=replace(study.base, device="auto"))
     return {key: value for key, value in study_values(study).items() if key != "quick"}

@@ -1,0 +1,82 @@
+"""The whole step runs on a device that has no values: nothing is read back, no tensor is made on the host."""
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch.func import vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.helpers import tiny_batch
+from tiny_onn_func import ModelConfig
+from tiny_onn_func.tree import device_of, stack, to_device
+from training import HyperParams, TrainState, hyper_step, init_state
+from training.step.surprise import SurpriseKind
+
+PLAIN = HyperParams()
+EVERY_RULE = HyperParams(
+    explore_prob=0.3, target_temperature=0.5, shuffle_targets=1, balance_weight=1.0, z_weight=0.1, router_coupling=0.5,
+    bias_speed=0.1, expert_norm=1.0, regenerate_below=0.1, surprise_until=10, freeze_step=5, total_steps=9,
+    warmup_steps=2,
+)  # fmt: skip
+MODELS = [
+    (routing, k)
+    for routing in ("router", "token", "hash", "thresholds")
+    for k in (2, -1)
+    if (routing, k) != ("thresholds", 2)
+]
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses an operation that copies a tensor of the host to the device: it would wait for the device's queue."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        if func.namespace == "aten" and name in ("_to_copy", "copy_"):
+            source = args[1] if name == "copy_" else args[0]
+            assert source.device.type == outputs.device.type, f"{func}: a copy between the host and the device"
+        return outputs
+
+
+def a_state(config: ModelConfig, seed: int = 0) -> TrainState:
+    return init_state(config, torch.Generator().manual_seed(seed))
+
+
+def model_of(routing: str, k: int) -> ModelConfig:
+    return ModelConfig(257, 32, 2, 2, 1, 16, 16, 8, num_experts_per_tok=k, routing=routing)
+
+
+@pytest.mark.parametrize("hyper", [PLAIN, EVERY_RULE], ids=["plain", "every rule"])
+@pytest.mark.parametrize("runs", [0, 2], ids=["one run", "mapped"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("routing", "k", "kind"),
+    [(*model, "w2") for model in MODELS] + [("router", 2, kind) for kind in get_args(SurpriseKind) if kind != "w2"],
+)
+def test_a_step_reads_nothing_back_and_mixes_no_devices(
+    routing: str, k: int, kind: SurpriseKind, dtype: torch.dtype | None, runs: int, hyper: HyperParams
+) -> None:
+    config = model_of(routing, k)
+    batch = to_device(tiny_batch(config, 2, 8, 0, left=(0, 2)), "meta")
+
+    def step(state: TrainState) -> Any:
+        return hyper_step(state, batch, hyper, config, kind=kind, compute_dtype=dtype)
+
+    state = to_device(stack([a_state(config)] * runs) if runs else a_state(config), "meta")
+    with NothingFromTheHost():
+        after, metrics = (vmap(step) if runs else step)(state)
+    assert {leaf.device.type for leaf in tree_leaves((after, metrics))} == {"meta"}
+    assert [leaf.dtype for leaf in tree_leaves(after)] == [leaf.dtype for leaf in tree_leaves(state)]
+    assert [leaf.shape for leaf in tree_leaves(after)] == [leaf.shape for leaf in tree_leaves(state)]
+    assert device_of(after) == torch.device("meta")
+
+
+def test_the_proof_sees_a_value_that_is_read_back_and_a_tensor_of_the_host() -> None:
+    """Negative twin."""
+    x = torch.zeros(3, device="meta")
+    with pytest.raises(RuntimeError, match="cannot be called on meta"):
+        x.sum().item()
+    with pytest.raises(AssertionError, match="a copy between"), NothingFromTheHost():
+        torch.as_tensor([0.5], device="cpu").to("meta")
