@@ -149,27 +149,27 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, max_experts: int 
     return Case(config, params, draw(batches(config)), hyper)
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """max |found - wanted| / max |wanted| over the finite entries; inf when shapes or the finite places differ."""
-    if found.shape != wanted.shape or not torch.equal(found.isfinite(), wanted.isfinite()):
+def relative_error(actual: Tensor, wanted: Tensor) -> float:
+    """max |actual - wanted| / max |wanted| over the finite entries; inf when shapes or the finite places differ."""
+    if actual.shape != wanted.shape or not torch.equal(actual.isfinite(), wanted.isfinite()):
         return torch.inf
     kept = wanted.isfinite()
     if not kept.any():
         return 0.0
-    found, wanted = found[kept].double(), wanted[kept].double()
-    difference = (found - wanted).abs().max()
+    actual, wanted = actual[kept].double(), wanted[kept].double()
+    difference = (actual - wanted).abs().max()
     return 0.0 if difference == 0 else float(difference / wanted.abs().max())
 
 
-def assert_close(found: Tensor, wanted: Tensor, tolerance: float, what: str = "value") -> None:
+def assert_close(actual: Tensor, wanted: Tensor, tolerance: float, what: str = "value") -> None:
     """Relative to the largest entry; the places of +inf must be the same."""
-    error = relative_error(found, wanted)
+    error = relative_error(actual, wanted)
     assert error <= tolerance, f"{what}: relative error {error:.3e}, allowed {tolerance:.1e}"
 
 
-def assert_same_bits(found: Any, wanted: Any, what: str = "tree") -> None:
+def assert_same_bits(actual: Any, wanted: Any, what: str = "tree") -> None:
     """Structure, shapes, dtypes and every bit of every leaf."""
-    ours, theirs = dict(walk(found)), dict(walk(wanted))
+    ours, theirs = dict(walk(actual)), dict(walk(wanted))
     assert list(ours) == list(theirs), f"{what}: leaves {list(ours)}, expected {list(theirs)}"
     for name, leaf in theirs.items():
         came = ours[name]

@@ -34,11 +34,11 @@ def private_torch(source: str) -> Iterator[str]:
 
 def test_private_torch_modules_are_imported_in_three_files() -> None:
     allowed = {"torch.__version__", "torch._assert_async"}  # the second has no public name (2.13)
-    found = {
+    imports = {
         str(path.relative_to(ROOT)): [name for name in private_torch(path.read_text("utf-8")) if name not in allowed]
         for path in SOURCES
     }
-    assert {name for name, private in found.items() if private} == PRIVATE
+    assert {name for name, private in imports.items() if private} == PRIVATE
 
 
 @pytest.mark.parametrize(

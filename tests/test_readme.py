@@ -98,18 +98,18 @@ def test_the_readme_is_short() -> None:
 
 def test_the_rooms_of_the_readme_are_there() -> None:
     (tree,) = blocks("text")
-    told: set[str] = set()
+    rooms: set[str] = set()
     room = ""
     for line in tree.splitlines():
         name, about = line.split(maxsplit=1)
         room = "" if not line.startswith(" ") else room
-        told.add(room + name)
+        rooms.add(room + name)
         room = name if not line.startswith(" ") else room
         assert about
     packages = {f"{path.parent.relative_to(ROOT).as_posix()}/" for path in ROOT.glob("t*/*/__init__.py")}
-    missing = {name for name in packages - told if not name.startswith("tests/")}
+    missing = {name for name in packages - rooms if not name.startswith("tests/")}
     assert missing == set(), "rooms that the README does not name"
-    assert {name for name in told if not (ROOT / name).is_dir()} == set(), "rooms that the README only names"
+    assert {name for name in rooms if not (ROOT / name).is_dir()} == set(), "rooms that the README only names"
 
 
 def test_the_example_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,8 +123,8 @@ def test_every_extra_that_a_message_or_a_page_names_can_be_installed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     places = [*(ROOT / "training").rglob("*.py"), *ROOT.glob("docs/*.md")]
-    found = [re.findall(r"tiny-onn-func\[(\w+)\]", path.read_text(encoding="utf-8")) for path in places]
-    named = {name for names in found for name in names}
+    mentions = [re.findall(r"tiny-onn-func\[(\w+)\]", path.read_text(encoding="utf-8")) for path in places]
+    named = {name for names in mentions for name in names}
     assert "data" in named
     assert named <= extras.keys()
     (installed,) = re.findall(r"pip install -e '\.\[(.*?)\]'", README)
@@ -159,16 +159,16 @@ def test_what_the_layout_page_says_where_it_is_is_there() -> None:
     table = PAGES["docs/layout.md"].split("## Every file")[0]
     rows = re.findall(r"^\| [^|]+ \| `([^`]+)` \| ([^|]+) \|$", table, re.MULTILINE)
     assert len(rows) >= 15
-    told = [(file, name) for file, names in rows for name in re.findall(r"`(\w+)`", names)]
-    assert [(file, name) for file, name in told if name not in (ROOT / file).read_text(encoding="utf-8")] == []
+    mentions = [(file, name) for file, names in rows for name in re.findall(r"`(\w+)`", names)]
+    assert [(file, name) for file, name in mentions if name not in (ROOT / file).read_text(encoding="utf-8")] == []
 
 
 def summary_keys(file: str) -> set[str]:
     """The keys of the dict that becomes summary.json, read from the program's source."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     targets = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)]
-    (made,) = [node.value for node in targets if [ast.unparse(t) for t in node.targets] == ["summary"]]
-    return {key.value for key in made.keys if isinstance(key, ast.Constant)}
+    (summary,) = [node.value for node in targets if [ast.unparse(t) for t in node.targets] == ["summary"]]
+    return {key.value for key in summary.keys if isinstance(key, ast.Constant)}
 
 
 def test_the_glossary_has_every_metric_and_every_field_of_a_summary() -> None:

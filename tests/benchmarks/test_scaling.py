@@ -105,15 +105,15 @@ def test_an_exchange_beyond_a_machine_is_as_slow_as_the_network() -> None:
     sent = bytes_sent(MODEL, Layout(4), 4, 6, 4)
     rows = sent["rows of experts"] + sent["surprise of rows"]
     rings = sent["gradients"] + sent["gradient of the router"]
-    found = communication_of(MODEL, cluster, Layout(4), 4, 6, 4)
-    assert found == pytest.approx(10 * rings + 10 * rows * 2 / 3), "two of three neighbours are on the other machine"
+    seconds = communication_of(MODEL, cluster, Layout(4), 4, 6, 4)
+    assert seconds == pytest.approx(10 * rings + 10 * rows * 2 / 3), "two of three neighbours are on the other machine"
 
 
 @pytest.mark.parametrize("width", [2, 4])
 def test_saved_activations_are_within_a_fifth_of_what_autograd_saves(width: int) -> None:
     for model, batch, length in [*models()][::5]:
-        found = measured(model, batch, length, torch.bfloat16 if width == 2 else None)
-        assert saved_of(model, batch * length, width) == pytest.approx(found, rel=0.2)
+        saved_bytes = measured(model, batch, length, torch.bfloat16 if width == 2 else None)
+        assert saved_of(model, batch * length, width) == pytest.approx(saved_bytes, rel=0.2)
 
 
 # As costs must --------------------------------------------------------------------------------------------------------
@@ -139,16 +139,16 @@ def test_every_layout_has_positive_costs_and_shared_states_never_take_more_memor
     model: ModelConfig, gpus: int, sequences: int, length: int
 ) -> None:
     for layout in layouts_of(model, gpus):
-        found = plan(model, CLUSTER, layout, gpus, sequences=sequences, length=length)
-        assert all(part > 0 and math.isfinite(part) for part in found.memory)
-        assert found.compute > 0
-        assert found.tokens == gpus * sequences * length
-        assert (found.communication > 0) == (found.sent > 0) == (gpus > 1)
+        costs = plan(model, CLUSTER, layout, gpus, sequences=sequences, length=length)
+        assert all(part > 0 and math.isfinite(part) for part in costs.memory)
+        assert costs.compute > 0
+        assert costs.tokens == gpus * sequences * length
+        assert (costs.communication > 0) == (costs.sent > 0) == (gpus > 1)
         if layout.shard_optimizer:
             whole = plan(model, CLUSTER, Layout(layout.experts), gpus, sequences=sequences, length=length)
-            assert found.memory.peak <= whole.memory.peak
-            assert found.seconds <= whole.seconds
-            assert found.sent == whole.sent
+            assert costs.memory.peak <= whole.memory.peak
+            assert costs.seconds <= whole.seconds
+            assert costs.sent == whole.sent
 
 
 @given(sizes, gpu_counts)
@@ -186,11 +186,11 @@ def test_the_table_and_the_json_have_the_same_plans(tmp_path, capsys: pytest.Cap
     assert main(["--gpus", "1", "64", "--json", str(path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     lines = [line for line in printed if line.startswith(("| 1 ", "| 64 "))]
-    found = json.loads(path.read_text(encoding="utf-8"))
-    assert len(lines) == len(found["plans"]) == 5, "one device has one layout, many have four kinds"
-    assert [row["layout"] for row in found["plans"]][:3] == ["data", "data", "sharded"]
-    assert found["parameters"] == count_params(LARGE)
-    for line, row in zip(lines, found["plans"], strict=True):
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert len(lines) == len(report["plans"]) == 5, "one device has one layout, many have four kinds"
+    assert [row["layout"] for row in report["plans"]][:3] == ["data", "data", "sharded"]
+    assert report["parameters"] == count_params(LARGE)
+    for line, row in zip(lines, report["plans"], strict=True):
         assert f"| {row['dollars']:,.2f} |" in line
 
 
@@ -200,12 +200,12 @@ def test_of_each_kind_the_cheapest_that_fits_else_the_smallest() -> None:
 
     small = replace(CLUSTER, memory_gib=45.0)
     plans = [a_plan(layout, cluster=small) for layout in layouts_of(LARGE, 8)]
-    for found in best_of_each_kind(plans, small):
-        alike = [p for p in plans if kind(p) == kind(found)]
-        if found.fits:
-            assert found.dollars(small) == min(p.dollars(small) for p in alike if p.fits)
+    for best in best_of_each_kind(plans, small):
+        alike = [p for p in plans if kind(p) == kind(best)]
+        if best.fits:
+            assert best.dollars(small) == min(p.dollars(small) for p in alike if p.fits)
         else:
-            assert found.memory.peak == min(p.memory.peak for p in alike)
+            assert best.memory.peak == min(p.memory.peak for p in alike)
             assert not any(p.fits for p in alike)
 
 

@@ -40,11 +40,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutants whose file or text holds this")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--seconds", type=float, default=600, help="limit of one run")
-    given = parser.parse_args()
+    args = parser.parse_args()
     import_heavy_libraries()
-    chosen = [m for m in MUTANTS if given.only in f"{m.file} {m.old} -> {m.new}"]
+    chosen = [m for m in MUTANTS if args.only in f"{m.file} {m.old} -> {m.new}"]
     outcomes = []
-    for outcome in run_all(chosen, given.jobs, given.seconds):
+    for outcome in run_all(chosen, args.jobs, args.seconds):
         outcomes.append(outcome)
         print(
             f"{outcome.seconds:6.0f} s  {describe(outcome.mutant)}\n          {outcome.killed_by or 'SURVIVED'}",

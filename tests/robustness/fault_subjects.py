@@ -65,22 +65,22 @@ class Subject(NamedTuple):
 
     def result(self) -> dict[str, Any]:
         """Everything that must be the same; of a run the newest checkpoint, the older ones whole."""
-        found: dict[str, Any] = {}
+        files: dict[str, Any] = {}
         for path in sorted(self.out.rglob("*")):
             name = str(path.relative_to(self.out))
             if any(mark in name for mark in LEFTOVERS):
-                found[name] = "left over"
+                files[name] = "left over"
             elif path.name == "metrics.jsonl":
-                found[name] = [_lasting(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+                files[name] = [_lasting(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
             elif path.name == "summary.json":
-                found[name] = _lasting(json.loads(path.read_text(encoding="utf-8")))
+                files[name] = _lasting(json.loads(path.read_text(encoding="utf-8")))
             elif path.name == "state.safetensors":
-                found[name] = path.read_bytes()
-                found |= _damage(path.parent)
-        newest = max((name for name in found if "checkpoints/" in name and isinstance(found[name], bytes)), default="")
+                files[name] = path.read_bytes()
+                files |= _damage(path.parent)
+        newest = max((name for name in files if "checkpoints/" in name and isinstance(files[name], bytes)), default="")
         single = self.begun == "config.yaml"
         return {
-            name: value for name, value in found.items() if not single or name == newest or not isinstance(value, bytes)
+            name: value for name, value in files.items() if not single or name == newest or not isinstance(value, bytes)
         }
 
 

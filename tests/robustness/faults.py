@@ -115,7 +115,7 @@ def spoilt(subject: Subject, clean: Measured, points: list[tuple[int, int]], wha
             have = {name: value for name, value in subject.result().items() if value != "left over"}  # refused removals
             wrong = wrong if have == clean.want else [*wrong, f"call {number}: it went on to another end"]
         where = f"{'TensorBoard' if what else 'a call'} {names[mode]}, {subject.name}"
-        yield Try(where, outcome, [f"call {number}: {one}" for one in wrong + subject.resumed(clean.want)])
+        yield Try(where, outcome, [f"call {number}: {problem}" for problem in wrong + subject.resumed(clean.want)])
 
 
 def power_cuts(subject: Subject, clean: Measured, points: list[tuple[int, bool]]) -> Iterator[Try]:
@@ -125,7 +125,7 @@ def power_cuts(subject: Subject, clean: Measured, points: list[tuple[int, bool]]
         subject.wipe()
         cut_before(operations, at, subject.disk, names_stay=names_stay)
         kind = "names stay, content goes" if names_stay else "all that was not flushed goes"
-        wrong = [f"operation {at}: {one}" for one in subject.resumed(clean.want)]
+        wrong = [f"operation {at}: {problem}" for problem in subject.resumed(clean.want)]
         yield Try(f"power cut, {kind}, {subject.name}", "cut", wrong)
 
 
@@ -147,27 +147,27 @@ def measured(subject: Subject, home: Path) -> Measured:
     return Measured(want, log, len(read_log(log)), seconds)
 
 
-def tries_of(subject: Subject, clean: Measured, given: argparse.Namespace, draw: random.Random) -> Iterator[Try]:
+def tries_of(subject: Subject, clean: Measured, args: argparse.Namespace, draw: random.Random) -> Iterator[Try]:
     """All that is asked of one subject."""
-    part, parts = map(int, given.part.split("/"))
+    part, parts = map(int, args.part.split("/"))
 
-    def some(points: list[Any], number: int) -> list[Any]:
+    def sampled(points: list[Any], number: int) -> list[Any]:
         chosen = draw.sample(points, min(number, len(points))) if number else points
         return chosen[part - 1 :: parts]
 
-    if "kills" in given.only and subject.name != "cache":
-        yield from kills(subject, clean, given.kills, draw)
-    if "signals" in given.only and subject.name != "cache":
-        yield from signals(subject, clean, given.signals, draw)
-    if "spoil" in given.only:
+    if "kills" in args.only and subject.name != "cache":
+        yield from kills(subject, clean, args.kills, draw)
+    if "signals" in args.only and subject.name != "cache":
+        yield from signals(subject, clean, args.signals, draw)
+    if "spoil" in args.only:
         points = [(number, mode) for number in range(1, clean.calls + 1) for mode in MODES.values()]
-        yield from spoilt(subject, clean, some(points, given.spoil))
-    if "tensorboard" in given.only and subject.name == "run":
+        yield from spoilt(subject, clean, sampled(points, args.spoil))
+    if "tensorboard" in args.only and subject.name == "run":
         points = [(number, mode) for number in range(1, BOARD_CALLS + 1) for mode in MODES.values()]
-        yield from spoilt(subject, clean, some(points, given.spoil and 6), TENSORBOARD)
-    if "cuts" in given.only:
+        yield from spoilt(subject, clean, sampled(points, args.spoil and 6), TENSORBOARD)
+    if "cuts" in args.only:
         cuts = [(at, names_stay) for at in range(clean.calls + 1) for names_stay in (False, True)]
-        yield from power_cuts(subject, clean, some(cuts, given.cuts))
+        yield from power_cuts(subject, clean, sampled(cuts, args.cuts))
 
 
 def parsed() -> argparse.Namespace:
@@ -185,7 +185,7 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> int:
-    given = parsed()
+    args = parsed()
     if READY not in os.environ:
         return _with_shim()
     import training.cli
@@ -198,27 +198,31 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder).resolve()
         for subject in subjects(home):
-            if subject.name not in given.of:
+            if subject.name not in args.of:
                 continue
             clean = measured(subject, home)
             print(f"{subject.name}: {clean.calls} calls, {clean.seconds:.2f} s", file=sys.stderr, flush=True)
-            for one in tries_of(subject, clean, given, random.Random(f"{given.seed} {given.part} {subject.name}")):
-                tries.append(one)
-                for wrong in one.wrong:
-                    print(f"LOST: {one.fault} ({one.outcome}): {wrong}", file=sys.stderr, flush=True)
-    if given.json:
-        Path(given.json).write_text(json.dumps([one._asdict() for one in tries], indent=1) + "\n", encoding="utf-8")
+            for attempt in tries_of(subject, clean, args, random.Random(f"{args.seed} {args.part} {subject.name}")):
+                tries.append(attempt)
+                for wrong in attempt.wrong:
+                    print(f"LOST: {attempt.fault} ({attempt.outcome}): {wrong}", file=sys.stderr, flush=True)
+    if args.json:
+        Path(args.json).write_text(
+            json.dumps([attempt._asdict() for attempt in tries], indent=1) + "\n", encoding="utf-8"
+        )
     print_table(tries)
-    return 1 if any(one.wrong for one in tries) else 0
+    return 1 if any(attempt.wrong for attempt in tries) else 0
 
 
 def print_table(tries: list[Try]) -> None:
-    table = Counter((one.fault, one.outcome) for one in tries)
-    lost = Counter((one.fault, one.outcome) for one in tries if one.wrong)
+    table = Counter((attempt.fault, attempt.outcome) for attempt in tries)
+    lost = Counter((attempt.fault, attempt.outcome) for attempt in tries if attempt.wrong)
     print("| fault | outcome | tries | lost or corrupt |\n|---|---|---|---|")
     for (fault, outcome), number in sorted(table.items()):
         print(f"| {fault} | {outcome} | {number} | {lost[fault, outcome]} |")
-    print(f"\n{len(tries)} tries, {sum(one.kills for one in tries)} kills, {sum(lost.values())} lost or corrupt")
+    print(
+        f"\n{len(tries)} tries, {sum(attempt.kills for attempt in tries)} kills, {sum(lost.values())} lost or corrupt"
+    )
 
 
 def _with_shim() -> int:

@@ -121,8 +121,8 @@ def fuzz(name: str, reader: Reader, inputs: int, seed: int, watch: Watch, home: 
         if fault:
             faults.append(f"input {number} ({target}): {fault}")
         shutil.rmtree(scratch / "cache", ignore_errors=True)
-        for one in reader.targets:
-            put_right(reader.folder / one, scratch / one)
+        for path in reader.targets:
+            put_right(reader.folder / path, scratch / path)
     gc.collect()
     growth = (peak_memory() - before) >> 20
     if growth > TOO_MUCH:
@@ -189,7 +189,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="READER")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="where to write the outcomes")
-    given = parser.parse_args()
+    args = parser.parse_args()
     watch, outcomes = Watch(), {}
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
@@ -197,18 +197,18 @@ def main() -> int:
         home = Path(folder).resolve()
         os.environ |= {"TINY_ONN_CACHE": str(home / "cache"), "TINY_ONN_NATIVE": "0"}
         for name, reader in readers(home).items():
-            if given.only and name not in given.only:
+            if args.only and name not in args.only:
                 continue
-            found = fuzz(name, reader, given.inputs, given.seed, watch, home)
-            outcomes[name] = found
-            cells = (name, *found[:5], round(found.seconds), len(found.faults))
+            outcome = fuzz(name, reader, args.inputs, args.seed, watch, home)
+            outcomes[name] = outcome
+            cells = (name, *outcome[:5], round(outcome.seconds), len(outcome.faults))
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-            for fault in found.faults[:10]:
+            for fault in outcome.faults[:10]:
                 print(f"FAULT: {name}: {fault}", file=sys.stderr, flush=True)
-    if given.json:
-        text = json.dumps({name: found._asdict() for name, found in outcomes.items()}, indent=1)
-        Path(given.json).write_text(text + "\n", encoding="utf-8")
-    return 1 if any(found.faults for found in outcomes.values()) else 0
+    if args.json:
+        text = json.dumps({name: outcome._asdict() for name, outcome in outcomes.items()}, indent=1)
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    return 1 if any(outcome.faults for outcome in outcomes.values()) else 0
 
 
 if __name__ == "__main__":

@@ -150,9 +150,9 @@ def _examined(folder: Path) -> object:
     """The doctor is called for what is broken, and its lines go to a terminal."""
     from training.commands.doctor import examine
 
-    found = examine(folder)
-    assert all(part.isprintable() for finding in found for part in finding), found
-    return found
+    findings = examine(folder)
+    assert all(part.isprintable() for finding in findings for part in finding), findings
+    return findings
 
 
 def _load_signed(folder: Path) -> object:

@@ -125,5 +125,5 @@ def _spoilt_header(data: bytes, draw: random.Random) -> bytes:
     """safetensors: eight bytes of length, JSON, tensors; a header that lies."""
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(spoil_values(json.loads(data[8 : 8 + size]), draw)).encode("utf-8", "surrogatepass")
-    told = draw.choice((len(header), len(header), len(header), size, 2**63, 0, len(data)))
-    return told.to_bytes(8, "little") + header + data[8 + size :]
+    length = draw.choice((len(header), len(header), len(header), size, 2**63, 0, len(data)))
+    return length.to_bytes(8, "little") + header + data[8 + size :]

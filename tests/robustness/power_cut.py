@@ -39,14 +39,18 @@ class Folder:
 
 def read_log(path: Path) -> list[Operation]:
     """The operations that tests/robustness/fault_shim.c wrote."""
-    data, at, found = path.read_bytes(), 0, []
+    data, at, operations = path.read_bytes(), 0, []
     while at < len(data):
-        kind, one, two, three = HEAD.unpack_from(data, at)
+        kind, first_size, other_size, content_size = HEAD.unpack_from(data, at)
         at += HEAD.size
-        first, other, content = (data[at : at + one], data[at + one : at + one + two], data[at + one + two :][:three])
-        at += one + two + three
-        found.append(Operation(chr(kind), first.decode(), other.decode(), content))
-    return found
+        first, other, content = (
+            data[at : at + first_size],
+            data[at + first_size : at + first_size + other_size],
+            data[at + first_size + other_size :][:content_size],
+        )
+        at += first_size + other_size + content_size
+        operations.append(Operation(chr(kind), first.decode(), other.decode(), content))
+    return operations
 
 
 def cut_before(operations: list[Operation], at: int, disk: Path, *, names_stay: bool) -> None:

@@ -22,15 +22,15 @@ def lost(tmp_path: Path, *flags: str) -> tuple[list[dict], list[dict]]:
     command = [sys.executable, "-m", "tests.robustness.faults", "--json", str(out), *flags]
     subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL, timeout=20_000)
     tries = json.loads(out.read_text(encoding="utf-8"))
-    return tries, [one for one in tries if one["wrong"]]
+    return tries, [attempt for attempt in tries if attempt["wrong"]]
 
 
 @wants_compiler
 def test_a_run_and_a_study_come_back_from_a_sample_of_all_faults(tmp_path: Path) -> None:
-    some = ("--kills=2", "--signals=2", "--spoil=5", "--cuts=4")
-    tries, bad = lost(tmp_path, "--of", "run", "cache", *some)
+    flags = ("--kills=2", "--signals=2", "--spoil=5", "--cuts=4")
+    tries, bad = lost(tmp_path, "--of", "run", "cache", *flags)
     assert bad == []
-    met = " ".join(one["fault"] for one in tries)
+    met = " ".join(attempt["fault"] for attempt in tries)
     for kind in ("kill -9, run", "SIG", "a call", "TensorBoard", "power cut"):
         assert kind in met
     assert len(tries) >= 20
@@ -49,7 +49,7 @@ def test_a_study_of_vmapped_runs_comes_back_from_a_sample_of_all_faults(tmp_path
 def test_two_hundred_kills_every_call_in_every_mode_and_every_power_cut_lose_nothing(tmp_path: Path) -> None:
     tries, bad = lost(tmp_path)
     assert bad == []
-    assert sum(one["kills"] for one in tries) >= 200
+    assert sum(attempt["kills"] for attempt in tries) >= 200
     assert len(tries) > 1500
 
 

@@ -46,16 +46,16 @@ def fuzzed(tmp_path: Path, *flags: str) -> dict[str, dict]:
 
 
 def test_a_sample_of_hostile_input_to_every_reader_is_a_value_or_one_line(tmp_path: Path) -> None:
-    found = fuzzed(tmp_path, "--inputs", "15", "--seed", "7")
-    assert {name: one["faults"] for name, one in found.items() if one["faults"]} == {}
-    assert len(found) >= 17
-    assert sum(one["refused"] + one["plain"] for one in found.values()) > 60
+    outcomes = fuzzed(tmp_path, "--inputs", "15", "--seed", "7")
+    assert {name: outcome["faults"] for name, outcome in outcomes.items() if outcome["faults"]} == {}
+    assert len(outcomes) >= 17
+    assert sum(outcome["refused"] + outcome["plain"] for outcome in outcomes.values()) > 60
 
 
 @pytest.mark.slow
 def test_ten_thousand_hostile_inputs_to_every_reader(tmp_path: Path) -> None:
-    found = fuzzed(tmp_path)
-    assert {name: one["faults"] for name, one in found.items() if one["faults"]} == {}
+    outcomes = fuzzed(tmp_path)
+    assert {name: outcome["faults"] for name, outcome in outcomes.items() if outcome["faults"]} == {}
 
 
 # Files that are none --------------------------------------------------------------------------------------------------

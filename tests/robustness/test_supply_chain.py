@@ -44,7 +44,7 @@ def problems(source: str, name: str = "some.py") -> Iterator[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             named = [alias.name for alias in node.names]
             base = getattr(node, "module", None)
-            for module in [base, *(f"{base}.{one}" for one in named)] if base else named:
+            for module in [base, *(f"{base}.{member}" for member in named)] if base else named:
                 runs = module.split(".")[0] in MODULES or module.startswith("torch.distributed.checkpoint")
                 if runs and name != TRUSTED_FOLDERS_ONLY:
                     yield f"imports {module}"
@@ -61,9 +61,9 @@ def problems(source: str, name: str = "some.py") -> Iterator[str]:
 
 
 def test_no_source_can_run_what_it_reads() -> None:
-    found = {path.name: [*problems(path.read_text(encoding="utf-8"), path.name)] for path in SOURCES}
-    assert {name: bad for name, bad in found.items() if bad} == {}
-    assert len(found) > 80
+    by_file = {path.name: [*problems(path.read_text(encoding="utf-8"), path.name)] for path in SOURCES}
+    assert {name: bad for name, bad in by_file.items() if bad} == {}
+    assert len(by_file) > 80
 
 
 @pytest.mark.parametrize(

@@ -334,9 +334,9 @@ def gradients(out: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 EXPERTS = ("w1", "w2", "w3")
 
 
-def assert_near(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
+def assert_near(actual: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
     """Relative to the largest entry or to 1, whichever is larger: a gradient may be zero but for rounding."""
-    difference = (found - wanted).detach().abs().max() / wanted.detach().abs().max().clamp_min(1.0)
+    difference = (actual - wanted).detach().abs().max() / wanted.detach().abs().max().clamp_min(1.0)
     assert difference <= tolerance, f"{what}: error {difference:.3e}, allowed {tolerance:.1e}"
 
 
@@ -356,14 +356,14 @@ def test_sparse_dispatch_equals_a_dense_loop_over_experts_and_tokens(asked: Ques
             return apply_experts(inputs[0], routing, experts, 0, apply_w2)
         return dense_loop(inputs[0], routing, experts)
 
-    found, wanted = run(True), run(False)
-    assert_near(found, wanted, 1e-12, "out")
+    out, wanted = run(True), run(False)
+    assert_near(out, wanted, 1e-12, "out")
     if wanted.requires_grad:
         names = ("x", "weights", *EXPERTS)
-        for ours, theirs, name in zip(gradients(found, inputs), gradients(wanted, inputs), names, strict=True):
+        for ours, theirs, name in zip(gradients(out, inputs), gradients(wanted, inputs), names, strict=True):
             assert_near(ours, theirs, 1e-12, f"gradient of {name}")
     else:
-        assert not any(g.any() for g in gradients(found, inputs)), "nobody was routed, somebody got a gradient"
+        assert not any(g.any() for g in gradients(out, inputs)), "nobody was routed, somebody got a gradient"
 
 
 @given(questions(kinds=("normal", "one takes all"), with_explore=True), st.integers(0, 99))
@@ -373,15 +373,15 @@ def test_a_coupled_layer_equals_a_dense_loop_that_differentiates_the_softmax(ask
     leaves = tuple(t.detach().requires_grad_() for t in (x, params["router"], *(params[name] for name in EXPERTS)))
     tree = {"router": leaves[1], "router_bias": params["router_bias"], **dict(zip(EXPERTS, leaves[2:], strict=True))}
     explore = asked.explore[None]
-    found, trace = moe(leaves[0], tree, 0, RoutingInputs(asked.real, asked.budget, 1.0, explore), config, apply_w2)
+    out, trace = moe(leaves[0], tree, 0, RoutingInputs(asked.real, asked.budget, 1.0, explore), config, apply_w2)
     p = (leaves[0] @ leaves[1]).softmax(dim=-1).gather(-1, trace.expert_ids)
     mass = torch.where(trace.active, p, 0.0)
     weights = mass / mass.sum(dim=-1, keepdim=True).clamp_min(1e-300)
     wanted = dense_loop(leaves[0], Routing(trace.expert_ids, weights, trace.active), tree)
-    assert_near(found, wanted, 1e-11, "out")
+    assert_near(out, wanted, 1e-11, "out")
     if wanted.requires_grad:
         names = ("x", "router", *EXPERTS)
-        for ours, theirs, name in zip(gradients(found, leaves), gradients(wanted, leaves), names, strict=True):
+        for ours, theirs, name in zip(gradients(out, leaves), gradients(wanted, leaves), names, strict=True):
             assert_near(ours, theirs, 1e-11, f"gradient of {name}")
 
 
@@ -398,8 +398,8 @@ def test_garbage_in_padding_reaches_neither_output_nor_gradient(asked: Question,
         out = apply_experts(inputs[0], Routing(ids, weights.double(), active), experts, 0, apply_w2)
         return out, *gradients(out, inputs)
 
-    for found, wanted, name in zip(run(dirty), run(clean), ("out", "gradient of x", *EXPERTS), strict=True):
-        assert_same_bits(found, wanted, name)
+    for actual, wanted, name in zip(run(dirty), run(clean), ("out", "gradient of x", *EXPERTS), strict=True):
+        assert_same_bits(actual, wanted, name)
     out, grad_x, *_ = run(dirty)
     assert not out[~asked.real].any()
     assert not grad_x[~asked.real].any()
@@ -415,13 +415,13 @@ class Seen(NamedTuple):
 
 
 def watch(case: Case) -> tuple[list[Seen], Any]:
-    seen: list[Seen] = []
+    calls: list[Seen] = []
 
     def look(layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
-        seen.append(Seen(layer, hidden, w2, rows))
+        calls.append(Seen(layer, hidden, w2, rows))
         return apply_w2(layer, hidden, w2, rows)
 
-    return seen, run_forward(case, apply_w2=look)[1]
+    return calls, run_forward(case, apply_w2=look)[1]
 
 
 def run_forward(case: Case, **more: Any) -> Any:
@@ -435,10 +435,10 @@ def run_forward(case: Case, **more: Any) -> Any:
 @given(cases())
 def test_the_seam_gets_rows_sorted_by_expert_with_inactive_ones_last(case: Case) -> None:
     config = case.config
-    seen, trace = watch(case)
-    assert [s.layer for s in seen] == list(range(config.num_hidden_layers))
+    calls, trace = watch(case)
+    assert [s.layer for s in calls] == list(range(config.num_hidden_layers))
     for (layer, hidden, w2, (token, expert, offsets, order, inverse)), active, ids in zip(
-        seen, trace.active, trace.expert_ids, strict=True
+        calls, trace.active, trace.expert_ids, strict=True
     ):
         tokens, slots = active.shape
         assert (token.dtype, expert.dtype, offsets.dtype) == (torch.int64, torch.int64, torch.int32)
@@ -568,12 +568,12 @@ def test_every_kind_of_router_gives_the_k_that_its_name_promises(kind: str, k: i
     config, batch = tiny_config(), tiny_batch()
     params = shape_router(init_params(config, seeded(0), torch.float64), kind)
     _, trace = forward(params, batch.input_ids, config)
-    found = trace.active.sum(dim=-1)
+    counts = trace.active.sum(dim=-1)
     if kind == "one takes all":  # the bias puts the last expert first; how many follow is the budget's choice
         assert (trace.expert_ids[..., 0] == config.num_experts - 1).all()
-        assert found.max() <= k
+        assert counts.max() <= k
     else:
-        assert (found == k).all()
+        assert (counts == k).all()
 
 
 # ---- which tokens explore ------------------------------------------------------------------------------------------

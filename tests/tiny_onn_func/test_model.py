@@ -130,8 +130,8 @@ def test_flops_of_a_token_are_those_of_a_count_by_hand(sizes: dict[str, Any]) ->
     attention, router, expert, head = 8 * 8 + 2 * 8 * 4 + 8 * 8, 8 * 4, 3 * 8 * 6, 8 * 13
     asked = 0 if sizes.get("routing") == "hash" else router
     for k, seq in ((1.0, 1), (2.5, 9)):
-        seen = 2 * 8 * (seq + 1) / 2  # keys and values of the tokens up to this one, 2 heads of 4
-        by_hand = 2 * (2 * (attention + asked + k * expert + seen) + head)
+        attended = 2 * 8 * (seq + 1) / 2  # keys and values of the tokens up to this one, 2 heads of 4
+        by_hand = 2 * (2 * (attention + asked + k * expert + attended) + head)
         assert count_active_flops(tiny_config(**sizes), k, seq) == by_hand
 
 
@@ -264,8 +264,8 @@ def test_logits_and_decisions_are_float32_or_wider(dtype: torch.dtype, tied: boo
 def test_a_narrower_dtype_computes_the_same_logits_roughly(dtype: torch.dtype, tolerance: float) -> None:
     config = tiny_config(num_experts_per_tok=4)  # all experts: no decision that rounding could flip
     exact = forward(spread_params(config, dtype=torch.float64, router_gain=1.0), tiny_batch().input_ids, config)[0]
-    found = forward(spread_params(config, dtype=dtype, router_gain=1.0), tiny_batch().input_ids, config)[0]
-    assert_close(found, exact, tolerance)
+    logits = forward(spread_params(config, dtype=dtype, router_gain=1.0), tiny_batch().input_ids, config)[0]
+    assert_close(logits, exact, tolerance)
 
 
 @pytest.mark.parametrize("budget", [0.0, -0.5, 1.5, math.nan])
@@ -276,14 +276,14 @@ def test_a_budget_out_of_range_is_refused(budget: float) -> None:
 
 def test_a_whole_number_is_as_good_as_a_float() -> None:
     params, ids = init_params(TINY, seeded(0)), tiny_batch().input_ids
-    found = forward(params, ids, TINY, surprise_budget=1, router_coupling=1)
-    assert_same_bits(found, forward(params, ids, TINY, surprise_budget=1.0, router_coupling=1.0))
+    outputs = forward(params, ids, TINY, surprise_budget=1, router_coupling=1)
+    assert_same_bits(outputs, forward(params, ids, TINY, surprise_budget=1.0, router_coupling=1.0))
 
 
 def test_no_mask_is_a_mask_of_ones() -> None:
     params, ids = spread_params(TINY), tiny_batch().input_ids
-    found, wanted = (forward(params, ids, TINY, attention_mask=mask) for mask in (None, torch.ones_like(ids)))
-    assert_same_bits(found, wanted)
+    actual, wanted = (forward(params, ids, TINY, attention_mask=mask) for mask in (None, torch.ones_like(ids)))
+    assert_same_bits(actual, wanted)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -295,9 +295,9 @@ def test_no_position_sees_a_later_one(kv_heads: int) -> None:
     def row(embeddings: Tensor) -> Tensor:
         return forward({**params, "embed_tokens": embeddings}, ids, config)[0][0]
 
-    seen = torch.autograd.functional.jacobian(row, params["embed_tokens"]).abs().sum(dim=(1, 3))
-    assert not seen.triu(1).any()
-    assert (seen.tril() > 0).sum() == 15
+    jacobian = torch.autograd.functional.jacobian(row, params["embed_tokens"]).abs().sum(dim=(1, 3))
+    assert not jacobian.triu(1).any()
+    assert (jacobian.tril() > 0).sum() == 15
 
 
 def test_padding_in_front_shifts_positions_and_changes_nothing() -> None:

@@ -137,10 +137,10 @@ def test_one_training_step_has_their_gradients_leaf_by_leaf(tied: bool) -> None:
     F.cross_entropy(theirs.flatten(0, 1), batch.labels.flatten()).backward()
     wanted = flatten(ours_from({name: weight.grad for name, weight in peer.named_parameters()}, config))
     params = with_bias(ours_from({n: w.detach() for n, w in peer.named_parameters()}, config), config)
-    found = flatten(torch.func.grad(mean_loss)(params, batch, config))
-    assert wanted.keys() == found.keys() - {"layers.moe.router_bias"}
+    grads = flatten(torch.func.grad(mean_loss)(params, batch, config))
+    assert wanted.keys() == grads.keys() - {"layers.moe.router_bias"}
     for name, gradient in wanted.items():
-        assert_close(found[name], gradient, 1e-5, name)
+        assert_close(grads[name], gradient, 1e-5, name)
 
 
 def mean_loss(params: Tree, batch: Batch, config: ModelConfig) -> Tensor:

@@ -63,10 +63,10 @@ def hypers(runs: int, dtype: torch.dtype = torch.float64) -> list[HyperParams]:
     return [HyperParams(**{k: torch.tensor(v, dtype=dtype) for k, v in of(run).items()}) for run in range(runs)]
 
 
-def assert_same_runs(found: Any, alone: list[Any], tolerance: float) -> None:
+def assert_same_runs(actual: Any, alone: list[Any], tolerance: float) -> None:
     """Every leaf of every run: structure, dtype, and value relative to the largest entry or 1."""
     wanted = dict(walk(stack(alone)))
-    ours = dict(walk(found))
+    ours = dict(walk(actual))
     assert list(ours) == list(wanted)
     for name, leaf in wanted.items():
         came = ours[name]
@@ -113,8 +113,8 @@ def test_what_is_peeled_is_wrapped_again_whatever_axes_are_mapped(dims: tuple[in
         return rewrap(2 * plain, axes) - t
 
     outer, inner = dims
-    found = vmap(vmap(again, inner, inner), outer, outer)(x)
-    assert torch.equal(found, x)
+    out = vmap(vmap(again, inner, inner), outer, outer)(x)
+    assert torch.equal(out, x)
     assert shapes == [((2, 3, 4), 2)]
 
 
@@ -122,11 +122,11 @@ def test_what_is_peeled_is_wrapped_again_whatever_axes_are_mapped(dims: tuple[in
 def test_runs_of_nested_vmaps_lie_in_front_those_of_the_outer_first(order: tuple[int, int, int]) -> None:
     """One input is mapped by both vmaps, its axes anywhere; one by each; one by none; one is no tensor."""
     both, of_outer, of_inner, of_none = drawn(2, 3, 5), drawn(2, 5, seed=1), drawn(3, 5, seed=2), drawn(5, seed=3)
-    seen: list[Any] = []
+    calls: list[Any] = []
 
-    def plain(*given: Any) -> tuple[Tensor, ...]:
-        seen.append(([tuple(t.shape) for t in given[:-1]], functorch.get_interpreter_stack()))
-        a, b, c, d, number = given
+    def plain(*args: Any) -> tuple[Tensor, ...]:
+        calls.append(([tuple(t.shape) for t in args[:-1]], functorch.get_interpreter_stack()))
+        a, b, c, d, number = args
         return a + 10 * b + 100 * c + 1000 * d + number, a.sum(dim=-1)
 
     def function(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
@@ -134,11 +134,11 @@ def test_runs_of_nested_vmaps_lie_in_front_those_of_the_outer_first(order: tuple
 
     outer, inner = order.index(0), order.index(1) - (order.index(1) > order.index(0))
     nested = vmap(vmap(function, (inner, None, 0)), (outer, 0, None))
-    found = nested(both.permute(order), of_outer, of_inner)
-    assert torch.equal(found[0], both + 10 * of_outer[:, None] + 100 * of_inner + 1000 * of_none + 7)
-    assert torch.equal(found[1], both.sum(dim=-1))
-    assert seen[0][0] == [(6, 5)] * 4
-    assert not seen[0][1], "it runs outside of the vmaps"
+    out = nested(both.permute(order), of_outer, of_inner)
+    assert torch.equal(out[0], both + 10 * of_outer[:, None] + 100 * of_inner + 1000 * of_none + 7)
+    assert torch.equal(out[1], both.sum(dim=-1))
+    assert calls[0][0] == [(6, 5)] * 4
+    assert not calls[0][1], "it runs outside of the vmaps"
 
 
 def test_what_somebody_differentiates_is_left_to_the_transforms() -> None:
@@ -163,8 +163,8 @@ class Pair(NamedTuple):
 
 
 def test_a_tree_of_runs_gives_another_tree() -> None:
-    def function(given: Any) -> Any:
-        a, rest = given
+    def function(tree: Any) -> Any:
+        a, rest = tree
         assert a.ndim == rest["b"].ndim == 1 + (a.shape[0] == 6)
         return {"sums": [a + rest["b"] * rest["number"]], "pair": Pair(a.sum(dim=-1), {"b": 2 * rest["b"]})}
 
@@ -173,23 +173,23 @@ def test_a_tree_of_runs_gives_another_tree() -> None:
     def of_one(a: Tensor, b: Tensor) -> Any:
         return outside_vmap_tree(function, (a, {"b": b, "number": 3}))
 
-    found = vmap(vmap(of_one), (0, None))(a, b)
-    assert torch.equal(found["sums"][0], a + 3 * b)
-    assert torch.equal(found["pair"].first, a.sum(dim=-1))
-    assert torch.equal(found["pair"].second["b"], 2 * b.expand(2, 3, 5))
+    out = vmap(vmap(of_one), (0, None))(a, b)
+    assert torch.equal(out["sums"][0], a + 3 * b)
+    assert torch.equal(out["pair"].first, a.sum(dim=-1))
+    assert torch.equal(out["pair"].second["b"], 2 * b.expand(2, 3, 5))
     assert torch.equal(of_one(a[0, 0], b[0])["sums"][0], a[0, 0] + 3 * b[0])
 
 
 def test_each_run_of_several_axes_is_one_call_with_the_tensors_of_that_run() -> None:
     x, y = drawn(2, 3, 4, 5), drawn(2, 3, seed=1)
 
-    def of_one(given: Any) -> Tensor:
-        x, rest = given
+    def of_one(tree: Any) -> Tensor:
+        x, rest = tree
         assert (tuple(x.shape), rest["y"].ndim, rest["name"]) == ((4, 5), 0, "same")
         return (x * rest["y"]).sum(dim=0)
 
-    given = x, {"y": y, "name": "same"}
-    assert torch.equal(each_run(of_one, given, 2), (x * y[..., None, None]).sum(dim=2))
+    tree = x, {"y": y, "name": "same"}
+    assert torch.equal(each_run(of_one, tree, 2), (x * y[..., None, None]).sum(dim=2))
     assert torch.equal(each_run(of_one, (x[0, 0], {"y": y[0, 0], "name": "same"}), 0), (x[0, 0] * y[0, 0]).sum(dim=0))
 
 
@@ -231,10 +231,10 @@ def test_any_of_state_batch_and_hyper_may_be_mapped(state_mapped: bool, hyper_ma
         return
     batches = [tiny_batch(config, seed=run, right=(run,)) for run in range(3)]
     inputs = (states(config, 3), batches, hypers(3))
-    mapped = [stack(one) if dim == 0 else one[1] for one, dim in zip(inputs, dims, strict=True)]
-    found = vmap(lambda s, b, h: hyper_step(s, b, h, config), in_dims=dims)(*mapped)
-    picked = [[one[run if dim == 0 else 1] for one, dim in zip(inputs, dims, strict=True)] for run in range(3)]
-    assert_same_runs(found, [hyper_step(*one, config) for one in picked], TOLERANCE[torch.float64])
+    mapped = [stack(runs) if dim == 0 else runs[1] for runs, dim in zip(inputs, dims, strict=True)]
+    together = vmap(lambda s, b, h: hyper_step(s, b, h, config), in_dims=dims)(*mapped)
+    picked = [[runs[run if dim == 0 else 1] for runs, dim in zip(inputs, dims, strict=True)] for run in range(3)]
+    assert_same_runs(together, [hyper_step(*args, config) for args in picked], TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("name", HyperParams._fields)
@@ -242,18 +242,18 @@ def test_each_coefficient_may_be_the_only_one_that_is_mapped(name: str) -> None:
     config, batch, state = CONFIGS["dynamic K"], tiny_batch(), states(CONFIGS["dynamic K"], 2)[1]
     values = torch.stack([getattr(hyper, name) for hyper in hypers(3)])
     shared = HyperParams(*(value.item() for value in hypers(2)[1]))
-    found = vmap(lambda value: hyper_step(state, batch, shared._replace(**{name: value}), config))(values)
+    together = vmap(lambda value: hyper_step(state, batch, shared._replace(**{name: value}), config))(values)
     alone = [hyper_step(state, batch, shared._replace(**{name: value}), config) for value in values]
-    assert_same_runs(found, alone, TOLERANCE[torch.float64])
+    assert_same_runs(together, alone, TOLERANCE[torch.float64])
 
 
 def test_the_step_may_be_the_only_thing_that_is_mapped() -> None:
     """Exploration depends on it, and so does what is written into the surprise tensor."""
     config, batch, state = CONFIGS["dynamic K"], tiny_batch(), states(CONFIGS["dynamic K"], 1)[0]
     hyper, steps = HyperParams(explore_prob=0.5, eps=EPS, warmup_steps=4), torch.arange(3)
-    found = vmap(lambda step: hyper_step(state._replace(step=step), batch, hyper, config))(steps)
+    together = vmap(lambda step: hyper_step(state._replace(step=step), batch, hyper, config))(steps)
     alone = [hyper_step(state._replace(step=step), batch, hyper, config) for step in steps]
-    assert_same_runs(found, alone, TOLERANCE[torch.float64])
+    assert_same_runs(together, alone, TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("numbers", [torch.float32, torch.float64], ids=str)
@@ -273,9 +273,9 @@ def test_mapped_runs_equal_single_runs_on_uneven_routing(case: Case, seed: int) 
     config, batch = case.config, case.batch
     runs = [state_of(case.params), state_of(spread_params(config, seed))]
     numbers = [h._replace(pi_alpha=torch.tensor(p)) for h, p in zip(hypers(2), (case.hyper.pi_alpha, 0.7), strict=True)]
-    found = vmap(lambda s, h: hyper_step(s, batch, h, config))(stack(runs), stack(numbers))
+    together = vmap(lambda s, h: hyper_step(s, batch, h, config))(stack(runs), stack(numbers))
     alone = [hyper_step(s, batch, h, config) for s, h in zip(runs, numbers, strict=True)]
-    assert_same_runs(found, alone, TOLERANCE[torch.float64])
+    assert_same_runs(together, alone, TOLERANCE[torch.float64])
 
 
 @KINDS
@@ -286,11 +286,11 @@ def test_nested_vmap_over_seeds_and_learning_rates_equals_two_loops(kind: str) -
     def step(state: TrainState, rate: Tensor) -> Any:
         return hyper_step(state, batch, HyperParams(lr=rate, router_lr=2 * rate, eps=EPS), config)
 
-    found = vmap(vmap(step, in_dims=(None, 0)), in_dims=(0, None))(stack(seeds), rates)
-    for run, state in zip(unstack(found), seeds, strict=True):
+    nested = vmap(vmap(step, in_dims=(None, 0)), in_dims=(0, None))(stack(seeds), rates)
+    for run, state in zip(unstack(nested), seeds, strict=True):
         assert_same_runs(run, [step(state, rate) for rate in rates], TOLERANCE[torch.float64])
     swapped = vmap(vmap(step, in_dims=(0, None)), in_dims=(None, 0))(stack(seeds), rates)
-    assert_same_runs(tree_map(lambda leaf: leaf.transpose(0, 1), swapped), unstack(found), 1e-12)
+    assert_same_runs(tree_map(lambda leaf: leaf.transpose(0, 1), swapped), unstack(nested), 1e-12)
 
 
 @KINDS
@@ -305,11 +305,11 @@ def test_surprise_of_mapped_parameters_batches_and_budgets_equals_a_loop(kind: s
 
     inputs = (params, batches, list(budgets))
     for dims in ((0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0)):
-        mapped = [stack(one) if dim == 0 else one[0] for one, dim in zip(inputs, dims, strict=True)]
-        found = vmap(surprise, in_dims=dims)(*mapped)
-        picked = [[one[run if dim == 0 else 0] for one, dim in zip(inputs, dims, strict=True)] for run in range(3)]
-        assert_close(found, torch.stack([surprise(*one) for one in picked]), 1e-12)
-    assert found.isfinite().any()
+        mapped = [stack(runs) if dim == 0 else runs[0] for runs, dim in zip(inputs, dims, strict=True)]
+        together = vmap(surprise, in_dims=dims)(*mapped)
+        picked = [[runs[run if dim == 0 else 0] for runs, dim in zip(inputs, dims, strict=True)] for run in range(3)]
+        assert_close(together, torch.stack([surprise(*args) for args in picked]), 1e-12)
+    assert together.isfinite().any()
 
 
 @KINDS
@@ -340,7 +340,7 @@ def test_mapped_routing_and_mapped_exploration_equal_a_loop_bit_for_bit() -> Non
 
     for mapped, alone in zip(
         unstack(vmap(routed)(logits, real, budgets, tries)),
-        (routed(*one) for one in zip(logits, real, budgets, tries, strict=True)),
+        (routed(*args) for args in zip(logits, real, budgets, tries, strict=True)),
         strict=True,
     ):
         assert all(torch.equal(a, b) for a, b in zip(mapped, alone, strict=True))

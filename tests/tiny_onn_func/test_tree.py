@@ -118,11 +118,11 @@ def test_the_router_of_a_model_is_its_matrix_and_its_bias(config: Any) -> None:
 
 @given(trees())
 def test_tree_map_visits_every_leaf_once_with_its_partners(tree: Tree) -> None:
-    seen: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     doubled = tree_map(lambda leaf: leaf * 2, tree)
-    tree_map(lambda left, right: seen.append((left, right)), tree, doubled)
-    assert [id(left) for left, _ in seen] == [id(leaf) for leaf in leaves(tree)]
-    assert all(torch.equal(left * 2, right) for left, right in seen)
+    tree_map(lambda left, right: pairs.append((left, right)), tree, doubled)
+    assert [id(left) for left, _ in pairs] == [id(leaf) for leaf in leaves(tree)]
+    assert all(torch.equal(left * 2, right) for left, right in pairs)
 
 
 def test_walk_names_fields_of_named_tuples_and_places_of_sequences() -> None:

@@ -66,10 +66,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "override below -1": (lambda: run_forward(override=with_value(CHOICES, -2)), "override: .*got -2"),
     "explore of another shape": (lambda: run_forward(explore=CHOICES[:, 1:]), "explore: expected shape"),
     "a hook point with fewer rows": (
-        lambda: run_forward(apply_w2=lambda *given: apply_w2(*given)[:3]), "apply_w2: output: expected shape",
+        lambda: run_forward(apply_w2=lambda *args: apply_w2(*args)[:3]), "apply_w2: output: expected shape",
     ),
     "another hook point with fewer rows": (
-        lambda: run_forward(apply_w13=lambda *given: tuple(t[:3] for t in apply_w13(*given))), "expected",
+        lambda: run_forward(apply_w13=lambda *args: tuple(t[:3] for t in apply_w13(*args))), "expected",
     ),
     "labels that are longer": (
         lambda: step(BATCH._replace(labels=torch.zeros(2, 6, dtype=torch.int64))), "labels: expected shape",

@@ -144,9 +144,9 @@ def test_the_round_trip_is_bitwise(changes: dict[str, Any], dtype: torch.dtype, 
     config = config_of(**changes)
     params = spread_params(config, dtype=dtype)
     save_pretrained(params, config, tmp_path / "out")
-    found, sizes = load_pretrained(tmp_path / "out")
+    loaded, sizes = load_pretrained(tmp_path / "out")
     assert sizes == config
-    assert_same_bits(found, params)
+    assert_same_bits(loaded, params)
 
 
 def test_a_router_in_float32_and_a_bias_come_back_bitwise(tmp_path: Path) -> None:
@@ -221,8 +221,8 @@ def test_many_shards_hold_the_same_model(ours: Path, tmp_path: Path, monkeypatch
 def test_what_transformers_saves_loads_with_its_logits(how: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     config = config_of(tied)
     peer = saved_peer(tmp_path, config, **how)
-    params, found = load_pretrained(tmp_path)
-    assert found == config
+    params, sizes = load_pretrained(tmp_path)
+    assert sizes == config
     assert_close(logits_of(params, config), their_logits(peer, config), 1e-4, "logits")
 
 
@@ -520,9 +520,9 @@ def test_a_trained_default_run_writes_the_same_greedy_text_there(
 
 def test_an_exported_run_loads_here_bitwise(run: Path, exported: Path) -> None:
     params, config = load_params(run)
-    found, sizes = load_pretrained(exported)
+    loaded, sizes = load_pretrained(exported)
     assert sizes == config
-    assert_same_bits(found, params)
+    assert_same_bits(loaded, params)
 
 
 @given(text=st.text())
@@ -538,9 +538,9 @@ def test_the_exported_tokenizer_decodes_any_tokens_as_we_do(tokenizer: Any, toke
 
 @pytest.fixture(scope="module")
 def tokenizer(exported: Path) -> Any:
-    found = transformers.AutoTokenizer.from_pretrained(exported)
-    assert (len(found), found.eos_token_id, found.pad_token_id, found.bos_token_id) == (257, 256, 256, None)
-    return found
+    loaded = transformers.AutoTokenizer.from_pretrained(exported)
+    assert (len(loaded), loaded.eos_token_id, loaded.pad_token_id, loaded.bos_token_id) == (257, 256, 256, None)
+    return loaded
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -558,10 +558,10 @@ def test_a_dynamic_run_is_exported_at_a_k_that_the_user_chooses(
 ) -> None:
     run, out = make_run(tmp_path / "run", num_experts_per_tok=-1), tmp_path / "out"
     (run / "summary.json").write_text('{"avg_k": 2.345}')
-    told = refusal(["export", str(run), "--out", str(out)], capsys)
-    assert "dynamic K" in told
-    assert "--num-experts-per-tok K" in told
-    assert "2.3 on average" in told
+    message = refusal(["export", str(run), "--out", str(out)], capsys)
+    assert "dynamic K" in message
+    assert "--num-experts-per-tok K" in message
+    assert "2.3 on average" in message
     for wrong in ("0", "5", "-1"):
         assert "1 to 4" in refusal(["export", str(run), "--out", str(out), f"--num-experts-per-tok={wrong}"], capsys)
     assert not out.exists()
@@ -573,8 +573,8 @@ def test_a_dynamic_run_is_exported_at_a_k_that_the_user_chooses(
 
 
 def test_a_run_with_a_selection_bias_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = refusal(["export", str(make_run(tmp_path / "run", bias=0.1)), "--out", str(tmp_path / "out")], capsys)
-    assert "selection bias" in told
+    message = refusal(["export", str(make_run(tmp_path / "run", bias=0.1)), "--out", str(tmp_path / "out")], capsys)
+    assert "selection bias" in message
     assert not (tmp_path / "out").exists()
 
 

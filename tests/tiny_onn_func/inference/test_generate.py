@@ -96,21 +96,21 @@ def test_logits_and_routes_with_a_cache_are_those_of_forward(routing: str, dtype
             logits, routes = decode(opened, tokens[:, start:end], start)
             assert logits.dtype == dtype
             assert_close(logits, wanted[:, end - 1], tolerance, f"logits of token {end - 1}")
-            for layer, found in enumerate(routes):
-                used, place = found.expert_ids.shape[1], slice(start, end)
+            for layer, route in enumerate(routes):
+                used, place = route.expert_ids.shape[1], slice(start, end)
                 rows = [part[layer].view(len(tokens), 7, -1)[:, place].flatten(0, 1) for part in trace[2:]]
-                assert torch.equal(found.active, rows[2][:, :used])
+                assert torch.equal(route.active, rows[2][:, :used])
                 assert not rows[2][:, used:].any()
-                assert torch.equal(found.expert_ids[found.active], rows[0][rows[2]])
-                assert_close(found.weights, rows[1][:, :used], tolerance, "weights")
+                assert torch.equal(route.expert_ids[route.active], rows[0][rows[2]])
+                assert_close(route.weights, rows[1][:, :used], tolerance, "weights")
 
 
 @given(config=configs(), seed=st.integers(0, 99), batch=st.integers(1, 3), length=st.integers(1, 5))
 def test_greedy_text_with_a_cache_is_that_without(config: ModelConfig, seed: int, batch: int, length: int) -> None:
     params = excited(shape_router(init_params(config, seeded(seed), torch.float64), "spread"))
     prompt = torch.randint(config.vocab_size, (batch, length), generator=seeded(seed))
-    found = generate(params, prompt, config, seeded(0), max_new_tokens=6, temperature=0.0)
-    assert torch.equal(found, uncached(prompt, 6, config, params))
+    tokens = generate(params, prompt, config, seeded(0), max_new_tokens=6, temperature=0.0)
+    assert torch.equal(tokens, uncached(prompt, 6, config, params))
 
 
 @given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), routing=st.sampled_from(list(ROUTINGS)))
@@ -124,9 +124,9 @@ def test_a_padded_row_becomes_what_it_would_be_alone(lengths: list[int], routing
     how: dict[str, Any] = dict(max_new_tokens=5, temperature=0.0, repetition_penalty=1.3, context_length=6)
     together = generate(params, prompt, config, seeded(0), attention_mask=mask, **how)
     assert torch.equal(together[:, :width], prompt)
-    for row, found in zip(rows, together[:, width:], strict=True):
+    for row, continuation in zip(rows, together[:, width:], strict=True):
         alone = generate(params, row[None], config, seeded(0), **how)
-        assert torch.equal(found, alone[0, len(row) :])
+        assert torch.equal(continuation, alone[0, len(row) :])
 
 
 def test_padding_leaves_the_logits_of_an_unpadded_row() -> None:
@@ -178,10 +178,10 @@ def test_few_and_many_tokens_visit_their_experts_alike(routing: str, monkeypatch
     for few in (True, False):
         monkeypatch.setattr(decoding, "_are_few", lambda *_, few=few: few)
         for batch in (40, 5, 1):
-            found = [
+            logits = [
                 decode(start_decoding(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)
             ]
-            assert_close(torch.cat(found), wanted[:, -1], 1e-12, f"few: {few}, batch {batch}")
+            assert_close(torch.cat(logits), wanted[:, -1], 1e-12, f"few: {few}, batch {batch}")
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -192,8 +192,8 @@ def test_a_broken_expert_spoils_only_the_tokens_that_visit_it(bad: float) -> Non
     broken = int(ids[0, 0])
     params["layers"]["moe"]["w1"][-1, broken] = bad
     for batch in (40, 5):
-        found = [decode(start_decoding(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)]
-        assert torch.equal(torch.cat(found).isnan().any(dim=-1), (ids == broken).any(dim=-1))
+        logits = [decode(start_decoding(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)]
+        assert torch.equal(torch.cat(logits).isnan().any(dim=-1), (ids == broken).any(dim=-1))
 
 
 def test_parameters_are_left_as_they_were() -> None:
@@ -231,9 +231,9 @@ def test_transformers_writes_the_same_greedy_text_in_uneven_batches(tmp_path: Pa
     assert torch.equal(ours, theirs)
     assert len({*ours[1].tolist()}) > 4
     scores, ids = torch.randn(3, 40, generator=seeded(1)), torch.randint(40, (3, 6), generator=seeded(2))
-    seen = torch.zeros(3, 40, dtype=torch.bool).scatter(1, ids, True)
+    present = torch.zeros(3, 40, dtype=torch.bool).scatter(1, ids, True)
     assert torch.equal(
-        penalize(scores, seen, 1.7), transformers.RepetitionPenaltyLogitsProcessor(penalty=1.7)(ids, scores.clone())
+        penalize(scores, present, 1.7), transformers.RepetitionPenaltyLogitsProcessor(penalty=1.7)(ids, scores.clone())
     )
 
 
@@ -288,8 +288,8 @@ def test_tokens_are_drawn_from_the_truncated_distribution(
     draws, order = 4000, [2, 0, 3, 1]  # where the ranks lie in the vocabulary
     logits = torch.empty(4)
     logits[order] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log() + 5
-    found = sample(logits.expand(draws, 4), seeded(0), SamplingParams(temperature, top_k, top_p))
-    counts = Counter(found.tolist())
+    tokens = sample(logits.expand(draws, 4), seeded(0), SamplingParams(temperature, top_k, top_p))
+    counts = Counter(tokens.tolist())
     for token, p in zip(order, wanted, strict=True):
         assert abs(counts[token] / draws - p) <= 5 * math.sqrt(p * (1 - p) / draws), f"{counts}, wanted {wanted}"
 
@@ -300,22 +300,22 @@ def test_a_temperature_near_zero_is_the_argmax_and_no_overflow() -> None:
 
 
 def test_the_penalty_divides_positive_logits_and_multiplies_negative_ones_of_seen_tokens() -> None:
-    logits, seen = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False, False]])
-    assert penalize(logits, seen, 4.0).tolist() == [[0.5, -8.0, 2.0, -2.0]]
-    assert penalize(logits, seen, 1.0) is logits
+    logits, present = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False, False]])
+    assert penalize(logits, present, 4.0).tolist() == [[0.5, -8.0, 2.0, -2.0]]
+    assert penalize(logits, present, 1.0) is logits
 
 
 def test_a_large_penalty_writes_every_token_before_one_comes_back() -> None:
     """With all logits made positive, a seen token wins only when no other is left; the prompt counts, too."""
     params = wild()
-    found = generate(params, PROMPT, TINY, seeded(0), max_new_tokens=10, temperature=0.0, repetition_penalty=1e9)
-    for row in found:
+    tokens = generate(params, PROMPT, TINY, seeded(0), max_new_tokens=10, temperature=0.0, repetition_penalty=1e9)
+    for row in tokens:
         logits = forward(params, row[None, :-1], TINY)[0][0]
         for place in range(2, 12):
-            new, seen = int(row[place + 1]), {*row[: place + 1].tolist()}
-            if any(logits[place, other] > 0 for other in {*range(13)} - seen):
-                assert new not in seen
-    assert not torch.equal(found, state(max_new_tokens=10, temperature=0.0))
+            new, earlier = int(row[place + 1]), {*row[: place + 1].tolist()}
+            if any(logits[place, other] > 0 for other in {*range(13)} - earlier):
+                assert new not in earlier
+    assert not torch.equal(tokens, state(max_new_tokens=10, temperature=0.0))
 
 
 def test_a_row_that_stops_is_filled_up_and_the_text_ends_with_its_last_row() -> None:
@@ -323,12 +323,12 @@ def test_a_row_that_stops_is_filled_up_and_the_text_ends_with_its_last_row() -> 
     first, second = ([*row.tolist()] for row in free)
     stop = next(token for token in first if token in second and first.index(token) != second.index(token))
     ends = [row.index(stop) for row in (first, second)]
-    found = state(temperature=0.0, max_new_tokens=12, stop_tokens=(stop,), pad_token=0)[:, 3:]
-    assert found.shape[1] == max(ends) + 1
-    for row, wanted, end in zip(found.tolist(), (first, second), ends, strict=True):
+    padded = state(temperature=0.0, max_new_tokens=12, stop_tokens=(stop,), pad_token=0)[:, 3:]
+    assert padded.shape[1] == max(ends) + 1
+    for row, wanted, end in zip(padded.tolist(), (first, second), ends, strict=True):
         assert row == wanted[: end + 1] + [0] * (max(ends) - end)
     filled = state(temperature=0.0, max_new_tokens=12, stop_tokens=(stop,))[:, 3:]
-    assert torch.equal(filled, torch.where((found == 0) & (filled == stop), stop, found))
+    assert torch.equal(filled, torch.where((padded == 0) & (filled == stop), stop, padded))
 
 
 BAD: list[tuple[str, dict[str, Any]]] = [

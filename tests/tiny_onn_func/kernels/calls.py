@@ -50,9 +50,9 @@ def calls(sizes: Sizes = Sizes(), seed: int = 0) -> dict[str, Call]:  # noqa: B0
     rotary = {"cosines": drawn(tokens, head), "sines": drawn(tokens, head)}
     heads = {"qkv": drawn(runs, batch, tokens, width, head), "norms": drawn(runs, width - groups, head), **rotary}
     by_head = (("q", groups * share), ("k", groups), ("v", groups))
-    slopes = {n: drawn(runs, batch, some, tokens, head) for n, some in by_head}
+    slopes = {n: drawn(runs, batch, count, tokens, head) for n, count in by_head}
     keys = {name: drawn(batch, groups, tokens, dim) for name in "kv"}
-    seen = {"q": drawn(batch, groups, share, tokens, dim), **keys, "bias": drawn(1, tokens, tokens)}
+    attended = {"q": drawn(batch, groups, share, tokens, dim), **keys, "bias": drawn(1, tokens, tokens)}
     out = {"out": drawn(batch, tokens, groups, share, dim), "log_sums": drawn(batch, groups, share, tokens)}
     labelled = {"logits": drawn(tokens, inner), "labels": below(inner, tokens)}
     leaves = {name: drawn(runs, dim).abs() for name in ("params", "grads", "mu", "nu")}
@@ -108,9 +108,9 @@ def calls(sizes: Sizes = Sizes(), seed: int = 0) -> dict[str, Call]:  # noqa: B0
         "split_heads_grad": Call(
             lambda q, k, v, **t: forward.split_heads_grad((q, k, v), **t, eps=1e-6), {**slopes, **heads}, {}
         ),
-        "attention": Call(forward.attention, seen, {}),
+        "attention": Call(forward.attention, attended, {}),
         "attention_grad": Call(
-            forward.attention_grad, {**seen, **out, "grad": drawn(batch, tokens, groups, share, dim)}, {}
+            forward.attention_grad, {**attended, **out, "grad": drawn(batch, tokens, groups, share, dim)}, {}
         ),
         "choose": Call(
             lambda **t: forward.choose(**t, slots=slots, least=1, dynamic=True), {**choice, **budget}, {}

@@ -33,11 +33,11 @@ def cut(t: Tensor, place: int) -> Tensor:
 def awkward(t: Tensor, place: int) -> Tensor:
     """With one number that is out of range, or no number."""
     values = AWKWARD if t.is_floating_point() else FAR
-    made, value = t.clone(memory_format=torch.contiguous_format), values[place % len(values)]
+    copy, value = t.clone(memory_format=torch.contiguous_format), values[place % len(values)]
     if t.numel() and t.dtype != torch.bool:
         largest = torch.iinfo(t.dtype).max if not t.is_floating_point() else math.inf
-        made.view(-1)[place % t.numel()] = min(value, largest) if value == value else value
-    return made
+        copy.view(-1)[place % t.numel()] = min(value, largest) if value == value else value
+    return copy
 
 
 SPOILS: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -71,10 +71,10 @@ def sizes(draw: st.DrawFn) -> Sizes:
     )  # fmt: skip
 
 
-def tried(function: Callable[..., Any], *given_: Any, **named: Any) -> None:
+def tried(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Whatever Python says of it."""
     with suppress(Exception):
-        function(*given_, **named)
+        function(*args, **kwargs)
 
 
 @settings(max_examples=EXAMPLES["kernels"], deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

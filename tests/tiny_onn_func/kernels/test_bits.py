@@ -33,10 +33,10 @@ WIDTHS = st.sampled_from([1, 3, 7, 8, 9, 16, 17, 31, 40, 64, 65])
 )
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The kernels of one of the builds, which the functions below then call."""
-    made = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    library_path = tmp_path_factory.mktemp("kernels") / "kernels.so"
     sources = [path for path in build.SOURCES if path.suffix == ".c"]
-    subprocess.run(["cc", *BUILDS[request.param], "-o", made, *sources, "-lm"], check=True)
-    library = runtime.typed(ctypes.CDLL(str(made)))
+    subprocess.run(["cc", *BUILDS[request.param], "-o", library_path, *sources, "-lm"], check=True)
+    library = runtime.typed(ctypes.CDLL(str(library_path)))
     with pytest.MonkeyPatch.context() as patch:
         for module in (forward_kernels, step_kernels):
             patch.setattr(module, "loaded", lambda: library)
@@ -56,35 +56,35 @@ def makers(rows: int, inner: int, outer: int) -> dict[str, Callable[[slice], Ten
     order, ones = torch.randperm(rows, generator=seeded(8)), torch.ones(1, rows, dtype=torch.bool)
     weights, pairs = drawn(rows, 2, seed=9), torch.stack((x[0], more[0]), dim=1)
 
-    def end(some: slice) -> Tensor:
-        return torch.tensor([[len(range(rows)[some])]], dtype=torch.int32)
+    def end(span: slice) -> Tensor:
+        return torch.tensor([[len(range(rows)[span])]], dtype=torch.int32)
 
-    def combined(some: slice) -> Tensor:
-        y = pairs[some].flatten(0, 1)
-        return forward_kernels.combined_rows(y, weights[some], torch.arange(len(y)))
+    def combined(span: slice) -> Tensor:
+        y = pairs[span].flatten(0, 1)
+        return forward_kernels.combined_rows(y, weights[span], torch.arange(len(y)))
 
-    def chosen(some: slice) -> Tensor:
-        given_ = x[:, some], bias, budget, ones[:, some]
-        return forward_kernels.choose(*given_, slots=min(3, inner), least=1, dynamic=True)[0][0]
+    def chosen(span: slice) -> Tensor:
+        args = x[:, span], bias, budget, ones[:, span]
+        return forward_kernels.choose(*args, slots=min(3, inner), least=1, dynamic=True)[0][0]
 
-    def slopes(some: slice) -> Tensor:
-        log_sums = step_kernels.cross_entropy(x[0, some], labels[some])[3]
-        return step_kernels.cross_entropy_grad(weights[some, 0], x[0, some], labels[some], log_sums)
+    def slopes(span: slice) -> Tensor:
+        log_sums = step_kernels.cross_entropy(x[0, span], labels[span])[3]
+        return step_kernels.cross_entropy_grad(weights[span, 0], x[0, span], labels[span], log_sums)
 
     return {
-        "matmul": lambda some: forward_kernels.matmul([(x[:, some], w)], end(some))[0],
-        "transposed": lambda some: forward_kernels.matmul([(x[:, some], turned)], end(some))[0],
-        "twice": lambda some: forward_kernels.matmul([(x[:, some], w), (more[:, some], w)], end(some))[0],
-        "token_matmul": lambda some: forward_kernels.token_matmul(x, order[None, some], w, end(some))[0],
-        "swiglu": lambda some: forward_kernels.swiglu(x[0, some], more[0, some]),
-        "swiglu_grad": lambda some: forward_kernels.swiglu_grad(grad[some], x[0, some], more[0, some])[0],
-        "scaled_rows": lambda some: forward_kernels.scaled_rows(x[0], weights, order[some]),
+        "matmul": lambda span: forward_kernels.matmul([(x[:, span], w)], end(span))[0],
+        "transposed": lambda span: forward_kernels.matmul([(x[:, span], turned)], end(span))[0],
+        "twice": lambda span: forward_kernels.matmul([(x[:, span], w), (more[:, span], w)], end(span))[0],
+        "token_matmul": lambda span: forward_kernels.token_matmul(x, order[None, span], w, end(span))[0],
+        "swiglu": lambda span: forward_kernels.swiglu(x[0, span], more[0, span]),
+        "swiglu_grad": lambda span: forward_kernels.swiglu_grad(grad[span], x[0, span], more[0, span])[0],
+        "scaled_rows": lambda span: forward_kernels.scaled_rows(x[0], weights, order[span]),
         "combined_rows": combined,
-        "rms_norm": lambda some: forward_kernels.rms_norm(x[:, some], norm, 1e-6)[0],
-        "rms_norm_grad": lambda some: forward_kernels.rms_norm_grad(grad[None, some], x[:, some], norm, 1e-6)[0][0],
+        "rms_norm": lambda span: forward_kernels.rms_norm(x[:, span], norm, 1e-6)[0],
+        "rms_norm_grad": lambda span: forward_kernels.rms_norm_grad(grad[None, span], x[:, span], norm, 1e-6)[0][0],
         "choose": chosen,
-        "cross_entropy": lambda some: torch.stack(
-            [t.float() for t in step_kernels.cross_entropy(x[0, some], labels[some])], dim=-1
+        "cross_entropy": lambda span: torch.stack(
+            [t.float() for t in step_kernels.cross_entropy(x[0, span], labels[span])], dim=-1
         ),
         "cross_entropy_grad": slopes,
     }
@@ -96,9 +96,9 @@ def test_some_rows_have_the_bits_that_they_have_among_all(
     rows: int, inner: int, outer: int, data: st.DataObject
 ) -> None:
     first = data.draw(st.integers(0, rows - 1))
-    some = slice(first, data.draw(st.integers(first + 1, rows)))
-    for name, made in makers(rows, inner, outer).items():
-        assert_same_bits({name: made(some)}, {name: made(slice(0, rows))[some]})
+    span = slice(first, data.draw(st.integers(first + 1, rows)))
+    for name, compute in makers(rows, inner, outer).items():
+        assert_same_bits({name: compute(span)}, {name: compute(slice(0, rows))[span]})
 
 
 @given(rows=st.integers(0, 600), inner=WIDTHS, outer=WIDTHS, column=st.integers(0, 64))
@@ -116,8 +116,8 @@ def test_an_outer_product_s_row_and_column_have_the_bits_that_they_have_among_al
 @pytest.mark.usefixtures("kernels")
 def test_a_parameter_is_updated_to_the_bits_that_it_gets_among_others(count: int, first: int) -> None:
     numbers, leaves = torch.full((1, 6), 0.1), [drawn(1, count, seed=seed).abs() for seed in range(4)]
-    some = slice(first % count, count)
+    span = slice(first % count, count)
     whole = step_kernels.adamw([numbers], *([leaf] for leaf in leaves))
-    part = step_kernels.adamw([numbers], *([leaf[:, some]] for leaf in leaves))
-    for found, wanted in zip(part, whole, strict=True):
-        assert_same_bits(found[0], wanted[0][:, some])
+    part = step_kernels.adamw([numbers], *([leaf[:, span]] for leaf in leaves))
+    for actual, wanted in zip(part, whole, strict=True):
+        assert_same_bits(actual[0], wanted[0][:, span])

@@ -55,8 +55,8 @@ def test_a_share_that_would_be_next_to_nothing_is_nothing() -> None:
     assert out.tolist() == [2.0]
     assert v.flatten().tolist() == [0.0, 1.0]
     logits = torch.tensor([[[0.0, -200.0, -90.0]]])
-    given_ = logits, torch.zeros(1, 3), torch.ones(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
-    weights, ids, _ = forward.choose(*given_, slots=3, least=1, dynamic=False)
+    args = logits, torch.zeros(1, 3), torch.ones(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    weights, ids, _ = forward.choose(*args, slots=3, least=1, dynamic=False)
     assert (weights.flatten().tolist(), ids.flatten().tolist()) == ([1.0, 0.0, 0.0], [0, 2, 1])
 
 
@@ -67,8 +67,8 @@ def test_the_gate_s_ends_are_those_of_pytorch() -> None:
 
 
 def tied(*surprise: float, sign: float = 1.0) -> tuple[bool, bool, int]:
-    given_ = torch.tensor([[[[*surprise]]]]), torch.ones(1, 1, dtype=torch.bool), torch.ones(1), torch.full((1,), sign)
-    expert, informative, ties = step.least_surprised(*given_)
+    args = torch.tensor([[[[*surprise]]]]), torch.ones(1, 1, dtype=torch.bool), torch.ones(1), torch.full((1,), sign)
+    expert, informative, ties = step.least_surprised(*args)
     return bool(ties), bool(informative), int(expert)
 
 

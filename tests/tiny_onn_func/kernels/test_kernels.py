@@ -53,9 +53,9 @@ def product(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-def assert_within_rounding(found: Tensor, wanted: Tensor, size: Tensor, terms: int) -> None:
+def assert_within_rounding(actual: Tensor, wanted: Tensor, size: Tensor, terms: int) -> None:
     """|error| <= terms * eps * sum of the terms' sizes: what adding `terms` products in any order may cost."""
-    assert bool(((found - wanted).abs() <= (terms + 1) * EPS * size + 1e-30).all())
+    assert bool(((actual - wanted).abs() <= (terms + 1) * EPS * size + 1e-30).all())
 
 
 @example(counts=[0, 0], inner=16, outer=32, nobody=3, transposed=False)
@@ -73,13 +73,13 @@ def test_products_are_right_to_rounding_at_every_edge_of_a_tile(
     grads = drawn(runs, count, outer, seed=4)
     rows[:, sum(counts) :] = others[:, sum(counts) :] = grads[:, sum(counts) :] = torch.nan  # nobody's
 
-    one = forward_kernels.matmul([(rows, weights)], offsets)
-    assert_within_rounding(one, product(rows, weights, offsets), product(rows.abs(), weights.abs(), offsets), inner)
-    two = forward_kernels.matmul([(rows, weights), (others, more)], offsets)
+    out = forward_kernels.matmul([(rows, weights)], offsets)
+    assert_within_rounding(out, product(rows, weights, offsets), product(rows.abs(), weights.abs(), offsets), inner)
+    both = forward_kernels.matmul([(rows, weights), (others, more)], offsets)
     wanted = product(rows, weights, offsets) + product(others, more, offsets)
     size = product(rows.abs(), weights.abs(), offsets) + product(others.abs(), more.abs(), offsets)
-    assert_within_rounding(two, wanted, size, 2 * inner)
-    assert not one[:, sum(counts) :].any()
+    assert_within_rounding(both, wanted, size, 2 * inner)
+    assert not out[:, sum(counts) :].any()
 
     outer_product = forward_kernels.outer(rows, grads, offsets)
     for run, expert in itertools.product(range(runs), range(len(counts))):
@@ -102,9 +102,9 @@ def test_the_bits_depend_neither_on_threads_nor_on_who_else_is_there() -> None:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
     for run in range(3):
-        one = slice(run, run + 1)
-        assert torch.equal(forward_kernels.matmul([(rows[one], weights[one])], offsets[one]), alone[0][one])
-        assert torch.equal(forward_kernels.outer(rows[one], grads[one], offsets[one]), alone[1][one])
+        of_run = slice(run, run + 1)
+        assert torch.equal(forward_kernels.matmul([(rows[of_run], weights[of_run])], offsets[of_run]), alone[0][of_run])
+        assert torch.equal(forward_kernels.outer(rows[of_run], grads[of_run], offsets[of_run]), alone[1][of_run])
     for expert, start in ((0, 0), (2, 70), (4, 143)):  # a row alone is the row among others
         single = forward_kernels.matmul(
             [(rows[:1, start : start + 1], weights[:1, expert : expert + 1])], offsets_of([1])
@@ -121,8 +121,8 @@ def test_the_activation_and_its_gradient_are_right_to_a_few_units_in_the_last_pl
     wanted = torch.nn.functional.silu(wide[0]) * wide[1]
     assert torch.allclose(forward_kernels.swiglu(gate, up).double(), wanted, rtol=1e-6, atol=1e-30)
     slopes = torch.autograd.grad(wanted, wide, grad.double())
-    for found, slope, size in zip(forward_kernels.swiglu_grad(grad, gate, up), slopes, (grad * up, grad), strict=True):
-        assert bool(((found - slope).abs() <= 1e-6 * slope.abs() + 1e-6 * size.abs()).all())
+    for actual, slope, size in zip(forward_kernels.swiglu_grad(grad, gate, up), slopes, (grad * up, grad), strict=True):
+        assert bool(((actual - slope).abs() <= 1e-6 * slope.abs() + 1e-6 * size.abs()).all())
 
 
 def test_what_is_not_a_number_stays_so() -> None:
@@ -178,8 +178,8 @@ def test_leaves_and_weights_that_lie_otherwise_are_read_right() -> None:
     wanted = step_kernels.adamw([numbers], [p], [g], [mu], [nu])
     for place in range(4):
         leaves_ = [[t.mT.contiguous().mT if at == place else t] for at, t in enumerate((p, g, mu, nu))]
-        for found, ought in zip(step_kernels.adamw([numbers], *leaves_), wanted, strict=True):
-            assert torch.equal(found[0], ought[0])
+        for actual, ought in zip(step_kernels.adamw([numbers], *leaves_), wanted, strict=True):
+            assert torch.equal(actual[0], ought[0])
 
     rows, offsets, token = drawn(2, 20, 33), offsets_of([7, 13], 2), torch.arange(20).flip(0).expand(2, 20)
     stacked = drawn(2, 3, 2, 33, 40, seed=1)  # runs, layers: a layer's weights lie apart
@@ -216,8 +216,8 @@ def test_decisions_read_tensors_that_lie_otherwise() -> None:
         ]
 
     wanted = decided(lambda t: t)
-    for found, ought in zip(decided(lambda t: torch.stack((t, t), dim=-1)[..., 0]), wanted, strict=True):
-        assert torch.equal(found, ought)
+    for actual, ought in zip(decided(lambda t: torch.stack((t, t), dim=-1)[..., 0]), wanted, strict=True):
+        assert torch.equal(actual, ought)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -227,10 +227,10 @@ def test_kernels_keep_away_from_what_is_mapped_followed_or_differentiated() -> N
     assert not runtime.usable_now(plain, leaf)
     with torch.no_grad():
         assert runtime.usable_now(plain, leaf)
-    seen = []
-    vmap(lambda t: seen.append(runtime.usable_now(t)) or t)(plain)
-    jvp(lambda t: seen.append(runtime.usable_now(t)) or t, (plain,), (plain,))
-    assert seen == [False, False]
+    usable = []
+    vmap(lambda t: usable.append(runtime.usable_now(t)) or t)(plain)
+    jvp(lambda t: usable.append(runtime.usable_now(t)) or t, (plain,), (plain,))
+    assert usable == [False, False]
     assert not runtime.usable_now(plain.double())
 
 
@@ -251,8 +251,8 @@ def test_first_and_second_derivatives_by_plain_autograd_are_those_of_float64() -
         return first if order == 1 else torch.autograd.grad(sum((g**2).sum() for g in first), own)
 
     for order, tolerance in ((1, 1e-5), (2, 1e-4)):
-        for found, wanted in zip(slopes(torch.float32, order), slopes(torch.float64, order), strict=True):
-            assert_close(found, wanted, tolerance)
+        for actual, wanted in zip(slopes(torch.float32, order), slopes(torch.float64, order), strict=True):
+            assert_close(actual, wanted, tolerance)
 
 
 def test_the_optimizers_kernel_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,24 +260,24 @@ def test_the_optimizers_kernel_is_its_formula(monkeypatch: pytest.MonkeyPatch) -
     hyper, state = HyperParams(), adamw_init(params)
     for step in range(3):
         grads = {"w": drawn(40, 500, seed=step), "in": {"norm": drawn(33, seed=step)}, "moe": {"w1": torch.zeros(7)}}
-        told = {"lr": 0.01, "weight_decay": 0.1, "hyper": hyper, "grad_scale": 0.3, "backbone_scale": 0.5}
-        found = adamw_update(params, grads, state, **told)
+        kwargs = {"lr": 0.01, "weight_decay": 0.1, "hyper": hyper, "grad_scale": 0.3, "backbone_scale": 0.5}
+        updated = adamw_update(params, grads, state, **kwargs)
         with monkeypatch.context() as patch:
             patch.setattr(runtime, "supports", lambda *_: False)
-            wanted = adamw_update(params, grads, state, **told)
-        for one, other in zip(leaves(found), leaves(wanted), strict=True):
-            assert_close(one, other, 1e-6)
-        params, state = found
+            wanted = adamw_update(params, grads, state, **kwargs)
+        for leaf, other in zip(leaves(updated), leaves(wanted), strict=True):
+            assert_close(leaf, other, 1e-6)
+        params, state = updated
 
 
 def test_a_step_without_the_kernels_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(num_experts_per_tok=-1)
     state, batch = init_state(config, seeded(0)), tiny_batch(config, 3, 8, right=(0, 2, 5))
-    (with_them, told) = hyper_step(state, batch, HyperParams(), config)
+    (with_them, metrics) = hyper_step(state, batch, HyperParams(), config)
     monkeypatch.setattr(runtime, "supports", lambda *_: False)
-    (without, told_too) = hyper_step(state, batch, HyperParams(), config)
-    assert_close(told.main_loss, told_too.main_loss, 1e-6)
-    assert_close(told.surprise, told_too.surprise, 1e-5)
+    (without, metrics_without) = hyper_step(state, batch, HyperParams(), config)
+    assert_close(metrics.main_loss, metrics_without.main_loss, 1e-6)
+    assert_close(metrics.surprise, metrics_without.surprise, 1e-5)
     assert_close(with_them.expert_opt.mu["layers"]["moe"]["w2"], without.expert_opt.mu["layers"]["moe"]["w2"], 1e-4)
 
 
@@ -298,14 +298,14 @@ def test_an_outer_product_of_more_rows_than_are_taken_at_a_time_sums_them_all(wi
     x, token = drawn(2, 90, 33), torch.randint(0, 90, (2, 700), generator=seeded(1))
     grads, offsets = drawn(2, 700, width, seed=2), offsets_of([5, 600, 0, 90], 2)
     rows = torch.stack([x[run][token[run]] for run in range(2)])
-    found = forward_kernels.outer(rows, grads, offsets)
+    products = forward_kernels.outer(rows, grads, offsets)
     for run, (expert, (start, end)) in itertools.product(
         range(2), enumerate([(0, 5), (5, 605), (605, 605), (605, 695)])
     ):
         left, right = rows[run, start:end].double(), grads[run, start:end].double()
         size = left.abs().mT @ right.abs()
-        assert_within_rounding(found[run, expert], left.mT @ right, size, end - start)
-    assert torch.equal(forward_kernels.token_outer(x, token, grads, offsets), found)
+        assert_within_rounding(products[run, expert], left.mT @ right, size, end - start)
+    assert torch.equal(forward_kernels.token_outer(x, token, grads, offsets), products)
 
 
 def test_a_transpose_of_few_rows_has_the_bits_of_one_of_many() -> None:
@@ -313,8 +313,8 @@ def test_a_transpose_of_few_rows_has_the_bits_of_one_of_many() -> None:
     whole = forward_kernels.matmul([(rows, weights), (rows.flip(1), weights)], offsets)
     for count in (1, 7, 16):
         few = rows[:, :count].contiguous(), rows.flip(1)[:, :count].contiguous()
-        found = forward_kernels.matmul([(few[0], weights), (few[1], weights)], offsets_of([count]))
-        assert torch.equal(found, whole[:, :count])
+        out = forward_kernels.matmul([(few[0], weights), (few[1], weights)], offsets_of([count]))
+        assert torch.equal(out, whole[:, :count])
 
 
 def test_a_large_outer_product_is_written_past_the_caches_and_is_the_same() -> None:
@@ -349,12 +349,12 @@ def test_without_a_compiler_nothing_is_missing(compiler: str, tmp_path: Path) ->
 def test_the_kernels_of_lesser_processors_compute_the_same(
     flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = tmp_path / "kernels.so"
+    library_path = tmp_path / "kernels.so"
     quiet = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter")
     sources = [path for path in build.SOURCES if path.suffix == ".c"]
-    subprocess.run(["cc", *flags, *quiet, "-shared", "-fPIC", "-o", made, *sources, "-lm"], check=True)
+    subprocess.run(["cc", *flags, *quiet, "-shared", "-fPIC", "-o", library_path, *sources, "-lm"], check=True)
     here = every_kernel()
-    lesser = runtime.typed(ctypes.CDLL(str(made)))
+    lesser = runtime.typed(ctypes.CDLL(str(library_path)))
     for module in (forward_kernels, step_kernels):
         monkeypatch.setattr(module, "loaded", lambda: lesser)
     there = every_kernel()
@@ -368,7 +368,7 @@ def every_kernel() -> list[Tensor]:
     rows, weights, offsets = drawn(2, 90, 37), drawn(2, 3, 37, 70, seed=1), offsets_of([20, 7, 63], 2)
     token, grads = torch.randint(0, 90, (2, 90), generator=seeded(2)), drawn(2, 90, 70, seed=3)
     few = [[t.flatten(1)] for t in (rows, rows, rows, rows.abs())]
-    made = [
+    outputs = [
         forward_kernels.matmul([(rows, weights)], offsets),
         forward_kernels.matmul([(rows, weights.mT.contiguous().mT)], offsets),
         forward_kernels.outer(rows, grads, offsets), forward_kernels.token_matmul(rows, token, weights, offsets),
@@ -378,5 +378,5 @@ def every_kernel() -> list[Tensor]:
     ]  # fmt: skip
     for twin, draw in CASES.values():
         out, slopes_ = slopes(twin, autograd_function(twin).apply, single(draw(0, 40, 24)))
-        made += [*out, *slopes_]
-    return made
+        outputs += [*out, *slopes_]
+    return outputs

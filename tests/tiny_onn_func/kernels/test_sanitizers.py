@@ -16,12 +16,12 @@ BUILDS = {"for this processor": "", "plain, whose every load is watched": "-marc
 
 def runtimes_of_gcc() -> list[str]:
     """The libraries that must be loaded before all others: the second one's exceptions go through the first."""
-    found = []
+    paths = []
     for name in ("libasan.so", "libstdc++.so"):
         with suppress(OSError):
-            told = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=False)
-            found.append(Path(told.stdout.strip()))
-    return [str(path.resolve()) for path in found if path.is_absolute() and path.exists()]
+            result = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+            paths.append(Path(result.stdout.strip()))
+    return [str(path.resolve()) for path in paths if path.is_absolute() and path.exists()]
 
 
 @pytest.mark.slow

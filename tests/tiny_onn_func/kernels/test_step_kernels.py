@@ -43,11 +43,11 @@ def both(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Any]:
 
 
 def same(ours: Any, theirs: Any, tolerance: float = 2e-6) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        if one.is_floating_point():
-            torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance, equal_nan=True)
+    for actual, expected in zip(ours, theirs, strict=True):
+        if actual.is_floating_point():
+            torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
         else:
-            assert torch.equal(one, other)
+            assert torch.equal(actual, expected)
 
 
 def some_surprise(layers: int, tokens: int, experts: int, seed: int) -> Tensor:
@@ -108,9 +108,9 @@ def test_surfaces_of_mapped_runs_are_those_of_the_runs_alone() -> None:
         return scatter_surprise(left, right, rows, 9, 7, is_signed=signed)
 
     for signed in (False, True):
-        given_ = left, right, logits, real
-        mapped = vmap(surface, (0, 0, 0, 0, None))(*given_, signed)
-        same(mapped, [surface(*(t[run] for t in given_), signed) for run in range(3)])
+        args = left, right, logits, real
+        mapped = vmap(surface, (0, 0, 0, 0, None))(*args, signed)
+        same(mapped, [surface(*(t[run] for t in args), signed) for run in range(3)])
 
 
 @given(**SIZES, grid=st.sampled_from([0.0, 1.0, 100.0]))
@@ -180,8 +180,8 @@ def test_a_followed_gradient_is_that_of_the_experts_that_were_chosen() -> None:
     leaf = tied.clone().requires_grad_()
     once, twice = torch.autograd.grad(value(leaf), leaf), torch.autograd.grad(value(leaf), leaf, create_graph=True)
     wanted = (numbers - numbers.mean(dim=-1, keepdim=True)) / 4
-    for found in (once[0], twice[0], grad(value)(tied)):
-        torch.testing.assert_close(found, wanted)
+    for gradient in (once[0], twice[0], grad(value)(tied)):
+        torch.testing.assert_close(gradient, wanted)
 
 
 def test_a_bias_and_a_mask_of_all_runs_are_those_of_each() -> None:
@@ -194,8 +194,8 @@ def test_a_bias_and_a_mask_of_all_runs_are_those_of_each() -> None:
 
 def test_what_is_not_a_number_comes_last_and_shows_in_the_weights() -> None:
     logits = torch.tensor([[[1.0, 2.0, 2.0, torch.nan, -torch.inf], [torch.nan] * 5]])
-    given_ = torch.zeros(1, 5), torch.ones(1, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
-    weights, ids, _ = forward_kernels.choose(logits, *given_, slots=5, least=1, dynamic=False)
+    args = torch.zeros(1, 5), torch.ones(1, dtype=torch.float64), torch.ones(1, 2, dtype=torch.bool)
+    weights, ids, _ = forward_kernels.choose(logits, *args, slots=5, least=1, dynamic=False)
     assert ids.tolist() == [[[1, 2, 0, 3, 4], [0, 1, 2, 3, 4]]]
     assert weights.isnan().all()
 
@@ -204,8 +204,8 @@ def test_what_is_not_a_number_comes_last_and_shows_in_the_weights() -> None:
 def test_one_logit_that_is_not_a_number_shows_in_the_weights_of_all_that_are_chosen(experts: int) -> None:
     logits = torch.randn(1, 3, experts, generator=seeded(0))
     logits[0, 1, 2] = torch.nan
-    given_ = torch.zeros(1, experts), torch.ones(1, dtype=torch.float64), torch.ones(1, 3, dtype=torch.bool)
-    weights, ids, _ = forward_kernels.choose(logits, *given_, slots=2, least=1, dynamic=False)
+    args = torch.zeros(1, experts), torch.ones(1, dtype=torch.float64), torch.ones(1, 3, dtype=torch.bool)
+    weights, ids, _ = forward_kernels.choose(logits, *args, slots=2, least=1, dynamic=False)
     assert not (ids[0, 1] == 2).any()
     assert weights.isnan().all(dim=-1).tolist() == [[False, True, False]]
 
@@ -219,7 +219,7 @@ def test_mapped_runs_choose_each_by_its_own_bias_and_budget() -> None:
     )
     for run in range(3):
         alone = route(logits[run], real[run], config, float(budgets[run]), bias[run])
-        assert all(torch.equal(some[run], one) for some, one in zip(mapped, alone, strict=True))
+        assert all(torch.equal(of_runs[run], of_run) for of_runs, of_run in zip(mapped, alone, strict=True))
     shared = vmap(lambda logits: route(logits, real[0], config, 0.6, bias[1]))(logits)
     assert torch.equal(shared.expert_ids[2], route(logits[2], real[0], config, 0.6, bias[1]).expert_ids)
 
@@ -236,7 +236,7 @@ def test_a_mask_of_all_runs_asks_of_each_what_it_asks_of_one(sign: float, dtype:
 def test_runs_of_a_vmap_are_decided_each_for_itself() -> None:
     surprise, real = some_surprise(6, 9, 7, 0).view(3, 2, 9, 7), torch.rand(3, 9, generator=seeded(1)) < 0.7
     least, sign = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, -1.0, 0.5])
-    mapped = vmap(lambda *one: tuple(router_targets(*one)[:3]))(surprise, real, least, sign)
+    mapped = vmap(lambda *args: tuple(router_targets(*args)[:3]))(surprise, real, least, sign)
     for run in range(3):
         alone = router_targets(surprise[run], real[run], float(least[run]), float(sign[run]))
         same([t[run] for t in mapped], alone[:3])

@@ -70,10 +70,10 @@ def test_the_folder_of_the_kernels_is_this_user_s_alone_whatever_the_umask(
     monkeypatch.setenv("TINY_ONN_NATIVE_CACHE", str(tmp_path / "new" / "home"))
     before = os.umask(0)
     try:
-        made = build.find_library()
+        library = build.find_library()
     finally:
         os.umask(before)
-    assert [path.stat().st_mode & 0o777 for path in (made.parent, made)] == [0o700, 0o700]
+    assert [path.stat().st_mode & 0o777 for path in (library.parent, library)] == [0o700, 0o700]
 
 
 def test_no_argument_chooses_what_is_loaded() -> None:

@@ -35,8 +35,8 @@ def test_what_agrees_is_taken(kernel: str) -> None:
 def test_another_dtype_is_refused_with_both_dtypes_told(kernel: str, name: str) -> None:
     function, tensors, _ = CALLS[kernel]
     dtype = torch.float16 if tensors[name].is_floating_point() else torch.int16
-    told = f"{in_c(kernel)}: expected .*{tensors[name].dtype}.*{dtype}"
-    with pytest.raises(ValueError, match=told):
+    message = f"{in_c(kernel)}: expected .*{tensors[name].dtype}.*{dtype}"
+    with pytest.raises(ValueError, match=message):
         function(**tensors | {name: tensors[name].to(dtype)})
 
 

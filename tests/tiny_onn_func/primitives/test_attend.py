@@ -65,10 +65,10 @@ def test_values_and_gradients_equal_torchs_attention(
         if not masked:
             bias, real = causal_bias(None, seq, torch.device("cpu"), dtype), torch.ones(batch, seq, dtype=torch.long)
         upstream = drawn(batch, seq, groups, share, dim, seed=3, dtype=dtype) * real[:, :, None, None, None]
-        found, wanted = OWN.apply(q, k, v, bias)[0], by_torch(q, k, v, bias)
+        actual, wanted = OWN.apply(q, k, v, bias)[0], by_torch(q, k, v, bias)
         kept = real[:, :, None, None, None]
-        assert_close((found * kept).detach(), (wanted * kept).detach(), tolerance)
-        pairs = zip(*(torch.autograd.grad(out, (q, k, v), upstream) for out in (found, wanted)), strict=True)
+        assert_close((actual * kept).detach(), (wanted * kept).detach(), tolerance)
+        pairs = zip(*(torch.autograd.grad(out, (q, k, v), upstream) for out in (actual, wanted)), strict=True)
         for name, (ours, theirs) in zip("qkv", pairs, strict=True):
             size = max(float(theirs.abs().max()), 1.0)
             assert float((ours - theirs).abs().max()) <= 10 * tolerance * size, name
@@ -96,33 +96,35 @@ def test_vmap_equals_a_loop(mapped: tuple[int | None, ...], dtype: torch.dtype, 
         torch.stack([inputs(batch, 1, 2, seq, 4, dtype)[i] + 0.1 * run for run in range(runs)]) for i in range(3)
     ]
     biases = torch.stack([mask_of(batch if own else 1, seq, run, dtype)[0] for run in range(runs)])
-    given = [t.movedim(0, dim) if dim is not None else t[0] for t, dim in zip([*stacked, biases], mapped, strict=True)]
+    tensors = [
+        t.movedim(0, dim) if dim is not None else t[0] for t, dim in zip([*stacked, biases], mapped, strict=True)
+    ]
     picked = [
         [t[run] if dim is not None else t[0] for t, dim in zip([*stacked, biases], mapped, strict=True)]
         for run in range(runs)
     ]
-    assert_close(vmap(attend, mapped)(*given), torch.stack([attend(*one) for one in picked]), 1e-6)
+    assert_close(vmap(attend, mapped)(*tensors), torch.stack([attend(*args) for args in picked]), 1e-6)
 
     def slope(*t: Tensor) -> Tensor:
         return grad(lambda k: (attend(t[0], k, *t[2:]) ** 2).sum())(t[1])
 
-    assert_close(vmap(slope, mapped)(*given), torch.stack([slope(*one) for one in picked]), 1e-5)
+    assert_close(vmap(slope, mapped)(*tensors), torch.stack([slope(*args) for args in picked]), 1e-5)
 
 
 @FORWARD_MODE
 @pytest.mark.parametrize("place", [0, 1, 2])
 @BOTH_WAYS
 def test_a_tangent_of_one_input_is_its_difference_quotient(place: int, way: str) -> None:
-    given, bias = list(inputs(1, 2, 1, 4, 3)), causal_bias(None, 4, torch.device("cpu"), torch.float64)
-    tangent = drawn(*given[place].shape, seed=9)
+    tensors, bias = list(inputs(1, 2, 1, 4, 3)), causal_bias(None, 4, torch.device("cpu"), torch.float64)
+    tangent = drawn(*tensors[place].shape, seed=9)
 
     def of_place(t: Tensor) -> Tensor:
-        return WAYS[way](*given[:place], t, *given[place + 1 :], bias)
+        return WAYS[way](*tensors[:place], t, *tensors[place + 1 :], bias)
 
-    _, found = jvp(of_place, (given[place],), (tangent,))
+    _, derivative = jvp(of_place, (tensors[place],), (tangent,))
     step = 1e-6
-    quotient = (of_place(given[place] + step * tangent) - of_place(given[place] - step * tangent)) / (2 * step)
-    assert_close(found, quotient, 1e-7)
+    quotient = (of_place(tensors[place] + step * tangent) - of_place(tensors[place] - step * tangent)) / (2 * step)
+    assert_close(derivative, quotient, 1e-7)
 
 
 @pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")
@@ -151,15 +153,15 @@ def test_later_keys_leave_every_bit_of_earlier_queries_however_large_they_are(at
     bias = causal_bias(None, 33, torch.device("cpu"), torch.float32)
     huge = [torch.where(torch.arange(33)[:, None] < at, t, 1e4 * t) for t in (k, v)]
     out, log_sums = forward_kernels.attention(q, k, v, bias)
-    found, found_sums = forward_kernels.attention(q, *huge, bias)
-    assert torch.equal(found[:, :at], out[:, :at])
-    assert torch.equal(found_sums[..., :at], log_sums[..., :at])
+    huge_out, huge_sums = forward_kernels.attention(q, *huge, bias)
+    assert torch.equal(huge_out[:, :at], out[:, :at])
+    assert torch.equal(huge_sums[..., :at], log_sums[..., :at])
     upstream = drawn(*out.shape, seed=3, dtype=torch.float32) * (torch.arange(33) < at)[:, None, None, None]
     wanted = forward_kernels.attention_grad(q, k, v, bias, out, log_sums, upstream)
-    slopes = forward_kernels.attention_grad(q, *huge, bias, found, found_sums, upstream)
-    for some, all_ in zip(slopes, wanted, strict=True):
-        assert torch.equal(some[..., :at, :], all_[..., :at, :])
-        assert not some[..., at:, :].any()
+    slopes = forward_kernels.attention_grad(q, *huge, bias, huge_out, huge_sums, upstream)
+    for slope, expected in zip(slopes, wanted, strict=True):
+        assert torch.equal(slope[..., :at, :], expected[..., :at, :])
+        assert not slope[..., at:, :].any()
 
 
 @pytest.mark.parametrize("size", [1.0, 2.0**10, 2.0**50])

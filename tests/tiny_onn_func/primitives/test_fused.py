@@ -99,9 +99,9 @@ def test_the_kernel_equals_the_plain_way_with_its_gradients(name: str, seed: int
     width = min(width, 40) if name != "cross_entropy" else width
     inputs = draw(seed, size, width)
     assert runtime.usable_now(*single(inputs)[: op.floats])
-    found, found_slopes = slopes(op, autograd_function(op).apply, single(inputs))
+    actual, actual_slopes = slopes(op, autograd_function(op).apply, single(inputs))
     wanted, wanted_slopes = slopes(op, op.reference, inputs)
-    for ours, theirs in zip((*found, *found_slopes), (*wanted, *wanted_slopes), strict=True):
+    for ours, theirs in zip((*actual, *actual_slopes), (*wanted, *wanted_slopes), strict=True):
         if theirs.is_floating_point():
             size_of = max(1.0, float(theirs.abs().max()))
             assert float((ours.double() - theirs).abs().max()) <= 2e-5 * size_of
@@ -148,7 +148,7 @@ def test_mapped_runs_equal_a_loop_forward_and_in_a_gradient(name: str, dtype: to
     shared = None if shared is None or op.floats == 1 else shared
     dims = tuple(None if place == shared else 0 for place in range(count))
     columns = [torch.stack(list(t)) for t in zip(*(inputs[:count] for inputs in drawings), strict=True)]
-    given = [t if dim == 0 else t[0] for t, dim in zip(columns, dims, strict=True)]
+    args = [t if dim == 0 else t[0] for t, dim in zip(columns, dims, strict=True)]
     numbers = drawings[0][count:]
     tolerance = 1e-10 if dtype == torch.float64 else 2e-5
     for way in (op, autograd_function(op).apply):
@@ -162,10 +162,10 @@ def test_mapped_runs_equal_a_loop_forward_and_in_a_gradient(name: str, dtype: to
 
         for function in (outputs, lambda *tensors: (slope(*tensors),)):
             loop = [
-                function(*(t[run] if dim == 0 else t for t, dim in zip(given, dims, strict=True))) for run in range(6)
+                function(*(t[run] if dim == 0 else t for t, dim in zip(args, dims, strict=True))) for run in range(6)
             ]
-            mapped = vmap(function, dims)(*given)
-            halves = [t.unflatten(0, (2, 3)) if dim == 0 else t for t, dim in zip(given, dims, strict=True)]
+            mapped = vmap(function, dims)(*args)
+            halves = [t.unflatten(0, (2, 3)) if dim == 0 else t for t, dim in zip(args, dims, strict=True)]
             nested = vmap(vmap(function, dims), dims)(*halves)
             for place, wanted in enumerate(zip(*loop, strict=True)):
                 assert_close(mapped[place], torch.stack(list(wanted)), tolerance)
@@ -186,8 +186,8 @@ def test_forward_mode_of_mapped_runs_equals_a_loop(name: str) -> None:
         return jvp(function, own, tuple(torch.ones_like(t) for t in own))[1]
 
     loop = [tangent(*(t[run] for t in columns)) for run in range(3)]
-    for found, wanted in zip(vmap(tangent)(*columns), zip(*loop, strict=True), strict=True):
-        assert_close(found, torch.stack(list(wanted)), 2e-5)
+    for actual, wanted in zip(vmap(tangent)(*columns), zip(*loop, strict=True), strict=True):
+        assert_close(actual, torch.stack(list(wanted)), 2e-5)
 
 
 @NATIVE
@@ -208,7 +208,7 @@ def test_the_bits_depend_on_no_thread_and_no_other_run(name: str) -> None:
     for ours, theirs in zip((*together[0], *together[1]), (*shared[0], *shared[1]), strict=True):
         assert torch.equal(ours, theirs)
     alone = autograd_function(op).apply(*drawings[1])
-    assert all(torch.equal(one, some[1]) for one, some in zip(alone, together[0], strict=True))
+    assert all(torch.equal(of_run, of_runs[1]) for of_run, of_runs in zip(alone, together[0], strict=True))
 
     def pulled_back(inputs: tuple[Any, ...], upstream: list[Tensor]) -> Tensors:
         own = [t.detach().requires_grad_() for t in inputs[: op.floats]]
@@ -219,7 +219,7 @@ def test_the_bits_depend_on_no_thread_and_no_other_run(name: str) -> None:
     of_all = pulled_back((*columns, *numbers), upstream)
     for run in range(3):
         of_one = pulled_back(drawings[run], [t[run] for t in upstream])
-        assert all(torch.equal(one, some[run]) for one, some in zip(of_one, of_all, strict=True))
+        assert all(torch.equal(of_run, of_runs[run]) for of_run, of_runs in zip(of_one, of_all, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -227,11 +227,11 @@ def test_positions_of_each_row_its_own_turn_each_row_alone(dtype: torch.dtype) -
     qkv, norms = drawn(3, 4, 5, 6).to(dtype), drawn(4, 6, seed=1).to(dtype)
     positions = torch.tensor([[0, 1, 2, 3], [2, 3, 0, 1], [9, 9, 9, 0]])
     cosines, sines = (t.to(dtype) for t in rotary_angles(positions, 6, 100.0))
-    found = split_heads(qkv, norms, (cosines, sines), 1e-3)
+    heads = split_heads(qkv, norms, (cosines, sines), 1e-3)
     for row in range(3):
         alone = split_heads(qkv[row : row + 1], norms, (cosines[row], sines[row]), 1e-3)
-        for some, one in zip(found, alone, strict=True):
-            assert_close(some[row : row + 1], one, 1e-6)
+        for of_rows, of_row in zip(heads, alone, strict=True):
+            assert_close(of_rows[row : row + 1], of_row, 1e-6)
 
 
 @NATIVE

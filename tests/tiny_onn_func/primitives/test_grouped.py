@@ -109,17 +109,17 @@ def in_turn(
     function: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor, upstream: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(value, both gradients) in float64, and the same of the absolute values: the sizes of what is added up."""
-    made = []
+    results = []
     for drawn in ((left, right, upstream), (left.abs(), right.abs(), upstream.abs())):
         *pair, pulled = (t.double() for t in drawn)
         out, back = vjp(function, *pair)
-        made.append([out, *back(pulled)])
-    return made[0], made[1]
+        results.append([out, *back(pulled)])
+    return results[0], results[1]
 
 
-def assert_sums_close(found: Tensor, wanted: Tensor, sizes: Tensor, tolerance: float, what: str) -> None:
+def assert_sums_close(actual: Tensor, wanted: Tensor, sizes: Tensor, tolerance: float, what: str) -> None:
     """Relative to the sums of the terms' sizes: terms that cancel out leave a small sum whose error is not small."""
-    error = (found.double() - wanted).abs()
+    error = (actual.double() - wanted).abs()
     assert bool((error <= tolerance * sizes).all()), f"{what}: {float((error / sizes.clamp_min(1e-300)).max()):.3e}"
 
 
@@ -135,9 +135,9 @@ def test_grouped_matmul_and_its_gradients_equal_a_loop_over_rows(sizes: Sizes, d
     upstream = normal(sizes.rows, sizes.out, seed=2, dtype=dtype)
     out, back = vjp(lambda r, w: grouped_matmul(r, w, sizes.offsets), rows, weights)
     ought, of_sizes = in_turn(lambda r, w: naive_matmul(r, w, sizes.offsets), rows, weights, upstream)
-    for found, place, name in zip((out, *back(upstream)), range(3), ("out", "rows", "weights"), strict=True):
-        assert found.dtype == dtype
-        assert_sums_close(found, ought[place], of_sizes[place], TOLERANCE[dtype], name)
+    for actual, place, name in zip((out, *back(upstream)), range(3), ("out", "rows", "weights"), strict=True):
+        assert actual.dtype == dtype
+        assert_sums_close(actual, ought[place], of_sizes[place], TOLERANCE[dtype], name)
     assert not out[sum(sizes.counts) :].any()
 
 
@@ -149,9 +149,9 @@ def test_grouped_outer_and_its_gradients_equal_a_loop_over_rows(sizes: Sizes, dt
     upstream = normal(len(sizes.counts), sizes.width, sizes.out, seed=2, dtype=dtype)
     out, back = vjp(lambda r, g: grouped_outer(r, g, sizes.offsets), rows, grads)
     ought, of_sizes = in_turn(lambda r, g: naive_outer(r, g, sizes.offsets), rows, grads, upstream)
-    for found, place, name in zip((out, *back(upstream)), range(3), ("out", "rows", "grads"), strict=True):
-        assert found.dtype == dtype
-        assert_sums_close(found, ought[place], of_sizes[place], TOLERANCE[dtype], name)
+    for actual, place, name in zip((out, *back(upstream)), range(3), ("out", "rows", "grads"), strict=True):
+        assert actual.dtype == dtype
+        assert_sums_close(actual, ought[place], of_sizes[place], TOLERANCE[dtype], name)
 
 
 class Shuffle(NamedTuple):
@@ -194,9 +194,9 @@ def test_dispatch_and_combine_and_their_gradients_equal_a_loop_over_rows(dtype: 
         wanted, naive_back = vjp(naive, *(t.double() for t in inputs))
         assert_close(out, wanted, TOLERANCE[dtype], "out")
         upstream = normal(*out.shape, seed=3, dtype=dtype)
-        for found, ought in zip(back(upstream), naive_back(upstream.double()), strict=True):
-            assert found.dtype == dtype
-            assert_close(found, ought, TOLERANCE[dtype], "gradient")
+        for actual, ought in zip(back(upstream), naive_back(upstream.double()), strict=True):
+            assert actual.dtype == dtype
+            assert_close(actual, ought, TOLERANCE[dtype], "gradient")
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "strided", "offset"])
@@ -242,13 +242,13 @@ def test_garbage_in_rows_behind_the_last_offset_reaches_nothing(
         return y, *back(upstream), outer, *outer_back(weights)
 
     if transform == "vmap":
-        found = tuple(
+        dirty = tuple(
             t[1] for t in vmap(everything)(torch.stack((clean_rows, rows)), torch.stack((clean_grad, upstream)))
         )
     else:
-        found = everything(rows, upstream)
+        dirty = everything(rows, upstream)
     names = ("out", "gradient of rows", "gradient of weights", "outer", "outer: of rows", "outer: of grads")
-    for ours, wanted, name in zip(found, everything(clean_rows, clean_grad), names, strict=True):
+    for ours, wanted, name in zip(dirty, everything(clean_rows, clean_grad), names, strict=True):
         assert_close(ours, wanted, TOLERANCE[dtype], name)
         if ours.shape[0] == sizes.rows:
             assert not ours[5:].any(), f"{name}: rows of nobody are not zero"
@@ -376,7 +376,7 @@ def combinations() -> list[Any]:
 def loop(function: Callable[..., Any], inputs: tuple[Tensor, ...], mapped: tuple[bool, ...]) -> Tensor:
     """What vmap must give: run by run, inputs that are not mapped come from run 0."""
     picked = [[t[run if m else 0] for t, m in zip(inputs, mapped, strict=True)] for run in range(RUNS)]
-    return torch.stack([function(*one) for one in picked])
+    return torch.stack([function(*args) for args in picked])
 
 
 def mapped_inputs(inputs: tuple[Tensor, ...], mapped: tuple[bool, ...], axis: int) -> tuple[tuple, list[Tensor]]:
@@ -415,7 +415,7 @@ def test_grad_of_vmap_equals_grad_of_a_loop(name: str, mapped: tuple[bool, ...])
 
         def through_loop(*tensors: Tensor) -> Tensor:
             picked = [[t[run] if m else t for t, m in zip(tensors, mapped, strict=True)] for run in range(RUNS)]
-            return torch.stack([function(*one) for one in picked]).sin().sum()
+            return torch.stack([function(*args) for args in picked]).sin().sum()
 
         _, tensors = mapped_inputs(inputs, mapped, 0)
         assert_close(grad(through_vmap, argnum)(*tensors), grad(through_loop, argnum)(*tensors), 1e-13)
@@ -430,16 +430,16 @@ def test_nested_vmap_equals_two_loops_with_either_axis_outside(name: str) -> Non
     inside_out = vmap(vmap(function), in_dims=1, out_dims=1)(*doubled)
     assert_close(inside_out, wanted, 1e-13)
     only_first = (0,) + (None,) * (len(inputs) - 1)
-    one = vmap(vmap(function, only_first), in_dims=(None, *[0] * (len(inputs) - 1)))(inputs[0], *inputs[1:])
+    pairwise = vmap(vmap(function, only_first), in_dims=(None, *[0] * (len(inputs) - 1)))(inputs[0], *inputs[1:])
     crossed = [[function(first, *(t[run] for t in inputs[1:])) for first in inputs[0]] for run in range(RUNS)]
-    assert_close(one, torch.stack([torch.stack(row) for row in crossed]), 1e-13)
+    assert_close(pairwise, torch.stack([torch.stack(row) for row in crossed]), 1e-13)
     gradient = grad(lambda *args: function(*args).sin().sum(), argnums=tuple(range(smooth)))
-    for place, found in enumerate(vmap(vmap(gradient))(*doubled)):
+    for place, actual in enumerate(vmap(vmap(gradient))(*doubled)):
         ought = [
             loop(lambda *a, p=place: gradient(*a)[p], tuple(t[i] for t in doubled), (True,) * len(inputs))
             for i in (0, 1)
         ]
-        assert_close(found, torch.stack(ought), 1e-13)
+        assert_close(actual, torch.stack(ought), 1e-13)
 
 
 @FORWARD_MODE
@@ -447,15 +447,15 @@ def test_nested_vmap_equals_two_loops_with_either_axis_outside(name: str) -> Non
 def test_forward_mode_equals_reverse_mode_alone_mapped_and_nested(name: str) -> None:
     function, inputs, smooth = mappable(name)
     places = tuple(range(smooth))
-    one = tuple(t[0] for t in inputs)
-    for ahead, behind in zip(jacfwd(function, places)(*one), jacrev(function, places)(*one), strict=True):
+    point = tuple(t[0] for t in inputs)
+    for ahead, behind in zip(jacfwd(function, places)(*point), jacrev(function, places)(*point), strict=True):
         assert_close(ahead, behind, 1e-13)
 
     def scalar(*args: Tensor) -> Tensor:
         return function(*args).sin().sum()
 
     for row_ahead, row_behind in zip(
-        jacfwd(grad(scalar, places), places)(*one), jacrev(grad(scalar, places), places)(*one), strict=True
+        jacfwd(grad(scalar, places), places)(*point), jacrev(grad(scalar, places), places)(*point), strict=True
     ):
         for ahead, behind in zip(row_ahead, row_behind, strict=True):
             assert_close(ahead, behind, 1e-13)
@@ -472,14 +472,15 @@ def test_forward_mode_equals_reverse_mode_alone_mapped_and_nested(name: str) -> 
 @pytest.mark.parametrize("name", ["matmul", "outer", "combine"])
 def test_jvp_with_one_tangent_only_is_the_partial_derivative(name: str, place: int) -> None:
     function, inputs, _ = mappable(name)
-    one = [t[0] for t in inputs]
-    tangent = normal(*one[place].shape, seed=9)
+    point = [t[0] for t in inputs]
+    tangent = normal(*point[place].shape, seed=9)
 
     def of_place(t: Tensor) -> Tensor:
-        return function(*one[:place], t, *one[place + 1 :])
+        return function(*point[:place], t, *point[place + 1 :])
 
-    found = jvp(of_place, (one[place],), (tangent,))[1]
-    assert_close(found, of_place(one[place] + tangent) - of_place(one[place]), 1e-12)  # each is linear in each input
+    derivative = jvp(of_place, (point[place],), (tangent,))[1]
+    # each is linear in each input
+    assert_close(derivative, of_place(point[place] + tangent) - of_place(point[place]), 1e-12)
 
 
 # ---- the kernel that does the work ---------------------------------------------------------------------------------
@@ -508,9 +509,9 @@ def test_without_our_kernels_aligned_float32_takes_the_librarys_forward_and_back
     without_our_kernels(monkeypatch)
     calls = counted(monkeypatch)
     function, inputs, _ = mappable("matmul", torch.float32)
-    one = tuple(t[0] for t in inputs)
+    args = tuple(t[0] for t in inputs)
     upstream = normal(7, 8, dtype=torch.float32)
-    vjp(lambda r, w: function(r, w, one[2]), *one[:2])[1](upstream)
+    vjp(lambda r, w: function(r, w, args[2]), *args[:2])[1](upstream)
     assert calls == [(7, 4), (7, 8), (4, 7)]  # out, gradient of the rows, gradient of the weights
 
 
@@ -534,11 +535,11 @@ def test_the_library_kernel_and_the_loop_agree(name: str, monkeypatch: pytest.Mo
     without_our_kernels(monkeypatch)
     function, inputs, _ = mappable(name, torch.float32)
     for run in range(RUNS):
-        one = tuple(t[run] for t in inputs)
-        fast = function(*one)
+        args = tuple(t[run] for t in inputs)
+        fast = function(*args)
         with monkeypatch.context() as patch:
             patch.setattr(grouped, "_has_fast_path", lambda *_: False)
-            slow = function(*one)
+            slow = function(*args)
         assert_close(fast, slow, 1e-6)
 
 
@@ -568,9 +569,9 @@ def test_a_product_equals_the_librarys_with_its_gradients_transposed_and_with_an
         out, back = vjp(dense_matmul, x, w)
         wanted, library_back = vjp(torch.matmul, x.double(), w.double())
         upstream = normal(*wanted.shape, seed=2, dtype=dtype)
-        for found, ought in zip((out, *back(upstream)), (wanted, *library_back(upstream.double())), strict=True):
-            assert found.dtype == dtype
-            assert_close(found, ought, 10 * TOLERANCE[dtype])
+        for actual, ought in zip((out, *back(upstream)), (wanted, *library_back(upstream.double())), strict=True):
+            assert actual.dtype == dtype
+            assert_close(actual, ought, 10 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("shapes", [((4, 5), (7, 6)), ((2, 4, 5), (4, 5, 6)), ((4, 12), (16, 4))], ids=str)

@@ -211,18 +211,18 @@ def test_a_dynamic_k_can_be_chosen(dense: Path, tmp_path: Path) -> None:
 def test_calibration_sees_the_activations_of_the_dense_model(model: torch.nn.Module, dense: Path, text: Path) -> None:
     config, _ = read_config(dense, ("qwen3",))
     states = read_calibration(dense, text, config, read_headers(dense))
-    seen: list[Tensor] = []
+    hidden: list[Tensor] = []
     hooks = [
-        m.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in model.model.layers
+        m.mlp.down_proj.register_forward_pre_hook(lambda _, args: hidden.append(args[0])) for m in model.model.layers
     ]
     with torch.no_grad():
         model(torch.tensor(list(TEXT.encode()[:1024])).view(8, 128))
     for hook in hooks:
         hook.remove()
-    for index, wanted in enumerate(seen):
+    for index, wanted in enumerate(hidden):
         weights = {n.removesuffix(".weight"): w.detach() for n, w in model.model.layers[index].named_parameters()}
-        states, found = calibrate(states, weights, config)
-        assert_close(found.activations, wanted.flatten(0, 1), 1e-4, f"activations of layer {index}")
+        states, calibration = calibrate(states, weights, config)
+        assert_close(calibration.activations, wanted.flatten(0, 1), 1e-4, f"activations of layer {index}")
 
 
 def test_clusters_cut_for_k_are_nearer_to_the_dense_model_than_slices(
@@ -255,9 +255,9 @@ def test_the_fitted_router_ranks_experts_by_what_they_add() -> None:
     kind = torch.randint(4, (300,), generator=generator)
     inputs = torch.randn(4, 16, generator=generator)[kind] + 0.1 * torch.randn(300, 16, generator=generator)
     activations = (kind[:, None] == torch.arange(12) // 3).float() + 0.1 * torch.rand(300, 12, generator=generator)
-    seen = Seen(inputs, activations, torch.randn(16, 12, generator=generator))
-    found = (inputs @ fit_router(seen, torch.arange(12), 4).mT).argmax(-1)
-    assert (found == kind).float().mean() > 0.95
+    calibration = Seen(inputs, activations, torch.randn(16, 12, generator=generator))
+    chosen = (inputs @ fit_router(calibration, torch.arange(12), 4).mT).argmax(-1)
+    assert (chosen == kind).float().mean() > 0.95
 
 
 def test_neurons_that_fire_together_end_up_together() -> None:
@@ -269,8 +269,8 @@ def test_neurons_that_fire_together_end_up_together() -> None:
     activations = active * (1 + torch.rand(200, 24, generator=generator)) + 0.05 * torch.rand(
         200, 24, generator=generator
     )
-    found = group[dealt][cluster_neurons(activations, 4)].view(4, 6)
-    assert all(len(members.unique()) == 1 for members in found)
+    clusters = group[dealt][cluster_neurons(activations, 4)].view(4, 6)
+    assert all(len(members.unique()) == 1 for members in clusters)
 
 
 @given(clusters=st.integers(1, 6), size=st.integers(1, 5), seed=st.integers(0, 99), levels=st.sampled_from([1, 2, 50]))
@@ -333,9 +333,9 @@ def test_weights_that_a_calibration_text_makes_overflow_are_refused_by_their_lay
     weights, name = copy / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
     save_file(load_file(weights) | {name: torch.full((32, INNER), value)}, weights)
     flags = ["--num-experts=8", "--split=clusters", "--calibration", str(text)]
-    told = refusal(capsys, copy, tmp_path / "out", *flags)
-    assert "model.layers.1" in told
-    assert "expected finite numbers" in told
+    message = refusal(capsys, copy, tmp_path / "out", *flags)
+    assert "model.layers.1" in message
+    assert "expected finite numbers" in message
 
 
 def test_a_layer_that_reads_nothing_is_cut_all_the_same(copy: Path, text: Path, tmp_path: Path) -> None:
@@ -377,9 +377,9 @@ def test_a_broken_folder_is_refused_and_nothing_is_written(
     elif case == "pickle":
         weights.rename(copy / "pytorch_model.bin")
     folder = tmp_path / "nothing" if case == "no folder" else copy
-    told = refusal(capsys, folder, copy if case == "itself" else tmp_path / "out")
+    message = refusal(capsys, folder, copy if case == "itself" else tmp_path / "out")
     wanted = {"missing": name, "shape": name, "truncated": "model.safetensors", "pickle": "a pickle"}
-    assert wanted.get(case, "expected a") in told
+    assert wanted.get(case, "expected a") in message
 
 
 def test_a_failure_in_the_last_layer_leaves_nothing(

@@ -132,8 +132,8 @@ def test_a_folder_is_all_text_files_below_it_sorted_by_relative_path(tmp_path: P
     (folder / "loop").symlink_to(folder)
     (folder / "nowhere.txt").symlink_to(folder / "missing")
     write_jsonl(folder / "lines.jsonl", [{"text": "one"}, {"text": "two"}])
-    found = [document[0].text for document in documents(find_source(str(folder)))]
-    assert found == ["a.txt", "a/b/c", "a/z.md", "b.txt", "one", "two"]
+    contents = [document[0].text for document in documents(find_source(str(folder)))]
+    assert contents == ["a.txt", "a/b/c", "a/z.md", "b.txt", "one", "two"]
 
 
 def test_a_glob_is_the_files_that_match(tmp_path: Path):
@@ -205,10 +205,12 @@ def test_rows_of_parquet_are_documents_in_their_order(rows: int, tmp_path: Path)
 
 def test_a_chat_is_the_same_in_parquet_and_in_lines(tmp_path: Path):
     chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}] for i in range(9)]
-    one = opened(write_parquet(tmp_path / "chat.parquet", {"messages": chats}), tmp_path, split="tail")
-    two = opened(write_jsonl(tmp_path / "chat.jsonl", [{"messages": chat} for chat in chats]), tmp_path, split="tail")
-    assert one.train.tokens.tolist() == two.train.tokens.tolist()
-    assert one.train.targets.tolist() == two.train.targets.tolist()
+    from_parquet = opened(write_parquet(tmp_path / "chat.parquet", {"messages": chats}), tmp_path, split="tail")
+    from_lines = opened(
+        write_jsonl(tmp_path / "chat.jsonl", [{"messages": chat} for chat in chats]), tmp_path, split="tail"
+    )
+    assert from_parquet.train.tokens.tolist() == from_lines.train.tokens.tolist()
+    assert from_parquet.train.targets.tolist() == from_lines.train.targets.tolist()
 
 
 def test_a_folder_mixes_all_kinds_and_passes_over_binary_ones_packed_or_not(tmp_path: Path):
@@ -316,9 +318,9 @@ def test_no_document_is_on_both_sides_and_none_is_lost(
         return pieces(splits.train), pieces(splits.held_out)
 
     texts = texts + texts[:3]
-    if (found := sides(texts)) is None:
+    if (split := sides(texts)) is None:
         return
-    train, held_out = found
+    train, held_out = split
     assert not set(train) & set(held_out)
     assert sorted(train + held_out) == sorted(text.encode("utf-8", "replace") for text in texts)
     shuffled = [*texts, "another document"]
@@ -368,9 +370,9 @@ def test_the_first_90_percent_of_a_text_train(tmp_path: Path):
 
 
 def test_auto_is_tail_for_one_document_and_document_for_more(tmp_path: Path):
-    one = write_jsonl(tmp_path / "one.jsonl", [{"text": "x" * 100}])
+    single = write_jsonl(tmp_path / "one.jsonl", [{"text": "x" * 100}])
     more = write_jsonl(tmp_path / "more.jsonl", [{"text": f"text number {i}"} for i in range(100)])
-    assert opened(one, tmp_path).split == "tail"
+    assert opened(single, tmp_path).split == "tail"
     assert opened(more, tmp_path).split == "document"
     assert opened(more, tmp_path, split="tail").split == "tail"
 
@@ -536,9 +538,9 @@ def test_a_long_text_is_read_piece_by_piece_into_the_same_tokens(
         pieces = open_corpus(str(path), sequence_length=4, cache_dir=tmp_path / f"other{piece}")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        for one, other in zip((whole.train, whole.held_out), (pieces.train, pieces.held_out), strict=True):
-            assert np.array_equal(one.tokens, other.tokens)
-            assert np.array_equal(one.targets, other.targets)
+        for expected, actual in zip((whole.train, whole.held_out), (pieces.train, pieces.held_out), strict=True):
+            assert np.array_equal(expected.tokens, actual.tokens)
+            assert np.array_equal(expected.targets, actual.targets)
         assert bytes(np.concatenate((whole.train.tokens, whole.held_out.tokens))[:-1].astype(np.uint8)) == data
         assert peak < 2e6 < len(data), f"{peak} bytes for a text of {len(data)}"
 
@@ -555,8 +557,10 @@ def test_a_long_text_in_other_tokens_is_cut_where_no_token_is(tmp_path: Path, mo
     (pieces,) = documents(find_source(str(tmp_path / "long.py")))
     assert len([*pieces]) > 20
     assert is_held_out(whole, 0.5) == is_held_out(pieces, 0.5)
-    one, other = (np.concatenate([part for part, _ in tokenized(document, tokenizer)]) for document in (whole, pieces))
-    assert np.array_equal(one, other)
+    at_once, in_pieces = (
+        np.concatenate([part for part, _ in tokenized(document, tokenizer)]) for document in (whole, pieces)
+    )
+    assert np.array_equal(at_once, in_pieces)
 
 
 def test_a_late_nul_byte_makes_a_long_file_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -594,8 +598,8 @@ ALPHABET = corpus(list(range(256)) * 4)
 def test_a_batch_depends_on_seed_and_step_alone(steps: list[int], seed: int):
     first = {step: batch_at(ALPHABET, seed, step, 3, 8) for step in steps}
     for step in reversed(steps):
-        for one, two in zip(first[step], batch_at(ALPHABET, seed, step, 3, 8), strict=True):
-            assert torch.equal(one, two)
+        for before, again in zip(first[step], batch_at(ALPHABET, seed, step, 3, 8), strict=True):
+            assert torch.equal(before, again)
 
 
 def test_other_steps_and_other_seeds_give_other_batches():
@@ -643,11 +647,11 @@ def test_a_lone_target_in_a_long_text_is_found(place: int):
 
 def documents_of(row: torch.Tensor) -> list[list[int]]:
     """Places of each document in a row: a boundary opens one."""
-    found: list[list[int]] = [[]]
+    spans: list[list[int]] = [[]]
     for place, token in enumerate(row.tolist()):
-        found += [[]] if token == BOUNDARY and found[-1] else []
-        found[-1].append(place)
-    return found
+        spans += [[]] if token == BOUNDARY and spans[-1] else []
+        spans[-1].append(place)
+    return spans
 
 
 SHORT = corpus([*b"one two", BOUNDARY, *b"three", BOUNDARY, BOUNDARY, *b"four five six", BOUNDARY, *b"seven"] * 9)
@@ -686,10 +690,10 @@ def test_a_change_in_one_document_leaves_the_loss_and_gradient_of_the_others():
     labels[0, second] = batch.labels[0, second]
     changed = batch.input_ids.clone()
     changed[0, first[-1]] = (changed[0, first[-1]] + 1) % 256
-    one, two = (batch._replace(input_ids=ids, labels=labels) for ids in (batch.input_ids, changed))
-    losses = [torch.nn.functional.cross_entropy(logits_of(params, b)[0], b.labels[0]) for b in (one, two)]
+    original, edited = (batch._replace(input_ids=ids, labels=labels) for ids in (batch.input_ids, changed))
+    losses = [torch.nn.functional.cross_entropy(logits_of(params, b)[0], b.labels[0]) for b in (original, edited)]
     assert_close(losses[0], losses[1], 1e-12, "loss")
-    free = [b._replace(attention_mask=torch.ones_like(labels)) for b in (one, two)]
+    free = [b._replace(attention_mask=torch.ones_like(labels)) for b in (original, edited)]
     losses = [torch.nn.functional.cross_entropy(logits_of(params, b)[0], b.labels[0]) for b in free]
     assert (losses[0] - losses[1]).abs() > 1e-6
 
@@ -698,8 +702,8 @@ def test_packed_batches_stack_and_map_like_a_loop():
     params = spread_params(SMALL, dtype=torch.float32)
     batches = [batch_at(SHORT, 0, step, 2, 16, pack=True) for step in range(3)]
     mapped = torch.func.vmap(lambda batch: logits_of(params, batch))(stack(batches))
-    for one, batch in zip(mapped, batches, strict=True):
-        assert_close(one, logits_of(params, batch), 1e-5, "logits")
+    for logits, batch in zip(mapped, batches, strict=True):
+        assert_close(logits, logits_of(params, batch), 1e-5, "logits")
 
 
 @given(st.integers(1, 3), st.integers(2, 20), st.none() | st.integers(1, 99), st.integers(1, 4))
@@ -709,10 +713,10 @@ def test_held_out_rows_number_their_documents_and_score_the_same_targets(
     stride = min(stride, length)
     plain = [*held_out_batches(SHORT, rows, length, max_bytes, stride)]
     packed = [*held_out_batches(SHORT, rows, length, max_bytes, stride, pack=True)]
-    for one, two in zip(plain, packed, strict=True):
-        assert torch.equal(one.labels, two.labels)
-        assert torch.equal(one.attention_mask != 0, two.attention_mask != 0)
-        for ids, mask in zip(two.input_ids, two.attention_mask, strict=True):
+    for plain_batch, packed_batch in zip(plain, packed, strict=True):
+        assert torch.equal(plain_batch.labels, packed_batch.labels)
+        assert torch.equal(plain_batch.attention_mask != 0, packed_batch.attention_mask != 0)
+        for ids, mask in zip(packed_batch.input_ids, packed_batch.attention_mask, strict=True):
             count = 1
             for token, number in zip(ids.tolist(), mask.tolist(), strict=True):
                 count += token == BOUNDARY
@@ -752,7 +756,7 @@ def test_every_target_is_scored_once_with_the_context_that_was_promised(
         assert end == bytes_up_to[limit - 1] + 1
 
     pinned = places._replace(targets=np.where(np.arange(len(stream.tokens)) < end, stream.targets, 0).astype(np.uint8))
-    seen = []
+    positions = []
     for batch in held_out_batches(pinned, batch_size, length, None, stride):
         assert {part.shape for part in batch} == {(batch_size, length)}
         real = batch.attention_mask == 1
@@ -764,8 +768,8 @@ def test_every_target_is_scored_once_with_the_context_that_was_promised(
             assert all(labels[i] == ids[i] + 1 for i in scored)
             reach = length - (max(1, length // 2) if stride is None else stride)
             assert all(i >= min(reach, int(labels[i]) - 2) for i in scored)
-            seen += [int(labels[i]) - 1 for i in scored]
-    assert seen == wanted
+            positions += [int(labels[i]) - 1 for i in scored]
+    assert positions == wanted
 
 
 @given(STREAMS.filter(has_text_to_score), st.integers(1, 60))
@@ -803,18 +807,18 @@ def test_baselines_are_the_cost_of_the_scored_targets(train: Corpus, held_out: C
         unigram -= math.log2((sum(train.tokens[j] == token for j in learned) + 1) / (len(learned) + VOCAB_SIZE))
         bigram -= math.log2((sum(train.tokens[j] == token for j in behind) + 1) / (len(behind) + VOCAB_SIZE))
     text = bytes(int(held_out.tokens[i]) for i in scored if held_out.tokens[i] != BOUNDARY)
-    found = baselines(train, held_out, max_bytes)
-    assert list(found) == ["uniform", "unigram", "bigram", "gzip -9"]
-    assert found["uniform"] == pytest.approx(math.log2(257) * num_targets / num_bytes)
-    assert found["unigram"] == pytest.approx(unigram / num_bytes)
-    assert found["bigram"] == pytest.approx(bigram / num_bytes)
-    assert found["gzip -9"] == pytest.approx(8 * len(gzip.compress(text, 9, mtime=0)) / len(text))
+    costs = baselines(train, held_out, max_bytes)
+    assert list(costs) == ["uniform", "unigram", "bigram", "gzip -9"]
+    assert costs["uniform"] == pytest.approx(math.log2(257) * num_targets / num_bytes)
+    assert costs["unigram"] == pytest.approx(unigram / num_bytes)
+    assert costs["bigram"] == pytest.approx(bigram / num_bytes)
+    assert costs["gzip -9"] == pytest.approx(8 * len(gzip.compress(text, 9, mtime=0)) / len(text))
 
 
 def test_the_better_baseline_wins_on_english(text: Path, tmp_path: Path):
     splits = opened(text, tmp_path)
-    found = baselines(splits.train, splits.held_out, None)
-    assert found["bigram"] < found["unigram"] < found["uniform"]
+    costs = baselines(splits.train, splits.held_out, None)
+    assert costs["bigram"] < costs["unigram"] < costs["uniform"]
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------

@@ -153,12 +153,12 @@ def test_learning_twice_gives_the_same_file_and_looks_at_nothing_held_out(place:
     for name in ("one", "two"):
         command = ["tokenizer", "train", "--data", str(tmp_path / "again.txt"), "--vocab-size", "330", "--holdout=0.11"]
         assert main([*command, "--out", str(tmp_path / name)]) == 0
-    one, two = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("one", "two"))
-    assert one == two
-    assert b"zq" not in one
-    seen = place / "documents.jsonl"
+    first, second = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("one", "two"))
+    assert first == second
+    assert b"zq" not in first
+    data = place / "documents.jsonl"
     assert (
-        main(["tokenizer", "train", "--data", str(seen), "--vocab-size", "300", "--out", str(tmp_path / "rows")]) == 0
+        main(["tokenizer", "train", "--data", str(data), "--vocab-size", "300", "--out", str(tmp_path / "rows")]) == 0
     )
 
 
@@ -216,7 +216,7 @@ def test_marks_come_first_then_the_bytes_then_pairs(bpe: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--vocab-size=258"], "--vocab-size: expected 259 (256 bytes and 3 marks) or more, got 258"),
         (["--vocab-size=99999"], "--vocab-size: expected at most "),
@@ -225,11 +225,11 @@ def test_marks_come_first_then_the_bytes_then_pairs(bpe: Tokenizer) -> None:
     ],
 )
 def test_what_cannot_be_learned_is_one_line_and_no_folder(
-    flags: list[str], told: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], message: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     command = ["tokenizer", "train", "--data", str(place / "text.txt"), "--out", str(out), *flags]
-    assert told in refusal(command, capsys)
+    assert message in refusal(command, capsys)
     assert [*tmp_path.iterdir()] == []
     out.mkdir()
     (out / "mine.txt").write_text("mine")
@@ -275,9 +275,9 @@ def test_baselines_are_byte_models_over_the_bytes_that_are_scored(
     assert max_bytes is None or span.num_bytes - lengths[-1] < max_bytes <= span.num_bytes
     monkeypatch.setattr("training.data.batches.CHUNK", 500)
     monkeypatch.setattr(sys.modules["training.data.baselines"], "FEWER", 70)
-    found = baselines(splits.train, splits.held_out, max_bytes)
+    costs = baselines(splits.train, splits.held_out, max_bytes)
     wanted = baselines(*map(spelled_out, splits[:2]), None if max_bytes is None else span.num_bytes)
-    assert found == pytest.approx(wanted)
+    assert costs == pytest.approx(wanted)
 
 
 def test_labels_are_the_tokens_of_the_span(bpe: Tokenizer, place: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_chat_has_the_tokens_of_its_template_and_learns_the_assistant(
 def test_a_chat_without_the_marks_in_the_tokenizer_is_plain_text(bpe: Tokenizer, place: Path, tmp_path: Path) -> None:
     bare = place_without_marks(place, tmp_path / "bare")
     side, ours = (chat_side(place, tokenizer, tmp_path) for tokenizer in (bare, BYTES))
-    first, second = (one.tokenizer.decode(one.tokens).split("<|endoftext|>")[0] for one in (side, ours))
+    first, second = (corpus.tokenizer.decode(corpus.tokens).split("<|endoftext|>")[0] for corpus in (side, ours))
     assert first == second == "".join(f"<|{role}|>\n{content}<|end|>\n" for role, content in CHAT)
 
 
@@ -442,9 +442,11 @@ def test_a_resumed_run_needs_the_copy_only(
     settings.write_text(before, encoding="utf-8")
     other = place_without_marks(place, tmp_path / "other").name
     for spec in (other, "bytes"):
-        told = refusal(["train", "--out", str(tmp_path / "on"), "--resume", "--steps=8", "--tokenizer", spec], capsys)
-        assert "tokenizer: expected the " in told
-        assert "got another" in told
+        message = refusal(
+            ["train", "--out", str(tmp_path / "on"), "--resume", "--steps=8", "--tokenizer", spec], capsys
+        )
+        assert "tokenizer: expected the " in message
+        assert "got another" in message
 
 
 def test_a_swapped_tokenizer_is_refused(
@@ -455,8 +457,8 @@ def test_a_swapped_tokenizer_is_refused(
     place_without_marks(place, tmp_path / "bare")
     shutil.copy(tmp_path / "bare" / "tokenizer.json", copy / "tokenizer.json")
     for command in (["evaluate", str(copy)], ["generate", str(copy)], ["train", "--out", str(copy), "--resume"]):
-        told = refusal(command, capsys)
-        assert f"{copy}/tokenizer.json: expected the tokenizer that the run was trained with, got another" in told
+        message = refusal(command, capsys)
+        assert f"{copy}/tokenizer.json: expected the tokenizer that the run was trained with, got another" in message
     assert "got another" in refusal(["export", str(copy), "--out", str(tmp_path / "out")], capsys)
     (copy / "tokenizer.json").unlink()
     assert "a folder without tokenizer.json" in refusal(["generate", str(copy)], capsys)
@@ -512,8 +514,8 @@ def test_a_study_has_one_tokenizer_and_every_run_keeps_it(
     capsys.readouterr()
     assert main(["evaluate", str(runs[0]), "--bytes=50"]) == 0
     file.write_text(study.replace(str(tmp_path), str(place)) + "arms: [{name: other, set: {tokenizer: bytes}}]\n")
-    told = refusal(["study", str(file), "--out", str(tmp_path / "no")], capsys)
-    assert "arms.other.set.tokenizer: expected a setting of a run in a study, got tokenizer; set it in base" in told
+    message = refusal(["study", str(file), "--out", str(tmp_path / "no")], capsys)
+    assert "arms.other.set.tokenizer: expected a setting of a run in a study, got tokenizer; set it in base" in message
 
 
 # Hostile files --------------------------------------------------------------------------------------------------------
@@ -565,13 +567,13 @@ HOSTILE = {
 def test_what_is_no_tokenizer_is_refused_in_one_line(
     name: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make, told = HOSTILE[name]
+    make, message = HOSTILE[name]
     file = tmp_path / "tokenizer.json"
     file.write_bytes(make(place))
     command = train(place, tmp_path / "out", "--tokenizer", str(tmp_path))
     line = refusal(command, capsys)
     assert f"tokenizer: {file}: expected" in line
-    assert told in line
+    assert message in line
     assert not (tmp_path / "out").exists()
 
 
@@ -591,9 +593,9 @@ def test_settings_beside_it_are_data_and_code_is_never_named(place: Path, tmp_pa
     values = json.loads((folder / "tokenizer_config.json").read_text())
     values |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
-    found = open_tokenizer(folder)
-    assert b"auto_map" not in found.files["tokenizer_config.json"]
-    assert {*found.files} == {"tokenizer.json", "tokenizer_config.json"}
+    tokenizer = open_tokenizer(folder)
+    assert b"auto_map" not in tokenizer.files["tokenizer_config.json"]
+    assert {*tokenizer.files} == {"tokenizer.json", "tokenizer_config.json"}
     for broken in ("{", "[]", "[" * 100_000):
         (folder / "tokenizer_config.json").write_text(broken)
         with pytest.raises(UserError, match=r"tokenizer_config.json: expected a JSON object, got"):

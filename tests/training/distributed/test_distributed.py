@@ -69,14 +69,14 @@ def test_many_processes_make_the_step_of_one(results, size: int, trick: str, lay
     """Uneven padding, uneven targets, a row without any; three steps of every kind of rule."""
     state, metrics = alone(trick)
     for rank in range(size):
-        found, measured, _ = results(size, trick, layout, rank)
+        rank_state, measured, _ = results(size, trick, layout, rank)
         if trick == "bfloat16":  # every product is rounded, and the rows are multiplied in other company
             assert_close(measured[0].main_loss, metrics[0].main_loss, 1e-2)
             assert_close(measured[0].grad_norm, metrics[0].grad_norm, 5e-2)
             continue
         for name, leaf in walk(state):
             root = Tensor.sqrt if ".nu." in name else Tensor.double  # a square's relative error is twice the gradient's
-            ours, theirs = root(dict(walk(found))[name].double()), root(leaf.double())
+            ours, theirs = root(dict(walk(rank_state))[name].double()), root(leaf.double())
             assert_close(ours, theirs, STATE, f"rank {rank}, {name}")
         for mine, theirs in zip(measured, metrics, strict=True):
             for name, value in theirs._asdict().items():
@@ -200,6 +200,6 @@ def test_shares_of_a_tree_make_the_tree_again(parts: int) -> None:
         assert flatten(tree).keys() <= fast_shapes(FIXED, 1).keys() | {"layers.moe.share"}
         pieces.append(joined_shares(tree))
     again = type(vectors)(*(torch.cat(both) for both in zip(*pieces, strict=True)))
-    found = from_vectors(again, FIXED, FIXED.num_experts)
-    assert [*flatten(found)] == [*flatten(fast)]
-    assert all(torch.equal(flatten(found)[name], leaf) for name, leaf in flatten(fast).items())
+    joined = from_vectors(again, FIXED, FIXED.num_experts)
+    assert [*flatten(joined)] == [*flatten(fast)]
+    assert all(torch.equal(flatten(joined)[name], leaf) for name, leaf in flatten(fast).items())

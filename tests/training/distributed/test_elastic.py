@@ -183,8 +183,8 @@ SRUN = """#!/bin/bash
 def recipe(page: str) -> str:
     """The batch file that a page of the documentation shows."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    (found,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", text, re.DOTALL)
-    return found
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", text, re.DOTALL)
+    return script
 
 
 @pytest.mark.parametrize("page", ["distributed.md", "clusters.md"])

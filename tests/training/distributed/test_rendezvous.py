@@ -28,13 +28,13 @@ def meeting_of(places: list[RankInfo], facts: list) -> list:
     """What becomes of each: where all met, or the error."""
     ends: list = [None] * len(places)
 
-    def one(number: int) -> None:
+    def join(number: int) -> None:
         try:
             ends[number] = join_rendezvous(places[number], facts[number], time.monotonic())
         except UserError as error:
             ends[number] = error
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(len(places))]
+    threads = [threading.Thread(target=join, args=(number,)) for number in range(len(places))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -46,7 +46,7 @@ def places(size: int, port: int, restarts: int = 0) -> list[RankInfo]:
     return [RankInfo(rank, size, rank, "127.0.0.1", port, False, restarts * rank) for rank in range(size)]
 
 
-def told(ends: list) -> list[str]:
+def messages(ends: list) -> list[str]:
     """The one text that somebody says."""
     assert all(isinstance(end, UserError) for end in ends), ends
     return [str(end) for end in ends if not isinstance(end, ReportedByAnotherRank)]
@@ -75,19 +75,19 @@ def test_notes_of_an_earlier_round_disturb_nobody() -> None:
 
 def test_who_differs_is_named_by_one() -> None:
     facts = [{"seed": 1, "steps": 2}, {"seed": 1, "steps": 2}, {"seed": 1, "steps": 3}]
-    (text,) = told(meeting_of(places(3, free_port()), facts))
+    (text,) = messages(meeting_of(places(3, free_port()), facts))
     assert text.startswith("steps: expected 2, as on rank 0, on every rank, got 3 on rank 2; start all with the same")
 
 
 def test_a_mistake_of_one_is_said_by_it_alone() -> None:
     ends = meeting_of(places(2, free_port()), [{"seed": 1}, UserError("--steps: expected a whole number")])
-    assert told(ends) == ["--steps: expected a whole number"]
+    assert messages(ends) == ["--steps: expected a whole number"]
     assert str(ends[1]) == "--steps: expected a whole number"
 
 
 def test_who_is_missing_is_named_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "PATIENCE", 1.0)
-    (text,) = told(meeting_of(places(3, free_port())[:2], [{"seed": 1}] * 2))
+    (text,) = messages(meeting_of(places(3, free_port())[:2], [{"seed": 1}] * 2))
     assert "expected 3 processes within 1 s, got none of rank 2; start all of them with the same command" in text
 
 
@@ -97,11 +97,11 @@ def test_a_port_in_use_and_an_address_out_of_reach_are_named(monkeypatch: pytest
         other.bind(("0.0.0.0", 0))
         other.listen()
         port = other.getsockname()[1]
-        (text,) = told(meeting_of(places(2, port)[:1], [{}]))
+        (text,) = messages(meeting_of(places(2, port)[:1], [{}]))
     assert text.startswith(
         f"127.0.0.1:{port}: expected to listen there, got: Address already in use; choose another port"
     )
-    (text,) = told(meeting_of(places(2, port := free_port())[1:], [{}]))
+    (text,) = messages(meeting_of(places(2, port := free_port())[1:], [{}]))
     assert text.startswith(f"127.0.0.1:{port}: expected to meet the others there, got: Connection refused;")
 
 

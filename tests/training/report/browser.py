@@ -56,9 +56,9 @@ class Browser:
 
     def value(self, script: str) -> Any:
         """What an expression of JavaScript is, as plain values."""
-        found = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        reply = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in reply, reply["exceptionDetails"]
+        return reply["result"].get("value")
 
     def picture(self) -> bytes:
         """The whole page, a PNG."""

@@ -59,8 +59,8 @@ LOOK = """((width, paper) => {
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(tmp_path_factory.mktemp("browser")) as found:
-        yield found
+    with chromium(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +133,10 @@ def test_the_look_finds_what_is_wrong_and_the_console_is_heard(browser: Browser,
         "<script>console.error('no'); fetch('https://nowhere.invalid')</script>",
         encoding="utf-8",
     )
-    found = looked_at(browser, page, PHONE)
-    assert found["wide"] > 0
+    faults = looked_at(browser, page, PHONE)
+    assert faults["wide"] > 0
     for key, text in {"beyond": "wide", "spilled": "spilled", "collided": "two", "pale": "pale"}.items():
-        assert any(text in item for item in found[key]), key
+        assert any(text in item for item in faults[key]), key
     assert any("consoleAPICalled" in message for message in browser.said)
     assert any("nowhere" in message for message in browser.said)
 
@@ -144,14 +144,14 @@ def test_the_look_finds_what_is_wrong_and_the_console_is_heard(browser: Browser,
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are looked for in /proc")
 def test_nothing_of_a_browser_is_left_behind(tmp_path: Path) -> None:
     def alive() -> list[str]:
-        found = []
+        pids = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):
-                found += [path.parent.name] * (str(tmp_path).encode() in path.read_bytes())
-        return found
+                pids += [path.parent.name] * (str(tmp_path).encode() in path.read_bytes())
+        return pids
 
-    with chromium(tmp_path / "profile") as found:
-        found.value("1 + 1")
+    with chromium(tmp_path / "profile") as opened:
+        opened.value("1 + 1")
         assert alive()
     until = time.monotonic() + 20
     while alive() and time.monotonic() < until:

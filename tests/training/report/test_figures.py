@@ -136,14 +136,14 @@ def test_the_maps_show_shares_in_fair_shares_per_layer_and_expert(dashboard: Fig
         assert low > high, "layer 0 belongs on top"
     for ax, wanted in ((load, [rows[:4], rows[4:]]), (surprise, [[1, 0.125, 0.125, 0.125], [0.25] * 4])):
         (image,) = ax.images
-        found = np.asarray(image.get_array())
-        assert found.shape == (2, 4)
+        pixels = np.asarray(image.get_array())
+        assert pixels.shape == (2, 4)
         if ax is load:
-            assert found.tolist() == wanted
+            assert pixels.tolist() == wanted
         else:
-            assert found[0, 0] == 1.0
-            assert found[1].tolist() == [0.25] * 4
-            assert (found[0, 1:] < image.norm.vmin).all(), "an expert without a row is black, not least surprised"
+            assert pixels[0, 0] == 1.0
+            assert pixels[1].tolist() == [0.25] * 4
+            assert (pixels[0, 1:] < image.norm.vmin).all(), "an expert without a row is black, not least surprised"
     assert [text.get_text() for text in load.texts] == ["4", "1", "1", "1", "1"]
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in dashboard.axes[:4])
     assert_nothing_is_cut(dashboard)
@@ -276,9 +276,9 @@ def test_gathered_columns_equal_a_loop(values: list[float], data: st.DataObject)
     cuts = data.draw(st.sets(st.integers(1, len(values)), max_size=4)) - {len(values)}
     starts = [0, *sorted(cuts)]
     means = gather(np.array(values), np.array(starts))
-    for found, first, behind in zip(means, starts, [*starts[1:], None], strict=True):
+    for mean, first, behind in zip(means, starts, [*starts[1:], None], strict=True):
         known = [value for value in values[first:behind] if not np.isnan(value)]
-        assert found == pytest.approx(sum(known) / len(known)) if known else np.isnan(found)
+        assert mean == pytest.approx(sum(known) / len(known)) if known else np.isnan(mean)
 
 
 @given(st.integers(1, 300), st.floats(-5, 5), st.floats(-1, 1))

@@ -423,14 +423,14 @@ def test_measures_of_a_layer_are_those_of_plain_loops() -> None:
     load = np.random.default_rng(0).dirichlet(np.full(8, 0.5), 3)
     load[1] = [0.5, 0.5, 0, 0, 0, 0, 0, 0]
     load[2] = 1 / 8
-    found = measures(load)
+    columns = measures(load)
     for layer, shares in enumerate(load.tolist()):
         entropy = -sum(p * math.log(p) for p in shares if p) / math.log(8)
         wanted = [entropy, max(shares) / (sum(shares) / 8) - 1, sum(p == 0 for p in shares)]
-        assert [some[layer] for some in found.values()] == pytest.approx(wanted)
-    assert [some[2] for some in found.values()] == pytest.approx([1, 0, 0])
+        assert [values[layer] for values in columns.values()] == pytest.approx(wanted)
+    assert [values[2] for values in columns.values()] == pytest.approx([1, 0, 0])
     assert measures(np.ones((1, 1))) == {"load entropy": [1.0], "MaxVio": [0.0], "dead experts": [0.0]}
-    assert [some[0] for some in measures(np.full((1, 4), np.nan)).values()] == [None] * 3
+    assert [values[0] for values in measures(np.full((1, 4), np.nan)).values()] == [None] * 3
 
 
 def test_records_become_numbers_of_every_layer() -> None:
@@ -448,9 +448,9 @@ def test_records_become_numbers_of_every_layer() -> None:
 
 
 def test_text_is_escaped_wherever_it_enters() -> None:
-    made = element("p", "<b>", element("i", "&"), title='"<\x00\ud800', data_x=None)
-    assert made == '<p title="&quot;&lt;\ufffd\ufffd">&lt;b&gt;<i>&amp;</i></p>'
-    assert made.encode()
+    html = element("p", "<b>", element("i", "&"), title='"<\x00\ud800', data_x=None)
+    assert html == '<p title="&quot;&lt;\ufffd\ufffd">&lt;b&gt;<i>&amp;</i></p>'
+    assert html.encode()
 
 
 def test_numbers_that_are_unknown_are_dashes() -> None:
@@ -506,12 +506,12 @@ def test_levels_of_load_are_octaves_of_the_fair_share() -> None:
 def test_every_cell_of_a_map_is_drawn_once_and_neighbours_share_where_there_are_many() -> None:
     levels = np.random.default_rng(0).integers(-2, 7, (3, 10))
     drawn = heat_map(levels, "h", "x")
-    seen = np.full((3, 10), -9)
+    painted = np.full((3, 10), -9)
     for path, kind in re.findall(r'd="([^"]*)" class="(\w+)"', drawn):
         level = {"none": NONE, "unknown": UNKNOWN}.get(kind) if kind[0] != "h" else int(kind[1:])
         for x, y, width in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\d+z", path):
-            cells = seen[int(y), int(x) : int(x) + int(width)]
+            cells = painted[int(y), int(x) : int(x) + int(width)]
             assert (cells == -9).all()
             cells[:] = level
-    assert seen.tolist() == levels.tolist()
+    assert painted.tolist() == levels.tolist()
     assert 'viewBox="0 0 128 1"' in heat_map(np.zeros((1, 256), dtype=np.int64), "h", "x")

@@ -12,12 +12,12 @@ def held(steps: int, scored: dict[int, float] | None = None, first: list[dict] |
 
 
 def test_a_short_run_holds_every_record() -> None:
-    assert [one["step"] for one in held(MOST)] == list(range(1, MOST + 1))
+    assert [record["step"] for record in held(MOST)] == list(range(1, MOST + 1))
 
 
 def test_a_long_run_holds_few_records_its_ends_and_its_best() -> None:
     history = held(100_000, {50_001: 1.5, 60_001: 1.5, 70_001: 1.6})
-    steps = [one["step"] for one in history]
+    steps = [record["step"] for record in history]
     assert len(steps) <= MOST + 3 * ENDS
     assert steps == sorted({*steps})
     assert steps[:ENDS] == list(range(1, ENDS + 1))

@@ -58,7 +58,7 @@ def mixture(logits: Tensor) -> Tensor:
 
 def test_gradients_are_those_of_the_mixture_and_surprise_is_its_probe_gradient() -> None:
     params = spread_params(CONFIG, 1)
-    (fast, _), seen = main_gradients(*partition(params), BATCH, MIXED, CONFIG, STEP, teacher_logits=teacher_logits())
+    (fast, _), result = main_gradients(*partition(params), BATCH, MIXED, CONFIG, STEP, teacher_logits=teacher_logits())
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in flatten(params).items()}
     probes: list[tuple[Tensor, Tensor, Rows]] = []
 
@@ -76,8 +76,8 @@ def test_gradients_are_those_of_the_mixture_and_surprise_is_its_probe_gradient()
         assert_close(flatten(fast)[name], grad, 1e-10, name)
     for layer, (grad, (_, hidden, rows)) in enumerate(zip(wanted[len(names) :], probes, strict=True)):
         for row in range(int(rows.offsets[-1])):
-            found = seen.per_token_surprise[layer, rows.token[row], rows.expert[row]]
-            assert float(found) == pytest.approx(float(hidden[row].norm() * grad[row].norm()), rel=1e-10)
+            surprise = result.per_token_surprise[layer, rows.token[row], rows.expert[row]]
+            assert float(surprise) == pytest.approx(float(hidden[row].norm() * grad[row].norm()), rel=1e-10)
 
 
 def test_without_weight_or_teacher_the_step_is_bitwise_the_plain_one() -> None:
@@ -94,10 +94,10 @@ def test_a_student_that_is_its_teacher_learns_nothing_from_it() -> None:
     params = spread_params(CONFIG, 1)
     own, _ = forward(params, BATCH.input_ids, CONFIG, attention_mask=BATCH.attention_mask)
     only = HyperParams(distill_alpha=1.0)
-    (fast, _), seen = main_gradients(*partition(params), BATCH, only, CONFIG, STEP, teacher_logits=own)
+    (fast, _), result = main_gradients(*partition(params), BATCH, only, CONFIG, STEP, teacher_logits=own)
     assert max(float(grad.abs().max()) for grad in flatten(fast).values()) < 1e-12
-    assert float(seen.distill_sum) == pytest.approx(0, abs=1e-12)
-    assert float(seen.lm.loss_sum) > 1, "the metric stays the cross entropy"
+    assert float(result.distill_sum) == pytest.approx(0, abs=1e-12)
+    assert float(result.lm.loss_sum) > 1, "the metric stays the cross entropy"
 
 
 def test_positions_without_a_target_teach_nothing() -> None:
@@ -112,12 +112,12 @@ def test_runs_with_different_weights_of_the_teacher_map() -> None:
     state, logits = init_state(CONFIG, torch.Generator().manual_seed(0)), teacher_logits().float()
     alphas = torch.tensor([0.0, 0.5, 1.0])
 
-    def one(alpha: Tensor | float):
+    def step(alpha: Tensor | float):
         return hyper_step(state, BATCH, MIXED._replace(distill_alpha=alpha), CONFIG, teacher_logits=logits)
 
-    mapped, _ = vmap(one)(alphas)
+    mapped, _ = vmap(step)(alphas)
     for index, alpha in enumerate(alphas):
-        for name, leaf in flatten(one(alpha)[0].params).items():
+        for name, leaf in flatten(step(alpha)[0].params).items():
             assert_close(flatten(mapped.params)[name][index], leaf, 2e-4, name)
 
 
@@ -149,8 +149,8 @@ def peer(kind: str, **changes: Any) -> Any:
 
 
 def run_config(folder: Path, **changes: Any) -> RunConfig:
-    given = dict(hyper=HyperSettings(distill_alpha=0.5), model=tiny_config(vocab_size=257), sequence_length=8, steps=2)
-    return RunConfig(teacher=str(folder), **given | changes)
+    base = dict(hyper=HyperSettings(distill_alpha=0.5), model=tiny_config(vocab_size=257), sequence_length=8, steps=2)
+    return RunConfig(teacher=str(folder), **base | changes)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -268,14 +268,14 @@ def test_a_run_learns_from_a_folder_and_neither_kept_logits_nor_a_stop_change_a_
     assert [file.suffix for file in files] == [".safetensors"] * 3, "one a step"
     shutil.rmtree(latest_checkpoint(tmp_path / "kept"))  # as if it had been stopped after step 2
     assert main(["train", f"--out={tmp_path / 'kept'}", "--resume"]) == 0
-    assert all(file.stat().st_mtime_ns == made for file, made in files.items()), "made once"
+    assert all(file.stat().st_mtime_ns == mtime for file, mtime in files.items()), "made once"
     for state in (states[1], load_checkpoint(latest_checkpoint(tmp_path / "kept"))):
         assert_same_bits(state, states[0])
     assert all(record["distill_loss"] > 0 for record in read_history(tmp_path / "fly"))
 
 
 @pytest.mark.parametrize(
-    ("case", "told"),
+    ("case", "message"),
     [
         ("nothing there", "teacher: expected a folder with a config.json"),
         ("a pickle", "teacher: expected .safetensors in"),
@@ -289,7 +289,7 @@ def test_a_run_learns_from_a_folder_and_neither_kept_logits_nor_a_stop_change_a_
     ],
 )
 def test_a_teacher_that_cannot_teach_is_refused_in_a_line_and_nothing_is_written(
-    case: str, told: str, text: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, message: str, text: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, more = tmp_path / "folder", []
     if case != "nothing there":
@@ -313,7 +313,7 @@ def test_a_teacher_that_cannot_teach_is_refused_in_a_line_and_nothing_is_written
         capsys.readouterr()
     assert taught(text, folder, tmp_path / "out", *more) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert told in line
+    assert message in line
     assert not (tmp_path / "out").exists()
 
 
@@ -340,9 +340,9 @@ def test_a_study_maps_runs_that_start_from_a_folder_and_hear_a_teacher(
         for step in range(2):
             batch = batch_at(corpus, config.seed, step, 2, 16)
             state, _ = hyper_step(state, batch, hyper_params(config), model, teacher_logits=hears(batch))
-        found = load_checkpoint(latest_checkpoint(tmp_path / "study" / "runs" / run.id))
+        checkpoint = load_checkpoint(latest_checkpoint(tmp_path / "study" / "runs" / run.id))
         for name, leaf in flatten(state.params).items():
-            assert_close(flatten(found["params"])[name], leaf, 2e-4, name)
+            assert_close(flatten(checkpoint["params"])[name], leaf, 2e-4, name)
 
 
 def test_the_weights_that_a_study_starts_from_are_those_of_its_base() -> None:

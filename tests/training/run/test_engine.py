@@ -124,10 +124,10 @@ def test_evaluate_parts_another_text_as_it_is_asked_to_or_scores_all_of_it(
         ["--all", "--bytes=9"],
     ):
         assert main(["evaluate", str(run), "--data", str(short), "--json", *flags]) == 0
-        found = json.loads(capsys.readouterr().out)
-        scored[" ".join(flags)] = found["score"]["bytes"]
-        assert (found["baselines"] == {}) == ("--all" in flags)
-        assert found["split"] == ("all" if "--all" in flags else "tail")
+        result = json.loads(capsys.readouterr().out)
+        scored[" ".join(flags)] = result["score"]["bytes"]
+        assert (result["baselines"] == {}) == ("--all" in flags)
+        assert result["split"] == ("all" if "--all" in flags else "tail")
     assert [*scored.values()] == [99, 39, 20, 9]  # the first byte has nothing before it; a boundary is no byte
     assert main(["evaluate", str(run), "--all"]) == 0
     assert f"on {len(TEXT) - 1:,} held-out bytes" not in (table := capsys.readouterr().out)

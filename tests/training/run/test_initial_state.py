@@ -104,7 +104,7 @@ def test_the_tokens_follow_the_folder_and_others_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("flag", "told"),
+    ("flag", "message"),
     [
         ("--model.hidden-size=64", "model.hidden_size: expected 8, as in"),
         ("--config=sizes.yaml", "model.hidden_size: expected 8, as in"),
@@ -112,7 +112,7 @@ def test_the_tokens_follow_the_folder_and_others_are_refused(
     ],
 )
 def test_what_contradicts_the_folder_is_refused_in_a_line(
-    flag: str, told: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flag: str, message: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(vocab_size=257, num_experts_per_tok=2)
     save_pretrained(spread_params(config, 1, dtype=torch.float32), config, tmp_path / "weights")
@@ -120,7 +120,7 @@ def test_what_contradicts_the_folder_is_refused_in_a_line(
     flag = flag.replace("sizes.yaml", str(tmp_path / "sizes.yaml"))
     init = [] if flag.startswith("--init") else [f"--init={tmp_path / 'weights'}"]
     assert main(["train", f"--data={text}", f"--out={tmp_path / 'run'}", *init, flag, *RUN]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

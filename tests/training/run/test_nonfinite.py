@@ -79,8 +79,8 @@ def test_a_nan_in_one_expert_is_seen_in_the_step_in_which_it_appears() -> None:
     spoiled = tree_map(torch.clone, state)
     spoiled.params["layers"]["moe"]["w2"][0, 1, 0, 0] = torch.nan
     new, metrics = hyper_step(spoiled, tiny_batch(CONFIG), HyperParams(), CONFIG)
-    found = bad_numbers(to_record(metrics), new)
-    assert {"main_loss", "grad_norm", "surprise"} <= set(found)
+    bad_names = bad_numbers(to_record(metrics), new)
+    assert {"main_loss", "grad_norm", "surprise"} <= set(bad_names)
 
 
 def test_a_bad_run_is_held_back_and_its_neighbours_step_on() -> None:
@@ -162,11 +162,11 @@ def test_rerun_makes_any_step_again_bit_for_bit_from_the_checkpoint_before_it(
     out = tmp_path / "run"
     assert train(text, out, "--steps=9", "--checkpoint-every=4", "--keep-checkpoints=9", "--eval-every=0") == 0
     first = "the first state of the run"
-    for step, start, made in ((1, first, 0), (4, first, 3), (8, "000004", 3)):
+    for step, start, remade in ((1, first, 0), (4, first, 3), (8, "000004", 3)):
         capsys.readouterr()
         assert main(["rerun", str(out), "--step", str(step)]) == 0
         said = capsys.readouterr().out
-        assert f"{start}, {made} steps made again before it" in said
+        assert f"{start}, {remade} steps made again before it" in said
         assert said.rstrip().endswith("on record: the same")
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     lines[7] = json.dumps(json.loads(lines[7]) | {"avg_k": 3.5})

@@ -38,7 +38,7 @@ def test_a_run_with_more_steps_than_it_began_with_has_two_legs_everywhere(
     said = capsys.readouterr().err
     assert "note: steps 1 to 4 of a schedule for 4 steps, steps 5 to 9 of one for 9" in said
     assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["legs"] == [[0, 4], [4, 9]]
-    (finding,) = [one for one in examine(out) if one.subject == "schedule"]
+    (finding,) = [entry for entry in examine(out) if entry.subject == "schedule"]
     assert "steps 1 to 4 of a schedule for 4 steps" in finding.text
     assert "not the score of a run of 9 steps" in finding.advice
     for step in (3, 7):
@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_as_it_began_has_one_leg_and_nothing_is_said(
         assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 0
         assert "note:" not in capsys.readouterr().err
         assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["legs"][1:] == []
-        assert not [one for one in examine(out) if one.subject == "schedule"]
+        assert not [finding for finding in examine(out) if finding.subject == "schedule"]
 
 
 def test_legs_grow_by_what_changes_and_forget_what_was_never_trained() -> None:

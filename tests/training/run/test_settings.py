@@ -59,10 +59,10 @@ def test_the_default_preset_says_what_the_code_says():
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_load_and_spell_out_every_key(path):
     load_settings(str(path))
-    given = read_yaml(str(path))
-    assert list(given) == list(asdict(RunConfig()))
-    assert set(given["model"]) == {field.name for field in fields(ModelConfig)}
-    assert set(given["hyper"]) == {field.name for field in fields(HyperSettings)}
+    settings = read_yaml(str(path))
+    assert list(settings) == list(asdict(RunConfig()))
+    assert set(settings["model"]) == {field.name for field in fields(ModelConfig)}
+    assert set(settings["hyper"]) == {field.name for field in fields(HyperSettings)}
 
 
 def test_where_a_run_differs_from_hyper_params_is_said_in_help_and_in_the_source(capsys):

@@ -119,12 +119,12 @@ def attention(weights: dict[str, Tensor], x: list[Tensor], numbers: list[int], c
     values = {i: (x[i] @ weights["v_proj"]).split(size) for i in real}
     outputs = [torch.zeros_like(vector) for vector in x]  # padding has no target and is never seen: any value will do
     for i in real:
-        seen = [j for j in range(i + 1) if numbers[j] == numbers[i]]
+        visible = [j for j in range(i + 1) if numbers[j] == numbers[i]]
         mixed = []
         for head, query in enumerate(queries[i]):
             of = head // group
-            share = (torch.stack([keys[j][of] for j in seen]) @ query / math.sqrt(size)).softmax(0)
-            mixed.append(share @ torch.stack([values[j][of] for j in seen]))
+            share = (torch.stack([keys[j][of] for j in visible]) @ query / math.sqrt(size)).softmax(0)
+            mixed.append(share @ torch.stack([values[j][of] for j in visible]))
         outputs[i] = torch.cat(mixed) @ weights["o_proj"]
     return outputs
 
@@ -193,9 +193,9 @@ def forward(params, batch, hyper, step: int, config, margins: Margins, rows=None
                 stream[t] = stream[t] + out
         for t in (t for b in rows for t in range(b * S, b * S + S) if numbers[t] != 0):
             x = rms_norm(stream[t], layer["post_attention_layernorm"], eps)
-            seen = embedded[t] if config.routing == "token" else x
-            logits = seen @ moe["router"]
-            trace.inputs[at, t], trace.learned[at, t] = seen.detach(), logits.detach()
+            router_input = embedded[t] if config.routing == "token" else x
+            logits = router_input @ moe["router"]
+            trace.inputs[at, t], trace.learned[at, t] = router_input.detach(), logits.detach()
             if config.routing == "hash":
                 key = mix(mix(ids[t]) + at + 1)
                 logits = torch.tensor([mix(key + mix(e)) / 2**32 for e in range(shape[2])]).double()
@@ -278,14 +278,14 @@ def values_of(surprise: dict, exponent: float) -> dict[tuple[int, int, int], flo
     return {key: v / (means[key[0], key[2]] or 1.0) ** exponent for key, v in surprise.items()}
 
 
-def target_share(found: dict[int, float], temperature: float, experts: int) -> Tensor:
-    """Target of one token as a distribution over experts; found: {expert: signed surprise}."""
-    if temperature == 0 or len(found) == 1:
-        best = min(found, key=lambda e: (found[e], e))
+def target_share(surprises: dict[int, float], temperature: float, experts: int) -> Tensor:
+    """Target of one token as a distribution over experts; surprises: {expert: signed surprise}."""
+    if temperature == 0 or len(surprises) == 1:
+        best = min(surprises, key=lambda e: (surprises[e], e))
         return torch.nn.functional.one_hot(torch.tensor(best), experts).double()
-    mean = sum(abs(v) for v in found.values()) / len(found)  # Taken: mean size, as `benefit` has a sign
+    mean = sum(abs(v) for v in surprises.values()) / len(surprises)  # Taken: mean size, as `benefit` has a sign
     share = torch.full((experts,), -math.inf, dtype=torch.float64)
-    for e, value in found.items():
+    for e, value in surprises.items():
         share[e] = -value / (temperature * mean)
     return share.softmax(0)
 
@@ -295,20 +295,21 @@ def targets_of(surprise: dict, tokens: list[int], total: int, hyper, step: int, 
     values, shares, ties = values_of(surprise, float(hyper.expert_norm)), {}, 0
     for layer in range(config.num_hidden_layers):
         for t in tokens:
-            found = {
+            candidates = {
                 e: float(hyper.surprise_sign) * values[layer, t, e]
                 for e in range(config.num_experts)
                 if (layer, t, e) in values
             }
-            if len(found) < max(1, int(hyper.min_candidates)):
+            if len(candidates) < max(1, int(hyper.min_candidates)):
                 continue
             # Taken: a lone candidate, or a token with less than `min_candidates`, is not counted as a tie
-            low, high = min(found.values()), max(found.values())
-            if len(found) > 1 and high - low <= TIE * max(abs(low), abs(high)):  # `router_targets` states the threshold
+            # (`router_targets` states the threshold)
+            low, high = min(candidates.values()), max(candidates.values())
+            if len(candidates) > 1 and high - low <= TIE * max(abs(low), abs(high)):
                 ties += 1
                 continue
-            shares[layer, t] = target_share(found, float(hyper.target_temperature), config.num_experts)
-            ranked = sorted(found.values())
+            shares[layer, t] = target_share(candidates, float(hyper.target_temperature), config.num_experts)
+            ranked = sorted(candidates.values())
             if len(ranked) > 1:
                 margins.compare(ranked[0], ranked[1], max(map(abs, ranked)))
         if hyper.shuffle_targets:

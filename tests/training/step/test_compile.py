@@ -47,8 +47,8 @@ def test_a_traced_step_equals_the_step(top_k: int, kind: str) -> None:
     for seed in (1, 2):  # routing and batch that the tracer has not seen
         other = init_state(config, torch.Generator().manual_seed(seed))
         others = tiny_batch(config, 3, 6, seed, left=(1, 0, 0))
-        found, wanted = traced(other, others), hyper_step(other, others, HYPER, config, kind=kind)
-        assert_close_trees(found, wanted)
+        actual, wanted = traced(other, others), hyper_step(other, others, HYPER, config, kind=kind)
+        assert_close_trees(actual, wanted)
 
 
 def test_a_traced_mapped_step_equals_the_mapped_step() -> None:
@@ -65,11 +65,11 @@ def test_a_traced_mapped_step_equals_the_mapped_step() -> None:
     assert_close_trees(traced(others, batch, rates.flip(0)), step(others, batch, rates.flip(0)))
 
 
-def assert_close_trees(found, wanted) -> None:
-    (new, metrics), (same, told) = found, wanted
+def assert_close_trees(actual, wanted) -> None:
+    (new, metrics), (same, wanted_metrics) = actual, wanted
     for name, leaf in flatten(same.params).items():
         torch.testing.assert_close(flatten(new.params)[name], leaf, rtol=2e-4, atol=2e-4)
-    for name, value in told._asdict().items():
+    for name, value in wanted_metrics._asdict().items():
         torch.testing.assert_close(getattr(metrics, name), value, rtol=2e-4, atol=2e-4, msg=name)
 
 

@@ -69,7 +69,7 @@ class PlainLoop:
         logits, trace = forward(unflatten(self.params), batch.input_ids, CONFIG, attention_mask=batch.attention_mask)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
         surprise = per_token_surprise(before, batch, CONFIG, hyper)
-        router, told = self.router_objective(trace, surprise, real_tokens(batch))
+        router, metrics = self.router_objective(trace, surprise, real_tokens(batch))
         self.adamw.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.fast, hyper.max_grad_norm)
@@ -82,7 +82,7 @@ class PlainLoop:
             optimizer.step()
         self.sink_the_used(trace)
         self.step += 1
-        return told | {
+        return metrics | {
             "main_loss": loss.item(), "grad_norm": grad_norm.item(), "router_grad_norm": router_norm.item(),
             "lr": hyper.lr * rate,
         }  # fmt: skip
@@ -121,12 +121,12 @@ class PlainLoop:
         mean = torch.stack(terms).mean()
         total = mean * self.hyper.surprise_weight + self.hyper.balance_weight * balance
         total = total + self.hyper.z_weight * torch.stack(z).mean()
-        told = {
+        metrics = {
             "router_loss": mean.item(), "balance_loss": balance.item(), "z_loss": torch.stack(z).mean().item(),
             "gating_acc": sum(hits) / len(hits), "gating_trivial": sum(chances) / len(chances),
             "tie_rate": tied / (int(real.sum()) * CONFIG.num_hidden_layers),
         }  # fmt: skip
-        return total, told
+        return total, metrics
 
     def sink_the_used(self, trace: Any) -> None:
         for layer in range(CONFIG.num_hidden_layers):
@@ -181,8 +181,8 @@ def test_a_label_on_padding_is_no_target() -> None:
 
 def test_per_token_surprise_never_explores() -> None:
     state, batch = a_state(CONFIG), a_batch(0)
-    found = per_token_surprise(state.params, batch, CONFIG, HYPER._replace(explore_prob=1.0))
-    assert_close(found, per_token_surprise(state.params, batch, CONFIG, HYPER), 0.0)
+    surprise = per_token_surprise(state.params, batch, CONFIG, HYPER._replace(explore_prob=1.0))
+    assert_close(surprise, per_token_surprise(state.params, batch, CONFIG, HYPER), 0.0)
 
 
 def test_the_budget_of_the_numbers_decides_dynamic_k() -> None:

@@ -179,5 +179,5 @@ def test_either_input_alone_may_be_mapped(in_dims: tuple[int | None, int | None]
     active = torch.stack([run.active for run in runs]) if in_dims[1] == 0 else runs[0].active
     mapped = vmap(lambda ids, active: expert_load(ids, active, 4), in_dims=in_dims)(ids, active)
     for i in range(3):
-        one = expert_load(ids[i] if in_dims[0] == 0 else ids, active[i] if in_dims[1] == 0 else active, 4)
-        assert torch.equal(mapped[i], one)
+        alone = expert_load(ids[i] if in_dims[0] == 0 else ids, active[i] if in_dims[1] == 0 else active, 4)
+        assert torch.equal(mapped[i], alone)

@@ -49,9 +49,9 @@ def test_fifty_steps_equal_torch_adamw(way: str) -> None:
         matrix.grad, norm.grad = (2 * leaf for leaf in leaves(grads))
         theirs.step()
         ours = one_step(ours[0], grads, ours[1])
-    found = (ours if way != "mapped" else unstack(ours)[1])[0]
-    assert_close(found["w"], matrix.detach(), 1e-12, "matrix")
-    assert_close(found["in"]["norm"], norm.detach(), 1e-12, "norm, which has no decay")
+    updated = (ours if way != "mapped" else unstack(ours)[1])[0]
+    assert_close(updated["w"], matrix.detach(), 1e-12, "matrix")
+    assert_close(updated["in"]["norm"], norm.detach(), 1e-12, "norm, which has no decay")
 
 
 def test_an_update_leaves_its_inputs_alone() -> None:
@@ -66,11 +66,11 @@ def test_an_update_leaves_its_inputs_alone() -> None:
 def test_gradients_go_by_their_names_in_whatever_order_they_come(dtype: torch.dtype) -> None:
     params, grads = ({name: drawn_tree(seed + at)["w"].to(dtype) for at, name in enumerate("ab")} for seed in (0, 2))
     turned = {name: grads[name] for name in "ba"}
-    wanted, found = (
-        adamw_update(params, told, adamw_init(params), lr=0.1, weight_decay=0.1, hyper=HyperParams())
-        for told in (grads, turned)
+    wanted, actual = (
+        adamw_update(params, by_name, adamw_init(params), lr=0.1, weight_decay=0.1, hyper=HyperParams())
+        for by_name in (grads, turned)
     )
-    for ours, theirs in ((found[0], wanted[0]), (found[1].mu, wanted[1].mu), (found[1].nu, wanted[1].nu)):
+    for ours, theirs in ((actual[0], wanted[0]), (actual[1].mu, wanted[1].mu), (actual[1].nu, wanted[1].nu)):
         assert all(torch.equal(ours[name], theirs[name]) for name in "ab")
 
 
@@ -80,8 +80,8 @@ def test_strides_change_nothing() -> None:
     views = [{**tree, "w": tree["w"].T.contiguous().T} for tree in (params, grads)]
     wanted, _ = adamw_update(params, grads, adamw_init(params), lr=0.1, weight_decay=0.1, hyper=HyperParams())
     for mine, theirs in ((params, views[1]), (views[0], grads)):
-        found, _ = adamw_update(mine, theirs, adamw_init(mine), lr=0.1, weight_decay=0.1, hyper=HyperParams())
-        assert torch.equal(found["w"], wanted["w"])
+        updated, _ = adamw_update(mine, theirs, adamw_init(mine), lr=0.1, weight_decay=0.1, hyper=HyperParams())
+        assert torch.equal(updated["w"], wanted["w"])
 
 
 def test_mapped_learning_rates_equal_single_runs() -> None:
@@ -118,9 +118,9 @@ def test_clipping_brings_the_global_norm_to_the_limit_and_no_lower(limit: float,
 
 def test_runs_in_front_have_each_its_own_norm() -> None:
     trees = [drawn_tree(seed) for seed in range(3)]
-    found = global_norm(stack(trees), 1)
-    assert found.tolist() == pytest.approx([float(global_norm(tree)) for tree in trees])
-    assert global_norm(tree_map(lambda leaf: leaf.unflatten(0, (1, 3)), stack(trees)), 2).tolist() == [found.tolist()]
+    norms = global_norm(stack(trees), 1)
+    assert norms.tolist() == pytest.approx([float(global_norm(tree)) for tree in trees])
+    assert global_norm(tree_map(lambda leaf: leaf.unflatten(0, (1, 3)), stack(trees)), 2).tolist() == [norms.tolist()]
 
 
 def test_the_main_loss_is_torchs_cross_entropy() -> None:
@@ -178,8 +178,8 @@ def test_router_loss_terms_equal_their_formulas() -> None:
     surprise = F.cross_entropy(kept.flatten(0, 1), targets.expert[:, :3].flatten())
     balance = 3 * (load * kept.softmax(-1).mean(1)).sum(-1).mean()
     z = kept.logsumexp(-1).square().mean()
-    for found, wanted in zip(loss, (2 * surprise + 0.3 * balance + 0.1 * z, surprise, balance, z), strict=True):
-        assert_close(found, wanted, 1e-12)
+    for term, wanted in zip(loss, (2 * surprise + 0.3 * balance + 0.1 * z, surprise, balance, z), strict=True):
+        assert_close(term, wanted, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -196,9 +196,9 @@ def test_the_shares_of_a_batchs_parts_in_the_routers_loss_add_up(dtype: torch.dt
     whole = router_loss(logits, targets, load, real, hyper)
     counts = {"informative": informative.sum(dim=(-2, -1)), "tokens": real.sum(dim=-1)}
     parts = []
-    for some in (slice(0, 3), slice(3, 10)):
-        own = Targets(*(None if t is None else t[:, :, some] for t in targets))
-        parts.append(router_loss(logits[:, :, some], own, load, real[:, some], hyper, **counts))
+    for span in (slice(0, 3), slice(3, 10)):
+        own = Targets(*(None if t is None else t[:, :, span] for t in targets))
+        parts.append(router_loss(logits[:, :, span], own, load, real[:, span], hyper, **counts))
     for name, ours, *theirs in zip(whole._fields, whole, *parts, strict=True):
         assert_close(sum(theirs), ours, 1e-6, name)
 
@@ -229,8 +229,8 @@ def test_an_exactly_fair_load_moves_no_bias(experts: int, rows: int) -> None:
 
 
 def test_predictive_integrity_is_its_formula() -> None:
-    found = predictive_integrity(torch.tensor(2.0), torch.tensor(4.0), torch.tensor(3.0), 0.5, 0.1)
-    assert float(found) == pytest.approx(math.exp(-0.5 * (2.0 / 4.0 + 0.1 * 3.0)))
+    integrity = predictive_integrity(torch.tensor(2.0), torch.tensor(4.0), torch.tensor(3.0), 0.5, 0.1)
+    assert float(integrity) == pytest.approx(math.exp(-0.5 * (2.0 / 4.0 + 0.1 * 3.0)))
 
 
 def test_stacked_optimizer_states_unstack_to_themselves() -> None:

@@ -53,12 +53,12 @@ def test_a_fork_costs_what_a_whole_pass_with_that_token_sent_elsewhere_costs(siz
     losses = counterfactual_losses(params, batch, config, sample)
     assert losses.shape == (3, 2, 5, 4)
     for layer, row, position, expert in itertools.product(range(3), range(2), range(5), range(4)):
-        found = losses[layer, row, position, expert]
+        loss = losses[layer, row, position, expert]
         if batch.labels[row, position] == IGNORE_INDEX:
-            assert found == torch.inf
+            assert loss == torch.inf
         elif batch.attention_mask[row, position]:
             wanted = by_whole_passes(params, batch, config, layer, 5 * row + position, expert)
-            assert float(found) == pytest.approx(wanted, rel=1e-10)
+            assert float(loss) == pytest.approx(wanted, rel=1e-10)
 
 
 def test_documents_in_a_row_stay_apart_in_forks_too() -> None:
@@ -67,8 +67,8 @@ def test_documents_in_a_row_stay_apart_in_forks_too() -> None:
     packed = plain._replace(attention_mask=torch.tensor([[1, 1, 1, 2, 2, 2]]))
     second = Batch(*(part[:, 3:] for part in plain))
     sample = torch.arange(6).expand(2, 1, 6)
-    found = counterfactual_losses(params, packed, config, sample)[:, :, 3:]
-    torch.testing.assert_close(found, counterfactual_losses(params, second, config, sample[..., :3]))
+    second_losses = counterfactual_losses(params, packed, config, sample)[:, :, 3:]
+    torch.testing.assert_close(second_losses, counterfactual_losses(params, second, config, sample[..., :3]))
 
 
 def test_a_sample_is_of_targets_without_repetition_and_differs_by_layer_and_step() -> None:
@@ -94,13 +94,13 @@ def test_sampled_values_stand_at_their_tokens_and_all_others_are_infinite() -> N
 def test_the_oracle_as_a_rule_teaches_the_expert_of_the_least_own_loss() -> None:
     config = tiny_config(num_experts_per_tok=2)
     params, batch = spread_params(config, 2), tiny_batch(config, 3, 7)
-    found = per_token_surprise(params, batch, config, HyperParams(), kind="oracle")
-    known = found.isfinite().all(dim=-1)
-    assert torch.equal(known, found.isfinite().any(dim=-1)), "all experts or none"
+    surprise = per_token_surprise(params, batch, config, HyperParams(), kind="oracle")
+    known = surprise.isfinite().all(dim=-1)
+    assert torch.equal(known, surprise.isfinite().any(dim=-1)), "all experts or none"
     assert (known.view(2, 3, 7).sum(dim=-1) == PICKS).all()
     layer, token = (int(index) for index in known.nonzero()[0])
     wanted = [by_whole_passes(params, batch, config, layer, token, expert) for expert in range(4)]
-    assert found[layer, token].tolist() == pytest.approx(wanted)
+    assert surprise[layer, token].tolist() == pytest.approx(wanted)
 
 
 def test_the_oracle_as_a_rule_trains_and_maps() -> None:
@@ -108,12 +108,12 @@ def test_the_oracle_as_a_rule_trains_and_maps() -> None:
     batch = tiny_batch(config, 3, 7)
     states = [init_state(config, torch.Generator().manual_seed(seed)) for seed in range(2)]
     hyper = HyperParams(explore_seed=3)
-    mapped, metrics = vmap(lambda one: hyper_step(one, batch, hyper, config, kind="oracle"))(stack(states))
+    mapped, metrics = vmap(lambda run: hyper_step(run, batch, hyper, config, kind="oracle"))(stack(states))
     for index, state in enumerate(states):
         alone, own = hyper_step(state, batch, hyper, config, kind="oracle")
         torch.testing.assert_close(metrics.surprise[index], own.surprise, rtol=2e-4, atol=2e-4)
-        found, wanted = (s.params["layers"]["moe"]["router"] for s in (unstack(mapped)[index], alone))
-        torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-4)
+        router, wanted = (s.params["layers"]["moe"]["router"] for s in (unstack(mapped)[index], alone))
+        torch.testing.assert_close(router, wanted, rtol=2e-4, atol=2e-4)
         assert (wanted != state.params["layers"]["moe"]["router"]).any()
 
 

@@ -75,15 +75,15 @@ def test_mapped_runs_of_a_rule_equal_single_runs(name: str) -> None:
 
     mapped, metrics = vmap(step)(stack(states), rates)
     mapped, metrics = vmap(step)(mapped, rates)
-    for run, (found, rate) in enumerate(zip(unstack(mapped), rates.tolist(), strict=True)):
+    for run, (trained, rate) in enumerate(zip(unstack(mapped), rates.tolist(), strict=True)):
         alone, _ = step(states[run], rate)
         alone, measured = step(alone, rate)
         assert_close(metrics.router_loss[run], measured.router_loss, 1e-5)
-        for a, b in ((found.params["layers"]["moe"]["router"], alone.params["layers"]["moe"]["router"]),):
+        for a, b in ((trained.params["layers"]["moe"]["router"], alone.params["layers"]["moe"]["router"]),):
             assert_close(a, b, 1e-3)
-        if found.rule:
-            assert torch.equal(found.rule["visits"], alone.rule["visits"])
-            assert_close(found.rule["sum"], alone.rule["sum"], 1e-5)
+        if trained.rule:
+            assert torch.equal(trained.rule["visits"], alone.rule["visits"])
+            assert_close(trained.rule["sum"], alone.rule["sum"], 1e-5)
 
 
 def test_a_rules_state_is_checkpointed_and_a_resumed_run_has_the_bits_of_one_that_went_on(tmp_path) -> None:
@@ -103,8 +103,8 @@ def test_the_shipped_rule_written_from_outside_makes_the_same_step() -> None:
         step = [
             lambda s, rule=rule: hyper_step(s, batch, HYPER, CONFIG, rule=rule) for rule in (LEAST_SURPRISE, outside)
         ]
-        found = [(vmap(one) if state.step.ndim else one)(state) for one in step]
-        assert_same_bits(found[1], found[0])
+        new_states = [(vmap(function) if state.step.ndim else function)(state) for function in step]
+        assert_same_bits(new_states[1], new_states[0])
 
 
 @pytest.mark.parametrize(

@@ -213,11 +213,11 @@ def test_hyper_step_equals_its_definition(first: int) -> None:
     for seed in range(first, first + BLOCK):
         case = draw_case(seed)
         expected = reference_step(case.state, case.batch, case.hyper, case.config, case.kind, case.teacher)
-        found = {torch.float64: differences(case, torch.float64, seed % 4 == 0, expected)}
+        errors = {torch.float64: differences(case, torch.float64, seed % 4 == 0, expected)}
         if expected.margin > CLOSE:
-            found[torch.float32] = differences(case, torch.float32, seed % 4 == 1, expected)
+            errors[torch.float32] = differences(case, torch.float32, seed % 4 == 1, expected)
             compared += 1
-        wrong += [f"seed {seed}, {dtype}, {line}" for dtype, lines in found.items() for line in lines[:3]]
+        wrong += [f"seed {seed}, {dtype}, {line}" for dtype, lines in errors.items() for line in lines[:3]]
     assert not wrong, "\n".join(wrong)
     assert compared > BLOCK / 2, f"expected most cases to be far from any close decision, got {compared} of {BLOCK}"
 

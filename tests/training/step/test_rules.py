@@ -57,7 +57,7 @@ def by_plain_autograd(case: Case) -> dict[str, Tensor]:
         apply_w13=gate_and_up,
     )  # fmt: skip
     loss = F.cross_entropy(logits.flatten(0, 1), case.batch.labels.flatten(), reduction="sum", ignore_index=-100)
-    found = {kind: torch.full_like(trace.router_logits, torch.inf) for kind in MEASURED}
+    surprises = {kind: torch.full_like(trace.router_logits, torch.inf) for kind in MEASURED}
     for layer, (leaves, rows) in enumerate(zip(own, rows_of, strict=True)):
         grads = dict(zip(leaves, torch.autograd.grad(loss, [*leaves.values()], retain_graph=True), strict=True))
         weights = torch.zeros_like(trace.router_logits[layer])
@@ -66,12 +66,12 @@ def by_plain_autograd(case: Case) -> dict[str, Tensor]:
         for row in range(int(rows.offsets[-1])):
             at = layer, int(rows.token[row]), int(rows.expert[row])
             weight = weights[at[1:]]
-            found["w2"][at] = grads["w2"][row].norm()
-            found["unweighted"][at] = grads["w2"][row].norm() / weight
-            found["experts"][at] = sum(grads[name][row].square().sum() for name in ("w1", "w2", "w3")).sqrt()
-            found["input"][at] = grads["x"][row].norm()
-            found["benefit"][at] = grads["scale"][row] / weight
-    return found
+            surprises["w2"][at] = grads["w2"][row].norm()
+            surprises["unweighted"][at] = grads["w2"][row].norm() / weight
+            surprises["experts"][at] = sum(grads[name][row].square().sum() for name in ("w1", "w2", "w3")).sqrt()
+            surprises["input"][at] = grads["x"][row].norm()
+            surprises["benefit"][at] = grads["scale"][row] / weight
+    return surprises
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -79,8 +79,8 @@ def test_every_kind_of_surprise_equals_its_definition_by_plain_autograd(routing:
     case = situation(routing)
     wanted = by_plain_autograd(case)
     for kind in MEASURED:
-        found = per_token_surprise(case.params, case.batch, case.config, case.hyper, kind=kind)
-        assert_close(found, wanted[kind], 1e-10, f"{kind}, {routing}")
+        surprise = per_token_surprise(case.params, case.batch, case.config, case.hyper, kind=kind)
+        assert_close(surprise, wanted[kind], 1e-10, f"{kind}, {routing}")
     assert (wanted["benefit"] < 0).any(), "some expert helps"
 
 
@@ -108,10 +108,10 @@ def test_mapped_runs_of_every_kind_equal_the_runs_alone(kind: Any) -> None:
     batch = tiny_batch(config, **BATCH_SHAPE)
     states = [init_state(config, torch.Generator().manual_seed(seed)) for seed in range(3)]
     speeds = torch.tensor([0.01, 0.02, 0.04])
-    mapped, seen = vmap(
+    mapped, mapped_metrics = vmap(
         lambda state, lr: hyper_step(state, batch, HyperParams(router_lr=lr), config, kind=kind)
     )(stack(states), speeds)  # fmt: skip
-    for run, measured, state, lr in zip(unstack(mapped), unstack(seen), states, speeds, strict=True):
+    for run, measured, state, lr in zip(unstack(mapped), unstack(mapped_metrics), states, speeds, strict=True):
         alone, metrics = hyper_step(state, batch, HyperParams(router_lr=float(lr)), config, kind=kind)
         assert_close(measured.expert_surprise, metrics.expert_surprise, 2e-5, kind)
         for name, leaf in flatten(alone.params).items():
@@ -174,17 +174,17 @@ def test_values_of_both_signs_are_divided_by_their_mean_size() -> None:
 @given(values=SURPRISES, exponent=st.sampled_from([0.0, 0.5, 1.0]))
 def test_values_are_divided_by_their_experts_mean(values: list[float], exponent: float) -> None:
     surprise = torch.tensor(values, dtype=torch.float64).view(1, 6, 4)
-    found = divide_by_expert_mean(surprise, exponent)
+    divided = divide_by_expert_mean(surprise, exponent)
     for token in range(6):
         for expert in range(4):
             column = surprise[0, :, expert]
             value = surprise[0, token, expert]
             if value.isfinite():
-                assert float(found[0, token, expert]) == pytest.approx(
+                assert float(divided[0, token, expert]) == pytest.approx(
                     float(value / column[column.isfinite()].mean() ** exponent)
                 )
             else:
-                assert found[0, token, expert] == torch.inf
+                assert divided[0, token, expert] == torch.inf
 
 
 @given(seed=st.integers(0, 999), teaching=st.lists(st.booleans(), min_size=10, max_size=10))
@@ -281,8 +281,8 @@ def test_a_mapped_zero_means_never_for_every_new_coefficient() -> None:
     )
     plain = trained(HyperParams(), 2)[-1]
     for name in names:
-        found = trained(HyperParams(**{name: torch.tensor(0.0)}), 2)[-1]
-        for leaf, wanted in zip(flatten(found.params).values(), flatten(plain.params).values(), strict=True):
+        zeroed = trained(HyperParams(**{name: torch.tensor(0.0)}), 2)[-1]
+        for leaf, wanted in zip(flatten(zeroed.params).values(), flatten(plain.params).values(), strict=True):
             assert_close(leaf, wanted, 1e-5, name)
 
 
@@ -343,13 +343,13 @@ def test_experts_of_runs_side_by_side_are_replaced_as_those_of_each_run_alone() 
     hyper = HyperParams(
         regenerate_below=torch.tensor([0.01, 0.01, 0.5]), beta2=0.75, explore_seed=torch.tensor([1, 2, 3])
     )
-    found = regenerate(*stack(states)[:4], load=load, hyper=hyper, router_learns=1.0)
+    after = regenerate(*stack(states)[:4], load=load, hyper=hyper, router_learns=1.0)
     for run, state in enumerate(states):
         alone = HyperParams(regenerate_below=float(hyper.regenerate_below[run]), beta2=0.75, explore_seed=1 + run)
         wanted = regenerate(*state[:4], load=load[run], hyper=alone, router_learns=1.0)
         for name, leaf in walk(wanted):
-            assert_close(dict(walk(found))[name][run], leaf, 1e-6, name)
-    changed = (stack(states).params["layers"]["moe"]["w2"] != found["params"]["layers"]["moe"]["w2"]).flatten(3).any(-1)
+            assert_close(dict(walk(after))[name][run], leaf, 1e-6, name)
+    changed = (stack(states).params["layers"]["moe"]["w2"] != after["params"]["layers"]["moe"]["w2"]).flatten(3).any(-1)
     assert changed.any(-1).tolist() == [[True, False], [False, False], [True, True]]
 
 
@@ -394,8 +394,8 @@ def test_token_routing_sends_a_token_to_the_same_experts_wherever_it_stands_as_i
     assert not torch.equal(*routes), "parameters decide"
     for token in ids.unique():
         assert (routes[0][:, ids == token] == routes[0][:, ids == token][:, :1]).all()
-    seen = forward(spread_params(config), batch.input_ids, tiny_config(num_experts_per_tok=2))[1].expert_ids
-    assert any((seen[:, ids == token] != seen[:, ids == token][:, :1]).any() for token in ids.unique()), "twin"
+    learned = forward(spread_params(config), batch.input_ids, tiny_config(num_experts_per_tok=2))[1].expert_ids
+    assert any((learned[:, ids == token] != learned[:, ids == token][:, :1]).any() for token in ids.unique()), "twin"
 
 
 @pytest.mark.parametrize("coupling", [0.0, 1.0])
@@ -448,7 +448,7 @@ def test_the_gradient_passes_straight_through_the_gates() -> None:
     bias = torch.randn(config.num_experts, dtype=torch.float64, requires_grad=True)
     routing = route(logits, torch.ones(5, dtype=torch.bool), config, 0.5, bias)
     pull = torch.randn_like(routing.weights)
-    found = torch.autograd.grad((routing.weights * pull).sum(), (logits, bias))
+    grads = torch.autograd.grad((routing.weights * pull).sum(), (logits, bias))
     soft = (logits + bias).sigmoid()
     wanted = torch.zeros_like(logits)
     for token in range(5):
@@ -458,8 +458,8 @@ def test_the_gradient_passes_straight_through_the_gates() -> None:
                 expert = int(routing.expert_ids[token, slot])
                 slope = soft[token, expert] * (1 - soft[token, expert])
                 wanted[token, expert] = pull[token, slot] * slope / count
-    torch.testing.assert_close(found[0], wanted)
-    torch.testing.assert_close(found[1], wanted.sum(dim=0))
+    torch.testing.assert_close(grads[0], wanted)
+    torch.testing.assert_close(grads[1], wanted.sum(dim=0))
 
 
 def test_padding_opens_no_gate_and_weighs_nothing() -> None:
@@ -482,9 +482,9 @@ def test_thresholds_are_learned_by_the_main_loss_and_map() -> None:
     decoupled, _ = hyper_step(state, batch, HyperParams(), config)
     assert torch.equal(flatten(decoupled.params)[BIAS], flatten(state.params)[BIAS]), "surprise alone moves no gate"
     states = [state, threshold_state(1)[0]]
-    mapped, _ = vmap(lambda one: hyper_step(one, batch, COUPLED, config))(stack(states))
-    for run, one in zip(unstack(mapped), states, strict=True):
-        alone, _ = hyper_step(one, batch, COUPLED, config)
+    mapped, _ = vmap(lambda run_state: hyper_step(run_state, batch, COUPLED, config))(stack(states))
+    for run, start in zip(unstack(mapped), states, strict=True):
+        alone, _ = hyper_step(start, batch, COUPLED, config)
         for name, leaf in flatten(alone.params).items():
             assert_close(flatten(run.params)[name], leaf, 2e-4, name)
 

@@ -90,17 +90,17 @@ def summed_loss(case: Case, apply_w2: Callable[..., Tensor], params: dict[str, A
 
 def probe(case: Case) -> list[Probed]:
     """One entry a layer, from torch.autograd.grad with respect to the zeros."""
-    seen: list[tuple[Tensor, Tensor, Rows]] = []
+    probes: list[tuple[Tensor, Tensor, Rows]] = []
 
     def apply_with_probe(layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
         nobody = torch.cat((w2, torch.zeros_like(w2[:1])))
         y = torch.einsum("nf,nfd->nd", hidden, nobody[rows.expert])
         zeros = torch.zeros_like(y, requires_grad=True)
-        seen.append((hidden.detach(), zeros, rows))
+        probes.append((hidden.detach(), zeros, rows))
         return y + zeros
 
-    grads = torch.autograd.grad(summed_loss(case, apply_with_probe), [zeros for _, zeros, _ in seen])
-    return [Probed(hidden, grad, rows) for (hidden, _, rows), grad in zip(seen, grads, strict=True)]
+    grads = torch.autograd.grad(summed_loss(case, apply_with_probe), [zeros for _, zeros, _ in probes])
+    return [Probed(hidden, grad, rows) for (hidden, _, rows), grad in zip(probes, grads, strict=True)]
 
 
 def surprise_by_probe(case: Case) -> Tensor:
@@ -169,17 +169,17 @@ def naive_decoder(case: Case) -> Naive:
     for index in range(config.num_hidden_layers):
         layer = {name: leaf[index] for name, leaf in stacked.items()}
         x = x + naive_attention(naive_norm(x, layer["input_layernorm"]), layer, batch.attention_mask, config)
-        seen = naive_norm(x, layer["post_attention_layernorm"]).flatten(0, 1)
+        normed = naive_norm(x, layer["post_attention_layernorm"]).flatten(0, 1)
         outs = []
         for token in range(rows * seq):
-            out = torch.zeros_like(seen[token])
+            out = torch.zeros_like(normed[token])
             if batch.attention_mask.flatten()[token]:
-                weights = naive_route(seen[token].detach() @ layer["moe.router"], config, case.hyper.pi_alpha)
+                weights = naive_route(normed[token].detach() @ layer["moe.router"], config, case.hyper.pi_alpha)
                 for expert, weight in weights.items():
                     routes[index, token, expert] = True
                     own = {name: leaf[index, token, expert] for name, leaf in private.items()}
-                    gate = seen[token] @ own["w1"]
-                    out = out + weight * ((gate * gate.sigmoid() * (seen[token] @ own["w3"])) @ own["w2"])
+                    gate = normed[token] @ own["w1"]
+                    out = out + weight * ((gate * gate.sigmoid() * (normed[token] @ own["w3"])) @ own["w2"])
             outs.append(out)
         x = x + torch.stack(outs).unflatten(0, (rows, seq))
     logits = naive_norm(x, case.params["norm"]) @ case.params["embed_tokens"].T
@@ -280,9 +280,9 @@ def test_the_tokens_outer_products_add_up_to_the_gradient_of_w2(routing: str, dt
 
 @given(cases())
 def test_surprise_equals_both_oracles_on_uneven_routing(case: Case) -> None:
-    found = closed_form(case)
-    assert_close(found, surprise_by_probe(case), 1e-10, "probe")
-    assert_close(found, surprise_by_private_w2(case), 1e-10, "private w2")
+    surprise = closed_form(case)
+    assert_close(surprise, surprise_by_probe(case), 1e-10, "probe")
+    assert_close(surprise, surprise_by_private_w2(case), 1e-10, "private w2")
 
 
 class Uneven(NamedTuple):
@@ -318,11 +318,11 @@ def test_surprise_equals_both_oracles_in_each_uneven_situation_by_name(name: str
     config = tiny_config(**sizes)
     params = shape_router(init_params(config, seeded(3), torch.float64), router)
     case = Case(config, params, tiny_batch(config, **shape), HyperParams())
-    found, routes = closed_form(case), routed(case)
-    assert fits(routes, found)
-    assert torch.equal(found.isfinite(), routes)
-    assert_close(found, surprise_by_probe(case), 1e-10, "probe")
-    assert_close(found, surprise_by_private_w2(case), 1e-10, "private w2")
+    surprise, routes = closed_form(case), routed(case)
+    assert fits(routes, surprise)
+    assert torch.equal(surprise.isfinite(), routes)
+    assert_close(surprise, surprise_by_probe(case), 1e-10, "probe")
+    assert_close(surprise, surprise_by_private_w2(case), 1e-10, "private w2")
 
 
 def test_surprise_of_bfloat16_parameters_rounds_the_model_not_the_norm() -> None:
@@ -332,15 +332,15 @@ def test_surprise_of_bfloat16_parameters_rounds_the_model_not_the_norm() -> None
     seeds, and up to 26 % of the largest entry. All experts are routed, so that no rounding changes a route.
     """
     case = situation("K=E", torch.bfloat16, moe_intermediate_size=8)
-    found = closed_form(case)
-    assert found.dtype == torch.float32
+    surprise = closed_form(case)
+    assert surprise.dtype == torch.float32
     for layer, probed in enumerate(probe(case)):
         wide = probed._replace(hidden=probed.hidden.float(), grad=probed.grad.float())
         kept = probed.rows.expert < case.config.num_experts
-        ours = found[layer, probed.rows.token[kept], probed.rows.expert[kept]]
+        ours = surprise[layer, probed.rows.token[kept], probed.rows.expert[kept]]
         assert_close(ours, wide.outer().flatten(1).norm(dim=1)[kept], 1e-6, "same model")
     exact = closed_form(case._replace(params=tree_map(lambda leaf: leaf.double(), case.params)))
-    error = ((found.double() - exact).abs() / exact)[exact.isfinite() & (exact > 0)].median()
+    error = ((surprise.double() - exact).abs() / exact)[exact.isfinite() & (exact > 0)].median()
     assert 1e-4 < error < 0.05, f"median error of an entry {error:.1%}"
 
 
@@ -349,12 +349,12 @@ def test_surprise_of_bfloat16_parameters_rounds_the_model_not_the_norm() -> None
 
 @given(cases())
 def test_finite_entries_are_exactly_the_routes_of_real_tokens(case: Case) -> None:
-    found = closed_form(case)
+    surprise = closed_form(case)
     real = real_tokens(case.batch)
-    assert not found.isnan().any()
-    assert torch.equal(found.isfinite(), routed(case))
-    assert (found[:, ~real] == torch.inf).all()
-    per_token = found[:, real].isfinite().sum(dim=-1)
+    assert not surprise.isnan().any()
+    assert torch.equal(surprise.isfinite(), routed(case))
+    assert (surprise[:, ~real] == torch.inf).all()
+    per_token = surprise[:, real].isfinite().sum(dim=-1)
     assert ((per_token >= 1) & (per_token <= case.config.routes_per_token)).all()
     if case.config.num_experts_per_tok != DYNAMIC_K:
         assert (per_token == case.config.num_experts_per_tok).all()
@@ -388,9 +388,9 @@ def test_splitting_a_batch_changes_no_surprise(case: Case, at: int) -> None:
 def test_appending_padding_changes_no_surprise(case: Case, more: int) -> None:
     rows, seq = case.batch.input_ids.shape
     longer = padded(case.batch, (0, more))
-    found = closed_form(case._replace(batch=longer)).unflatten(1, (rows, seq + more))
-    assert_close(found[:, :, :seq].flatten(1, 2), closed_form(case), 1e-10, "surprise of the old positions")
-    assert (found[:, :, seq:] == torch.inf).all()
+    surprise = closed_form(case._replace(batch=longer)).unflatten(1, (rows, seq + more))
+    assert_close(surprise[:, :, :seq].flatten(1, 2), closed_form(case), 1e-10, "surprise of the old positions")
+    assert (surprise[:, :, seq:] == torch.inf).all()
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -398,8 +398,8 @@ def test_padding_in_front_changes_no_surprise(routing: str) -> None:
     """Positions shift, and rotary angles are relative only to float32's precision, whatever the parameters are."""
     case = situation(routing)
     rows, seq = case.batch.input_ids.shape
-    found = closed_form(case._replace(batch=padded(case.batch, (2, 0)))).unflatten(1, (rows, seq + 2))
-    assert_close(found[:, :, 2:].flatten(1, 2), closed_form(case), 1e-5, "surprise")
+    surprise = closed_form(case._replace(batch=padded(case.batch, (2, 0)))).unflatten(1, (rows, seq + 2))
+    assert_close(surprise[:, :, 2:].flatten(1, 2), closed_form(case), 1e-5, "surprise")
 
 
 def padded(batch: Batch, by: tuple[int, int]) -> Batch:
@@ -419,10 +419,10 @@ def test_unlabelled_real_tokens_are_not_padding() -> None:
 
 def forward_ranking(case: Case) -> Tensor:
     """(L, T, E): weight * ||h||, +inf where not routed; nothing of the loss is read."""
-    seen: list[tuple[Tensor, Rows]] = []
+    calls: list[tuple[Tensor, Rows]] = []
 
     def watch(layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
-        seen.append((hidden, rows))
+        calls.append((hidden, rows))
         return torch.einsum("nf,nfd->nd", hidden, torch.cat((w2, torch.zeros_like(w2[:1])))[rows.expert])
 
     _, trace = forward(
@@ -430,7 +430,7 @@ def forward_ranking(case: Case) -> Tensor:
         surprise_budget=case.hyper.pi_alpha, apply_w2=watch,
     )  # fmt: skip
     ranking = torch.full(trace.router_logits.shape, torch.inf, dtype=torch.float64)
-    for layer, (hidden, rows) in enumerate(seen):
+    for layer, (hidden, rows) in enumerate(calls):
         for h, token, expert in zip(hidden, rows.token.tolist(), rows.expert.tolist(), strict=True):
             if expert < case.config.num_experts:
                 slot = trace.expert_ids[layer, token].tolist().index(expert)
@@ -609,7 +609,7 @@ def test_remove_hooks_drops_the_saved_rows_and_the_handles() -> None:
     hooks = SurpriseHookManager(torch.full(routed(case).shape, torch.inf, dtype=torch.float64))
     saved: list[weakref.ref] = []
 
-    def seen(layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
+    def tracked(layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
         saved.append(weakref.ref(rows.token))  # the graph needs the offsets, not this
         return hooks.apply_w2(layer, hidden, w2, rows)
 
@@ -617,7 +617,7 @@ def test_remove_hooks_drops_the_saved_rows_and_the_handles() -> None:
         return sum(type(thing) is RemovableHandle for thing in gc.get_objects())
 
     before = handles()
-    loss = summed_loss(case, seen, params)
+    loss = summed_loss(case, tracked, params)
     assert all(token() is not None for token in saved)
     assert handles() == before + case.config.num_hidden_layers
     hooks.remove_hooks()
@@ -630,8 +630,8 @@ def test_without_autograd_there_is_nothing_to_hook() -> None:
     case = situation("K=2")
     surprise = torch.full(routed(case).shape, torch.inf, dtype=torch.float64)
     with torch.no_grad():
-        found = summed_loss(case, SurpriseHookManager(surprise).apply_w2, case.params)
-    assert_close(found, summed_loss(case, plain, case.params), 0.0)
+        loss = summed_loss(case, SurpriseHookManager(surprise).apply_w2, case.params)
+    assert_close(loss, summed_loss(case, plain, case.params), 0.0)
     assert (surprise == torch.inf).all()
 
 

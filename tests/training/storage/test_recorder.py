@@ -55,8 +55,8 @@ def test_a_record_is_valid_json_that_holds_the_numbers(metrics: dict[str, Any]) 
     record = strict(json.dumps(to_record(metrics), allow_nan=False))
     assert list(record) == list(metrics)
     for key, value in metrics.items():
-        found, wanted = np.array(record[key], dtype=float), torch.as_tensor(value).double().numpy()  # None becomes NaN
-        np.testing.assert_allclose(found, np.where(np.isfinite(wanted), wanted, np.nan), rtol=1e-3)
+        actual, wanted = np.array(record[key], dtype=float), torch.as_tensor(value).double().numpy()  # None becomes NaN
+        np.testing.assert_allclose(actual, np.where(np.isfinite(wanted), wanted, np.nan), rtol=1e-3)
 
 
 def test_scalars_keep_six_digits_and_numbers_their_kind() -> None:

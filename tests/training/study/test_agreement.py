@@ -16,13 +16,13 @@ UNEVEN = dict(batch=3, seq=6, left=(0, 2, 0), right=(0, 1, 3), unlabelled=0.3)
 def test_one_pass_gives_what_each_kind_gives_alone(top_k: int) -> None:
     config = tiny_config(num_experts_per_tok=top_k)
     params, batch = spread_params(config, 1), tiny_batch(config, **UNEVEN)
-    found, trace = all_surprises(params, batch, config, 0.5)
+    values, trace = all_surprises(params, batch, config, 0.5)
     for kind in MEASURED:
         alone = per_token_surprise(params, batch, config, HyperParams(), kind=kind)
-        torch.testing.assert_close(found[VALUES.index(kind)], alone, rtol=1e-12, atol=1e-300)
-    weight = found[VALUES.index("weight")]
+        torch.testing.assert_close(values[VALUES.index(kind)], alone, rtol=1e-12, atol=1e-300)
+    weight = values[VALUES.index("weight")]
     torch.testing.assert_close(weight.gather(-1, trace.expert_ids)[trace.active], trace.weights[trace.active])
-    assert torch.equal(weight.isfinite(), found[0].isfinite())
+    assert torch.equal(weight.isfinite(), values[0].isfinite())
 
 
 def test_agreement_is_kendalls_tau_b_and_the_share_of_common_lowest_experts() -> None:
@@ -39,20 +39,20 @@ def test_agreement_is_kendalls_tau_b_and_the_share_of_common_lowest_experts() ->
             taus.append(scipy.stats.kendalltau(a, b).statistic)
             same.append(float(a.argmin() == b.argmin()))
             shares.append(1 / len(a))
-    found = rank_agreement(values, active)
+    agreement = rank_agreement(values, active)
     assert 5 < len(taus) < 24
-    assert float(found.tokens[0, 1]) == len(taus)
-    assert float(found.tau[0, 1]) == pytest.approx(sum(taus) / len(taus))
-    assert float(found.top1[0, 1]) == pytest.approx(sum(same) / len(same))
-    assert float(found.chance[0, 1]) == pytest.approx(sum(shares) / len(shares))
-    assert found.tau.diagonal().tolist() == pytest.approx([1.0, 1.0])
-    torch.testing.assert_close(found.tau, found.tau.mT)
+    assert float(agreement.tokens[0, 1]) == len(taus)
+    assert float(agreement.tau[0, 1]) == pytest.approx(sum(taus) / len(taus))
+    assert float(agreement.top1[0, 1]) == pytest.approx(sum(same) / len(same))
+    assert float(agreement.chance[0, 1]) == pytest.approx(sum(shares) / len(shares))
+    assert agreement.tau.diagonal().tolist() == pytest.approx([1.0, 1.0])
+    torch.testing.assert_close(agreement.tau, agreement.tau.mT)
 
 
 def test_a_ranking_and_its_reverse_disagree_and_single_visits_say_nothing() -> None:
     rising = torch.arange(3.0).expand(1, 4, 3)
-    found = rank_agreement(torch.stack((rising, -rising)), torch.ones(1, 4, 3, dtype=torch.bool))
-    assert (float(found.tau[0, 1]), float(found.top1[0, 1])) == (-1.0, 0.0)
+    agreement = rank_agreement(torch.stack((rising, -rising)), torch.ones(1, 4, 3, dtype=torch.bool))
+    assert (float(agreement.tau[0, 1]), float(agreement.top1[0, 1])) == (-1.0, 0.0)
     alone = rank_agreement(torch.stack((rising, -rising)), torch.tensor([True, False, False]).expand(1, 4, 3))
     assert alone.tau.isnan().all()
 
@@ -63,6 +63,6 @@ def test_w2_ranks_as_weight_times_unweighted_whatever_the_labels_are() -> None:
     other = batch._replace(labels=(batch.labels + 1) % config.vocab_size)
     orders = []
     for case in (batch, other):
-        found, trace = all_surprises(params, case, config, 0.5)
-        orders.append(found[0].gather(-1, trace.expert_ids))
+        values, trace = all_surprises(params, case, config, 0.5)
+        orders.append(values[0].gather(-1, trace.expert_ids))
     assert float(rank_agreement(torch.stack(orders), trace.active).tau[0, 1]) == pytest.approx(1.0)

@@ -261,9 +261,9 @@ def test_equivalence_is_corrected_and_its_interval_is_the_one_that_decided() -> 
     against = analyse_rows(study, rows)["against_baseline"]
     factors = step_down({label: pair["tost_p"] for label, pair in against.items()})
     assert sorted(factors.values()) == list(range(1, 10))
-    found = {label: pair for label, pair in against.items() if pair["verdict"] == "equivalent"}
-    assert len(found) > 1
-    for label, pair in found.items():
+    equivalent = {label: pair for label, pair in against.items() if pair["verdict"] == "equivalent"}
+    assert len(equivalent) > 1
+    for label, pair in equivalent.items():
         assert pair["level"] == pytest.approx(1 - 0.1 / factors[label])
         assert -0.02 < pair["low"] <= pair["high"] < 0.02
     narrow, _ = study_of(arms, margin=max(abs(pair["high"]) for pair in against.values()) * 0.8)

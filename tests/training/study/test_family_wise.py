@@ -25,7 +25,7 @@ def simulated(arms: int, points: int, orders: int, missing: bool, truth: str) ->
     Every run has luck of its arm at the seed, at the order of the tasks, and at both, each as large as the others. With
     missing runs the arms have five, four and three whole seeds in turn, and the last of several has none.
     """
-    random, found = np.random.default_rng([arms, points, orders, missing]), {}
+    random, differences = np.random.default_rng([arms, points, orders, missing]), {}
 
     def luck() -> np.ndarray:
         shapes = [(SEEDS, 1), (SEEDS, orders)] + ([(1, orders)] if orders > 1 else [])
@@ -36,8 +36,8 @@ def simulated(arms: int, points: int, orders: int, missing: bool, truth: str) ->
         for arm in range(arms):
             pairs = SEEDS - arm % 3 if missing else SEEDS
             pairs = 0 if missing and 0 < arm == arms - 1 else pairs
-            found[f"{arm} at {point}"] = (true_difference(arm, truth) + luck() - baseline)[:, :pairs]
-    return found
+            differences[f"{arm} at {point}"] = (true_difference(arm, truth) + luck() - baseline)[:, :pairs]
+    return differences
 
 
 def true_difference(arm: int, truth: str) -> float:
@@ -53,9 +53,9 @@ def compared(differences: Mapping[str, np.ndarray], margin: float) -> list[dict[
         tables = np.stack([differences[label] for label in labels])
         within = np.maximum(p_value(tables, margin, "less"), p_value(tables, -margin, "greater"))
         outside = np.minimum(p_value(tables, margin, "greater"), p_value(tables, -margin, "less"))
-        found = {"difference": tables.mean(axis=(2, 3)), "p": p_value(tables), "tost_p": within}
-        found["beyond_p"] = np.minimum(1.0, 2 * outside)
-        for key, values in found.items():
+        statistics = {"difference": tables.mean(axis=(2, 3)), "p": p_value(tables), "tost_p": within}
+        statistics["beyond_p"] = np.minimum(1.0, 2 * outside)
+        for key, values in statistics.items():
             for label, column in zip(labels, values.tolist(), strict=True):
                 columns[label][key] = column
     return [
@@ -66,18 +66,18 @@ def compared(differences: Mapping[str, np.ndarray], margin: float) -> list[dict[
 
 def errors(pairs: Mapping[str, Comparison], truth: str) -> set[str]:
     """The kinds of false statements of a study that has been decided."""
-    found = set()
+    kinds = set()
     for label, pair in pairs.items():
         true = true_difference(int(label.split()[0]), truth)
         if true == 0 and pair["verdict"] in ("better", "worse"):
-            found.add("different")
+            kinds.add("different")
         if true != 0 and pair["verdict"] == {-1.0: "worse", 1.0: "better"}[np.sign(true)]:
-            found.add("different")  # on the wrong side
+            kinds.add("different")  # on the wrong side
         if true != 0 and pair["verdict"] == "equivalent":
-            found.add("equivalent")
+            kinds.add("equivalent")
         if pair["beyond_margin"]:
-            found.add("beyond")
-    return found
+            kinds.add("beyond")
+    return kinds
 
 
 def lowest_error(count: int) -> float:
@@ -111,7 +111,7 @@ def test_the_simulation_sees_what_is_not_corrected_or_not_independent() -> None:
     by_point = 0
     for pairs in studies:
         points = ({k: v for k, v in pairs.items() if k.endswith(str(point))} for point in range(4))
-        by_point += any("different" in errors(decide(some), "none") for some in points)
+        by_point += any("different" in errors(decide(at_point), "none") for at_point in points)
     assert lowest_error(by_point) > 0.07
     crossed = simulated(1, 1, 3, False, "none")["0 at 0"]
     pooled = p_value(crossed.reshape(STUDIES, -1, 1)) < 0.05
@@ -123,9 +123,9 @@ def test_the_simulation_sees_what_is_not_corrected_or_not_independent() -> None:
 def test_a_study_is_judged_as_the_simulated_ones(orders: int) -> None:
     differences = simulated(5, 2, orders, True, "both")
     for study, pairs in enumerate(compared(differences, WIDE)[:5]):
-        wanted, found = decide(pairs), judge({k: table[study] for k, table in differences.items()}, WIDE)
+        wanted, judged = decide(pairs), judge({k: table[study] for k, table in differences.items()}, WIDE)
         for label, pair in wanted.items():
-            assert {key: found[label][key] for key in pair} == {
+            assert {key: judged[label][key] for key in pair} == {
                 key: value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-9)
                 for key, value in pair.items()
             }

@@ -65,8 +65,8 @@ def ray(home: Path) -> Iterator[Any]:
 def wait_for(condition: Any, seconds: float = 60.0) -> Any:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.02)
     raise AssertionError("waited in vain")
 
@@ -78,19 +78,19 @@ def worker_of(folder: Path, group: str, step: int = 4) -> int | None:
         words = (home / ".lock").read_text().split()
     except OSError:
         return None
-    return int(words[1]) if words and any(found >= step for found, _ in steps_in(home / "checkpoints")) else None
+    return int(words[1]) if words and any(saved >= step for saved, _ in steps_in(home / "checkpoints")) else None
 
 
-def kill_once(folder: Path, group: str, seen: dict[str, Any]) -> threading.Thread:
+def kill_once(folder: Path, group: str, notes: dict[str, Any]) -> threading.Thread:
     """Kill the group's worker when it has saved a checkpoint, and note with what steps its successor begins."""
 
     def run() -> None:
-        seen["killed"] = wait_for(lambda: worker_of(folder, group))
-        seen["saved"] = max(step for step, _ in steps_in(folder / "checkpoints" / group / "checkpoints"))
-        os.kill(seen["killed"], signal.SIGKILL)
+        notes["killed"] = wait_for(lambda: worker_of(folder, group))
+        notes["saved"] = max(step for step, _ in steps_in(folder / "checkpoints" / group / "checkpoints"))
+        os.kill(notes["killed"], signal.SIGKILL)
         old = progress_of(folder, group)
         new = wait_for(lambda: (now := progress_of(folder, group)) != old and now)
-        seen["first"], seen["by"] = new.made, worker_of(folder, group, 0)
+        notes["first"], notes["by"] = new.made, worker_of(folder, group, 0)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -102,9 +102,9 @@ def kill_once(folder: Path, group: str, seen: dict[str, Any]) -> threading.Threa
 
 @needs_ray
 def test_ray_and_the_local_launcher_leave_the_same_study(ray: Any, study: StudyConfig, local: Path, home: Path) -> None:
-    found = run_study(study, home / "whole", runs_at_once=AT_ONCE, launcher=ray_launcher())
+    result = run_study(study, home / "whole", runs_at_once=AT_ONCE, launcher=ray_launcher())
     assert_same_study(home / "whole", local)
-    assert {row["status"] for row in found.rows} == {"finished"}
+    assert {row["status"] for row in result.rows} == {"finished"}
     assert (home / "whole" / "report.html").stat().st_size > 10_000
     assert not any((home / "whole" / "checkpoints").glob("group_*"))
 
@@ -113,12 +113,12 @@ def test_ray_and_the_local_launcher_leave_the_same_study(ray: Any, study: StudyC
 def test_a_killed_worker_loses_only_its_unfinished_group_and_no_number(
     ray: Any, study: StudyConfig, local: Path, home: Path
 ) -> None:
-    seen: dict[str, Any] = {}
-    thread = kill_once(home / "killed", "group_000", seen)
+    notes: dict[str, Any] = {}
+    thread = kill_once(home / "killed", "group_000", notes)
     run_study(study, home / "killed", runs_at_once=AT_ONCE, launcher=ray_launcher())
     thread.join()
-    assert seen["by"] not in (None, seen["killed"])
-    assert seen["first"] > AT_ONCE * seen["saved"], "its successor goes on from the checkpoint"
+    assert notes["by"] not in (None, notes["killed"])
+    assert notes["first"] > AT_ONCE * notes["saved"], "its successor goes on from the checkpoint"
     assert_same_study(home / "killed", local)
 
 
@@ -151,11 +151,11 @@ def test_ray_goes_on_with_what_the_local_launcher_began_and_a_mistake_in_a_group
     def counted(configs: Any) -> Any:
         step = vmapped_step(configs)
 
-        def stepped(*given: Any) -> Any:
+        def stepped(*args: Any) -> Any:
             calls.append(1)
             if len(calls) == STEPS + 10:  # in step 10 of the second group
                 raise KeyboardInterrupt
-            return step(*given)
+            return step(*args)
 
         return stepped
 
@@ -176,15 +176,15 @@ def test_ray_goes_on_with_what_the_local_launcher_began_and_a_mistake_in_a_group
 
 def processes_of(session: int) -> list[int]:
     """All living processes of a session, as the kernel lists them."""
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids
 
 
 @needs_ray

@@ -108,12 +108,12 @@ def test_a_run_of_a_study_equals_the_same_run_trained_alone(run, done: Path, tex
 
 
 def test_every_run_leaves_what_the_report_reads(done: Path) -> None:
-    found = rows(done)
-    assert [row["run"] for row in found] == [run.id for run in expand(small_study())]
-    assert {row["status"] for row in found} == {"finished"}
-    assert found[0]["hyper.router_lr"] == "0.0"
-    assert found[1]["hyper.router_lr"] == "0.005"
-    for row in found:
+    table = rows(done)
+    assert [row["run"] for row in table] == [run.id for run in expand(small_study())]
+    assert {row["status"] for row in table} == {"finished"}
+    assert table[0]["hyper.router_lr"] == "0.0"
+    assert table[1]["hyper.router_lr"] == "0.005"
+    for row in table:
         assert all(row[key] for key in ("nats_per_token", "bits_per_byte", "avg_k", "max_vio", "active_parameters"))
         history = records(done / "runs" / row["run"])
         assert [record["step"] for record in history] == [1, 2, 3, 4]
@@ -138,8 +138,8 @@ def test_runs_of_one_seed_see_the_same_text_and_others_another(done: Path) -> No
 def test_a_diverging_run_is_reported_and_its_neighbours_are_as_without_it(text: str, tmp_path: Path) -> None:
     arms = (Arm("calm"), Arm("wild", {"hyper.lr": 1e30, "hyper.max_grad_norm": 1e30}), Arm("slow", {"hyper.lr": 1e-4}))
     tame = (arms[0], Arm("wild", {"hyper.lr": 1e-3, "hyper.max_grad_norm": 2.0}), arms[2])
-    for name, some in (("wild", arms), ("tame", tame)):
-        study = small_study(text, arms=some, baseline="calm", seeds=(0,))
+    for name, study_arms in (("wild", arms), ("tame", tame)):
+        study = small_study(text, arms=study_arms, baseline="calm", seeds=(0,))
         base = replace(study.base, steps=3, eval_every=0, model=replace(MODEL, num_hidden_layers=1))
         run_study(replace(study, base=base), tmp_path / name)
     wild, other = (rows(tmp_path / name) for name in ("wild", "tame"))
@@ -186,11 +186,11 @@ def run_counted_study(
     def counted(configs):
         step = vmapped_step(configs)
 
-        def stepped(*given):
+        def stepped(*args):
             if len(calls) == last:
                 raise error("killed")
             calls.append(1)
-            return step(*given)
+            return step(*args)
 
         return stepped
 
@@ -295,7 +295,7 @@ def test_a_plan_that_mixes_groups_is_refused_before_a_step(text: str, tmp_path: 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         run_counted_study(patch, study, out)
     plan = out / "checkpoints" / "plan.json"
-    runs = [run for some in json.loads(plan.read_text(encoding="utf-8")).values() for run in some]
+    runs = [run for group in json.loads(plan.read_text(encoding="utf-8")).values() for run in group]
     plan.write_text(json.dumps({"group_000": runs}), encoding="utf-8")
     shutil.rmtree(out / "checkpoints" / "group_000", ignore_errors=True)
     with pytest.raises(

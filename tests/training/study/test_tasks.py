@@ -40,10 +40,10 @@ ORDERS = (("letters", "digits"), ("digits", "letters"))
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Two tasks without a byte in common, so that a row tells its task."""
     home = tmp_path_factory.mktemp("texts")
-    found = {"letters": "router sends tokens to experts; " * 60, "digits": "2718281828459045.31415926535897 " * 60}
-    for name, text in found.items():
+    contents = {"letters": "router sends tokens to experts; " * 60, "digits": "2718281828459045.31415926535897 " * 60}
+    for name, text in contents.items():
         (home / f"{name}.txt").write_text(text.replace(" ", "" if name == "letters" else "0"), encoding="utf-8")
-    return {name: str(home / f"{name}.txt") for name in found}
+    return {name: str(home / f"{name}.txt") for name in contents}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,17 +84,17 @@ def summary(folder: Path, run: str) -> dict[str, Any]:
 
 def test_measures_of_a_matrix_are_those_by_hand() -> None:
     matrix = [[1.0, 5.0, 9.0], [1.5, 2.0, 8.0], [3.0, 2.5, 4.0]]
-    found = continual_measures(matrix)
-    assert found.bwt == pytest.approx(((1 - 3) + (2 - 2.5)) / 2)
-    assert found.forgetting == pytest.approx(((3 - 1) + (2.5 - 2)) / 2)
-    assert found.plasticity == pytest.approx((1 + 2 + 4) / 3)
+    measures = continual_measures(matrix)
+    assert measures.bwt == pytest.approx(((1 - 3) + (2 - 2.5)) / 2)
+    assert measures.forgetting == pytest.approx(((3 - 1) + (2.5 - 2)) / 2)
+    assert measures.plasticity == pytest.approx((1 + 2 + 4) / 3)
 
 
 def test_a_later_task_that_helps_is_positive_transfer_and_forgetting_counts_from_the_best() -> None:
     matrix = [[3.0, 3.0, 3.0], [1.0, 2.0, 3.0], [2.0, 2.0, 1.0]]  # the first task is best after the second one
-    found = continual_measures(matrix)
-    assert found.bwt == pytest.approx(((3 - 2) + 0) / 2)
-    assert found.forgetting == pytest.approx(((2 - 1) + 0) / 2)
+    measures = continual_measures(matrix)
+    assert measures.bwt == pytest.approx(((3 - 2) + 0) / 2)
+    assert measures.forgetting == pytest.approx(((2 - 1) + 0) / 2)
     kept = continual_measures([[1.0, 4.0], [1.0, 2.0]])
     assert (kept.bwt, kept.forgetting) == (0.0, 0.0)
 
@@ -104,8 +104,8 @@ def test_a_later_task_that_helps_is_positive_transfer_and_forgetting_counts_from
 
 def test_every_task_has_the_same_number_of_steps_one_after_the_other() -> None:
     assert [task_at(step, 12, 4) for step in range(12)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    ends = {made: task_that_ends(made, 12, 4) for made in range(13)}
-    assert {made: task for made, task in ends.items() if task is not None} == {3: 0, 6: 1, 9: 2, 12: 3}
+    ends = {steps: task_that_ends(steps, 12, 4) for steps in range(13)}
+    assert {steps: task for steps, task in ends.items() if task is not None} == {3: 0, 6: 1, 9: 2, 12: 3}
     assert [task_at(step, 5, 1) for step in range(5)] == [0] * 5
     assert task_that_ends(5, 5, 1) == 0
 
@@ -127,7 +127,7 @@ def test_rows_come_from_the_task_of_the_step_and_replayed_ones_from_earlier_task
     assert kinds["plain", "digits"] == [yes, yes, no, no]
     assert kinds["replay", "letters"] == [no, no, [True, True, False, False], [True, True, False, False]]
     again = batches_at(corpora, runs[-1:], 3)
-    assert all(torch.equal(one[0], many[-1]) for one, many in zip(again, batches_at(corpora, runs, 3), strict=True))
+    assert all(torch.equal(alone[0], many[-1]) for alone, many in zip(again, batches_at(corpora, runs, 3), strict=True))
     rest = batch_at(corpora["letters"].train, 3, 3, 4, 16)
     assert torch.equal(again.input_ids[0, :2], rest.input_ids[:2])  # what is not replayed is as without replay
 
@@ -178,8 +178,8 @@ def test_a_run_of_a_stream_equals_the_same_run_trained_alone(index: int, done: P
         state, _ = hyper_step(state, batch, hyper_params(config), MODEL)
         if step % 2:
             matrix.append([_score(state.params, corpora[task].held_out) for task in run.order])
-    found = summary(done, run.id)
-    np.testing.assert_allclose(found["score_matrix"], matrix, rtol=1e-4)
+    result = summary(done, run.id)
+    np.testing.assert_allclose(result["score_matrix"], matrix, rtol=1e-4)
     for name, leaf in flatten(state.params).items():
         assert_close(flatten(load_params(done / "runs" / run.id)[0])[name], leaf, 1e-4, name)
     row = next(row for row in rows(done) if row["run"] == run.id)
@@ -197,16 +197,16 @@ def _score(params: Any, corpus: Any) -> float:
 def test_a_stream_that_is_stopped_behind_a_task_and_resumed_has_the_same_bits(
     done: Path, texts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, made = tmp_path / "killed", []
+    out, calls = tmp_path / "killed", []
 
     def counted(configs):
         step = vmapped_step(configs)
 
-        def stepped(*given):
-            if len(made) == 3:  # one task is scored
+        def stepped(*args):
+            if len(calls) == 3:  # one task is scored
                 raise KeyboardInterrupt
-            made.append(1)
-            return step(*given)
+            calls.append(1)
+            return step(*args)
 
         return stepped
 
@@ -227,11 +227,11 @@ def test_the_analysis_pairs_seeds_with_all_orders(done: Path) -> None:
     assert analysis["arms"]["plain"]["n"] == 4
     pair = analysis["against_baseline"]["replay"]
     assert (pair["n"], pair["orders"]) == (2, 2)
-    found = {(row["arm"], row["seed"], row["order"]): row for row in rows(done)}
+    table = {(row["arm"], row["seed"], row["order"]): row for row in rows(done)}
     for measure, difference in (("nats_per_token", pair), ("bwt", analysis["continual"]["replay"]["bwt"])):
         each = [
-            float(row[measure]) - float(found["plain", seed, order][measure])
-            for (arm, seed, order), row in found.items()
+            float(row[measure]) - float(table["plain", seed, order][measure])
+            for (arm, seed, order), row in table.items()
             if arm == "replay"
         ]
         assert difference["difference"] == pytest.approx(sum(each) / 4)
