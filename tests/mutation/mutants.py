@@ -224,7 +224,7 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ("out[int(offsets[-1]) :] = 0", "pass"),
         (".masked_fill(behind.unsqueeze(-1), 0)", ""),
         ("% 16 == 0", "% 4 == 0"),
-        ("= (torch.float32, torch.bfloat16) if", "= (torch.float32, torch.bfloat16, torch.float64) if"),
+        ("in (torch.float32, torch.bfloat16)", "in (torch.float32, torch.bfloat16, torch.float64)"),
         ("[:, :-1]\n", "[:, 1:]\n"),
         ("dim=1) + starts * rows)", "dim=1) + starts)"),
         ("return first + second", "return first"),

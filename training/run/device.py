@@ -42,10 +42,10 @@ def choose_device(name: str, local_rank: int = 0, key: str = "device") -> tuple[
     """
     kind, _, index = name.partition(":")
     if kind == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        if found is None or found.type not in ("cuda", "mps"):
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None or accelerator.type not in ("cuda", "mps"):
             return torch.device("cpu"), "no accelerator that torch can use"
-        kind, reason = found.type, "the accelerator of this machine"
+        kind, reason = accelerator.type, "the accelerator of this machine"
     else:
         reason = f"{key} {name}"
     if kind == "cuda":
