@@ -114,9 +114,14 @@ def attend(
     Args:
         bias: added to the scores, the dtype's minimum on what may not be seen; later keys never are.
     """
-    if q.device.type != "cpu" and only_vmaps():
+    if _uses_library(q):
         return outside_vmap(lambda *plain: (_attend_by_library(*plain),), q, k, v, bias)[0]
     return ATTEND(q, k, v, bias)[0]
+
+
+def _uses_library(q: Tensor) -> bool:
+    """True on accelerators; not inside transforms that differentiate, where second derivatives may be asked for."""
+    return q.device.type != "cpu" and only_vmaps()
 
 
 def _attend_by_library(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
