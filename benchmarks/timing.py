@@ -1,16 +1,41 @@
 """Side by side: interleaved repetitions in one process, medians and spread, a table and a JSON file."""
 
+import argparse
 import gc
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from training.run.process import disable_heap_trimming
+
+
+def arguments(doc: str | None, repetitions: int, sizes: Sequence[str] = (), chosen: Sequence[str] = ()) -> Any:
+    """Flags that benchmarks share, acted on: threads set, memory kept, the machine printed.
+
+    Args:
+        doc: what `--help` says.
+        repetitions: rounds by default.
+        sizes: names that `--sizes` takes; without any there is no such flag.
+        chosen: those by default; all.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if sizes:
+        parser.add_argument("--sizes", nargs="+", default=list(chosen or sizes), choices=list(sizes))
+    parser.add_argument("--repetitions", type=int, default=repetitions)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", help="where to write the figures")
+    args = parser.parse_args()
+    disable_heap_trimming()
+    torch.set_num_threads(args.threads)
+    print(machine())
+    return args
 
 
 class Timing(NamedTuple):

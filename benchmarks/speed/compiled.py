@@ -3,7 +3,6 @@
 python -m benchmarks.speed.compiled [--sizes w32 A] [--repetitions N] [--threads N] [--json FILE]
 """
 
-import argparse
 import time
 from collections.abc import Callable
 
@@ -11,24 +10,15 @@ import torch
 
 from benchmarks.models import a_batch
 from benchmarks.speed.runs import SIZES
-from benchmarks.timing import interleaved, machine, table, write_json
+from benchmarks.timing import arguments, interleaved, table, write_json
 from training import Batch, HyperParams, TrainState, hyper_step, init_state
-from training.run.process import disable_heap_trimming
 from training.step.compile import compile_step
 
 HYPER = HyperParams(balance_weight=1.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["w32"], choices=list(SIZES))
-    parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="where to write the figures")
-    args = parser.parse_args()
-    disable_heap_trimming()
-    torch.set_num_threads(args.threads)
-    print(machine())
+    args = arguments(__doc__, 15, list(SIZES), ["w32"])
     results = {}
     for name in args.sizes:
         subjects = both(name)

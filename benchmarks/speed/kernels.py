@@ -4,16 +4,14 @@ attention beside its own.
 python -m benchmarks.speed.kernels [--repetitions N] [--threads N] [--json FILE]
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import interleaved, machine, table, write_json
+from benchmarks.timing import arguments, interleaved, table, write_json
 from tiny_onn_func.attention import attend, causal_bias
 from tiny_onn_func.kernels import forward as forward_kernels
-from training.run.process import disable_heap_trimming
 
 Subject = Callable[[], object]
 PRODUCTS = ((8192, 32, 256, 128), (3072, 16, 128, 128), (8192, 512, 128, 32), (8192, 512, 16, 128), (4096, 128, 32, 32))
@@ -22,14 +20,7 @@ HEADS = {"A": (12, 2, 2, 64, 32), "B": (8, 2, 2, 128, 64), "16 runs of w64": (12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=31)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="where to write the figures")
-    args = parser.parse_args()
-    disable_heap_trimming()
-    torch.set_num_threads(args.threads)
-    print(machine())
+    args = arguments(__doc__, 31)
     results = {}
     for sizes in PRODUCTS:
         title = "{} rows of {} experts, {} x {}".format(*sizes)

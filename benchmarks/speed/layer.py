@@ -3,32 +3,23 @@
 python -m benchmarks.speed.layer [--repetitions N] [--threads N] [--json FILE]
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import interleaved, machine, table, write_json
+from benchmarks.timing import arguments, interleaved, table, write_json
 from tiny_onn_func import ModelConfig, init_params
 from tiny_onn_func.decoder import unstack_layers
 from tiny_onn_func.experts import apply_w2
 from tiny_onn_func.moe import RoutingInputs, moe
 from tiny_onn_func.ops import swiglu_reference
-from training.run.process import disable_heap_trimming
 
 Subject = Callable[[], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="where to write the figures")
-    args = parser.parse_args()
-    disable_heap_trimming()
-    torch.set_num_threads(args.threads)
-    print(machine())
+    args = arguments(__doc__, 9)
     lengths, counts = (512, 2048, 8192), (8, 32, 128, 512)
     groups: dict[str, tuple[dict[str, Subject], str]] = {
         "T 2048, D 256, F 64, E 32, K 4": (beside_dense(2048, 256, 64, 32, 4), "dense"),

@@ -3,7 +3,6 @@
 python -m benchmarks.speed.runs [--sizes w32 w64 A] [--repetitions N] [--threads N] [--json FILE]
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
@@ -11,11 +10,10 @@ from torch.func import vmap
 
 from benchmarks.models import SIZES as STEP_SIZES
 from benchmarks.models import a_batch
-from benchmarks.timing import interleaved, machine, table, write_json
+from benchmarks.timing import arguments, interleaved, table, write_json
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import stack
 from training import HyperParams, hyper_step, init_state
-from training.run.process import disable_heap_trimming
 
 SIZES = {  # configuration, batch, sequence, numbers of runs
     "w32": (ModelConfig(257, 32, 2, 2, 1, 16, 16, 8, num_experts_per_tok=2), 4, 32, (16, 32)),
@@ -25,15 +23,7 @@ SIZES = {  # configuration, batch, sequence, numbers of runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="where to write the figures")
-    args = parser.parse_args()
-    disable_heap_trimming()
-    torch.set_num_threads(args.threads)
-    print(machine())
+    args = arguments(__doc__, 9, list(SIZES))
     results = {}
     for name in args.sizes:
         for runs in SIZES[name][3]:

@@ -6,19 +6,15 @@ The peer is `transformers`' Qwen3MoeForCausalLM with grouped-matmul experts, PyT
 forward, backward, clipping, update. Ours does the same and measures surprise and trains the router beside it.
 """
 
-import argparse
-import os
-import warnings
 from collections.abc import Callable
 
 import torch
 
-from benchmarks.models import SIZES, a_batch
-from benchmarks.timing import interleaved, machine, ratio, table, write_json
+from benchmarks.models import SIZES, a_batch, qwen3_moe
+from benchmarks.timing import arguments, interleaved, ratio, table, write_json
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.tree import merge, partition
 from training import HyperParams, hyper_step, init_state
-from training.run.process import disable_heap_trimming
 from training.step.losses import language_modelling
 from training.step.main_pass import gradients, main_gradients
 
@@ -26,15 +22,7 @@ HYPER = HyperParams(balance_weight=1.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--repetitions", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="where to write the figures")
-    args = parser.parse_args()
-    disable_heap_trimming()
-    torch.set_num_threads(args.threads)
-    print(machine())
+    args = arguments(__doc__, 11, list(SIZES))
     results = {}
     for name in args.sizes:
         subjects = ours(*SIZES[name]) | peer(*SIZES[name])
@@ -67,19 +55,7 @@ def ours(config: ModelConfig, batch_size: int, seq: int) -> dict[str, Callable[[
 
 
 def peer(config: ModelConfig, batch_size: int, seq: int) -> dict[str, Callable[[], object]]:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-    sizes = Qwen3MoeConfig(  # type: ignore[call-arg]  # head_dim is one of its keyword arguments
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim, moe_intermediate_size=config.moe_intermediate_size, intermediate_size=64,
-        num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok, norm_topk_prob=True,
-        tie_word_embeddings=True, decoder_sparse_step=1, mlp_only_layers=[],
-    )  # fmt: skip
-    sizes._experts_implementation = "grouped_mm"
-    model = Qwen3MoeForCausalLM(sizes)
+    model = qwen3_moe(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     batch = a_batch(config, batch_size, seq)
 

@@ -1,5 +1,6 @@
 """Choose the device and the precision of a run, and say why."""
 
+import os
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,8 +31,15 @@ def place(config: RunConfig, local_rank: int = 0) -> tuple[RunConfig, Placement]
     device, device_reason = choose_device(config.device, local_rank)
     precision, precision_reason = choose_precision(config.precision, device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        _same_bits_again(device)
     return replace(config, precision=precision), Placement(device, precision, device_reason, precision_reason)
+
+
+def _same_bits_again(device: torch.device) -> None:
+    """Make a CUDA device compute the same bits every time, so that a resumed run equals one that never stopped."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.cuda.set_device(device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def choose_device(name: str, local_rank: int = 0, key: str = "device") -> tuple[torch.device, str]:
