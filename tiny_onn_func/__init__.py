@@ -1,5 +1,6 @@
 """The mathematics of Tiny-ONN: pure functions over nested dicts of tensors."""
 
+import tiny_onn_func.kernels.waiting  # noqa: F401  before anything imports torch
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.huggingface.pretrained import load_pretrained, save_pretrained

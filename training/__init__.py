@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import tiny_onn_func  # noqa: F401  before torch: it bounds how long OpenMP's threads spin
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams

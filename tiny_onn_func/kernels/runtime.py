@@ -58,6 +58,7 @@ def loaded() -> Any:
 
 def typed(kernels: Any) -> Any:
     """With the argument types of every kernel."""
+    kernels.has_own_threads.argtypes = []
     kernels.grouped_matmul.argtypes = [SIZE] * 6 + [POINTER] * 5 + [SIZE] + [POINTER] * 2 + [INT] * 2
     kernels.grouped_outer.argtypes = [SIZE] * 6 + [POINTER] * 5 + [INT]
     kernels.swiglu.argtypes = [SIZE] + [POINTER] * 3 + [INT]

@@ -29,7 +29,7 @@ void adamw(int64_t leaves, int64_t runs, const int64_t *counts, const float *con
         tasks += runs * ((counts[leaf] + CHUNK - 1) / CHUNK);
         size += runs * counts[leaf];
     }
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && size > SMALL)
+#pragma omp parallel for schedule(dynamic, PIECE(tasks)) num_threads(threads) if (threads > 1 && size > SMALL)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t leaf = 0, t = task;
         for (int64_t own; t >= (own = runs * ((counts[leaf] + CHUNK - 1) / CHUNK)); leaf++) t -= own;

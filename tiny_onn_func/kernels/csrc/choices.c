@@ -80,7 +80,7 @@ int choose(int64_t runs, int64_t n, int64_t experts, int64_t slots, int64_t leas
 #pragma omp atomic write
             failed = NO_MEMORY;
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, PIECE(runs * n)) nowait
         for (int64_t i = 0; i < runs * n; i++) {
             if (!p) continue;
             const float *x = logits + i * experts, *push = bias + i / n * experts;
@@ -121,22 +121,20 @@ int spread_surprise(int64_t runs, int64_t n, int64_t left_dim, int64_t right_dim
                     const float *left, const float *right, const int64_t *token, const int64_t *expert,
                     float *restrict surface, int threads) {
     int outside = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1 && runs * n * (left_dim + right_dim) > SMALL)
-    {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < runs * tokens; i++)
-            for (int64_t e = 0; e < experts; e++) surface[i * experts + e] = INFINITY;
-#pragma omp for schedule(static) reduction(| : outside)
-        for (int64_t i = 0; i < runs * n; i++) {
-            if (expert[i] == experts) continue;
-            if (!is_index(expert[i], experts) || !is_index(token[i], tokens)) {
-                outside = 1;
-                continue;
-            }
-            const float *x = left + i * left_dim, *g = right + i * right_dim;
-            float value = is_signed ? dot(left_dim, x, g) : sqrtf(dot(left_dim, x, x)) * sqrtf(dot(right_dim, g, g));
-            surface[(i / n * tokens + token[i]) * experts + expert[i]] = value;
+#pragma omp parallel for schedule(dynamic, PIECE(runs * tokens)) num_threads(threads) if (threads > 1 && runs * tokens * experts > SMALL)
+    for (int64_t i = 0; i < runs * tokens; i++)
+        for (int64_t e = 0; e < experts; e++) surface[i * experts + e] = INFINITY;
+#pragma omp parallel for schedule(dynamic, PIECE(runs * n)) num_threads(threads) reduction(| : outside) \
+    if (threads > 1 && runs * n * (left_dim + right_dim) > SMALL)
+    for (int64_t i = 0; i < runs * n; i++) {
+        if (expert[i] == experts) continue;
+        if (!is_index(expert[i], experts) || !is_index(token[i], tokens)) {
+            outside = 1;
+            continue;
         }
+        const float *x = left + i * left_dim, *g = right + i * right_dim;
+        float value = is_signed ? dot(left_dim, x, g) : sqrtf(dot(left_dim, x, x)) * sqrtf(dot(right_dim, g, g));
+        surface[(i / n * tokens + token[i]) * experts + expert[i]] = value;
     }
     return outside ? OUTSIDE : DONE;
 }
@@ -156,7 +154,7 @@ INLINE vec signed_of(const float *surprise, int64_t left, float sign, lanes *kno
 void least_surprised(int64_t runs, int64_t layers, int64_t tokens, int64_t experts, float tolerance, const float *surprise,
                      const uint8_t *real, const float *least, const float *sign, int64_t *restrict expert,
                      uint8_t *restrict informative, uint8_t *restrict tied, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && runs * layers * tokens * experts * 4 > SMALL)
+#pragma omp parallel for schedule(dynamic, PIECE(runs * layers * tokens)) num_threads(threads) if (threads > 1 && runs * layers * tokens * experts * 4 > SMALL)
     for (int64_t i = 0; i < runs * layers * tokens; i++) {
         int64_t run = i / (layers * tokens), count = 0, first = 0;
         const float *x = surprise + i * experts;
@@ -203,7 +201,7 @@ int router_sums(int64_t runs, int64_t layers, int64_t tokens, int64_t experts, c
 #pragma omp atomic write
             failed = NO_MEMORY;
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, PIECE(runs * layers)) nowait
         for (int64_t part = 0; part < runs * layers; part++) {
             if (!sums || !p) continue;
             double cross = 0, square = 0;
@@ -241,7 +239,7 @@ int router_sums_grad(int64_t runs, int64_t layers, int64_t tokens, int64_t exper
                      const int64_t *target, const uint8_t *informative, const uint8_t *real, const float *grad_picked,
                      const float *grad_mass, const float *grad_squares, float *restrict out, int threads) {
     int outside = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : outside) \
+#pragma omp parallel for schedule(dynamic, PIECE(runs * layers * tokens)) num_threads(threads) reduction(| : outside) \
     if (threads > 1 && runs * layers * tokens * experts * 16 > SMALL)
     for (int64_t i = 0; i < runs * layers * tokens; i++) {
         int64_t part = i / tokens;
@@ -274,7 +272,7 @@ int routing_sums(int64_t runs, int64_t layers, int64_t tokens, int64_t experts, 
                  int64_t *restrict sized, int threads) {
     int64_t parts = runs * layers;
     int outside = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : outside) \
+#pragma omp parallel for schedule(dynamic, PIECE(parts)) num_threads(threads) reduction(| : outside) \
     if (threads > 1 && parts * tokens * experts * 4 > SMALL)
     for (int64_t part = 0; part < parts; part++) {
         int64_t taught = 0, hits = 0, ties = 0, visits = 0, *rows = routed + part * experts, *aims = wanted + part * experts;

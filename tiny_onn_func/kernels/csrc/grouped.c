@@ -80,7 +80,7 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
         }
         int64_t some = count >= 64 * threads ? 4 : 1; /* neighbours, whose weights are next to each other */
         (void)some;
-#pragma omp for schedule(dynamic, some)
+#pragma omp for schedule(dynamic, some) nowait
         for (int64_t t = 0; t < count; t++) {
             Task task = tasks[t];
             if (transposed && !turned) continue;
@@ -128,7 +128,7 @@ int grouped_outer(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t 
     int how = aligned && groups * in * out * (int64_t)sizeof(float) > FAR ? AWAY : NEW;
 #pragma omp parallel num_threads(threads) if (threads > 1 && runs * n * in * out > SMALL)
     {
-#pragma omp for schedule(dynamic) reduction(| : outside)
+#pragma omp for schedule(dynamic) reduction(| : outside) nowait
         for (int64_t t = 0; t < groups * parts; t++) {
             int64_t group = t / parts, from = t % parts * high, first = group / experts * n;
             int64_t some = in - from < high ? in - from : high;

@@ -22,7 +22,7 @@ INLINE void exponentials(int64_t n, const float *x, float most, float sums[2]) {
 int cross_entropy(int64_t n, int64_t vocab, int64_t none, const float *logits, const int64_t *labels, float *restrict losses,
                   float *restrict entropies, int64_t *restrict best, float *restrict log_sums, int threads) {
     int outside = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : outside) if (threads > 1 && n * vocab > SMALL)
+#pragma omp parallel for schedule(dynamic, PIECE(n)) num_threads(threads) reduction(| : outside) if (threads > 1 && n * vocab > SMALL)
     for (int64_t i = 0; i < n; i++) {
         const float *x = logits + i * vocab;
         float most = largest(vocab, x), sums[2] = {0, 0};
@@ -41,7 +41,7 @@ int cross_entropy(int64_t n, int64_t vocab, int64_t none, const float *logits, c
 int cross_entropy_grad(int64_t n, int64_t vocab, int64_t none, const float *grads, const float *logits,
                        const int64_t *labels, const float *log_sums, float *restrict out, int threads) {
     int outside = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : outside) if (threads > 1 && n * vocab > SMALL)
+#pragma omp parallel for schedule(dynamic, PIECE(n)) num_threads(threads) reduction(| : outside) if (threads > 1 && n * vocab > SMALL)
     for (int64_t i = 0; i < n; i++) {
         const float *x = logits + i * vocab;
         float grad = grads[i], from = log_sums[i], *to = out + i * vocab;

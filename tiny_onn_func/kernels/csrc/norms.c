@@ -5,7 +5,7 @@
 /* out = x / sqrt(mean(x^2) + eps) * weight, of runs of `n` rows; weight (runs, dim). */
 void rms_norm(int64_t runs, int64_t n, int64_t dim, float eps, const float *x, const float *weight, float *restrict out,
               int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && runs * n * dim > SMALL)
+#pragma omp parallel for schedule(dynamic, PIECE(runs * n)) num_threads(threads) if (threads > 1 && runs * n * dim > SMALL)
     for (int64_t t = 0; t < runs * n; t++) {
         const float *row = x + t * dim, *scale = weight + t / n * dim;
         float factor = 1 / sqrtf(dot(dim, row, row) / dim + eps);
@@ -29,7 +29,7 @@ INLINE void row_grad(int64_t dim, float eps, const float *x, const float *weight
 void rms_norm_grad(int64_t runs, int64_t n, int64_t dim, int64_t parts, float eps, const float *x, const float *weight,
                    const float *grad, float *restrict grad_x, float *partial, int threads) {
     int64_t rows = (n + parts - 1) / parts;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && runs * n * dim > SMALL)
+#pragma omp parallel for schedule(dynamic, PIECE(runs * parts)) num_threads(threads) if (threads > 1 && runs * n * dim > SMALL)
     for (int64_t t = 0; t < runs * parts; t++) {
         int64_t run = t / parts, start = t % parts * rows, end = start + rows < n ? start + rows : n;
         clear(partial + t * dim, dim);
@@ -48,7 +48,7 @@ void split_heads(int64_t runs, int64_t batch, int64_t seq, int64_t heads, int64_
                  const float *qkv, const float *norms, const float *cosines, const float *sines, float *restrict q,
                  float *restrict k, float *restrict v, int threads) {
     int64_t width = heads + 2 * groups, normed = heads + groups, half = dim / 2;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && runs * batch * seq * width * dim > SMALL)
+#pragma omp parallel for schedule(dynamic, PIECE(runs * batch * seq)) num_threads(threads) if (threads > 1 && runs * batch * seq * width * dim > SMALL)
     for (int64_t t = 0; t < runs * batch * seq; t++) {
         int64_t b = t / seq, i = t % seq;
         const float *c = cosines + i * dim, *s = sines + i * dim;
@@ -77,7 +77,7 @@ void split_heads_grad(int64_t runs, int64_t batch, int64_t seq, int64_t heads, i
                       const float *grad_k, const float *grad_v, float *restrict grad_qkv, float *restrict grad_norms,
                       float *restrict room, int threads) {
     int64_t width = heads + 2 * groups, normed = heads + groups, half = dim / 2;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && runs * batch * seq * width * dim > SMALL)
+#pragma omp parallel for schedule(dynamic, PIECE(runs * batch)) num_threads(threads) if (threads > 1 && runs * batch * seq * width * dim > SMALL)
     for (int64_t b = 0; b < runs * batch; b++) {
         float *turned = room + b * dim, *sums = grad_norms + b * normed * dim;
         clear(sums, normed * dim);

@@ -5,14 +5,14 @@
 
 /* out = silu(gate) * up, of `count` numbers. */
 void swiglu(int64_t count, const float *gate, const float *up, float *restrict out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > SMALL)
+#pragma omp parallel for schedule(dynamic, PIECE(count)) num_threads(threads) if (threads > 1 && count > SMALL)
     for (int64_t i = 0; i < count; i++) out[i] = gate[i] / (1 + expo(-gate[i])) * up[i];
 }
 
 /* Its gradients in gate and up. */
 void swiglu_grad(int64_t count, const float *grad, const float *gate, const float *up, float *restrict grad_gate,
                  float *restrict grad_up, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count > SMALL)
+#pragma omp parallel for schedule(dynamic, PIECE(count)) num_threads(threads) if (threads > 1 && count > SMALL)
     for (int64_t i = 0; i < count; i++) {
         float x = gate[i], slope = grad[i], share = 1 / (1 + expo(-x)), other = slope * up[i] * share;
         grad_up[i] = slope * x * share;
@@ -25,7 +25,7 @@ void swiglu_grad(int64_t count, const float *grad, const float *gate, const floa
 int scaled_rows(int64_t n, int64_t dim, int64_t slots, int64_t tokens, const float *x, const float *weights,
                 const int64_t *order, float *restrict rows, int threads) {
     if (!are_indices(n, order, tokens * slots)) return OUTSIDE;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n * dim > SMALL)
+#pragma omp parallel for schedule(dynamic, PIECE(n)) num_threads(threads) if (threads > 1 && n * dim > SMALL)
     for (int64_t i = 0; i < n; i++) {
         const float *from = x + order[i] / slots * dim;
         float weight = weights[order[i]];
@@ -39,7 +39,7 @@ int scaled_rows(int64_t n, int64_t dim, int64_t slots, int64_t tokens, const flo
 int combined_rows(int64_t n, int64_t dim, int64_t slots, int64_t rows, const float *y, const float *weights,
                   const int64_t *inverse, float *restrict out, int threads) {
     if (!are_indices(n * slots, inverse, rows)) return OUTSIDE;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n * slots * dim > SMALL)
+#pragma omp parallel for schedule(dynamic, PIECE(n)) num_threads(threads) if (threads > 1 && n * slots * dim > SMALL)
     for (int64_t t = 0; t < n; t++) {
         float *to = out + t * dim;
         clear(to, dim);
@@ -57,7 +57,7 @@ int combined_rows(int64_t n, int64_t dim, int64_t slots, int64_t rows, const flo
 int sort_rows(int64_t runs, int64_t n, int64_t experts, const int64_t *ids, const uint8_t *active, int64_t *restrict order,
               int64_t *restrict inverse, int64_t *restrict expert, int32_t *restrict offsets, int threads) {
     int outside = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(| : outside) \
+#pragma omp parallel for schedule(dynamic, PIECE(runs)) num_threads(threads) reduction(| : outside) \
     if (threads > 1 && runs > 1 && runs * n > SMALL)
     for (int64_t run = 0; run < runs; run++) {
         int32_t *ends = offsets + run * experts; /* first the counts, then where the next row goes, then the ends */

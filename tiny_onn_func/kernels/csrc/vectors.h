@@ -30,6 +30,7 @@
 #endif
 #define WIDE 2
 #define SMALL 100000     /* multiplications that are not worth a second thread */
+#define PIECE(n) (1 + (n) / (8 * threads)) /* of a loop, that one thread takes at a time; pool.c */
 #define INLINE static inline __attribute__((always_inline))
 
 enum { DONE, NO_MEMORY, OUTSIDE }; /* what a kernel returns; OUTSIDE if a number is no index of what it should point into */
