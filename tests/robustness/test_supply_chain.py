@@ -119,12 +119,25 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+KNOWN_TO_BREAK: dict[str, str] = {}  # name -> the first version that is known to break something, and what
+
+
 @pytest.mark.parametrize("requirement", requirements(), ids=str)
-def test_every_dependency_has_a_lower_and_an_upper_bound_around_the_constraint(requirement: Requirement) -> None:
+def test_every_dependency_has_a_lower_bound_and_an_upper_one_only_where_something_breaks(
+    requirement: Requirement,
+) -> None:
     operators = {specifier.operator for specifier in requirement.specifier}
-    assert operators == {">=", "<"}, f"{requirement}: a lower bound and a tested upper one"
+    assert operators == ({">=", "<"} if requirement.name in KNOWN_TO_BREAK else {">="}), requirement
     exact = constrained()[canonical(requirement.name)]
     assert requirement.specifier.contains(exact), f"{requirement} does not take the tested {exact}"
+
+
+def test_the_pages_install_exactly_what_was_tested() -> None:
+    """A range that admits a newer torch takes a build of several gigabytes that nobody has tested."""
+    for path in (ROOT / "README.md", ROOT / ".ci" / "run", *sorted((ROOT / "docs").glob("*.md"))):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if re.search(r"pip install .*-e ", line):
+                assert "-c constraints.txt" in line, f"{path.name}: {line}"
 
 
 def test_the_constraints_are_exact_versions_and_nothing_else() -> None:

@@ -23,7 +23,6 @@ from training.step.optim import adamw_init
 # Mapped runs multiply matrices in another order. AdamW divides by sqrt(nu) + eps, so eps is kept well above that noise.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 EPS = 1e-3
-FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
 def state_of(params: Any) -> TrainState:
@@ -481,7 +480,6 @@ def test_the_budget_moves_k_and_has_exactly_no_slope_because_k_is_a_count() -> N
     assert grad(loss)(at) == 0
 
 
-@FORWARD_MODE
 @pytest.mark.parametrize("name", ["lr", "router_lr", "router_coupling"])
 def test_forward_mode_through_a_hyper_step_equals_reverse_mode(name: str) -> None:
     loss, at = next_loss(SMOOTH, COUPLED, name), value_of(COUPLED, name)

@@ -232,7 +232,6 @@ def test_a_router_that_learns_is_moved_by_regeneration() -> None:
     assert float(moved.abs().max()) > 1e-3
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["lr", "surprise_weight", "router_coupling"])
 def test_forward_mode_equals_reverse_mode_in_float32(name: str) -> None:
     state = init_state(CONFIG, seeded(0))._replace(params=spread_params(CONFIG, dtype=torch.float32))

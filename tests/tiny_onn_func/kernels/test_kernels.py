@@ -220,7 +220,6 @@ def test_decisions_read_tensors_that_lie_otherwise() -> None:
         assert torch.equal(actual, ought)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_kernels_keep_away_from_what_is_mapped_followed_or_differentiated() -> None:
     plain, leaf = drawn(3), drawn(3).requires_grad_()
     assert runtime.usable_now(plain)

@@ -17,7 +17,6 @@ from tiny_onn_func.primitives.fused import autograd_function
 OWN = autograd_function(ATTEND)
 WAYS = {"as called": attend, "with its own gradients": lambda *inputs: OWN.apply(*inputs)[0]}
 BOTH_WAYS = pytest.mark.parametrize("way", WAYS)
-FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -74,7 +73,6 @@ def test_values_and_gradients_equal_torchs_attention(
             assert float((ours - theirs).abs().max()) <= 10 * tolerance * size, name
 
 
-@FORWARD_MODE
 @BOTH_WAYS
 def test_gradcheck_gradgradcheck_and_forward_mode(way: str) -> None:
     q, k, v = (t.requires_grad_() for t in inputs(1, 1, 2, 3, 2))
@@ -111,7 +109,6 @@ def test_vmap_equals_a_loop(mapped: tuple[int | None, ...], dtype: torch.dtype, 
     assert_close(vmap(slope, mapped)(*tensors), torch.stack([slope(*args) for args in picked]), 1e-5)
 
 
-@FORWARD_MODE
 @pytest.mark.parametrize("place", [0, 1, 2])
 @BOTH_WAYS
 def test_a_tangent_of_one_input_is_its_difference_quotient(place: int, way: str) -> None:

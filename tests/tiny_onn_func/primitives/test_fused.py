@@ -18,7 +18,6 @@ from tiny_onn_func.primitives.fused import FusedOp, autograd_function
 from training.step.losses import CROSS_ENTROPY
 from training.step.router_loss import ROUTER_SUMS
 
-FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 NATIVE = pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")
 
 
@@ -109,7 +108,6 @@ def test_the_kernel_equals_the_plain_way_with_its_gradients(name: str, seed: int
             assert torch.equal(ours, theirs)
 
 
-@FORWARD_MODE
 @EVERY
 def test_gradcheck_gradgradcheck_and_forward_mode(name: str) -> None:
     op, draw = CASES[name]
@@ -172,7 +170,6 @@ def test_mapped_runs_equal_a_loop_forward_and_in_a_gradient(name: str, dtype: to
                 assert_close(nested[place].flatten(0, 1), torch.stack(list(wanted)), tolerance)
 
 
-@FORWARD_MODE
 @EVERY
 def test_forward_mode_of_mapped_runs_equals_a_loop(name: str) -> None:
     op, draw = CASES[name]

@@ -26,7 +26,6 @@ from tiny_onn_func.primitives.vmap import flatten_runs
 ACTIVATED = autograd_function(SWIGLU)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}
 # torch itself warns once, when forward mode is used for the first time in a process
-FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
@@ -257,7 +256,6 @@ def test_garbage_in_rows_behind_the_last_offset_reaches_nothing(
 # ---- derivatives of derivatives ------------------------------------------------------------------------------------
 
 
-@FORWARD_MODE
 @pytest.mark.parametrize("sizes", AWKWARD[:4], ids=str)
 def test_gradcheck_and_gradgradcheck_of_matmul_and_outer(sizes: Sizes) -> None:
     sizes = sizes._replace(width=min(sizes.width, 2), out=min(sizes.out, 2))
@@ -270,7 +268,6 @@ def test_gradcheck_and_gradgradcheck_of_matmul_and_outer(sizes: Sizes) -> None:
         assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-@FORWARD_MODE
 @pytest.mark.parametrize("sizes", AWKWARD[:4], ids=str)
 def test_gradcheck_and_gradgradcheck_of_gate_up_and_activation(sizes: Sizes) -> None:
     rows = normal(sizes.rows, sizes.width).requires_grad_()
@@ -286,7 +283,6 @@ def test_gradcheck_and_gradgradcheck_of_gate_up_and_activation(sizes: Sizes) -> 
     assert torch.autograd.gradgradcheck(hidden, (rows, w1, w3), check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-@FORWARD_MODE
 @pytest.mark.parametrize("sizes", AWKWARD[:4], ids=str)
 def test_gradcheck_and_gradgradcheck_of_a_sum_of_two_products(sizes: Sizes) -> None:
     rows = [normal(sizes.rows, sizes.width, seed=seed).requires_grad_() for seed in (0, 1)]
@@ -300,7 +296,6 @@ def test_gradcheck_and_gradgradcheck_of_a_sum_of_two_products(sizes: Sizes) -> N
     assert torch.autograd.gradgradcheck(added, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-@FORWARD_MODE
 @pytest.mark.parametrize("case", [Shuffle(3, 2, 2, 0), Shuffle(1, 1, 1, 0), Shuffle(2, 3, 1, 1)], ids=str)
 def test_gradcheck_and_gradgradcheck_of_dispatch_and_combine(case: Shuffle) -> None:
     tokens, slots, dim, _ = case
@@ -442,7 +437,6 @@ def test_nested_vmap_equals_two_loops_with_either_axis_outside(name: str) -> Non
         assert_close(actual, torch.stack(ought), 1e-13)
 
 
-@FORWARD_MODE
 @pytest.mark.parametrize("name", PLACES)
 def test_forward_mode_equals_reverse_mode_alone_mapped_and_nested(name: str) -> None:
     function, inputs, smooth = mappable(name)
@@ -467,7 +461,6 @@ def test_forward_mode_equals_reverse_mode_alone_mapped_and_nested(name: str) -> 
     assert_close(vmap(directional)(*inputs), loop(directional, inputs, (True,) * len(inputs)), 1e-13)
 
 
-@FORWARD_MODE
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("name", ["matmul", "outer", "combine"])
 def test_jvp_with_one_tangent_only_is_the_partial_derivative(name: str, place: int) -> None:
