@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 from tiny_onn_func.kernels import build
 from training.errors import UserError, one_line
+from training.run.device import choose_device
 from training.run.nonfinite import EVIDENCE
 from training.run.schedule import bends_text, read_legs
 from training.run.settings import load_settings
@@ -84,8 +85,9 @@ def _machine(folder: Path) -> Iterator[Finding]:
     threads = torch.get_num_threads()
     advice = f"more than cores: --threads {cores}" if threads > cores else ""
     yield Finding("threads", f"{threads} of torch on {cores} cores", advice)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {platform.machine()}"
-    yield Finding("device", device)
+    device, reason = choose_device("auto")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    yield Finding("device", f"{device} ({name}): {reason}")
     yield _native()
     free = shutil.disk_usage(folder).free
     yield Finding("free disk", f"{free / 1e9:.1f} GB", "" if free >= LITTLE else "free some, or saving will fail")
