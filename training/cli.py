@@ -58,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verbs[verb](arguments[1:]) or 0
     except KeyboardInterrupt:
         return 130
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package in ("tiny_onn_func", "training"):
+            raise
+        mend = "pip install 'tiny-onn-func[lab]'"
+        print(f"tiny-onn: {package}: expected this package, found none; {mend}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # whoever reads what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -107,7 +109,7 @@ def test_the_yaml_loader_makes_plain_values_only() -> None:
 
 def requirements() -> list[Requirement]:
     texts = [*PROJECT["dependencies"], *(text for extra in PROJECT["optional-dependencies"].values() for text in extra)]
-    return [Requirement(text) for text in texts]
+    return [Requirement(text) for text in texts if not text.startswith(PROJECT["name"])]
 
 
 def constrained() -> dict[str, str]:
@@ -156,3 +158,57 @@ def test_what_runs_here_is_within_the_bounds() -> None:
         except metadata.PackageNotFoundError:
             continue  # an extra that is not installed
         assert requirement.specifier.contains(there, prereleases=True), f"{requirement}: {there}"
+
+
+# Without the laboratory -----------------------------------------------------------------------------------------------
+
+CORE = {Requirement(text).name for text in PROJECT["dependencies"]}
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {modules!r}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+MODULES_OF_EXTRAS = {
+    "scipy", "pydantic", "yaml", "tyro", "tqdm", "matplotlib", "packaging", "tensorboard", "transformers", "tokenizers",
+    "pyarrow", "ray", "beartype", "hypothesis", "pytest",
+}  # fmt: skip
+
+
+def without_extras(program: str) -> subprocess.CompletedProcess[str]:
+    blocked = BLOCKED.replace("{modules!r}", repr(MODULES_OF_EXTRAS))
+    return subprocess.run([sys.executable, "-c", blocked + program], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_core_is_torch_einops_jaxtyping_safetensors_and_numpy() -> None:
+    assert {"torch", "einops", "jaxtyping", "safetensors", "numpy"} == CORE
+
+
+def test_the_model_and_the_hyper_step_run_without_any_extra() -> None:
+    ended = without_extras(
+        """
+import torch
+from tiny_onn_func import ModelConfig, generate
+from training import Batch, HyperParams, hyper_step, init_state
+config = ModelConfig(20, 8, 1, 1, 1, 8, 4, 4, num_experts_per_tok=2)
+ids = torch.randint(0, 20, (2, 6))
+state, metrics = hyper_step(
+    init_state(config, torch.Generator()), Batch(ids, ids, torch.ones_like(ids)), HyperParams(), config
+)
+print(generate(state.params, ids, config, torch.Generator(), max_new_tokens=2).shape)
+"""
+    )
+    assert ended.stdout == "torch.Size([2, 8])\n", ended.stderr
+
+
+@pytest.mark.parametrize("verb", ["train --steps 1", "study routers", "doctor", "report ."])
+def test_a_verb_without_its_package_says_in_a_line_how_to_install_it(verb: str) -> None:
+    ended = without_extras(f"from training.cli import main; sys.exit(main({verb.split()!r}))")
+    assert ended.returncode == 2, ended.stderr
+    assert re.fullmatch(
+        r"tiny-onn: \w+: expected this package, found none; pip install 'tiny-onn-func\[lab\]'\n", ended.stderr
+    )
