@@ -15,7 +15,7 @@ import nox
 nox.options.sessions = ["lint"]
 TORCH = ["2.11.0", "2.13.0", "2.14.1", "2.15.0"]  # lowest to newest
 EXTRAS = ".[dev,hf,data,cluster]"
-OWN = re.compile(r"(torch|nvidia|cuda|triton)[-_\w]*==")  # follows torch's version
+OWN = re.compile(r"(torch|nvidia|cuda|triton|setuptools)[-_\w]*==")  # follow torch's version
 
 
 @nox.session(python=["3.11", "3.12", "3.13"])
