@@ -1,7 +1,6 @@
 """The loop of a run: hyper steps, their records, and the effects that are due after some of them."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from training.distributed.sharded_checkpoint import save_sharded
 from training.run.context import Run, about_of, append_record, best_of, better
@@ -23,6 +21,7 @@ from training.step.hyper_step import TrainState
 from training.storage.background_saver import BackgroundSaver
 from training.storage.checkpoint import named_tensors, save_checkpoint
 from training.storage.recorder import Recorder, to_record
+from training.terminal import LOG, ProgressBar, progress
 
 ALARM_EVERY = 50  # steps between two looks at the router's health
 Effects = tuple[tuple[int, Callable[[], object]], ...]  # (steps between two times, 0 for never; what is done then)
@@ -52,8 +51,8 @@ def run_steps(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainSta
             record = recorder.write(step, step * run.tokens_a_step, seconds, values)
             append_record(run.history, record)
             checkpoints.advance(state, record)
-            bar.update()
             bar.set_postfix_str(_progress(run, seconds), refresh=False)
+            bar.update()
             for every, effect in effects:
                 if _due(step, every):
                     effect()
@@ -165,6 +164,7 @@ def _save(run: Run, recorder: Recorder, tensors: dict[str, Tensor], best: int | 
     """A checkpoint of this step, not before the records of its steps are on the disk."""
     recorder.sync()
     save_checkpoint(run.folder, tensors, keep=run.config.keep_checkpoints, best=best, **about_of(run))
+    LOG.debug("checkpoint of step %d saved", int(tensors["step"]))
 
 
 def _bell(run: Run) -> Callable[[], None]:
@@ -176,7 +176,7 @@ def _bell(run: Run) -> Callable[[], None]:
         now = alarms(run.history, run.config)
         if len(now) > known:
             for alarm in now:
-                tqdm.write(f"ALARM at step {run.history[-1]['step']}: {alarm}", file=sys.stderr)
+                LOG.warning("ALARM at step %d: %s", run.history[-1]["step"], alarm)
         known = len(now)
 
     return ring
@@ -188,11 +188,8 @@ def _draw(run: Run) -> None:
         draw(run)
 
 
-def _bar(run: Run, first: int) -> tqdm:
-    hidden = not run.team.first
-    return tqdm(
-        total=run.config.steps, initial=first, unit="step", dynamic_ncols=True, mininterval=0.5, disable=hidden
-    )  # fmt: skip
+def _bar(run: Run, first: int) -> ProgressBar:
+    return progress(total=run.config.steps, initial=first, unit="step", mininterval=0.5, shown=run.team.first)
 
 
 def _progress(run: Run, seconds: float) -> str:

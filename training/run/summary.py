@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tiny_onn_func.inference.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
@@ -20,6 +19,7 @@ from training.run.evaluate import Score, evaluate
 from training.run.schedule import LEGS
 from training.step.hyper_step import TrainState
 from training.storage.atomic import write_text
+from training.terminal import progress
 
 
 def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def held_out_score(run: Run, state: TrainState, max_bytes: int | None, *, show: 
     config, corpus = run.config, run.corpus.held_out
     batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack)
 
-    bar = partial(tqdm, desc="held-out score", unit="batch", leave=False, disable=not show)
+    bar = partial(progress, desc="held-out score", unit="batch", leave=False, shown=show)
     num_bytes, budget = scored_span(corpus, max_bytes).num_bytes, config.hyper.pi_alpha
     return evaluate(state.params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
 

@@ -48,7 +48,7 @@ from training.study.vmapped import vmapped_step
 class Bar(Protocol):
     """What a group tells of its progress: of tqdm, all that it uses."""
 
-    def update(self, n: float) -> object:
+    def update(self, n: int) -> object:
         """So many more steps of runs are made."""
 
     def set_postfix_str(self, s: str, refresh: bool) -> object:
@@ -109,8 +109,8 @@ def _train(group: GroupRun, state: GroupState, recorders: Sequence[Recorder], ba
                     break
                 new, metrics = _step(group, step, state)
                 state = record_step(group, _score_ended(group, new), metrics, recorders)
-                bar.update(runs)
                 bar.set_postfix_str(_progress(metrics, state), refresh=False)
+                bar.update(runs)
                 if number == config.steps or (config.checkpoint_every and number % config.checkpoint_every == 0):
                     saver.save(named_tensors(state))
                     saved = number
