@@ -28,7 +28,9 @@ from training.study.ray.session import _check_address, session
 from training.study.ray.worker import check_place, progress_of, versions
 from training.study.vmapped import vmapped_step
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra cluster is not installed")
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="no ray: the extra cluster is not installed"
+)
 TEXT = "the router sends each token to the expert that it surprises least.\n" * 60
 STEPS, AT_ONCE = 16, 3  # three groups: three and three runs with fixed K, two with a budget
 
