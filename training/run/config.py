@@ -17,7 +17,7 @@ RUN_RULES: tuple[Range, ...] = (
     (
         "1 or more",
         lambda value: value >= 1,
-        "steps batch_size eval_bytes final_eval_bytes keep_checkpoints shard_experts",
+        "steps batch_size accumulate eval_bytes final_eval_bytes keep_checkpoints shard_experts",
     ),
     ("2 or more", lambda value: value >= 2, "sequence_length"),
     ("0 or more", lambda value: value >= 0, "eval_every checkpoint_every picture_every sample_tokens"),
@@ -38,9 +38,9 @@ def _check(values: object, ranges: tuple[Range, ...], prefix: str) -> None:
         raise UserError(prefix + wrong)
 
 
-def _require(fine: bool, key: str, wanted: str, came: object) -> None:
+def _require(fine: bool, key: str, wanted: str, came: object, mend: str = "") -> None:
     if not fine:
-        raise UserError(f"{key}: expected {wanted}, got {came!r}")
+        raise UserError(f"{key}: expected {wanted}, got {came!r}" + (f"; {mend}" if mend else ""))
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,8 @@ class RunConfig:
     """Seed of the parameters and of the order of the batches."""
     batch_size: int = 12
     """Sequences of a batch."""
+    accumulate: int = 1
+    """Equal parts of a batch that go through the model one after another: the same step in less memory."""
     sequence_length: int = 64
     """Tokens of a sequence."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -182,6 +184,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check(self, RUN_RULES, "")
+        wanted, parts = f"a divisor of batch_size ({self.batch_size})", self.accumulate
+        _require(self.batch_size % parts == 0, "accumulate", wanted, parts, "change one of them")
+        wanted = "1 with surprise_kind oracle, which samples the whole batch"
+        _require(parts == 1 or self.surprise_kind != "oracle", "accumulate", wanted, parts, "leave it away")
         alpha, teacher = self.hyper.distill_alpha, self.teacher
         _require(not alpha or teacher is not None, "teacher", f"a folder, as hyper.distill_alpha is {alpha}", teacher)
         _require(teacher is None or alpha > 0, "hyper.distill_alpha", "more than 0 with a teacher", alpha)

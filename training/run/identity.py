@@ -19,7 +19,7 @@ from training.storage.plain_yaml import shown
 FREE = {
     "data", "tokenizer", "out", "init", "teacher", "teacher_cache", "steps", "eval_every", "eval_bytes",
     "final_eval_bytes", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "picture_every", "sample_tokens",
-    "prompt", "threads", "shard_optimizer", "shard_experts",
+    "prompt", "threads", "shard_optimizer", "shard_experts", "accumulate",
 }  # fmt: skip
 ELSEWHERE = ("data", "init", "teacher_cache", "threads")  # may differ between processes: where things are on a machine
 PACKAGES = ("tiny_onn_func", "training")

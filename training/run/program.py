@@ -1,6 +1,7 @@
 """What the loop runs: a hyper step with the run's settings, and the batch of a step."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -8,6 +9,7 @@ from training.data.batches import batch_at
 from training.distributed.parallel_step import parallel_step
 from training.run.config import hyper_params, statics
 from training.run.context import Run
+from training.step.accumulate import accumulated_step
 from training.step.batch import Batch
 from training.step.compile import compile_step
 from training.step.hyper_step import TrainState, hyper_step
@@ -22,8 +24,10 @@ def program(run: Run, state: TrainState) -> Program:
     if run.team.world.size > 1:
         return _program_of_many(run)
 
+    step = partial(accumulated_step, parts=config.accumulate) if config.accumulate > 1 else hyper_step
+
     def taught(state: TrainState, batch: Batch, logits: Tensor | None) -> tuple[TrainState, Metrics]:
-        return hyper_step(state, batch, hyper, config.model, **statics(config), teacher_logits=logits)
+        return step(state, batch, hyper, config.model, **statics(config), teacher_logits=logits)
 
     if not config.compile:
         return lambda state, batch: taught(state, batch, None if teacher is None else teacher(batch))
@@ -41,7 +45,8 @@ def _program_of_many(run: Run) -> Program:
         own = run.team.rows(batch)
         logits = None if teacher is None else teacher(own)
         return parallel_step(
-            state, own, hyper, config.model, run.team.layout, **statics(config), teacher_logits=logits
+            state, own, hyper, config.model, run.team.layout, parts=config.accumulate, **statics(config),
+            teacher_logits=logits,
         )  # fmt: skip
 
     return step

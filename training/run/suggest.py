@@ -24,6 +24,7 @@ SYNONYMS: dict[str, str] = {
         "steps": "max_steps num_steps total_steps train_steps train_iters max_iters iterations iters epochs "
         "num_epochs num_train_epochs",
         "batch_size": "bs batch micro_batch_size global_batch_size train_batch_size per_device_train_batch_size",
+        "accumulate": "gradient_accumulation_steps grad_accum accum_steps accumulation_steps accumulate_grad_batches",
         "sequence_length": "seq_len seq_length seqlen block_size context context_length max_seq_len max_length "
         "max_seq_length",
         "seed": "random_seed rng_seed",
@@ -54,8 +55,6 @@ SYNONYMS: dict[str, str] = {
 ABSENT: dict[str, str] = {  # what there is none of -> why, or what to use
     "dropout": "the model has no dropout; hyper.weight_decay regularises it",
     "label_smoothing": "the loss is the plain cross entropy",
-    "gradient_accumulation_steps": "raise batch_size, or spread it over processes with torchrun",
-    "grad_accum": "raise batch_size, or spread it over processes with torchrun",
     "optimizer": "it is AdamW, whose numbers are hyper.lr, hyper.beta1, hyper.beta2 and hyper.weight_decay",
     "optim": "it is AdamW, whose numbers are hyper.lr, hyper.beta1, hyper.beta2 and hyper.weight_decay",
     "wandb": "the run folder has tensorboard/ and metrics.jsonl",

@@ -156,6 +156,10 @@ MISTAKES = {
     "steps: 0": "steps: expected 1 or more, got 0",
     "seed: -1": "seed: expected 0 to 2**63 - 1, got -1",
     "batch_size: 0": "batch_size: expected 1 or more, got 0",
+    "accumulate: 0": "accumulate: expected 1 or more, got 0",
+    "accumulate: 5": "accumulate: expected a divisor of batch_size (12), got 5; change one of them",
+    "surprise_kind: oracle\naccumulate: 2": "accumulate: expected 1 with surprise_kind oracle, which samples the whole "
+    "batch, got 2; leave it away",
     "sequence_length: 1": "sequence_length: expected 2 or more, got 1",
     "holdout: 0": "holdout: expected more than 0 and less than 1, got 0.0",
     "holdout: 1": "holdout: expected more than 0 and less than 1, got 1.0",
@@ -254,7 +258,7 @@ def test_every_setting_is_a_flag_of_its_dotted_name():
         model=ModelConfig(300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False, "hash"),
         hyper=HyperSettings(**CHANGED_HYPER), surprise_kind="input", precision="bfloat16", tokenizer="bpe",
         replay=0.5, init="weights", teacher="teacher", teacher_cache=True, compile=True, on_nonfinite="skip",
-        shard_optimizer=True, shard_experts=3,
+        shard_optimizer=True, shard_experts=3, accumulate=3,
     )  # fmt: skip
     argv = []
     for key in key_types():
@@ -409,6 +413,7 @@ def hyper_values(draw) -> dict:
 @st.composite
 def run_values(draw) -> dict:
     whole = [field.name for field in fields(RunConfig) if field.type is int]
+    surprise_kind = draw(st.sampled_from(KINDS))
     return {key: draw(counts) for key in whole} | {
         "data": draw(text.filter(bool)),
         "tokenizer": draw(st.just("bytes") | text.filter(bool)),
@@ -416,13 +421,15 @@ def run_values(draw) -> dict:
         "init": draw(st.none() | text.filter(bool)),
         "teacher_cache": draw(st.booleans()),
         "compile": draw(st.booleans()),
+        "batch_size": 6 * draw(st.integers(1, 10**6)),
+        "accumulate": 1 if surprise_kind == "oracle" else draw(st.sampled_from([1, 2, 3, 6])),
         "replay": draw(st.sampled_from([0.0, 0.25])),
         "out": draw(st.none() | text.filter(bool)),
         "sequence_length": draw(st.integers(2, 10**9)),
         "threads": draw(st.integers(0, 4096)),
         "schedule": draw(st.sampled_from(["cosine", "constant"])),
         "holdout": draw(st.floats(0, 1, exclude_min=True, exclude_max=True)),
-        "surprise_kind": draw(st.sampled_from(KINDS)),
+        "surprise_kind": surprise_kind,
         "precision": draw(st.sampled_from(["float32", "bfloat16"])),
         "split": draw(st.sampled_from(["auto", "document", "tail"])),
         "final_eval_bytes": draw(st.none() | counts),
