@@ -23,9 +23,10 @@ RUN_RULES: tuple[Range, ...] = (
     ("0 or more", lambda value: value >= 0, "eval_every checkpoint_every picture_every sample_tokens"),
     (f"0 to {MOST_THREADS:,}", lambda value: 0 <= value <= MOST_THREADS, "threads"),  # far more end the process
     ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),  # what a torch.Generator takes
+    ("more than 0 and at most 1", lambda value: 0 < value <= 1, "decay_share"),
     ("more than 0 and less than 1", lambda value: 0 < value < 1, "holdout"),
     ("0 or more and less than 1", lambda value: 0 <= value < 1, "replay"),
-    ("cosine or constant", lambda value: value in ("cosine", "constant"), "schedule"),
+    ("cosine, wsd or constant", lambda value: value in ("cosine", "wsd", "constant"), "schedule"),
     ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16"), "precision"),
     (", ".join(KINDS), lambda value: value in KINDS, "surprise_kind"),
     ("stop or skip", lambda value: value in ("stop", "skip"), "on_nonfinite"),
@@ -45,9 +46,10 @@ def _require(fine: bool, key: str, wanted: str, came: object, mend: str = "") ->
 
 @dataclass(frozen=True)
 class HyperSettings:
-    """`training.step.hyper_params.HyperParams` as plain numbers: the same fields and defaults, without `total_steps`.
+    """`training.step.hyper_params.HyperParams` as plain numbers, with the same fields and defaults.
 
-    What each one means is said there. `total_steps` is no setting: `hyper_params` derives it from the run.
+    What each one means is said there. `total_steps` and `decay_steps` are no settings: `hyper_params` derives them from
+    the run.
 
     Raises:
         UserError: a number is out of range; the message names the key.
@@ -135,8 +137,11 @@ class RunConfig:
     """Equal parts of a batch that go through the model one after another: the same step in less memory."""
     sequence_length: int = 64
     """Tokens of a sequence."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rates after the warm-up: a cosine that ends at the last step, or constant."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Learning rates after the warm-up: a cosine that ends at the last step, constant and then a linear decay that ends
+    there (wsd: warm-up, stable, decay), or constant."""
+    decay_share: float = 0.2
+    """Share of the steps over which wsd decays, more than 0 and at most 1; never steps of the warm-up."""
     holdout: float = 0.1
     """Share of the text that is held out, more than 0 and less than 1."""
     split: Literal["auto", "document", "tail"] = "auto"
@@ -200,12 +205,19 @@ class RunConfig:
 def hyper_params(config: RunConfig) -> HyperParams:
     """The run's numbers as `hyper_step` wants them, all Python numbers.
 
-    The cosine ends at the last step of the run: `total_steps = steps`, or 0 (constant) with `schedule: constant`.
-    A run shorter than its warm-up warms up until its end: `warmup_steps` is at most `steps`.
+    The decay ends at the last step of the run: `total_steps = steps`, or 0 (constant) with `schedule: constant`.
+    A run shorter than its warm-up warms up until its end: `warmup_steps` is at most `steps`. With `schedule: wsd` the
+    decay has the share `decay_share` of the steps, at least one.
     """
-    total_steps = config.steps if config.schedule == "cosine" else 0
+    total_steps = 0 if config.schedule == "constant" else config.steps
     warmup_steps = min(config.hyper.warmup_steps, config.steps)
-    return HyperParams(**asdict(config.hyper) | {"total_steps": total_steps, "warmup_steps": warmup_steps})
+    decay_steps = max(1, round(config.decay_share * config.steps))
+    derived = {
+        "total_steps": total_steps,
+        "decay_steps": decay_steps if config.schedule == "wsd" else 0,
+        "warmup_steps": warmup_steps,
+    }
+    return HyperParams(**asdict(config.hyper) | derived)
 
 
 def statics(config: RunConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ SYNONYMS: dict[str, str] = {
         "out": "output_dir out_dir output outdir save_dir run_dir logdir log_dir",
         "init": "init_from model_name_or_path pretrained checkpoint load from_pretrained",
         "schedule": "scheduler lr_scheduler lr_scheduler_type lr_schedule lr_decay_style",
+        "decay_share": "decay_fraction cooldown cooldown_fraction lr_decay_iters num_decay_steps decay_steps",
         "holdout": "val_split val_fraction validation_split test_size val_ratio",
         "eval_every": "eval_interval eval_steps val_interval evaluate_every",
         "checkpoint_every": "save_every save_steps save_interval checkpoint_interval ckpt_every",
