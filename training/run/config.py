@@ -20,7 +20,7 @@ RUN_RULES: tuple[Range, ...] = (
         "steps batch_size accumulate eval_bytes final_eval_bytes keep_checkpoints shard_experts",
     ),
     ("2 or more", lambda value: value >= 2, "sequence_length"),
-    ("0 or more", lambda value: value >= 0, "eval_every checkpoint_every picture_every sample_tokens"),
+    ("0 or more", lambda value: value >= 0, "eval_every stop_when checkpoint_every picture_every sample_tokens"),
     (f"0 to {MOST_THREADS:,}", lambda value: 0 <= value <= MOST_THREADS, "threads"),  # far more end the process
     ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),  # what a torch.Generator takes
     ("more than 0 and at most 1", lambda value: 0 < value <= 1, "decay_share"),
@@ -153,6 +153,8 @@ class RunConfig:
     """Steps between two held-out scores during the run; 0 scores only at the end."""
     eval_bytes: int = 16384
     """Held-out bytes of a score during the run."""
+    stop_when: int = 0
+    """Held-out scores in a row, during the run, that are no better than the best and end it; 0 is never."""
     final_eval_bytes: int | None = 262144
     """Held-out bytes of the score at the end; null means all of them."""
     checkpoint_every: int = 500
@@ -193,6 +195,8 @@ class RunConfig:
         _require(self.batch_size % parts == 0, "accumulate", wanted, parts, "change one of them")
         wanted = "1 with surprise_kind oracle, which samples the whole batch"
         _require(parts == 1 or self.surprise_kind != "oracle", "accumulate", wanted, parts, "leave it away")
+        wanted, patience = f"0 with eval_every {self.eval_every}, which scores at the end only", self.stop_when
+        _require(not patience or self.eval_every > 0, "stop_when", wanted, patience, "set eval_every, or leave it away")
         alpha, teacher = self.hyper.distill_alpha, self.teacher
         _require(not alpha or teacher is not None, "teacher", f"a folder, as hyper.distill_alpha is {alpha}", teacher)
         _require(teacher is None or alpha > 0, "hyper.distill_alpha", "more than 0 with a teacher", alpha)

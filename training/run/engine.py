@@ -67,6 +67,15 @@ def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[st
         LOG.info("%s", banner(facts_of(run)))
     resume_step = int(state.step) if resume else None
     with open_recorder(folder, resume_step=resume_step) if team.first else no_recorder() as recorder:
-        state, seconds = run_steps(run, state, recorder)
+        state, seconds, stopped = run_steps(run, state, recorder)
     state = team.whole(state, config.model)
-    return finish(run, state, seconds) if team.first else {}
+    if not team.first:
+        return {}
+    if stopped is not None:
+        LOG.info(
+            "note: stopped after step %d of %d: %s; go on with --resume and another --stop-when, 0 for none",
+            stopped.step,
+            config.steps,
+            stopped.reason,
+        )
+    return finish(run, state, seconds, stopped)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training.distributed.sharded_checkpoint import save_sharded
-from training.run.context import Run, about_of, append_record, best_of, better
+from training.run.context import EarlyStop, Run, about_of, append_record, best_of, better, scores_since_best
 from training.run.nonfinite import NotFinite, bad_numbers, keep_evidence
 from training.run.process import deferred_signals
 from training.run.program import Program, program, step_batch
@@ -20,15 +20,15 @@ from training.step.finite import passed_over
 from training.step.hyper_step import TrainState
 from training.storage.background_saver import BackgroundSaver
 from training.storage.checkpoint import named_tensors, save_checkpoint
-from training.storage.recorder import Recorder, to_record
+from training.storage.recorder import Recorder, iter_history, to_record
 from training.terminal import LOG, ProgressBar, progress
 
 ALARM_EVERY = 50  # steps between two looks at the router's health
 Effects = tuple[tuple[int, Callable[[], object]], ...]  # (steps between two times, 0 for never; what is done then)
 
 
-def run_steps(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, float]:
-    """Make the steps that are left: the last state, and the seconds of all training so far.
+def run_steps(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, float, EarlyStop | None]:
+    """Make the steps that are left: the last state, the seconds of all training so far, why it ended early if it did.
 
     Time spent on scores, pictures and checkpoints is not training time. What `finish` does at the end, scores and
     pictures, is not due after the last step.
@@ -43,6 +43,8 @@ def run_steps(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainSta
     ):
         effects = _effects(run, checkpoints)
         for step in range(first + 1, config.steps + 1):
+            if checkpoints.is_over:
+                break
             start = time.perf_counter()
             state, values, end = _step(run, step_of, checkpoints.state, asked)
             seconds += time.perf_counter() - start
@@ -58,8 +60,8 @@ def run_steps(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainSta
                     effect()
             if end:
                 raise KeyboardInterrupt
-        checkpoints.save()
-    return state, seconds
+        checkpoints.save(at_end=True)
+    return state, seconds, checkpoints.early_stop()
 
 
 def _due(step: int, every: int) -> bool:
@@ -122,21 +124,39 @@ class Checkpoints:
     def __init__(self, run: Run, saver: BackgroundSaver, recorder: Recorder, state: TrainState) -> None:
         self.state, self.best = state, run.team.world.broadcast_object(best_of(run.history))
         self._run, self._saver, self._recorder = run, saver, recorder
+        records = iter_history(run.folder) if run.config.stop_when and run.team.first and int(state.step) else ()
+        self._waited = run.team.world.broadcast_object(scores_since_best(records))  # scores no better than the best
         self._saved = int(state.step) or None  # a state that has not made a step lies in no checkpoint
 
     def advance(self, state: TrainState, record: Mapping[str, Any]) -> None:
         """A step is whole: its state, and its record, which may hold a score."""
         self.state, before = state, self.best
         self.best = better(before, record)
+        if "held_out_nats" in record:
+            self._waited = self._waited + 1 if self.best == before else 0
         if self.best != before:
             self.save()
 
-    def save(self) -> None:
+    @property
+    def is_over(self) -> bool:
+        """Whether the last `stop_when` held-out scores are no better than the best; the same on every rank."""
+        return 0 < self._run.config.stop_when <= self._waited
+
+    def early_stop(self) -> EarlyStop | None:
+        """Why there are no more steps, if some are left."""
+        step = int(self.state.step)
+        if not self.is_over or step >= self._run.config.steps:
+            return None
+        best = "any" if self.best is None else f"{self.best.nats:.4f} nats per token at step {self.best.step}"
+        return EarlyStop(step, f"{self._waited} held-out scores in a row no better than {best} (stop_when)")
+
+    def save(self, *, at_end: bool = False) -> None:
         """Save the state, unless it is saved: one in many parts as that, and at the end of the run a whole one."""
         run, step, best = self._run, int(self.state.step), self.best and self.best.step
-        if step == self._saved:
+        in_parts = run.team.layout.is_sharded and step < run.config.steps and not at_end
+        if step == self._saved and (in_parts or not run.team.layout.is_sharded):
             return
-        if run.team.layout.is_sharded and step < run.config.steps:
+        if in_parts:
             if run.team.first:
                 self._recorder.sync()  # as `_save` does
             kept = run.config.keep_checkpoints

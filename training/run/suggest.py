@@ -35,6 +35,7 @@ SYNONYMS: dict[str, str] = {
         "decay_share": "decay_fraction cooldown cooldown_fraction lr_decay_iters num_decay_steps decay_steps",
         "holdout": "val_split val_fraction validation_split test_size val_ratio",
         "eval_every": "eval_interval eval_steps val_interval evaluate_every",
+        "stop_when": "early_stopping early_stopping_patience patience early_stop",
         "checkpoint_every": "save_every save_steps save_interval checkpoint_interval ckpt_every",
         "keep_checkpoints": "save_total_limit max_checkpoints",
         "precision": "dtype bf16 fp16 amp mixed_precision",

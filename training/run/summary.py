@@ -14,7 +14,7 @@ from training.data.batches import held_out_batches, scored_span
 from training.report.alarms import Guards, collapse_alarms
 from training.report.figures import draw_core_metrics, draw_expert_dashboard
 from training.run.config import RunConfig, hyper_params
-from training.run.context import Run, best_step
+from training.run.context import EarlyStop, Run, best_step
 from training.run.evaluate import Score, evaluate
 from training.run.schedule import LEGS
 from training.step.hyper_step import TrainState
@@ -22,7 +22,7 @@ from training.storage.atomic import write_text
 from training.terminal import progress
 
 
-def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
+def finish(run: Run, state: TrainState, seconds: float, stopped: EarlyStop | None = None) -> dict[str, Any]:
     """Pictures, the final score, the sample and `summary.json`."""
     config = run.config
     best = best_step(run.history)
@@ -36,6 +36,7 @@ def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "nats_per_token": score.nats_per_token,
         "accuracy": score.accuracy,
         "steps": int(state.step),
+        "stopped": None if stopped is None else stopped._asdict(),
         LEGS: [list(leg) for leg in run.legs],
         "best_step": best,
         "tokens": tokens,
@@ -121,6 +122,8 @@ def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     }
     lines = [_ranking({"this model": summary["bits_per_byte"], **summary["baselines"]}, summary["held_out_bytes"]), ""]
     lines += [f"{name:<18} {value}" for name, value in facts.items()]
+    if stopped := summary["stopped"]:
+        lines.append(f"{'stopped early':<18} after step {stopped['step']:,}: {stopped['reason']}")
     lines += [f"ALARM: {alarm}" for alarm in summary["alarms"]]
     if summary["sample"]:
         lines += ["", "sample:", summary["sample"]]

@@ -171,6 +171,9 @@ MISTAKES = {
     "surprise_kind: oracle\naccumulate: 2": "accumulate: expected 1 with surprise_kind oracle, which samples the whole "
     "batch, got 2; leave it away",
     "sequence_length: 1": "sequence_length: expected 2 or more, got 1",
+    "stop_when: -1": "stop_when: expected 0 or more, got -1",
+    "stop_when: 3\neval_every: 0": "stop_when: expected 0 with eval_every 0, which scores at the end only, got 3; "
+    "set eval_every, or leave it away",
     "schedule: linear": "schedule: expected one of cosine, wsd, constant, got 'linear'",
     "decay_share: 0": "decay_share: expected more than 0 and at most 1, got 0.0",
     "decay_share: 1.5": "decay_share: expected more than 0 and at most 1, got 1.5",
@@ -271,7 +274,7 @@ def test_every_setting_is_a_flag_of_its_dotted_name():
         model=ModelConfig(300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False, "hash"),
         hyper=HyperSettings(**CHANGED_HYPER), surprise_kind="input", precision="bfloat16", tokenizer="bpe",
         replay=0.5, init="weights", teacher="teacher", teacher_cache=True, compile=True, on_nonfinite="skip",
-        shard_optimizer=True, shard_experts=3, accumulate=3, decay_share=0.25,
+        shard_optimizer=True, shard_experts=3, accumulate=3, decay_share=0.25, stop_when=2,
     )  # fmt: skip
     argv = []
     for key in key_types():
