@@ -33,6 +33,7 @@ class BannerFacts(NamedTuple):
     first_step: int  # steps made before
     batch_size: int
     sequence_length: int
+    parts: int  # of a batch, one after another
     out: str
 
 
@@ -65,6 +66,7 @@ def facts_of(run: Run) -> BannerFacts:
         first_step=run.first_step,
         batch_size=config.batch_size,
         sequence_length=config.sequence_length,
+        parts=config.accumulate,
         out=str(run.folder),
     )
 
@@ -74,6 +76,7 @@ def banner(facts: BannerFacts) -> str:
     bound = "at most " if facts.at_most else ""
     kernels = "C kernels compiled" if facts.kernels else "no C kernels: PyTorch's operations, several times slower"
     processes = f"{facts.processes} processes of " if facts.processes > 1 else ""
+    parts = f" in {facts.parts} parts" if facts.parts > 1 else ""
     begun = f" from step {facts.first_step:,} on" if facts.first_step else ""
     lines = {
         "data": f"{facts.data}: {facts.train_bytes:,} bytes to train on, {facts.held_out_bytes:,} held out",
@@ -82,7 +85,7 @@ def banner(facts: BannerFacts) -> str:
         "threads": f"{processes}{facts.threads}; {kernels}",
         "parameters": f"{facts.parameters:,}, {bound}{facts.active_parameters:,} active in a token",
         "FLOPs": f"{bound}{_in_units(facts.active_flops)} a token forward, about three times that in a training step",
-        "steps": f"{facts.steps:,} of {facts.batch_size:,} x {facts.sequence_length:,} tokens{begun}",
+        "steps": f"{facts.steps:,} of {facts.batch_size:,} x {facts.sequence_length:,} tokens{parts}{begun}",
         "run folder": facts.out,
     }
     rows = (f"{name:<10}  {text}" for name, text in lines.items())

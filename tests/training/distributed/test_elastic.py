@@ -235,4 +235,7 @@ def test_all_processes_stop_at_a_score_that_is_no_better_and_leave_a_whole_check
     assert (summary["steps"], summary["stopped"]["step"], summary["best_step"]) == (6, 6, 2)
     assert int(load_checkpoint(tmp_path / "run" / "checkpoints" / "step_000006")["step"]) == 6
     assert_whole_record(tmp_path / "run", 6)
-    assert finished(torchrun(tmp_path, "run", "--resume")).count("note: stopped after step 6 of 40") == 1
+    assert (
+        finished(torchrun(tmp_path, "run", "--steps=40", *flags, "--resume")).count("note: stopped after step 6 of 40")
+        == 1
+    )

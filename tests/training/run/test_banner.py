@@ -15,7 +15,7 @@ FACTS = BannerFacts(
     version="1.2.3", torch_version="2.13.0", data="stdlib", train_bytes=12345, held_out_bytes=678, tokenizer="bytes",
     vocab_size=257, device="cpu, float32", processes=1, threads=2, kernels=True, parameters=1812032,
     active_parameters=632384, active_flops=1.333e6, at_most=False, steps=2800, first_step=0, batch_size=12,
-    sequence_length=64, out="runs/first",
+    sequence_length=64, parts=1, out="runs/first",
 )  # fmt: skip
 TEXT_OF_FACTS = """\
 tiny-onn 1.2.3, torch 2.13.0
@@ -39,6 +39,7 @@ def test_the_banner_is_aligned_lines_of_the_facts() -> None:
         ({"kernels": False}, "threads     2; no C kernels: PyTorch's operations, several times slower"),
         ({"processes": 4}, "threads     4 processes of 2; C kernels compiled"),
         ({"at_most": True}, "parameters  1,812,032, at most 632,384 active in a token"),
+        ({"parts": 4}, "steps       2,800 of 12 x 64 tokens in 4 parts"),
         ({"first_step": 1200}, "steps       2,800 of 12 x 64 tokens from step 1,200 on"),
         ({"active_flops": 2.5e10}, "FLOPs       25 G a token forward, about three times that in a training step"),
         ({"active_flops": 999.7}, "FLOPs       1 k a token forward, about three times that in a training step"),
