@@ -35,7 +35,14 @@ SWITCHES = ("-q", "--quiet", "-v", "--verbose")  # which may also stand in front
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status: 0 well, 1 the doctor found something, 2 a mistake, 130 Ctrl-C, 141 no reader."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    set_verbosity()
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        set_verbosity()  # -q and -v are of one command
+
+
+def _main(arguments: list[str]) -> int:
     verbs: dict[str, Callable[[Sequence[str]], int | None]] = {
         "train": _train,
         "evaluate": _evaluate,
@@ -48,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor": _doctor,
         "report": _report,
     }
-    set_verbosity()
     try:
         before = _leading_switches(arguments)
         if not arguments or arguments[0] in ("-h", "--help"):

@@ -165,6 +165,7 @@ def test_verbose_says_where_an_error_comes_from(words: list[str], capsys: pytest
     assert "Traceback (most recent call last):" in trace
     assert main(["evaluate", "nowhere", "-q"]) == 2
     assert capsys.readouterr().err == f"{line}\n"
+    assert LOG.level == logging.INFO, "-q is of one command"
     assert main(["evaluate", "nowhere"]) == 2, "the next command begins with the usual verbosity"
     assert capsys.readouterr().err == f"{line}\n"
 

@@ -122,7 +122,7 @@ def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     }
     lines = [_ranking({"this model": summary["bits_per_byte"], **summary["baselines"]}, summary["held_out_bytes"]), ""]
     lines += [f"{name:<18} {value}" for name, value in facts.items()]
-    if stopped := summary["stopped"]:
+    if stopped := summary.get("stopped"):  # not in summaries of former versions
         lines.append(f"{'stopped early':<18} after step {stopped['step']:,}: {stopped['reason']}")
     lines += [f"ALARM: {alarm}" for alarm in summary["alarms"]]
     if summary["sample"]:

@@ -109,8 +109,8 @@ def _train(group: GroupRun, state: GroupState, recorders: Sequence[Recorder], ba
                     break
                 new, metrics = _step(group, step, state)
                 state = record_step(group, _score_ended(group, new), metrics, recorders)
-                bar.set_postfix_str(_progress(metrics, state), refresh=False)
                 bar.update(runs)
+                bar.set_postfix_str(_progress(metrics, state), refresh=False)
                 if number == config.steps or (config.checkpoint_every and number % config.checkpoint_every == 0):
                     saver.save(named_tensors(state))
                     saved = number

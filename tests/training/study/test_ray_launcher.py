@@ -195,7 +195,8 @@ def test_ctrl_c_saves_checkpoints_ends_every_process_and_leaves_a_study_that_goe
 ) -> None:
     out = home / "stopped"
     save_study(study, home / "study.yaml")
-    command = [sys.executable, "-m", "training", "study", str(home / "study.yaml"), "--out", str(out)]
+    often = "from training import cli, terminal; terminal.EVERY = 0.1; raise SystemExit(cli.main())"
+    command = [sys.executable, "-c", often, "study", str(home / "study.yaml"), "--out", str(out)]
     command += ["--runs-at-once", str(AT_ONCE), "--launcher", "ray"]
     plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
     errors, progress = home / "errors.txt", re.compile(r"\d/3 groups, [12] running: .* loss \d")
