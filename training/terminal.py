@@ -115,10 +115,10 @@ class PlainLines:
         else:
             counts = [f"{n:,.0f}" for n in (self.n, self._total) if n is not None]
             counts[0] = f"{self._unit} {counts[0]}"
-        made, elapsed = self.n - self._initial, time.monotonic() - self._start
+        counted, elapsed = self.n - self._initial, time.monotonic() - self._start
         parts = [" of ".join(counts), self.postfix]
-        if self._total is not None and made > 0:
-            parts.append(f"{tqdm.format_interval(max(0.0, self._total - self.n) * elapsed / made)} left")
+        if self._total is not None and counted > 0:
+            parts.append(f"{tqdm.format_interval(max(0.0, self._total - self.n) * elapsed / counted)} left")
         return (f"{self.desc}: " if self.desc else "") + ", ".join(part for part in parts if part)
 
     def _log_if_due(self) -> None:
