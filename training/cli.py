@@ -12,6 +12,7 @@ from typing import NoReturn
 from training.errors import UserError, is_out_of_memory, one_line
 from training.run.process import stop_politely
 from training.run.suggest import VERBS, advice, suggestion
+from training.terminal import LOG, set_verbosity
 
 USAGE = """usage: tiny-onn VERB ...
 
@@ -26,14 +27,23 @@ USAGE = """usage: tiny-onn VERB ...
   doctor     is all well here?              tiny-onn doctor [RUN]
   report     a web page of what was found   tiny-onn report DIR
 
-`tiny-onn VERB --help` lists the flags of a verb."""
+`tiny-onn VERB --help` lists the flags of a verb. Every verb takes -q, --quiet (errors and the result alone) and -v,
+--verbose (details and tracebacks); `tiny-onn --version` prints the version."""
 DEVICES = "auto (an accelerator where there is one), cpu, cuda, cuda:N or mps"
 ALIASES = {"replay": "rerun"}  # former names of verbs
+SWITCHES = ("-q", "--quiet", "-v", "--verbose")  # which may also stand in front of the verb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status: 0 well, 1 the doctor found something, 2 a mistake, 130 Ctrl-C, 141 no reader."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    set_verbosity()
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        set_verbosity()  # -q and -v are of one command
+
+
+def _main(arguments: list[str]) -> int:
     verbs: dict[str, Callable[[Sequence[str]], int | None]] = {
         "train": _train,
         "evaluate": _evaluate,
@@ -46,16 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor": _doctor,
         "report": _report,
     }
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
     try:
+        before = _leading_switches(arguments)
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(USAGE)
+            return 0 if arguments else 2
+        if arguments[0] == "--version":
+            from training.storage.checkpoint_files import version
+
+            print(f"tiny-onn {version()}")
+            return 0
         verb = ALIASES.get(arguments[0], arguments[0])
         if verb not in verbs:
             meant = VERBS.get(verb) or suggestion(verb, verbs)
             mend = f"did you mean {meant}?" if meant else "`tiny-onn --help` explains them"
             raise UserError(f"{verb}: expected a verb ({', '.join(verbs)}); {mend}")
-        return verbs[verb](arguments[1:]) or 0
+        return verbs[verb]([*before, *arguments[1:]]) or 0
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
@@ -70,20 +86,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (UserError, ValueError) as error:
         if str(error):  # else another process says it
-            print(f"tiny-onn: {one_line(error)}", file=sys.stderr)
+            _log_error(error)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         cause = error or "too little"
-        said = f"memory: expected enough for what was asked, got: {cause}; choose smaller sizes, batches or lengths"
-        print(f"tiny-onn: {one_line(said)}", file=sys.stderr)
+        _log_error(
+            f"memory: expected enough for what was asked, got: {cause}; choose smaller sizes, batches or lengths"
+        )
         return 2
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
-        said = one_line(f"{place}{error.strerror or error}; make room or rights for it, or name another")
-        print(f"tiny-onn: {said}", file=sys.stderr)
+        _log_error(f"{place}{error.strerror or error}; make room or rights for it, or name another")
         return 2
+
+
+def _leading_switches(arguments: list[str]) -> list[str]:
+    """Take -q and -v away from in front of the verb."""
+    switches = []
+    while arguments and arguments[0] in SWITCHES:
+        switches.append(arguments.pop(0))
+    return switches
+
+
+def _log_error(error: object) -> None:
+    """Log an error as one line, with --verbose where it comes from, too."""
+    LOG.debug("where the error comes from:", exc_info=True)
+    LOG.error("tiny-onn: %s", one_line(error))
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -98,6 +128,14 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(  # without abbreviations: --n would pass for --no-stop
             prog, description=description, allow_abbrev=False, formatter_class=_Formatter
         )
+        self.add_argument("-q", "--quiet", action="store_true", help="print errors and the result alone")
+        self.add_argument("-v", "--verbose", action="store_true", help="print details and tracebacks, too")
+
+    def parsed(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The arguments; the log follows -q and -v."""
+        args = self.parse_args(argv)
+        set_verbosity(quiet=args.quiet, verbose=args.verbose)
+        return args
 
     def error(self, message: str) -> NoReturn:
         mend = f"; `{self.prog} --help` lists the flags"
@@ -131,7 +169,7 @@ def _evaluate(argv: Sequence[str]) -> None:
     parser.add_argument("--bytes", type=int, metavar="N", help="bytes to score; all of them by default")
     parser.add_argument("--json", action="store_true", help="print the score as one JSON object")
     parser.add_argument("--device", default="auto", metavar="D", help=DEVICES)
-    args = parser.parse_args(argv)
+    args = parser.parsed(argv)
     from training.commands.evaluate import evaluate_run
     from training.run.summary import score_table
 
@@ -163,7 +201,7 @@ def _generate(argv: Sequence[str]) -> None:
     parser.add_argument("--show-experts", action="store_true", help="then list the experts that every token visited")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--device", default="auto", metavar="D", help=DEVICES)
-    args = parser.parse_args(argv)
+    args = parser.parsed(argv)
     from training.commands.generate import stream_run
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -185,7 +223,7 @@ def _export(argv: Sequence[str]) -> None:
     parser.add_argument("--num-experts-per-tok", type=int, metavar="K", help="experts a token visits; the run's own")
     parser.add_argument("--from-sharded", action="store_true", help="the newest sharded checkpoint; trust the run")
     parser.add_argument("--force", action="store_true", help="replace an earlier export in --out")
-    args = parser.parse_args(argv)
+    args = parser.parsed(argv)
     from training.commands.export import export_run
 
     if args.from_sharded:
@@ -203,7 +241,7 @@ def _tokenizer(argv: Sequence[str]) -> None:
     parser.add_argument("--out", required=True, help="new or empty folder")
     parser.add_argument("--holdout", type=float, default=0.1, help="share of the text that is left out, as in a run")
     parser.add_argument("--split", choices=("auto", "document", "tail"), default="auto", help="as in a run")
-    args = parser.parse_args(argv)
+    args = parser.parsed(argv)
     from training.data.train_tokenizer import train_tokenizer
 
     print(train_tokenizer(args.data, args.out, args.vocab_size, holdout=args.holdout, split=args.split))
@@ -218,7 +256,7 @@ def _surgery(argv: Sequence[str]) -> None:
     parser.add_argument("--split", choices=("contiguous", "clusters"), default="contiguous")
     parser.add_argument("--calibration", metavar="FILE", help="text whose activations --split clusters looks at")
     parser.add_argument("--force", action="store_true", help="replace an earlier result in --out")
-    args = parser.parse_args(argv)
+    args = parser.parsed(argv)
     from training.commands.surgery import cut_into_experts
 
     out = cut_into_experts(
@@ -243,7 +281,7 @@ def _study(argv: Sequence[str]) -> None:
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="where its groups are trained")
     parser.add_argument("--device", metavar="D", help=f"{DEVICES}; the file's `base.device` by default")
     parser.add_argument("--address", help="for ray: HOST:PORT of a cluster, or auto; without, one of its own")
-    args = parser.parse_args(argv)
+    args = parser.parsed(argv)
     if args.address and args.launcher != "ray":
         raise UserError("--address: expected --launcher ray with it, got --launcher local; add it, or leave --address")
     from training.study.file import load_study, named_study, on_device
@@ -264,7 +302,7 @@ def _rerun(argv: Sequence[str]) -> None:
     parser = _Parser("tiny-onn rerun", description="Make one step of a run again, and look at all its numbers.")
     parser.add_argument("run", help="run folder")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="number of the step, from 1 on")
-    args = parser.parse_args(argv)
+    args = parser.parsed(argv)
     from training.commands.rerun import rerun, rerun_table
 
     print(rerun_table(rerun(args.run, args.step)))
@@ -273,7 +311,7 @@ def _rerun(argv: Sequence[str]) -> None:
 def _doctor(argv: Sequence[str]) -> int:
     parser = _Parser("tiny-onn doctor", description="Versions, machine, and the soundness of a run or study folder.")
     parser.add_argument("run", nargs="?", help="folder of a run or a study")
-    args = parser.parse_args(argv)
+    args = parser.parsed(argv)
     from training.commands.doctor import doctor
 
     return 0 if doctor(args.run) else 1
@@ -282,7 +320,7 @@ def _doctor(argv: Sequence[str]) -> int:
 def _report(argv: Sequence[str]) -> None:
     parser = _Parser("tiny-onn report", description="Write report.html into the folder of a study or of a run.")
     parser.add_argument("folder", metavar="DIR", help="what `tiny-onn study` or `tiny-onn train` made")
-    args = parser.parse_args(argv)
+    args = parser.parsed(argv)
     from training.study.report import write_report
 
     report = write_report(args.folder)

@@ -10,7 +10,6 @@ import time
 
 import torch
 from torch.func import vmap
-from tqdm import tqdm
 
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import stack, unstack
@@ -18,6 +17,7 @@ from training import HyperParams, hyper_step, init_state
 from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import open_corpus
 from training.run.evaluate import evaluate
+from training.terminal import progress
 
 CONFIG = ModelConfig(257, 64, 2, 2, 1, 32, 32, 16, num_experts_per_tok=4)
 BATCH, LENGTH, SCORED = 8, 64, 8192
@@ -49,7 +49,7 @@ def main() -> None:
     states = stack([init_state(CONFIG, torch.Generator().manual_seed(seed)) for _, seed in runs])
     corpus = open_corpus("stdlib", sequence_length=LENGTH)
     start = time.perf_counter()
-    for step in tqdm(range(args.steps), unit="step"):
+    for step in progress(range(args.steps), total=args.steps, unit="step"):
         batch = batch_at(corpus.train, 0, step, BATCH, LENGTH)
         states, metrics = vmap(lambda state, hyper, batch=batch: hyper_step(state, batch, hyper, CONFIG))(
             states, hypers

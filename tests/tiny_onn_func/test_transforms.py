@@ -50,7 +50,8 @@ def hypers(runs: int, dtype: torch.dtype = torch.float64) -> list[HyperParams]:
         return dict(
             lr=1e-2 / (run + 1), router_lr=3e-2 / (run + 2), weight_decay=0.1 * run, beta1=0.9 - 0.1 * run,
             beta2=0.99 - 0.05 * run, eps=EPS * (run + 1), max_grad_norm=0.1 + run, warmup_steps=1 + run,
-            total_steps=9 + run, min_lr_ratio=0.1 * run, pi_alpha=(0.4, 0.9, 1.0)[run], pi_gamma=0.1 * run,
+            total_steps=9 + run, decay_steps=3 * run, min_lr_ratio=0.1 * run, pi_gamma=0.1 * run,
+            pi_alpha=(0.4, 0.9, 1.0)[run],
             min_candidates=(2, 1, 3)[run], surprise_weight=1.0 + run, surprise_sign=(1.0, -1.0, 1.0)[run],
             balance_weight=0.1 * run, z_weight=0.01 * (run + 1), router_coupling=0.3 * run, bias_speed=0.01 * run,
             explore_prob=0.2 * run, explore_seed=run, surprise_until=3 * run, target_temperature=0.5 * run,

@@ -1,5 +1,6 @@
 """`tiny-onn evaluate`: score a run on held-out text, or on all of a text."""
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from training.errors import UserError
 from training.run.device import choose_device
 from training.run.evaluate import Score, evaluate
 from training.run.finished import FinishedRun, open_run
+from training.terminal import progress
 
 
 class Evaluation(NamedTuple):
@@ -55,7 +57,9 @@ def evaluate_run(
     batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack)
     num_bytes = scored_span(corpus, max_bytes).num_bytes
     params = to_device(run.params, place)
-    score = evaluate(params, config.model, batches, num_bytes, surprise_budget=config.hyper.pi_alpha)
+    bar = partial(progress, desc="held-out score", unit="batch", leave=False)
+    budget = config.hyper.pi_alpha
+    score = evaluate(params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
     lines = {} if everything else baselines(splits.train, splits.held_out, max_bytes)
     return Evaluation(score, lines, source, "all" if everything else splits.split)
 

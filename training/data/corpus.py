@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from training.data.readers import printable, refuse
 from training.data.sources import Source, documents, find_source
@@ -33,6 +32,8 @@ from training.data.streams import CHUNK, SIDES, resolve_split, write_streams
 from training.data.tokenizer import BYTES, Tokenizer, Tokens
 from training.errors import UserError
 from training.storage.atomic import cache_folder
+from training.terminal import LOG
+from training.terminal import progress as progress_bar
 
 FORMAT = 1  # of the cache; a new number forgets the entries of the old one
 RECORD = "entry.json"
@@ -210,12 +211,13 @@ def _build(source: Source, entry: Path, holdout: float, split: str, progress: bo
         draft.mkdir(parents=True)
         split, docs = resolve_split(split, documents(source))
         size, desc = sum(_stat(file).st_size for file in source.files), f"tokenizing {source.name}"
-        with tqdm(total=size, desc=desc, unit="B", unit_scale=True, delay=1.0, disable=not progress) as bar:
+        with progress_bar(total=size, desc=desc, unit="B", unit_scale=True, delay=1.0, shown=progress) as bar:
             write_streams(draft, docs, holdout, split, bar, tokenizer)
             bar.update(max(0, size - bar.n))  # JSON lines have more bytes than their text
         record = {"split": split} | {side: _measure(draft, side, tokenizer) for side in SIDES}
         (draft / RECORD).write_text(json.dumps(record), encoding="utf-8")
         _publish(draft, entry)
+        LOG.debug("tokens of %s kept in %s", source.name, entry)
     except OSError as error:
         name, came = printable(entry.parent), error.strerror or error
         raise UserError(

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from training.data.readers import SEAM, Document, Segment, plain
 from training.data.tokenizer import (
@@ -29,6 +28,7 @@ from training.data.tokenizer import (
     encode_bytes,
     utf8,
 )
+from training.terminal import ProgressBar
 
 SIDES = ("train", "held_out")
 CHUNK = 1 << 22  # tokens handled at a time
@@ -75,7 +75,12 @@ def has_both_sides(documents: Iterable[Document], holdout: float) -> bool:
 
 
 def write_streams(
-    folder: Path, documents: Iterable[Document], holdout: float, split: str, bar: tqdm, tokenizer: Tokenizer = BYTES
+    folder: Path,
+    documents: Iterable[Document],
+    holdout: float,
+    split: str,
+    bar: ProgressBar,
+    tokenizer: Tokenizer = BYTES,
 ) -> None:
     """Write `train.tokens`, `train.targets`, `held_out.tokens` and `held_out.targets` into a folder.
 

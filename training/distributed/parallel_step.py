@@ -30,10 +30,11 @@ from training.distributed.flat_params import (
     to_vectors,
 )
 from training.distributed.layout import Layout, gathered, shares
+from training.step.accumulate import router_gradients_of_parts, run_parts
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams
-from training.step.hyper_step import TrainState, router_gradients, run_pass, update_experts, update_router
+from training.step.hyper_step import TrainState, update_experts, update_router
 from training.step.main_pass import BatchShard, StepOptions
 from training.step.metrics import Metrics
 from training.step.optim import AdamWState
@@ -49,6 +50,7 @@ def parallel_step(
     config: ModelConfig,
     layout: Layout,
     *,
+    parts: int = 1,
     kind: SurpriseKind = "w2",
     compute_dtype: torch.dtype | None = None,
     teacher_logits: Float[Tensor, "batch seq vocab"] | None = None,
@@ -59,6 +61,7 @@ def parallel_step(
     Args:
         state: this process's own part, as `own_state` makes it.
         batch: this process's rows, equally many on each.
+        parts: equal parts of these rows that go through the model one after another.
 
     Returns:
         This process's part of the new state, and the metrics of the whole batch, the same on all.
@@ -67,8 +70,8 @@ def parallel_step(
     spread = layout.experts.size > 1
     hooks_factory = partial(ExpertParallelHooks, group=layout.experts) if spread else SurpriseHookManager
     fast, router = partition(state.params)
-    shard = run_pass(
-        state, fast, router, batch, hyper, config, options, rule, teacher_logits,
+    shard = run_parts(
+        state, fast, router, batch, hyper, config, options, rule, teacher_logits, parts=parts,
         shard=BatchShard(world.rank, world.size), hooks_factory=hooks_factory, run_rule=partial(_run_rule, world),
     )  # fmt: skip
     grads = to_vectors(shard.grads, config)
@@ -78,7 +81,7 @@ def parallel_step(
     )
     sums = world.all_reduce_tree(shard.sums, "sums over tokens")
     router_grads, loss = world.all_reduce_tree(
-        router_gradients(router, state.step, shard, sums, hyper, config), "gradient of the router"
+        router_gradients_of_parts(router, state.step, shard, sums, hyper, config), "gradient of the router"
     )
     vectors = Vectors(*(wait() for wait in pending))
     new_fast, expert_opt, grad_norm = _fast_step(state, fast, vectors, sums, hyper, config, layout)

@@ -33,6 +33,7 @@ from training.storage.atomic import flush, make_folder
 from training.storage.checkpoint import Checkpoint, save_checkpoint
 from training.storage.checkpoint_files import DRAFT, META, clean, digest, remove_steps, sha256, steps_in, version
 from training.storage.lock import locked
+from training.terminal import LOG
 
 FOLDER, INDEX, FORMAT = "sharded", ".metadata", 1
 TRUST = "its .metadata is a pickle, which can run code: only from folders that you trust"
@@ -157,7 +158,7 @@ def check_whole(home: Path) -> None:
     mend = f"make it whole with `tiny-onn export {home} --from-sharded --out DIR`; {TRUST}"
     if not whole:
         raise UserError(f"{home}: expected a whole checkpoint, got {FOLDER}/{sharded[-1][1].name} alone; {mend}")
-    print(f"warning: {FOLDER}/{sharded[-1][1].name} is newer than {whole[-1][1].name}; {mend}", file=sys.stderr)
+    LOG.warning("warning: %s/%s is newer than %s; %s", FOLDER, sharded[-1][1].name, whole[-1][1].name, mend)
 
 
 def _library() -> Any:

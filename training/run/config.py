@@ -20,15 +20,16 @@ RUN_RULES: tuple[Range, ...] = (
     (
         "1 or more",
         lambda value: value >= 1,
-        "steps batch_size eval_bytes final_eval_bytes keep_checkpoints shard_experts",
+        "steps batch_size accumulate eval_bytes final_eval_bytes keep_checkpoints shard_experts",
     ),
     ("2 or more", lambda value: value >= 2, "sequence_length"),
-    ("0 or more", lambda value: value >= 0, "eval_every checkpoint_every picture_every sample_tokens"),
+    ("0 or more", lambda value: value >= 0, "eval_every stop_when checkpoint_every picture_every sample_tokens"),
     (f"0 to {MOST_THREADS:,}", lambda value: 0 <= value <= MOST_THREADS, "threads"),  # far more end the process
     ("0 to 2**63 - 1", lambda value: 0 <= value < 2**63, "seed"),  # what a torch.Generator takes
+    ("more than 0 and at most 1", lambda value: 0 < value <= 1, "decay_share"),
     ("more than 0 and less than 1", lambda value: 0 < value < 1, "holdout"),
     ("0 or more and less than 1", lambda value: 0 <= value < 1, "replay"),
-    ("cosine or constant", lambda value: value in ("cosine", "constant"), "schedule"),
+    ("cosine, wsd or constant", lambda value: value in ("cosine", "wsd", "constant"), "schedule"),
     ("auto, float32 or bfloat16", lambda value: value in ("auto", "float32", "bfloat16"), "precision"),
     ("auto, cpu, cuda, cuda:N or mps", lambda value: DEVICE.fullmatch(value) is not None, "device"),
     (", ".join(KINDS), lambda value: value in KINDS, "surprise_kind"),
@@ -42,16 +43,17 @@ def _check(values: object, ranges: tuple[Range, ...], prefix: str) -> None:
         raise UserError(prefix + wrong)
 
 
-def _require(fine: bool, key: str, wanted: str, came: object) -> None:
+def _require(fine: bool, key: str, wanted: str, came: object, mend: str = "") -> None:
     if not fine:
-        raise UserError(f"{key}: expected {wanted}, got {came!r}")
+        raise UserError(f"{key}: expected {wanted}, got {came!r}" + (f"; {mend}" if mend else ""))
 
 
 @dataclass(frozen=True)
 class HyperSettings:
-    """`training.step.hyper_params.HyperParams` as plain numbers: the same fields and defaults, without `total_steps`.
+    """`training.step.hyper_params.HyperParams` as plain numbers, with the same fields and defaults.
 
-    What each one means is said there. `total_steps` is no setting: `hyper_params` derives it from the run.
+    What each one means is said there. `total_steps` and `decay_steps` are no settings: `hyper_params` derives them from
+    the run.
 
     Raises:
         UserError: a number is out of range; the message names the key.
@@ -135,10 +137,15 @@ class RunConfig:
     """Seed of the parameters and of the order of the batches."""
     batch_size: int = 12
     """Sequences of a batch."""
+    accumulate: int = 1
+    """Equal parts of a batch that go through the model one after another: the same step in less memory."""
     sequence_length: int = 64
     """Tokens of a sequence."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rates after the warm-up: a cosine that ends at the last step, or constant."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Learning rates after the warm-up: a cosine that ends at the last step, constant and then a linear decay that ends
+    there (wsd: warm-up, stable, decay), or constant."""
+    decay_share: float = 0.2
+    """Share of the steps over which wsd decays, more than 0 and at most 1; never steps of the warm-up."""
     holdout: float = 0.1
     """Share of the text that is held out, more than 0 and less than 1."""
     split: Literal["auto", "document", "tail"] = "auto"
@@ -150,6 +157,8 @@ class RunConfig:
     """Steps between two held-out scores during the run; 0 scores only at the end."""
     eval_bytes: int = 16384
     """Held-out bytes of a score during the run."""
+    stop_when: int = 0
+    """Held-out scores in a row, during the run, that are no better than the best and end it; 0 is never."""
     final_eval_bytes: int | None = 262144
     """Held-out bytes of the score at the end; null means all of them."""
     checkpoint_every: int = 500
@@ -189,6 +198,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check(self, RUN_RULES, "")
+        wanted, parts = f"a divisor of batch_size ({self.batch_size})", self.accumulate
+        _require(self.batch_size % parts == 0, "accumulate", wanted, parts, "change one of them")
+        wanted = "1 with surprise_kind oracle, which samples the whole batch"
+        _require(parts == 1 or self.surprise_kind != "oracle", "accumulate", wanted, parts, "leave it away")
+        wanted, patience = f"0 with eval_every {self.eval_every}, which scores at the end only", self.stop_when
+        _require(not patience or self.eval_every > 0, "stop_when", wanted, patience, "set eval_every, or leave it away")
         alpha, teacher = self.hyper.distill_alpha, self.teacher
         _require(not alpha or teacher is not None, "teacher", f"a folder, as hyper.distill_alpha is {alpha}", teacher)
         _require(teacher is None or alpha > 0, "hyper.distill_alpha", "more than 0 with a teacher", alpha)
@@ -201,12 +216,19 @@ class RunConfig:
 def hyper_params(config: RunConfig) -> HyperParams:
     """The run's numbers as `hyper_step` wants them, all Python numbers.
 
-    The cosine ends at the last step of the run: `total_steps = steps`, or 0 (constant) with `schedule: constant`.
-    A run shorter than its warm-up warms up until its end: `warmup_steps` is at most `steps`.
+    The decay ends at the last step of the run: `total_steps = steps`, or 0 (constant) with `schedule: constant`.
+    A run shorter than its warm-up warms up until its end: `warmup_steps` is at most `steps`. With `schedule: wsd` the
+    decay has the share `decay_share` of the steps, at least one.
     """
-    total_steps = config.steps if config.schedule == "cosine" else 0
+    total_steps = 0 if config.schedule == "constant" else config.steps
     warmup_steps = min(config.hyper.warmup_steps, config.steps)
-    return HyperParams(**asdict(config.hyper) | {"total_steps": total_steps, "warmup_steps": warmup_steps})
+    decay_steps = max(1, round(config.decay_share * config.steps))
+    derived = {
+        "total_steps": total_steps,
+        "decay_steps": decay_steps if config.schedule == "wsd" else 0,
+        "warmup_steps": warmup_steps,
+    }
+    return HyperParams(**asdict(config.hyper) | derived)
 
 
 def statics(config: RunConfig) -> dict[str, Any]:

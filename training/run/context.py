@@ -1,6 +1,6 @@
 """RunContext: what the parts of a run share, and the records that it holds in memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
@@ -57,6 +57,23 @@ def best_step(history: Sequence[Mapping[str, Any]]) -> int | None:
     """The step of the best score."""
     best = best_of(history)
     return None if best is None else best.step
+
+
+def scores_since_best(records: Iterable[Mapping[str, Any]]) -> int:
+    """Held-out scores in a row, up to the last one, that are no better than the best; of all records, oldest first."""
+    best, since = None, 0
+    for record in records:
+        if "held_out_nats" in record:
+            before, best = best, better(best, record)
+            since = since + 1 if best == before else 0
+    return since
+
+
+class EarlyStop(NamedTuple):
+    """Why a run ended before its last step."""
+
+    step: int  # the last one that was made
+    reason: str
 
 
 class Run(NamedTuple):

@@ -1,6 +1,5 @@
 """One training run: its folder and lock, its first state, the loop, the summary at the end."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 
 from training.distributed.team import ALONE, Team
 from training.errors import UserError
+from training.run.banner import banner, facts_of
 from training.run.config import RunConfig
 from training.run.device import place
 from training.run.identity import check_same
@@ -18,6 +18,7 @@ from training.run.start import begin, check_folder, newest_checkpoint, open_new,
 from training.run.summary import finish
 from training.storage.lock import locked
 from training.storage.recorder import no_recorder, open_recorder
+from training.terminal import LOG
 
 
 def train(config: RunConfig, *, resume: bool = False, team: Team = ALONE) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def train(config: RunConfig, *, resume: bool = False, team: Team = ALONE) -> dic
         except KeyboardInterrupt:
             if (folder / "config.yaml").exists():
                 program = "tiny-onn" if team.world.size == 1 else "torchrun ... -m training"
-                print(f"stopped; go on with: {program} train --out {folder} --resume", file=sys.stderr)
+                LOG.error("stopped; go on with: %s train --out %s --resume", program, folder)
             raise
 
 
@@ -61,11 +62,22 @@ def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[st
     check_same(run.settings, settings or {}, folder)
     run = run._replace(legs=legs_of(config, settings, step), device=placement.device)
     if team.first and len(run.legs) > 1:
-        print(f"note: {bends_text(run.legs)}; the score will not be that of {config.steps} steps", file=sys.stderr)
+        LOG.info("note: %s; the score will not be that of %d steps", bends_text(run.legs), config.steps)
     state = begin(run, checkpoint, tokenizer)
     run = run._replace(first_step=int(state.step))
+    if team.first:
+        LOG.info("%s", banner(facts_of(run, placement)))
     resume_step = int(state.step) if resume else None
     with open_recorder(folder, resume_step=resume_step) if team.first else no_recorder() as recorder:
-        state, seconds = run_steps(run, state, recorder)
+        state, seconds, stopped = run_steps(run, state, recorder)
     state = team.whole(state, config.model)
-    return finish(run, state, seconds) if team.first else {}
+    if not team.first:
+        return {}
+    if stopped is not None:
+        LOG.info(
+            "note: stopped after step %d of %d: %s; go on with --resume and another --stop-when, 0 for none",
+            stopped.step,
+            config.steps,
+            stopped.reason,
+        )
+    return finish(run, state, seconds, stopped)

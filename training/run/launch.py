@@ -77,6 +77,8 @@ def check_sizes(config: RunConfig, processes: int) -> None:
     rules: tuple[tuple[bool, str, str, Any], ...] = (
         (config.batch_size % processes == 0, "batch_size", f"a multiple of the processes ({processes})",
          config.batch_size),
+        (config.batch_size % (processes * config.accumulate) == 0, "accumulate",
+         f"a divisor of the rows of a process ({config.batch_size // processes})", config.accumulate),
         (processes % experts == 0, "shard_experts", f"a divisor of the processes ({processes})", experts),
         (config.model.num_experts % experts == 0, "model.num_experts", f"a multiple of shard_experts ({experts})",
          config.model.num_experts),

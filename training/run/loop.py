@@ -1,7 +1,6 @@
 """The loop of a run: hyper steps, their records, and the effects that are due after some of them."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,26 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from training.distributed.sharded_checkpoint import save_sharded
-from training.run.context import Run, about_of, append_record, best_of, better
+from training.run.context import EarlyStop, Run, about_of, append_record, best_of, better, scores_since_best
 from training.run.nonfinite import NotFinite, bad_numbers, keep_evidence
 from training.run.process import deferred_signals
-from training.run.program import Program, program, step_batch
+from training.run.program import Batches, Program, program
 from training.run.summary import alarms, draw, held_out_score
 from training.step.finite import passed_over
 from training.step.hyper_step import TrainState
 from training.storage.background_saver import BackgroundSaver
 from training.storage.checkpoint import named_tensors, save_checkpoint
-from training.storage.recorder import Recorder, to_record
+from training.storage.recorder import Recorder, iter_history, to_record
+from training.terminal import LOG, ProgressBar, progress
 
 ALARM_EVERY = 50  # steps between two looks at the router's health
 Effects = tuple[tuple[int, Callable[[], object]], ...]  # (steps between two times, 0 for never; what is done then)
 
 
-def run_steps(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, float]:
-    """Make the steps that are left: the last state, and the seconds of all training so far.
+def run_steps(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, float, EarlyStop | None]:
+    """Make the steps that are left: the last state, the seconds of all training so far, why it ended early if it did.
 
     Time spent on scores, pictures and checkpoints is not training time. What `finish` does at the end, scores and
     pictures, is not due after the last step.
@@ -42,25 +41,27 @@ def run_steps(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainSta
         _bar(run, first) as bar,
         Checkpoints(run, saver, recorder, state).saved_on_error() as checkpoints,
     ):
-        effects = _effects(run, checkpoints)
+        effects, batches = _effects(run, checkpoints), Batches(run)
         for step in range(first + 1, config.steps + 1):
+            if checkpoints.is_over:
+                break
             start = time.perf_counter()
-            state, values, end = _step(run, step_of, checkpoints.state, asked)
+            state, values, end = _step(run, step_of, batches, checkpoints.state, asked)
             seconds += time.perf_counter() - start
             if _due(step, config.eval_every) and step < config.steps:
                 values |= _held_out(run, state)
             record = recorder.write(step, step * run.tokens_a_step, seconds, values)
             append_record(run.history, record)
             checkpoints.advance(state, record)
-            bar.update()
             bar.set_postfix_str(_progress(run, seconds), refresh=False)
+            bar.update()
             for every, effect in effects:
                 if _due(step, every):
                     effect()
             if end:
                 raise KeyboardInterrupt
-        checkpoints.save()
-    return state, seconds
+        checkpoints.save(at_end=True)
+    return state, seconds, checkpoints.early_stop()
 
 
 def _due(step: int, every: int) -> bool:
@@ -75,7 +76,7 @@ def _effects(run: Run, checkpoints: "Checkpoints") -> Effects:
 
 
 def _step(
-    run: Run, step_of: Program, state: TrainState, asked: Callable[[], bool]
+    run: Run, step_of: Program, batches: Batches, state: TrainState, asked: Callable[[], bool]
 ) -> tuple[TrainState, dict[str, Any], bool]:
     """The next state, the step's record, and whether a process is asked to stop.
 
@@ -85,8 +86,9 @@ def _step(
         NotFinite: it has bad numbers, and the run is to stop.
     """
     config, step = run.config, int(state.step)
-    batch = step_batch(run, step)
+    batch = batches.at(step)
     new_state, metrics = step_of(state, batch)
+    batches.prepare(step + 1)
     values = to_record(metrics)
     bad, end = bad_numbers(values, new_state), False
     if run.team.layout.is_sharded:  # each process sees its own part of the state, and its own signals
@@ -123,21 +125,39 @@ class Checkpoints:
     def __init__(self, run: Run, saver: BackgroundSaver, recorder: Recorder, state: TrainState) -> None:
         self.state, self.best = state, run.team.world.broadcast_object(best_of(run.history))
         self._run, self._saver, self._recorder = run, saver, recorder
+        records = iter_history(run.folder) if run.config.stop_when and run.team.first and int(state.step) else ()
+        self._waited = run.team.world.broadcast_object(scores_since_best(records))  # scores no better than the best
         self._saved = int(state.step) or None  # a state that has not made a step lies in no checkpoint
 
     def advance(self, state: TrainState, record: Mapping[str, Any]) -> None:
         """A step is whole: its state, and its record, which may hold a score."""
         self.state, before = state, self.best
         self.best = better(before, record)
+        if "held_out_nats" in record:
+            self._waited = self._waited + 1 if self.best == before else 0
         if self.best != before:
             self.save()
 
-    def save(self) -> None:
+    @property
+    def is_over(self) -> bool:
+        """Whether the last `stop_when` held-out scores are no better than the best; the same on every rank."""
+        return 0 < self._run.config.stop_when <= self._waited
+
+    def early_stop(self) -> EarlyStop | None:
+        """Why there are no more steps, if some are left."""
+        step = int(self.state.step)
+        if not self.is_over or step >= self._run.config.steps:
+            return None
+        best = "any" if self.best is None else f"{self.best.nats:.4f} nats per token at step {self.best.step}"
+        return EarlyStop(step, f"{self._waited} held-out scores in a row no better than {best} (stop_when)")
+
+    def save(self, *, at_end: bool = False) -> None:
         """Save the state, unless it is saved: one in many parts as that, and at the end of the run a whole one."""
         run, step, best = self._run, int(self.state.step), self.best and self.best.step
-        if step == self._saved:
+        in_parts = run.team.layout.is_sharded and step < run.config.steps and not at_end
+        if step == self._saved and (in_parts or not run.team.layout.is_sharded):
             return
-        if run.team.layout.is_sharded and step < run.config.steps:
+        if in_parts:
             if run.team.first:
                 self._recorder.sync()  # as `_save` does
             kept = run.config.keep_checkpoints
@@ -165,6 +185,7 @@ def _save(run: Run, recorder: Recorder, tensors: dict[str, Tensor], best: int | 
     """A checkpoint of this step, not before the records of its steps are on the disk."""
     recorder.sync()
     save_checkpoint(run.folder, tensors, keep=run.config.keep_checkpoints, best=best, **about_of(run))
+    LOG.debug("checkpoint of step %d saved", int(tensors["step"]))
 
 
 def _bell(run: Run) -> Callable[[], None]:
@@ -176,7 +197,7 @@ def _bell(run: Run) -> Callable[[], None]:
         now = alarms(run.history, run.config)
         if len(now) > known:
             for alarm in now:
-                tqdm.write(f"ALARM at step {run.history[-1]['step']}: {alarm}", file=sys.stderr)
+                LOG.warning("ALARM at step %d: %s", run.history[-1]["step"], alarm)
         known = len(now)
 
     return ring
@@ -188,11 +209,8 @@ def _draw(run: Run) -> None:
         draw(run)
 
 
-def _bar(run: Run, first: int) -> tqdm:
-    hidden = not run.team.first
-    return tqdm(
-        total=run.config.steps, initial=first, unit="step", dynamic_ncols=True, mininterval=0.5, disable=hidden
-    )  # fmt: skip
+def _bar(run: Run, first: int) -> ProgressBar:
+    return progress(total=run.config.steps, initial=first, unit="step", mininterval=0.5, shown=run.team.first)
 
 
 def _progress(run: Run, seconds: float) -> str:

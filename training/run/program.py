@@ -1,6 +1,7 @@
 """What the loop runs: a hyper step with the run's settings, and the batch of a step."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from training.data.batches import batch_at
 from training.distributed.parallel_step import parallel_step
 from training.run.config import hyper_params, statics
 from training.run.context import Run
+from training.step.accumulate import accumulated_step
 from training.step.batch import Batch
 from training.step.compile import compile_step
 from training.step.hyper_step import TrainState, hyper_step
@@ -23,8 +25,10 @@ def program(run: Run, state: TrainState) -> Program:
     if run.team.world.size > 1:
         return _program_of_many(run)
 
+    step = partial(accumulated_step, parts=config.accumulate) if config.accumulate > 1 else hyper_step
+
     def taught(state: TrainState, batch: Batch, logits: Tensor | None) -> tuple[TrainState, Metrics]:
-        return hyper_step(state, batch, hyper, config.model, **statics(config), teacher_logits=logits)
+        return step(state, batch, hyper, config.model, **statics(config), teacher_logits=logits)
 
     if not config.compile:
         return lambda state, batch: taught(state, batch, None if teacher is None else teacher(batch))
@@ -42,7 +46,8 @@ def _program_of_many(run: Run) -> Program:
         own = run.team.rows(batch)
         logits = None if teacher is None else teacher(own)
         return parallel_step(
-            state, own, hyper, config.model, run.team.layout, **statics(config), teacher_logits=logits
+            state, own, hyper, config.model, run.team.layout, parts=config.accumulate, **statics(config),
+            teacher_logits=logits,
         )  # fmt: skip
 
     return step
@@ -52,9 +57,24 @@ def step_batch(run: Run, step: int) -> Batch:
     """The batch of a step, counted from 0, on the run's device; the seed decides it."""
     config = run.config
     batch = batch_at(run.corpus.train, config.seed, step, config.batch_size, config.sequence_length, config.pack)
-    return to_device(pinned(batch) if run.device.type == "cuda" else batch, run.device)
+    if run.device.type == "cuda":  # from pinned memory the copy goes on beside the program
+        batch = Batch(*(part.pin_memory() for part in batch))
+    return to_device(batch, run.device)
 
 
-def pinned(batch: Batch) -> Batch:
-    """The batch in memory from which a CUDA device copies while the program goes on."""
-    return Batch(*(part.pin_memory() for part in batch))
+class Batches:
+    """The batches of a run; on an accelerator the next one is drawn and copied while a step is computed."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._next: tuple[int, Batch] | None = None
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, counted from 0."""
+        kept, self._next = self._next, None
+        return kept[1] if kept is not None and kept[0] == step else step_batch(self._run, step)
+
+    def prepare(self, step: int) -> None:
+        """Begin to copy the batch of a step; nothing on the CPU, where there is nothing to do beside the step."""
+        if self._run.device.type != "cpu":
+            self._next = step, step_batch(self._run, step)

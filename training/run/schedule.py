@@ -2,7 +2,8 @@
 
 A cosine that ends at step 600 and one that ends at step 900 differ in every step. A run that is resumed with another
 `steps` follows the first one up to the checkpoint and the second one after it: it is neither a run of 600 steps nor one
-of 900, and only its legs say how to make it again.
+of 900, and only its legs say how to make it again. Where both schedules have the same rates up to the checkpoint, as
+on the plateau of `wsd`, the run is one of 900 steps.
 """
 
 import shlex
@@ -11,8 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from training.errors import UserError
 from training.run.config import RunConfig, hyper_params
+from training.step.optim import schedule as rates
 from training.storage.checkpoint_files import read_meta, steps_in
 
 LEGS = "legs"  # in the settings of a checkpoint, and in summary.json
@@ -47,9 +51,19 @@ def legs_of(config: RunConfig, settings: Mapping[str, Any] | None, step: int) ->
         return (Leg(0, config.steps),)
     before = legs_from(settings.get(LEGS), config.steps)
     kept = [leg for leg in before if leg.start < step] or [Leg(0, config.steps)]
-    if hyper_params(replace(config, steps=kept[-1].steps)) != hyper_params(config):
-        kept.append(Leg(step, config.steps))
-    return tuple(kept)
+    last = kept[-1]
+    if hyper_params(replace(config, steps=last.steps)) == hyper_params(config):
+        return tuple(kept)
+    if _have_the_same_rates(config, last.steps, range(last.start, step)):
+        return (*kept[:-1], Leg(last.start, config.steps))
+    return (*kept, Leg(step, config.steps))
+
+
+def _have_the_same_rates(config: RunConfig, other_steps: int, steps: range) -> bool:
+    """Whether a run of `other_steps` steps has had the run's learning rates in all of these steps."""
+    at = torch.arange(steps.start, steps.stop)
+    ours, theirs = (rates(at, hyper_params(replace(config, steps=total))) for total in (config.steps, other_steps))
+    return torch.equal(ours, theirs)
 
 
 def read_legs(home: Path, config: RunConfig) -> tuple[Leg, ...]:

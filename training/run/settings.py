@@ -22,10 +22,15 @@ from training.run.initial_state import sizes_follow
 from training.run.suggest import advice
 from training.step.hyper_params import HyperParams, field_texts
 from training.storage.plain_yaml import read_yaml, scalar, shown, write_yaml
+from training.terminal import set_verbosity
 
 Values = dict[str, Any]  # dotted key -> value
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 LISTED = "; `tiny-onn train --help` lists them all"
+SWITCHES = {
+    "--resume": "resume", "--help": "help", "-h": "help", "--quiet": "quiet", "-q": "quiet", "--verbose": "verbose",
+    "-v": "verbose",
+}  # fmt: skip
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -45,7 +50,8 @@ def load_settings(path: str | None = None, overrides: Mapping[str, Any] | None =
 def parse_train_args(argv: Sequence[str]) -> tuple[RunConfig, bool]:
     """The arguments of `tiny-onn train` -> (the run, its `out` filled in; whether to resume it).
 
-    `--resume` without `--config` goes on with the run folder's own config.yaml. `--help` prints the flags and exits.
+    The log follows `--quiet` and `--verbose`. `--resume` without `--config` goes on with the run folder's own
+    config.yaml. `--help` prints the flags and exits.
 
     Raises:
         UserError: an unknown flag, a missing or bad value, or what `load_settings` raises.
@@ -55,6 +61,7 @@ def parse_train_args(argv: Sequence[str]) -> tuple[RunConfig, bool]:
     config = _resolve(path, flags, _flag)
     if "help" in switches:
         _print_help(config)
+    set_verbosity(quiet="quiet" in switches, verbose="verbose" in switches)
     out = config.out or default_out(config, Path(path).stem if path else "train")
     saved = Path(out, "config.yaml")
     resume = "resume" in switches
@@ -157,22 +164,22 @@ def _flag(key: str) -> str:
 
 
 def _read_flags(argv: Sequence[str]) -> tuple[Values, str | None, set[str]]:
-    """`--key value`, `--key=value`, `--resume`, `--help` -> ({dotted key: value}, the config file, the switches)."""
+    """`--key value`, `--key=value` and switches -> ({dotted key: value}, the config file, the switches)."""
     types, values, switches = key_types() | {"config": str}, {}, set()
     words = list(argv)
     while words:
         word = words.pop(0)
-        if word in ("--resume", "--help", "-h"):
-            switches |= {"resume" if word == "--resume" else "help"}
+        if word in SWITCHES:
+            switches.add(SWITCHES[word])
             continue
         name, equals, text = word.partition("=")
         key = name.removeprefix("--").replace("-", "_")
         if not word.startswith("--"):
             raise UserError(f"{_name(word)}: expected a flag, such as --steps 100")
-        if name in ("--resume", "--help"):
+        if name in SWITCHES:
             raise UserError(f"{name}: expected no value, got {shown(text)}")
         if key not in types:
-            raise UserError(f"{_name(name)}: unknown flag{advice(key, [*types, 'resume', 'help'], LISTED, _flag)}")
+            raise UserError(f"{_name(name)}: unknown flag{advice(key, [*types, *SWITCHES.values()], LISTED, _flag)}")
         if not equals:
             if not words:
                 raise UserError(f"{name}: expected a value, got nothing")
@@ -202,8 +209,19 @@ def _print_help(config: RunConfig) -> NoReturn:
             help="YAML file of settings, or the name of a preset such as small; flags win.", metavar="FILE.yaml"
         ),
     ]
-    switch = Annotated[bool, tyro.conf.arg(help="Go on from the newest checkpoint in the run folder.", metavar="")]
-    own: list[Any] = [("config", file, None), ("resume", switch, False), ("hyper", numbers)]
+    switches = {
+        "resume": ("Go on from the newest checkpoint in the run folder.", None),
+        "quiet": ("Print errors and the result alone.", ["-q"]),
+        "verbose": ("Print details and tracebacks, too.", ["-v"]),
+    }
+    own: list[Any] = [
+        ("config", file, None),
+        *(
+            (name, Annotated[bool, tyro.conf.arg(help=text, metavar="", aliases=aliases)], False)
+            for name, (text, aliases) in switches.items()
+        ),
+        ("hyper", numbers),
+    ]
     page = make_dataclass("Page", own, bases=(RunConfig,), frozen=True)
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     tyro.cli(

@@ -24,6 +24,7 @@ SYNONYMS: dict[str, str] = {
         "steps": "max_steps num_steps total_steps train_steps train_iters max_iters iterations iters epochs "
         "num_epochs num_train_epochs",
         "batch_size": "bs batch micro_batch_size global_batch_size train_batch_size per_device_train_batch_size",
+        "accumulate": "gradient_accumulation_steps grad_accum accum_steps accumulation_steps accumulate_grad_batches",
         "sequence_length": "seq_len seq_length seqlen block_size context context_length max_seq_len max_length "
         "max_seq_length",
         "seed": "random_seed rng_seed",
@@ -31,8 +32,10 @@ SYNONYMS: dict[str, str] = {
         "out": "output_dir out_dir output outdir save_dir run_dir logdir log_dir",
         "init": "init_from model_name_or_path pretrained checkpoint load from_pretrained",
         "schedule": "scheduler lr_scheduler lr_scheduler_type lr_schedule lr_decay_style",
+        "decay_share": "decay_fraction cooldown cooldown_fraction lr_decay_iters num_decay_steps decay_steps",
         "holdout": "val_split val_fraction validation_split test_size val_ratio",
         "eval_every": "eval_interval eval_steps val_interval evaluate_every",
+        "stop_when": "early_stopping early_stopping_patience patience early_stop",
         "checkpoint_every": "save_every save_steps save_interval checkpoint_interval ckpt_every",
         "keep_checkpoints": "save_total_limit max_checkpoints",
         "precision": "dtype bf16 fp16 amp mixed_precision",
@@ -54,8 +57,6 @@ SYNONYMS: dict[str, str] = {
 ABSENT: dict[str, str] = {  # what there is none of -> why, or what to use
     "dropout": "the model has no dropout; hyper.weight_decay regularises it",
     "label_smoothing": "the loss is the plain cross entropy",
-    "gradient_accumulation_steps": "raise batch_size, or spread it over processes with torchrun",
-    "grad_accum": "raise batch_size, or spread it over processes with torchrun",
     "optimizer": "it is AdamW, whose numbers are hyper.lr, hyper.beta1, hyper.beta2 and hyper.weight_decay",
     "optim": "it is AdamW, whose numbers are hyper.lr, hyper.beta1, hyper.beta2 and hyper.weight_decay",
     "wandb": "the run folder has tensorboard/ and metrics.jsonl",

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from tiny_onn_func.inference.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
@@ -15,14 +14,15 @@ from training.data.batches import held_out_batches, scored_span
 from training.report.alarms import Guards, collapse_alarms
 from training.report.figures import draw_core_metrics, draw_expert_dashboard
 from training.run.config import RunConfig, hyper_params
-from training.run.context import Run, best_step
+from training.run.context import EarlyStop, Run, best_step
 from training.run.evaluate import Score, evaluate
 from training.run.schedule import LEGS
 from training.step.hyper_step import TrainState
 from training.storage.atomic import write_text
+from training.terminal import progress
 
 
-def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
+def finish(run: Run, state: TrainState, seconds: float, stopped: EarlyStop | None = None) -> dict[str, Any]:
     """Pictures, the final score, the sample and `summary.json`."""
     config = run.config
     best = best_step(run.history)
@@ -36,6 +36,7 @@ def finish(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "nats_per_token": score.nats_per_token,
         "accuracy": score.accuracy,
         "steps": int(state.step),
+        "stopped": None if stopped is None else stopped._asdict(),
         LEGS: [list(leg) for leg in run.legs],
         "best_step": best,
         "tokens": tokens,
@@ -66,7 +67,7 @@ def held_out_score(run: Run, state: TrainState, max_bytes: int | None, *, show: 
     config, corpus = run.config, run.corpus.held_out
     batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack)
 
-    bar = partial(tqdm, desc="held-out score", unit="batch", leave=False, disable=not show)
+    bar = partial(progress, desc="held-out score", unit="batch", leave=False, shown=show)
     num_bytes, budget = scored_span(corpus, max_bytes).num_bytes, config.hyper.pi_alpha
     return evaluate(state.params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
 
@@ -121,6 +122,8 @@ def summary_table(summary: Mapping[str, Any], folder: str) -> str:
     }
     lines = [_ranking({"this model": summary["bits_per_byte"], **summary["baselines"]}, summary["held_out_bytes"]), ""]
     lines += [f"{name:<18} {value}" for name, value in facts.items()]
+    if stopped := summary.get("stopped"):  # not in summaries of former versions
+        lines.append(f"{'stopped early':<18} after step {stopped['step']:,}: {stopped['reason']}")
     lines += [f"ALARM: {alarm}" for alarm in summary["alarms"]]
     if summary["sample"]:
         lines += ["", "sample:", summary["sample"]]

@@ -18,7 +18,7 @@ class HyperParams(NamedTuple):
     value 0 computes the term and multiplies it by zero.
 
     These defaults are those of a bare hyper step. A run of `tiny-onn train` has others for lr, warmup_steps,
-    balance_weight and total_steps, which its --help shows.
+    balance_weight, total_steps and decay_steps, which its --help shows.
     """
 
     lr: Number = 3e-3
@@ -40,9 +40,12 @@ class HyperParams(NamedTuple):
     warmup_steps: Number = 0
     """Steps over which both learning rates rise linearly from zero."""
     total_steps: Number = 0
-    """Step at which the cosine decay ends; 0 keeps the learning rates constant."""
+    """Step at which the decay ends; 0 keeps the learning rates constant."""
+    decay_steps: Number = 0
+    """Steps before `total_steps` over which the rates fall linearly, constant until then (WSD, arXiv 2404.06395); 0
+    lets them fall by a cosine from the end of the warm-up on."""
     min_lr_ratio: Number = 0.0
-    """Learning rate at the end of the cosine, as a share of the peak."""
+    """Learning rate at the end of the decay, as a share of the peak."""
     distill_alpha: Number = 0.0
     """Weight of the teacher in the main loss: (1 - alpha) * cross entropy + alpha * temperature^2 * KL."""
     distill_temperature: Number = 1.0

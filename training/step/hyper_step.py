@@ -147,6 +147,13 @@ def run_pass(
     )  # fmt: skip
     surprise, trace = observed.per_token_surprise, observed.trace
     rule_state, targets = run_rule(rule, state.rule, surprise, trace, batch, hyper, state.step)
+    return shard_result(grads, router_grads, observed, targets, rule_state, batch)
+
+
+def shard_result(
+    grads: Tree, router_grads: Tree | None, observed: PassResult, targets: Targets, rule_state: Any, batch: Batch
+) -> ShardResult:
+    """What a pass and its targets add up to."""
     real = rearrange(batch.attention_mask != 0, "... b s -> ... (b s)")
     sums = sums_of(observed, targets, real)
     return ShardResult(grads, router_grads, observed, targets, rule_state, real, sums)

@@ -156,13 +156,20 @@ def clip_factor(norm: Float[Tensor, "*runs"], max_norm: Number) -> Float[Tensor,
 
 
 def schedule(step: Int[Tensor, "*runs"], hyper: HyperParams) -> Float[Tensor, "*runs"]:
-    """Share of the peak learning rate at a step: linear warm-up, then a cosine to `min_lr_ratio` at `total_steps`.
+    """Share of the peak learning rate at a step: linear warm-up, then a decay to `min_lr_ratio` at `total_steps`.
 
-    warm = min(1, (step + 1) / warmup_steps); without `total_steps` (0) the rate stays at its peak.
+    warm = min(1, (step + 1) / warmup_steps); without `total_steps` (0) the rate stays at its peak. The decay is a
+    cosine after the warm-up, or with `decay_steps` a line over that many last steps, none of them the warm-up's
+    (warmup-stable-decay: Hu et al. 2024, arXiv 2404.06395).
     """
     at = step.to(torch.float64)  # as Python's own numbers
-    warmup, total = (as_scalar(n, at.device, at.dtype) for n in (hyper.warmup_steps, hyper.total_steps))
+    warmup, total, decay = (
+        as_scalar(n, at.device, at.dtype) for n in (hyper.warmup_steps, hyper.total_steps, hyper.decay_steps)
+    )
     warm = ((at + 1) / warmup.clamp_min(1)).clamp_max(1.0)
-    progress = ((at - warmup) / (total - warmup).clamp_min(1)).clamp(0.0, 1.0)
-    cosine = hyper.min_lr_ratio + (1 - hyper.min_lr_ratio) * 0.5 * (1 + torch.cos(math.pi * progress))
-    return warm * torch.where(total > 0, cosine, 1.0)
+    is_linear = decay > 0
+    start = torch.where(is_linear, torch.maximum(total - decay, warmup), warmup)
+    progress = ((at - start) / (total - start).clamp_min(1)).clamp(0.0, 1.0)
+    left = torch.where(is_linear, 1 - progress, 0.5 * (1 + torch.cos(math.pi * progress)))
+    decayed = hyper.min_lr_ratio + (1 - hyper.min_lr_ratio) * left
+    return warm * torch.where(total > 0, decayed, 1.0)

@@ -5,7 +5,6 @@
 A run folder stands for its newest checkpoint. One that is damaged is named on the error stream and passed over.
 """
 
-import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +28,7 @@ from training.storage.checkpoint_files import (
     remove_steps,
     steps_in,
 )
+from training.terminal import LOG
 
 
 class Checkpoint(NamedTuple):
@@ -107,7 +107,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         try:
             return _opened(folder)
         except Damaged as error:
-            print(f"warning: {error}; using {before.name}", file=sys.stderr)
+            LOG.warning("warning: %s; using %s", error, before.name)
     try:
         return _opened(folders[-1])
     except Damaged as error:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from training.errors import UserError
 from training.storage.atomic import flush, make_folder, write_text
 from training.storage.regular_file import MOST, open_regular
 from training.storage.tensorboard import TensorBoardLogger
+from training.terminal import LOG
 
 FILE = "metrics.jsonl"
 SCALAR_DIGITS, TABLE_DIGITS = 6, 4  # significant digits kept of scalars, and of entries of tensors with axes
@@ -230,7 +230,7 @@ def _open_board(folder: Path, purge_step: int | None) -> TensorBoardLogger | Non
     try:
         return TensorBoardLogger(folder, purge_step)
     except (ImportError, OSError) as error:
-        print(f"warning: no TensorBoard record ({error}); {FILE} is kept all the same", file=sys.stderr)
+        LOG.warning("warning: no TensorBoard record (%s); %s is kept all the same", error, FILE)
         return None
 
 

@@ -2,12 +2,13 @@
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from training.terminal import LOG
 
 
 class TensorBoardLogger:
@@ -55,5 +56,5 @@ class TensorBoardLogger:
             self._records.write(self._event.Event(wall_time=time.time(), **content).SerializeToString())
             self._records.flush()
         except OSError as error:
-            print(f"warning: {self._file.name}: {error.strerror}; no more TensorBoard from here on", file=sys.stderr)
+            LOG.warning("warning: %s: %s; no more TensorBoard from here on", self._file.name, error.strerror)
             self.close()

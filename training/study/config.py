@@ -36,9 +36,15 @@ UNUSED = {  # settings that mean nothing in a study, and what to write instead
     **dict.fromkeys(("shard_optimizer", "shard_experts"), "torchrun reads it, for one run on many processes"),
     "teacher_cache": "a study asks its teacher once for runs that see the same batch",
     **dict.fromkeys(("picture_every", "sample_tokens", "prompt", "keep_checkpoints"), "a study has none"),
+    "stop_when": "the runs of a group end together, after as many steps",
 }
 IN_BASE = ("threads", "tokenizer", "init")
-WITHOUT = ("compile", "shard_optimizer", "shard_experts")  # which would decide how a single run is computed
+WITHOUT = (
+    "compile",
+    "shard_optimizer",
+    "shard_experts",
+    "stop_when",
+)  # which would decide how a single run is computed
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from training.study.vmapped import vmapped_step
 class Bar(Protocol):
     """What a group tells of its progress: of tqdm, all that it uses."""
 
-    def update(self, n: float) -> object:
+    def update(self, n: int) -> object:
         """So many more steps of runs are made."""
 
     def set_postfix_str(self, s: str, refresh: bool) -> object:

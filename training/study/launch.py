@@ -4,16 +4,15 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
 from training.storage.lock import locked
 from training.storage.results import Row
 from training.study.config import StudyConfig
 from training.study.group import Bar, run_group
 from training.study.plan import Group
+from training.terminal import ProgressBar
 
 Finished = Generator[tuple[Group, list[Row]], None, None]  # groups as they finish, with the rows of their runs
-Launch = Callable[[StudyConfig, Sequence[Group], Path, tqdm], Finished]
+Launch = Callable[[StudyConfig, Sequence[Group], Path, ProgressBar], Finished]
 Launcher = Callable[[Path], AbstractContextManager[Launch]]  # of a study's folder; refuses before anything is written
 PATIENCE = 30.0  # seconds in which a process that lost its study must have ended
 
@@ -30,7 +29,7 @@ def train_group(study: StudyConfig, group: Group, folder: Path, bar: Bar) -> lis
         return run_group(study, group, folder, bar)
 
 
-def _one_after_another(study: StudyConfig, groups: Sequence[Group], folder: Path, bar: tqdm) -> Finished:
+def _one_after_another(study: StudyConfig, groups: Sequence[Group], folder: Path, bar: ProgressBar) -> Finished:
     for number, group in enumerate(groups, 1):
         bar.set_description(f"group {number}/{len(groups)}, {len(group.runs)} runs")
         yield group, train_group(study, group, folder, bar)

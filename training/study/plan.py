@@ -106,7 +106,7 @@ def load_plan(runs: list[StudyRun], folder: Path) -> list[Group]:
 def memory_of_a_run(config: RunConfig) -> int:
     """Bytes that one run needs in a step, estimated: states before and after it, gradients, saved activations."""
     model = config.model
-    tokens = config.batch_size * config.sequence_length
+    tokens = config.batch_size // config.accumulate * config.sequence_length
     rows = tokens * model.routes_per_token
     heads = model.num_attention_heads
     a_layer = tokens * (12 * model.hidden_size + 6 * heads * model.head_dim + 3 * heads * config.sequence_length)

@@ -1,6 +1,5 @@
 """The study engine: hundreds of runs, vmapped where they share their static settings, looped where they do not."""
 
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -9,7 +8,6 @@ from shutil import rmtree
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from training.data.hf_tokenizer import open_tokenizer
 from training.data.tokenizer import check_vocab, save_tokenizer
@@ -28,6 +26,7 @@ from training.study.plan import Group, load_plan, plan_groups, save_plan
 from training.study.report import write_report
 from training.study.summary import empty_row
 from training.study.tasks import check_texts, corpora_of, fingerprints, save_texts
+from training.terminal import LOG, progress
 
 
 class StudyResults(NamedTuple):
@@ -73,7 +72,7 @@ def run_study(
                 return _run_study(study, Path(out), resume, runs_at_once, launch)
         except KeyboardInterrupt:
             if (Path(out) / "study.yaml").exists():
-                print(f"stopped; go on with: tiny-onn study --resume --out {out}", file=sys.stderr)
+                LOG.error("stopped; go on with: tiny-onn study --resume --out %s", out)
             raise
 
 
@@ -92,7 +91,7 @@ def _run_study(
     done = [run for run in runs if rows[run.id]["status"] != UNFINISHED]
     total, initial = (sum(run.config.steps for run in subset) for subset in (runs, done))
     with (
-        tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05) as bar,
+        progress(total=total, initial=initial, unit="step", mininterval=0.5, smoothing=0.05) as bar,
         closing(launch(study, left, folder, bar)) as finished,
     ):
         for group, group_rows in finished:

@@ -1,6 +1,7 @@
 """Runs side by side: one vmapped hyper step, their scores."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from training.run.config import RunConfig, hyper_params, statics
+from training.step.accumulate import accumulated_step
 from training.step.batch import Batch
 from training.step.hyper_params import HyperParams
 from training.step.hyper_step import TrainState, hyper_step
@@ -28,12 +30,13 @@ def vmapped_step(configs: Sequence[RunConfig]) -> Any:
     """
     check_alike(configs)
     numbers, varied = split_numbers([hyper_params(config) for config in configs])
-    model, fixed = configs[0].model, statics(configs[0])
+    model, fixed, parts = configs[0].model, statics(configs[0]), configs[0].accumulate
+    one_run = partial(accumulated_step, parts=parts) if parts > 1 else hyper_step
 
     def step(
         state: TrainState, batch: Batch, varied: dict[str, Tensor], logits: Tensor | None = None
     ) -> tuple[TrainState, Metrics]:
-        return hyper_step(state, batch, numbers._replace(**varied), model, **fixed, teacher_logits=logits)
+        return one_run(state, batch, numbers._replace(**varied), model, **fixed, teacher_logits=logits)
 
     return lambda states, batches, *logits: vmap(step)(states, batches, varied, *logits)
 

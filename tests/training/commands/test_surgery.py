@@ -441,7 +441,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak of a process from")
 def test_the_peak_of_memory_is_no_more_than_the_checkpoint_and_a_fifth(tmp_path: Path) -> None:
     """Where streaming by layers helps least: an embedding that is most of the checkpoint."""
     sizes = dict(vocab_size=48_000, hidden_size=512, intermediate_size=1024, num_hidden_layers=2)

@@ -39,6 +39,8 @@ TRICKS = {
     "benefit": (FIXED, HYPER._replace(backbone_lr_scale=0.3), {"kind": "benefit"}),
     "crowded": (CROWDED, HYPER, {}),
     "bfloat16": (FIXED, HYPER, {"compute_dtype": torch.bfloat16}),
+    "in parts": (FIXED, HYPER._replace(explore_prob=0.4), {"parts": 2}),
+    "own rule in parts": (FIXED, HYPER, {"rule": example("average_surprise_of_a_token").RULE, "parts": 2}),
     "own rule": (FIXED, HYPER, {"rule": example("average_surprise_of_a_token").RULE}),
 }
 LAYOUTS = {"data": (False, 1), "optimizer": (True, 1), "experts": (False, 2), "both": (True, 2)}  # (ZeRO-1, experts)
@@ -80,6 +82,7 @@ def rule_of(statics: dict) -> dict:
 def alone(trick: str) -> tuple[TrainState, list]:
     """What one process makes of it."""
     config, hyper, statics = TRICKS[trick]
+    statics = {key: value for key, value in statics.items() if key != "parts"}
     return _train(
         lambda state, batch: hyper_step(state, batch, hyper, config, **statics),
         a_state(config, **rule_of(statics)),

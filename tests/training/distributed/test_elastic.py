@@ -221,3 +221,21 @@ def test_the_batch_file_for_slurm_trains_on_two_nodes_and_goes_on_when_it_is_sub
         )  # fmt: skip
         finished(job)
         assert_whole_record(tmp_path / "mine", steps)
+
+
+@pytest.mark.parametrize("layout", ["both", "data"])
+def test_all_processes_stop_at_a_score_that_is_no_better_and_leave_a_whole_checkpoint(
+    tmp_path: Path, layout: str
+) -> None:
+    """Rates of 0 leave every score as it is; the rows of a process go through the model in parts."""
+    flags = ("--eval-every=2", "--stop-when=2", "--hyper.lr=0", "--hyper.router-lr=0", "--accumulate=2", *FLAGS[layout])
+    said = finished(torchrun(tmp_path, "run", "--steps=40", *flags))
+    assert said.count("note: stopped after step 6 of 40: 2 held-out scores in a row no better than") == 1
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["steps"], summary["stopped"]["step"], summary["best_step"]) == (6, 6, 2)
+    assert int(load_checkpoint(tmp_path / "run" / "checkpoints" / "step_000006")["step"]) == 6
+    assert_whole_record(tmp_path / "run", 6)
+    assert (
+        finished(torchrun(tmp_path, "run", "--steps=40", *flags, "--resume")).count("note: stopped after step 6 of 40")
+        == 1
+    )

@@ -141,7 +141,7 @@ def test_the_look_finds_what_is_wrong_and_the_console_is_heard(browser: Browser,
     assert any("nowhere" in message for message in browser.said)
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are looked for in /proc")
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="no /proc to look for processes in")
 def test_nothing_of_a_browser_is_left_behind(tmp_path: Path) -> None:
     def alive() -> list[str]:
         pids = []

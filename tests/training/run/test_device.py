@@ -1,6 +1,7 @@
 """The device and the precision of a run: what auto takes, what is refused, and what a resumed run keeps."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import yaml
 
 from training.cli import main
 from training.errors import UserError
-from training.run import device
+from training.run import device, program
 from training.run.config import RunConfig
 from training.run.device import choose_device, choose_precision, place
+from training.run.program import Batches
 
 SMALL = ("--steps", "2", "--final-eval-bytes", "2048", "--sample-tokens", "0", "--threads", "1", "--eval-every", "0")
 
@@ -133,3 +135,17 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(tmp_path: Path, monke
     assert main(["train", "--out", str(out), "--resume", "--steps", "3"]) == 0
     assert asked == ["float32"], "not auto, which another device may answer otherwise"
     assert "precision: float32" in (out / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_on_an_accelerator_the_next_batch_is_drawn_while_a_step_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(program, "step_batch", lambda run, step: drawn.append(step) or step)
+    there = Batches(SimpleNamespace(device=torch.device("cuda", 0)))  # type: ignore[arg-type]
+    assert there.at(3) == 3
+    there.prepare(4)
+    assert (there.at(4), drawn) == (4, [3, 4]), "not drawn again"
+    there.prepare(5)
+    assert there.at(9) == 9, "what was drawn ahead is of another step"
+    here = Batches(SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+    here.prepare(6)
+    assert 6 not in drawn

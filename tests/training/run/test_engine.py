@@ -283,3 +283,20 @@ def test_memory_that_is_not_there_is_one_line(
     monkeypatch.setattr("training.commands.evaluate.evaluate_run", lambda *_, **__: next(iter(())))
     with pytest.raises(StopIteration):  # what nobody foresaw is not dressed up
         main(["evaluate", str(run)])
+
+
+def test_a_run_in_parts_is_the_run_but_for_rounding_and_may_go_on_whole(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for parts in (1, 2):
+        assert train(text, tmp_path / str(parts), "--steps=4", f"--accumulate={parts}", "--eval-every=0") == 0
+    whole, in_parts = (records(tmp_path / name) for name in ("1", "2"))
+    for mine, theirs in zip(in_parts, whole, strict=True):
+        for key in ("main_loss", "router_loss", "grad_norm", "router_grad_norm", "surprise"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4), key
+    assert main(["train", "--out", str(tmp_path / "2"), "--resume", "--steps=5", "--accumulate=1"]) == 0
+    capsys.readouterr()
+    assert train(text, tmp_path / "3", "--accumulate=3") == 2
+    assert capsys.readouterr().err == (
+        "tiny-onn: --accumulate: expected a divisor of batch_size (2), got 3; change one of them\n"
+    )

@@ -440,7 +440,7 @@ def test_nobody_reading_the_output_is_no_mistake_of_a_file() -> None:
     assert child.returncode == 141
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a niceness of its own on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="no Linux, where alone a thread has a niceness of its own")
 def test_the_writing_gives_way_to_the_steps() -> None:
     nice: list[int] = []
     with BackgroundSaver(lambda: nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))) as saver:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,31 @@ def test_legs_grow_by_what_changes_and_forget_what_was_never_trained() -> None:
     assert legs_of(config, {"legs": [[0, 600], [300, 900]]}, 400) == (Leg(0, 600), Leg(300, 900))
     assert legs_of(config, {"legs": [[0, 600], [300, 700]]}, 300) == (Leg(0, 600), Leg(300, 900))
     assert legs_of(config, {}, 300) == (Leg(0, 900),), "of a version that did not write them down"
+    assert legs_of(config, {"legs": [[0, 600]]}, 10) == (Leg(0, 900),), "the warm-up knows no end"
+    assert legs_of(config, {"legs": [[0, 600]]}, 12) == (Leg(0, 600), Leg(12, 900))
+
+
+def test_a_longer_run_from_the_plateau_of_wsd_is_the_longer_run(text: Path, tmp_path: Path) -> None:
+    """What the schedule is for: one run goes on to any length, and only the decay is made anew."""
+    flags = ("--schedule=wsd", "--decay-share=0.25", "--hyper.warmup-steps=2", *FEW)
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    assert train(text, out, "--steps=8", "--checkpoint-every=6", *(flag for flag in flags if flag not in FEW[-1:])) == 0
+    shutil.rmtree(out / "checkpoints" / "step_000008")
+    assert main(["train", "--out", str(out), "--resume", "--steps", "12"]) == 0
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["legs"] == [[0, 12]]
+    assert train(text, whole, "--steps=12", *flags) == 0
+    assert_same_bits(load_checkpoint(out), load_checkpoint(whole))
+
+
+def test_after_its_decay_a_run_of_wsd_that_goes_on_has_two_legs(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The negative twin."""
+    out = tmp_path / "run"
+    assert train(text, out, "--steps=8", "--schedule=wsd", "--decay-share=0.25", *FEW) == 0
+    assert main(["train", "--out", str(out), "--resume", "--steps", "12"]) == 0
+    assert "note: steps 1 to 8 of a schedule for 8 steps, steps 9 to 12 of one for 12" in capsys.readouterr().err
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["legs"] == [[0, 8], [8, 12]]
 
 
 @pytest.mark.parametrize("odd", [None, [], "12", 5, [[1]], [["a", 2]], [[True, 2]]])

@@ -44,9 +44,9 @@ def parse(*argv: str) -> RunConfig:
 # What the settings are
 
 
-def test_hyper_settings_are_the_hyper_params_without_total_steps():
+def test_hyper_settings_are_the_hyper_params_without_what_follows_from_the_run():
     defaults = dict(HyperParams._field_defaults)
-    assert defaults.pop("total_steps") == 0
+    assert (defaults.pop("total_steps"), defaults.pop("decay_steps")) == (0, 0)
     assert asdict(HyperSettings()) == defaults
     assert [field.name for field in fields(HyperSettings)] == list(defaults)
 
@@ -96,6 +96,16 @@ def test_the_cosine_ends_at_the_last_step_and_a_constant_schedule_has_no_end():
     assert hyper_params(RunConfig(steps=70)).total_steps == 70
     assert hyper_params(RunConfig(steps=70, schedule="constant")).total_steps == 0
     assert all(isinstance(value, int | float) for value in hyper_params(RunConfig()))
+
+
+def test_wsd_decays_over_the_last_share_of_the_steps():
+    config = RunConfig(steps=1000, schedule="wsd", hyper=HyperSettings(warmup_steps=50))
+    assert hyper_params(config).total_steps == 1000
+    for share, decay in ((0.2, 200), (0.1, 100), (0.0001, 1), (0.95, 950), (1.0, 1000)):
+        assert hyper_params(replace(config, decay_share=share)).decay_steps == decay
+    assert hyper_params(replace(config, steps=20)).decay_steps == 4
+    assert hyper_params(replace(config, schedule="cosine")).decay_steps == 0
+    assert hyper_params(replace(config, schedule="constant")).decay_steps == 0
 
 
 def test_a_run_shorter_than_its_warm_up_warms_up_until_its_end():
@@ -156,7 +166,17 @@ MISTAKES = {
     "steps: 0": "steps: expected 1 or more, got 0",
     "seed: -1": "seed: expected 0 to 2**63 - 1, got -1",
     "batch_size: 0": "batch_size: expected 1 or more, got 0",
+    "accumulate: 0": "accumulate: expected 1 or more, got 0",
+    "accumulate: 5": "accumulate: expected a divisor of batch_size (12), got 5; change one of them",
+    "surprise_kind: oracle\naccumulate: 2": "accumulate: expected 1 with surprise_kind oracle, which samples the whole "
+    "batch, got 2; leave it away",
     "sequence_length: 1": "sequence_length: expected 2 or more, got 1",
+    "stop_when: -1": "stop_when: expected 0 or more, got -1",
+    "stop_when: 3\neval_every: 0": "stop_when: expected 0 with eval_every 0, which scores at the end only, got 3; "
+    "set eval_every, or leave it away",
+    "schedule: linear": "schedule: expected one of cosine, wsd, constant, got 'linear'",
+    "decay_share: 0": "decay_share: expected more than 0 and at most 1, got 0.0",
+    "decay_share: 1.5": "decay_share: expected more than 0 and at most 1, got 1.5",
     "holdout: 0": "holdout: expected more than 0 and less than 1, got 0.0",
     "holdout: 1": "holdout: expected more than 0 and less than 1, got 1.0",
     "keep_checkpoints: 0": "keep_checkpoints: expected 1 or more, got 0",
@@ -254,7 +274,7 @@ def test_every_setting_is_a_flag_of_its_dotted_name():
         model=ModelConfig(300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False, "hash"),
         hyper=HyperSettings(**CHANGED_HYPER), surprise_kind="input", precision="bfloat16", tokenizer="bpe",
         replay=0.5, init="weights", teacher="teacher", teacher_cache=True, compile=True, on_nonfinite="skip",
-        shard_optimizer=True, shard_experts=3,
+        shard_optimizer=True, shard_experts=3, accumulate=3, decay_share=0.25, stop_when=2,
     )  # fmt: skip
     argv = []
     for key in key_types():
@@ -409,6 +429,7 @@ def hyper_values(draw) -> dict:
 @st.composite
 def run_values(draw) -> dict:
     whole = [field.name for field in fields(RunConfig) if field.type is int]
+    surprise_kind = draw(st.sampled_from(KINDS))
     return {key: draw(counts) for key in whole} | {
         "data": draw(text.filter(bool)),
         "tokenizer": draw(st.just("bytes") | text.filter(bool)),
@@ -416,13 +437,16 @@ def run_values(draw) -> dict:
         "init": draw(st.none() | text.filter(bool)),
         "teacher_cache": draw(st.booleans()),
         "compile": draw(st.booleans()),
+        "batch_size": 6 * draw(st.integers(1, 10**6)),
+        "accumulate": 1 if surprise_kind == "oracle" else draw(st.sampled_from([1, 2, 3, 6])),
         "replay": draw(st.sampled_from([0.0, 0.25])),
         "out": draw(st.none() | text.filter(bool)),
         "sequence_length": draw(st.integers(2, 10**9)),
         "threads": draw(st.integers(0, 4096)),
-        "schedule": draw(st.sampled_from(["cosine", "constant"])),
+        "schedule": draw(st.sampled_from(["cosine", "wsd", "constant"])),
+        "decay_share": draw(st.floats(0, 1, exclude_min=True)),
         "holdout": draw(st.floats(0, 1, exclude_min=True, exclude_max=True)),
-        "surprise_kind": draw(st.sampled_from(KINDS)),
+        "surprise_kind": surprise_kind,
         "precision": draw(st.sampled_from(["float32", "bfloat16"])),
         "split": draw(st.sampled_from(["auto", "document", "tail"])),
         "final_eval_bytes": draw(st.none() | counts),

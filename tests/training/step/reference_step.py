@@ -346,12 +346,15 @@ def router_losses(trace: Trace, shares: dict, load: Tensor, hyper, step: int, co
 
 
 def schedule(hyper, step: int) -> float:
-    """Share of the peak learning rate: linear warm-up, and a cosine from its end to `total_steps`."""
+    """Share of the peak learning rate: linear warm-up, then a cosine, or a plateau and a line, to `total_steps`."""
     warmup, total, least = int(hyper.warmup_steps), int(hyper.total_steps), float(hyper.min_lr_ratio)
     if step < warmup:
         return (step + 1) / warmup  # Taken: the last step of the warm-up has the peak
     if total == 0:
         return 1.0
+    if decay := int(hyper.decay_steps):
+        start = max(total - decay, warmup)
+        return 1 - (1 - least) * min(max(step - start, 0) / max(total - start, 1), 1.0)
     done = min((step - warmup) / max(total - warmup, 1), 1.0)
     return least + (1 - least) * (1 + math.cos(math.pi * done)) / 2
 

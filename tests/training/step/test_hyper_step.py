@@ -235,7 +235,7 @@ def test_no_tensor_of_a_step_has_an_entry_for_every_token_and_weight() -> None:
 
 
 def test_help_says_what_every_number_means() -> None:
-    assert len(HyperParams._fields) == 30
+    assert len(HyperParams._fields) == 31
     for name in HyperParams._fields:
         text = getattr(HyperParams, name).__doc__
         assert text[0].isupper() or text[0] in "+1"

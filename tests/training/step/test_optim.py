@@ -107,6 +107,30 @@ def test_the_schedule_warms_up_to_the_peak_and_follows_the_cosine_to_its_floor()
     assert float(schedule(torch.tensor(5000), HyperParams())) == 1.0
 
 
+def test_wsd_warms_up_stays_at_the_peak_and_falls_in_a_line_to_its_floor() -> None:
+    hyper = HyperParams(warmup_steps=10, total_steps=110, decay_steps=20, min_lr_ratio=0.1)
+    shares = [float(schedule(torch.tensor(step), hyper)) for step in range(130)]
+    assert shares[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert shares[10:91] == [1.0] * 81
+    assert shares[91:110] == pytest.approx([1 - 0.9 * step / 20 for step in range(1, 20)])
+    assert shares[110:] == pytest.approx([0.1] * 20)
+    assert float(schedule(torch.tensor(5000), HyperParams(decay_steps=20))) == 1.0, "without an end there is no decay"
+    overlapping = HyperParams(warmup_steps=10, total_steps=12, decay_steps=9)
+    shares = [float(schedule(torch.tensor(step), overlapping)) for step in range(14)]
+    assert shares == pytest.approx([*((step + 1) / 10 for step in range(10)), 1.0, 0.5, 0.0, 0.0])
+
+
+def test_mapped_schedules_of_every_shape_are_those_of_the_runs_alone() -> None:
+    """Cosine, wsd and constant rates side by side in one vmap."""
+    columns = {"warmup_steps": [5, 0, 5, 0], "total_steps": [40, 40, 0, 40], "decay_steps": [0, 10, 10, 40]}
+    mapped = {name: torch.tensor(column) for name, column in columns.items()}
+    for step in map(torch.tensor, (0, 3, 20, 29, 30, 31, 39, 50)):
+        rates = vmap(lambda numbers, at=step: schedule(at, HyperParams(min_lr_ratio=0.1)._replace(**numbers)))(mapped)
+        for run in range(4):
+            alone = {name: column[run] for name, column in columns.items()}
+            assert float(rates[run]) == float(schedule(step, HyperParams(min_lr_ratio=0.1, **alone)))
+
+
 @given(st.floats(1e-3, 1e3), st.integers(0, 99))
 def test_clipping_brings_the_global_norm_to_the_limit_and_no_lower(limit: float, seed: int) -> None:
     grads = drawn_tree(seed)

@@ -126,6 +126,8 @@ def draw_hyper(rng: random.Random, config: ModelConfig) -> HyperParams:
         "explore_seed": rng.randrange(10),
         "freeze_step": sometimes(0.2, 3, 5),
     }
+    if (own := random.Random(drawn["lr"])).random() < 0.3:  # a stream of its own, so that all else stays as it was
+        drawn["decay_steps"] = own.choice((1, 3))
     return HyperParams(**{name: value for name, value in drawn.items() if value is not None})
 
 

@@ -28,7 +28,9 @@ from training.study.ray.session import _check_address, session
 from training.study.ray.worker import check_place, progress_of, versions
 from training.study.vmapped import vmapped_step
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra cluster is not installed")
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="no ray: the extra cluster is not installed"
+)
 TEXT = "the router sends each token to the expert that it surprises least.\n" * 60
 STEPS, AT_ONCE = 16, 3  # three groups: three and three runs with fixed K, two with a budget
 
@@ -193,7 +195,8 @@ def test_ctrl_c_saves_checkpoints_ends_every_process_and_leaves_a_study_that_goe
 ) -> None:
     out = home / "stopped"
     save_study(study, home / "study.yaml")
-    command = [sys.executable, "-m", "training", "study", str(home / "study.yaml"), "--out", str(out)]
+    often = "from training import cli, terminal; terminal.EVERY = 0.1; raise SystemExit(cli.main())"
+    command = [sys.executable, "-c", often, "study", str(home / "study.yaml"), "--out", str(out)]
     command += ["--runs-at-once", str(AT_ONCE), "--launcher", "ray"]
     plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
     errors, progress = home / "errors.txt", re.compile(r"\d/3 groups, [12] running: .* loss \d")

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from training.errors import UserError
 from training.storage.lock import LOCK
 from training.storage.results import Row
@@ -23,6 +21,7 @@ from training.study.launch import Finished, Launch, Launcher
 from training.study.plan import Group, memory_of_a_run
 from training.study.ray.session import session
 from training.study.ray.worker import Job, Place, check_place, progress_of, train_remotely, versions
+from training.terminal import ProgressBar
 
 RETRIES = 3  # of a group whose worker was lost
 POLL = 0.5  # seconds between two looks at the tasks
@@ -53,7 +52,9 @@ def ray_launcher(address: str | None = None) -> Launcher:
     return launcher
 
 
-def _launch(ray: Any, place: Place, study: StudyConfig, groups: Sequence[Group], folder: Path, bar: tqdm) -> Finished:
+def _launch(
+    ray: Any, place: Place, study: StudyConfig, groups: Sequence[Group], folder: Path, bar: ProgressBar
+) -> Finished:
     """All groups at once; Ray starts those for which there is room."""
     before, steps_done = bar.n, dict.fromkeys((group.name for group in groups), 0)
     tasks: dict[Any, Group] = {}
