@@ -1,7 +1,6 @@
 """The device and the precision of a run: what auto takes, what is refused, and what a resumed run keeps."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +11,10 @@ from training.cli import main
 from training.errors import UserError
 from training.run import device, program
 from training.run.config import RunConfig
+from training.run.context import Run
 from training.run.device import choose_device, choose_precision, place
 from training.run.program import Batches
+from training.step.batch import Batch
 
 SMALL = ("--steps", "2", "--final-eval-bytes", "2048", "--sample-tokens", "0", "--threads", "1", "--eval-every", "0")
 
@@ -139,13 +140,15 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(tmp_path: Path, monke
 
 def test_on_an_accelerator_the_next_batch_is_drawn_while_a_step_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(program, "step_batch", lambda run, step: drawn.append(step) or step)
-    there = Batches(SimpleNamespace(device=torch.device("cuda", 0)))  # type: ignore[arg-type]
-    assert there.at(3) == 3
+    monkeypatch.setattr(
+        program, "step_batch", lambda run, step: drawn.append(step) or Batch(*(torch.tensor(step),) * 3)
+    )
+    there = Batches(tuple.__new__(Run, (None,) * len(Run._fields))._replace(device=torch.device("cuda", 0)))
+    assert there.at(3).labels == 3
     there.prepare(4)
-    assert (there.at(4), drawn) == (4, [3, 4]), "not drawn again"
+    assert (int(there.at(4).labels), drawn) == (4, [3, 4]), "not drawn again"
     there.prepare(5)
-    assert there.at(9) == 9, "what was drawn ahead is of another step"
-    here = Batches(SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+    assert there.at(9).labels == 9, "what was drawn ahead is of another step"
+    here = Batches(tuple.__new__(Run, (None,) * len(Run._fields))._replace(device=torch.device("cpu")))
     here.prepare(6)
     assert 6 not in drawn

@@ -274,7 +274,7 @@ def test_every_setting_is_a_flag_of_its_dotted_name():
         model=ModelConfig(300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False, "hash"),
         hyper=HyperSettings(**CHANGED_HYPER), surprise_kind="input", precision="bfloat16", tokenizer="bpe",
         replay=0.5, init="weights", teacher="teacher", teacher_cache=True, compile=True, on_nonfinite="skip",
-        shard_optimizer=True, shard_experts=3, accumulate=3, decay_share=0.25, stop_when=2,
+        shard_optimizer=True, shard_experts=3, device="cuda:1", accumulate=3, decay_share=0.25, stop_when=2,
     )  # fmt: skip
     argv = []
     for key in key_types():
