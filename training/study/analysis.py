@@ -11,7 +11,8 @@ the orders that were, at 95 %, and no verdict stands on them.
 - equivalent: two one-sided t-tests (TOST) at 5 %, corrected, put the difference within the margin, which was set before
   the runs; three pairs or more. `low` and `high` are then those of the interval that decided it, at `level`.
 - identical: every pair has the same score to the last digit, so what the arm changes had no effect.
-- undecided: neither; also with fewer than two pairs, or when a run of the arm diverged.
+- undecided: neither; also with fewer than two pairs, or when a run of the arm diverged: one whose score is not finite
+  did, whatever its row says.
 
 Corrected is (Holm 1979) over the family of all comparisons that the study planned: every arm at every point of the
 axes. The answer is read as one, and the best of all its lines is what a reader takes home, so a size or a text more is
@@ -80,7 +81,7 @@ def analyse_rows(
 ) -> dict[str, Any]:
     """The values of analysis.json, from the rows of results.csv (numbers, or their text) and runs' routing facts."""
     by_label: dict[str, list[Row]] = {}
-    for run, row in zip(expand(study), rows, strict=True):
+    for run, row in zip(expand(study), map(_as_it_is, rows), strict=True):
         by_label.setdefault(run.arm, []).append(row)
     chosen = {label: _best_point(runs, study.tune) for label, runs in by_label.items()}
     arms = {label: _describe(runs, study.tune, facts or {}) for label, runs in chosen.items()}
@@ -218,7 +219,7 @@ def _describe(rows: Sequence[Row], tune: Sequence[str], facts: Mapping[str, Mapp
         "high": high,
         "n": whole.size or len(scores),
         "seeds": len(whole) or len({str(row["seed"]) for row in rows if row["status"] == FINISHED}),
-        **{key: fmean(values) if values else None for key, values in beside.items()},
+        **{key: fmean(values) if values and np.isfinite(values).all() else None for key, values in beside.items()},
         "diverged": sum(row["status"] == DIVERGED for row in rows),
         "tuned": {key: _plain(rows[0][key]) for key in tune},
         "runs": [row["run"] for row in rows],
@@ -229,7 +230,7 @@ def _describe(rows: Sequence[Row], tune: Sequence[str], facts: Mapping[str, Mapp
 def _compare(pairs: Float[np.ndarray, "pairs orders"], margin: float) -> dict[str, Any]:
     if not len(pairs):
         return dict.fromkeys(("difference", "low", "high", "level", "p", "tost_p", "beyond_p", "identical")) | {"n": 0}
-    mean, low, high = t_interval(pairs)
+    mean, low, high = _interval(pairs)
     _, *same = t_interval(pairs.mean(axis=1, keepdims=True))
     return {
         "difference": mean, "low": low, "high": high, "level": CONFIDENCE, "n": len(pairs), "orders": pairs.shape[1],
@@ -300,7 +301,14 @@ def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: flo
 
 
 def _interval(table: Float[np.ndarray, "pairs orders"]) -> tuple[float | None, float | None, float | None]:
-    return t_interval(table) if len(table) else (None, None, None)
+    mean, low, high = t_interval(table) if len(table) else (math.nan, None, None)
+    return None if math.isnan(mean) else mean, low, high
+
+
+def _as_it_is(row: Row) -> Row:
+    """The row as what it is: a run whose score is not finite diverged."""
+    broken = row["status"] == FINISHED and not math.isfinite(float(row[MEASURE]))
+    return row | {"status": DIVERGED} if broken else row
 
 
 def _scores(rows: Sequence[Row]) -> list[float]:
@@ -308,19 +316,20 @@ def _scores(rows: Sequence[Row]) -> list[float]:
     return [float(row[MEASURE]) for row in rows if row["status"] == FINISHED]
 
 
-def _grid(rows: Sequence[Row], measure: str, planned: Sequence[Row]) -> Float[np.ndarray, "seeds orders"]:
-    """The finished runs' values at the seeds and orders of the planned ones; NaN where there is none."""
+def _grid(rows: Sequence[Row], measure: str, planned: Sequence[Row]) -> np.ma.MaskedArray:
+    """(seeds, orders) the finished runs' values at the seeds and orders of the planned ones, masked without a run."""
     at = {(str(row["seed"]), row.get("order")): float(row[measure]) for row in rows if row["status"] == FINISHED}
     seeds, orders = (
         dict.fromkeys(str(row["seed"]) for row in planned),
         dict.fromkeys(row.get("order") for row in planned),
     )
-    return np.array([[at.get((seed, order), np.nan) for order in orders] for seed in seeds])
+    missing = [[(seed, order) not in at for order in orders] for seed in seeds]
+    return np.ma.array([[at.get((seed, order), 0.0) for order in orders] for seed in seeds], mask=missing)
 
 
-def _whole(grid: Float[np.ndarray, "seeds orders"]) -> Float[np.ndarray, "pairs orders"]:
-    """The rows without a gap."""
-    return grid[~np.isnan(grid).any(axis=1)]
+def _whole(grid: np.ma.MaskedArray) -> Float[np.ndarray, "pairs orders"]:
+    """The rows without a gap; a value that is not finite is none."""
+    return grid.data[~np.ma.getmaskarray(grid).any(axis=1)]
 
 
 def _plain(value: Any) -> Any:

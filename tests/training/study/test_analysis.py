@@ -1,5 +1,6 @@
 """The statistics of a study: intervals and tests against tables, TOST, Holm, and verdicts on made-up results."""
 
+import json
 import math
 import re
 from typing import Any
@@ -12,9 +13,9 @@ from scipy.special import stdtr, stdtrit
 
 from benchmarks.experiments.compare import paired
 from training.run.config import RunConfig
-from training.study.analysis import analyse_rows, study_table
+from training.study.analysis import analyse_rows, judge, study_table
 from training.study.config import Arm, StudyConfig, expand
-from training.study.statistics import beyond, holm, step_down, t_interval, t_test, tost
+from training.study.statistics import beyond, holm, p_value, step_down, t_interval, t_test, tost
 from training.study.summary import empty_row
 
 DIFFERENCES = [-0.03, -0.01, -0.025, -0.02, -0.015]
@@ -122,6 +123,20 @@ def test_one_value_has_no_interval() -> None:
     assert tost([3.0], 1.0) is None
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_decides_nothing_whatever_stands_beside_it(broken: float) -> None:
+    """The range of an infinite value is no number above a share of it: that is no value without spread."""
+    for values in ([0.1, broken, 0.2], [broken] * 3, np.array([[0.1, 0.2], [0.1, broken], [0.1, 0.3]])):
+        assert (t_test(values), tost(values, 1.0), beyond(values, 0.01)) == (None, None, None)
+        mean, low, high = t_interval(values)
+        assert math.isnan(mean)
+        assert (low, high) == (None, None)
+    studies = np.array([[0.1, broken, 0.2], DIFFERENCES[:3]])[..., None]
+    p = p_value(studies)
+    assert np.isnan(p[0])
+    assert p[1] == pytest.approx(t_test(DIFFERENCES[:3])), "one study's value is no other's"
+
+
 def test_holm_multiplies_the_smallest_by_the_number_of_tests_and_never_falls() -> None:
     assert holm({"a": 0.04, "b": 0.01, "c": 0.03}) == pytest.approx({"b": 0.03, "c": 0.06, "a": 0.06})
     assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
@@ -217,6 +232,21 @@ def test_an_arm_with_a_diverged_run_is_never_better() -> None:
     assert analysis["against_baseline"]["good"]["n"] == 4
     assert analysis["against_baseline"]["good"]["verdict"] == "undecided"
     assert "1 diverged" in study_table(analysis)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_an_arm_with_a_score_that_is_not_finite_is_never_better_nor_worse(broken: float) -> None:
+    study, rows = study_of({"base": 0.0, "good": -0.1})
+    next(row for row in rows if row["arm"] == "good")["nats_per_token"] = broken
+    analysis = analyse_rows(study, rows)
+    pair, arm = analysis["against_baseline"]["good"], analysis["arms"]["good"]
+    assert (pair["verdict"], pair["n"], arm["diverged"], arm["n"]) == ("undecided", 4, 1, 4)
+    assert math.isfinite(arm["mean"])
+    assert "undecided, 1 diverged" in study_table(analysis)
+    json.dumps(analysis, allow_nan=False)  # the page and other readers want numbers
+    everywhere = judge({"good": np.array([[-0.1], [broken], [-0.1]])}, study.margin)["good"]
+    assert everywhere["verdict"] == "undecided"
+    assert {everywhere[key] for key in ("difference", "low", "p", "tost_p", "beyond_p", "beyond_margin")} == {None}
 
 
 def test_many_arms_of_pure_noise_are_corrected_for_their_number() -> None:
