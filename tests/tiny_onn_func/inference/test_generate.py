@@ -347,7 +347,7 @@ def test_logits_that_are_no_numbers_are_refused_before_a_token_is_made_of_them(
 ) -> None:
     params = wild()
     params["norm"][0] = broken
-    with pytest.raises(ValueError, match="^logits: expected finite numbers, got (nan|-?inf); the parameters are "):
+    with pytest.raises(ValueError, match=r"^logits: expected finite numbers, got (nan|-?inf); the parameters are "):
         generate(params, PROMPT, TINY, seeded(0), max_new_tokens=3, temperature=temperature)
 
 
