@@ -447,6 +447,49 @@ def test_a_tuned_axis_gives_every_arm_its_own_best_value() -> None:
     assert all("lr-0.001" in run or "lr=0.001" in run for run in analysis["arms"]["base"]["runs"])
 
 
+def test_seeds_of_the_tuning_choose_the_point_and_are_not_compared() -> None:
+    """At the other rate the compared runs are better, by luck that the tuning's seeds have not."""
+    study = StudyConfig(
+        "tuned", margin=0.02, arms=(Arm("base"), Arm("other", {"hyper.router_lr": 0.0})), seeds=SEEDS,
+        axes={"hyper.lr": [1e-3, 2e-3]}, tune=["hyper.lr"], tune_seeds=(7, 8),
+    )  # fmt: skip
+    rows = []
+    for run in expand(study):
+        lucky = (run.config.hyper.lr == 2e-3) == (run.seed in SEEDS)
+        noise = NOISE[run.seed] + WOBBLE[run.seed - (run.arm == "base")] if run.seed in SEEDS else 0.0
+        rows.append(empty_row(run) | {"nats_per_token": 2 - 0.5 * lucky + noise, "status": "finished"})
+    analysis = analyse_rows(study, rows)
+    assert {arm["tuned"]["hyper.lr"] for arm in analysis["arms"].values()} == {1e-3}
+    assert analysis["arms"]["base"]["n"] == len(SEEDS)
+    assert analysis["arms"]["base"]["mean"] == pytest.approx(2 + sum(NOISE) / 5)
+    assert not any("seed7" in run or "seed8" in run for run in analysis["arms"]["base"]["runs"])
+    assert (analysis["tuned_on"], analysis["note"]) == ([7, 8], "")
+    assert analysis["against_baseline"]["other"]["tried"] == 1
+    rows = [row | ({"status": "diverged"} if row["seed"] == 7 and row["hyper.lr"] == 1e-3 else {}) for row in rows]
+    arms = analyse_rows(study, rows)["arms"].values()
+    assert {(arm["tuned"]["hyper.lr"], arm["diverged"]) for arm in arms} == {(2e-3, 0)}, "what diverges is not chosen"
+
+
+def test_what_was_tuned_by_the_compared_runs_is_corrected_for_all_that_was_tried_and_says_so() -> None:
+    arms = (Arm("base"), Arm("other", {"hyper.router_lr": 0.0}))
+    study = StudyConfig(
+        "tuned", margin=0.02, arms=arms, axes={"hyper.lr": [1e-3, 2e-3, 3e-3]}, tune=["hyper.lr"], seeds=SEEDS
+    )
+    rows = []
+    for run in expand(study):
+        score = 2 + 10 * run.config.hyper.lr + WOBBLE[run.seed - (run.arm == "base")]
+        rows.append(empty_row(run) | {"nats_per_token": score, "status": "finished"})
+    analysis = analyse_rows(study, rows)
+    pair, table = analysis["against_baseline"]["other"], study_table(analysis)
+    assert pair["tried"] == 9
+    for key in ("p", "tost_p", "beyond_p"):
+        assert pair[f"{key}_holm"] == pytest.approx(min(1.0, 9 * pair[key]))
+    assert (pair["verdict"], pair["level"]) == ("equivalent", pytest.approx(1 - 0.1 / 9))
+    assert analysis["note"].startswith("Tuned (hyper.lr) by the runs that are compared: every p is multiplied")
+    assert table.endswith(analysis["note"])
+    assert analyse_rows(*study_of({"base": 0.0, "good": -0.1}))["note"] == "", "nothing was tuned"
+
+
 def test_the_table_puts_the_best_arm_first() -> None:
     study, rows = study_of({"base": 0.0, "good": -0.1})
     lines = study_table(analyse_rows(study, rows)).splitlines()
