@@ -125,7 +125,10 @@ def draw_hyper(rng: random.Random, config: ModelConfig) -> HyperParams:
         "explore_prob": sometimes(0.3, 0.3, 1.0),
         "explore_seed": rng.randrange(10),
         "freeze_step": sometimes(0.2, 3, 5),
+        "regenerate_below": sometimes(0.3, 0.3, 0.7, 0.95),
     }
+    if drawn["regenerate_below"]:  # it has to wait for 1 / (1 - beta2) steps
+        drawn["beta2"] = rng.choice([0.5, 0.75])
     return HyperParams(**{name: value for name, value in drawn.items() if value is not None})
 
 

@@ -326,6 +326,29 @@ def test_a_starved_expert_becomes_a_copy_of_the_busiest_and_its_optimizer_begins
     assert (weights[0] - weights[1]).abs().max() < 0.05, "it is not replaced again at once"
 
 
+def test_the_busiest_expert_is_not_replaced_by_itself_however_small_its_gradients() -> None:
+    """Its column would be turned aside and its moments lost, though it is where the others come from."""
+    state, hyper = init_state(CONFIG, seeded(0)), HyperParams(regenerate_below=0.5, beta2=0.5)
+    for opt in (state.expert_opt, state.router_opt):
+        for name, leaf in (*flatten(opt.mu).items(), *flatten(opt.nu).items()):
+            leaf += 1.0
+            if name.endswith("w2"):
+                leaf[:, 1:3] = 0.1
+    load = torch.tensor([[0.1, 0.6, 0.2, 0.1]]).expand(CONFIG.num_hidden_layers, -1)
+    new = state._replace(**regenerate(*state[:3], torch.tensor(9), load=load, hyper=hyper, router_learns=1.0))
+    for name in ("w1", "w2", "w3", "router"):
+        expert = -1 if name == "router" else 1
+        for before, after in (
+            (state.params, new.params),
+            *((getattr(state.expert_opt, part), getattr(new.expert_opt, part)) for part in ("mu", "nu") if expert == 1),
+        ):
+            ours, theirs = (tree["layers"]["moe"][name].movedim(expert, 0) for tree in (before, after))
+            assert_same_bits(theirs[1], ours[1], name)
+            assert_same_bits(theirs[0], ours[0], name)
+            if before is state.params:
+                assert (theirs[2] != ours[2]).any(), "the other one that starves is replaced"
+
+
 def test_experts_of_runs_side_by_side_are_replaced_as_those_of_each_run_alone() -> None:
     """The runs differ in the size of their routers, in who starves, and in whether it is time."""
     states = []
