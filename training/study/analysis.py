@@ -308,7 +308,7 @@ def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: flo
     parts = []
     for verdict, verb in {
         "better": "better than", "worse": "worse than", "equivalent": f"within {margin:g} nats of",
-        "undecided": "not told apart from",
+        "undecided": "no difference found from",
     }.items():  # fmt: skip
         ranked = sorted(
             (pair["difference"], name)
@@ -317,7 +317,7 @@ def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: flo
         )
         if len(ranked) > MENTIONED and verdict == "undecided":
             span = f"{ranked[0][0]:+.3f} to {ranked[-1][0]:+.3f}"
-            parts.append(f"{len(ranked)} of {len(against)} {verb} {baseline} ({span})")
+            parts.append(f"{verb} {baseline}: {len(ranked)} of {len(against)} ({span})")
         elif ranked:
             names = ", ".join(f"{name} ({difference:+.3f})" for difference, name in ranked)
             parts.append(f"{verb} {baseline}: {names}")

@@ -193,7 +193,7 @@ def test_text_from_a_csv_gives_the_same_analysis() -> None:
 def test_a_sentence_counts_the_arms_that_are_too_many_to_name() -> None:
     study, rows = study_of({"base": 0.0} | {f"arm {i}": -0.1 * i for i in range(1, 9)}, seeds=(0,))
     answer = analyse_rows(study, rows)["answer"]
-    assert re.search(r"; 8 of 8 not told apart from base \(-0\.80\d to -0\.10\d\)\.$", answer)
+    assert re.search(r"; no difference found from base: 8 of 8 \(-0\.80\d to -0\.10\d\)\.$", answer)
 
 
 def test_a_sentence_does_not_take_arms_without_runs_for_arms_without_a_difference() -> None:
@@ -219,7 +219,7 @@ def test_one_seed_decides_nothing() -> None:
     analysis = analyse_rows(study, rows)
     assert analysis["against_baseline"]["good"]["verdict"] == "undecided"
     assert analysis["arms"]["good"]["low"] is None
-    assert "not told apart" in analysis["answer"]
+    assert "no difference found from base: good (-0." in analysis["answer"]
     assert "no arm is better" in analysis["answer"].lower()
 
 
