@@ -238,3 +238,18 @@ def test_surprise_equals_the_gradient_in_private_weights(first: int) -> None:
         torch.testing.assert_close(
             surprise, expected, rtol=1e-7, atol=1e-12, msg=lambda text, seed=seed: f"seed {seed}: {text}"
         )
+
+
+def test_the_oracle_explores_as_the_step_does() -> None:
+    """Both are rare among the drawn cases, and a model of one layer cannot tell: the token is sent elsewhere there."""
+    compared = 0
+    for seed in range(60):
+        case = draw_case(seed)
+        if case.config.num_hidden_layers < 2 or case.config.num_experts < 3 or compared == 10:
+            continue
+        case = case._replace(kind="oracle", hyper=case.hyper._replace(explore_prob=1.0))
+        expected = reference_step(case.state, case.batch, case.hyper, case.config, case.kind, case.teacher)
+        wrong = differences(case, torch.float64, False, expected)
+        assert not wrong, f"seed {seed}: {wrong[:3]}"
+        compared += 1
+    assert compared == 10

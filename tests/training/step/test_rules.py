@@ -1,6 +1,7 @@
 """Router rules: every kind of surprise against plain autograd, every coefficient against its definition, by loops."""
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.helpers import Case, assert_close, assert_same_bits, seeded, spread_p
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.experts import Rows
 from tiny_onn_func.routing import route
-from tiny_onn_func.tree import flatten, stack, unflatten, unstack, walk
+from tiny_onn_func.tree import flatten, stack, tree_map, unflatten, unstack, walk
 from training import HyperParams, TrainState, hyper_step, init_state, per_token_surprise
 from training.step.counter_rng import Purpose, random_exploration, random_normal, random_words
 from training.step.regenerate import regenerate
@@ -268,6 +269,20 @@ def test_the_weight_of_surprise_falls_linearly_to_zero() -> None:
         batch = tiny_batch(CONFIG, 4, 8, step)
         wanted, _ = hyper_step(before, batch, HyperParams(surprise_weight=weight), CONFIG)
         assert_close(after.params["layers"]["moe"]["router"], wanted.params["layers"]["moe"]["router"], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_annealed_weight_of_surprise_has_the_precision_of_the_step(dtype: torch.dtype) -> None:
+    """A third is no number of float32: rounded to it, it is off by 1e-8."""
+    state, batch = init_state(CONFIG, seeded(0)), tiny_batch(CONFIG, 4, 8, 1)
+    cast = partial(tree_map, lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf)
+    state = cast(state)._replace(step=torch.tensor(2))
+    moments = [
+        hyper_step(state, batch, HyperParams(**how), CONFIG)[0].router_opt.mu["router"]
+        for how in (dict(surprise_until=3), dict(surprise_weight=1 / 3))
+    ]
+    assert moments[1].abs().max() > 0
+    assert_close(*moments, 1e-14 if dtype == torch.float64 else 1e-6)
 
 
 def test_a_mapped_zero_means_never_for_every_new_coefficient() -> None:
