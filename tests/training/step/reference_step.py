@@ -462,8 +462,8 @@ def regenerate(new: dict, fast: tuple[dict, dict], slow: tuple[dict, dict], rows
     An expert starves when its w2's mean squared gradient (its second moment) is below `regenerate_below` times the
     layer's mean, but the busiest never does. Nothing happens in the first 1 / (1 - beta2) steps.
     """
-    made, (layers, experts) = step + 1, rows.shape  # Taken: the step that is just made counts, also in the random words
-    if not hyper.regenerate_below or made * (1 - float(hyper.beta2)) <= 1:
+    steps, (layers, experts) = step + 1, rows.shape  # Taken: the step that is under way counts, in random words, too
+    if not hyper.regenerate_below or steps * (1 - float(hyper.beta2)) <= 1:
         return
     learns = float(hyper.router_lr) > 0 and not (hyper.freeze_step and step >= hyper.freeze_step)
     router = new["layers.moe.router"].clone()
@@ -482,7 +482,7 @@ def regenerate(new: dict, fast: tuple[dict, dict], slow: tuple[dict, dict], rows
                 fast[1][name][layer, e] = fast[1][name][layer, source]
             if learns:
                 for d in range(router.shape[1]):
-                    noise = normal(hyper, made, (layer * router.shape[1] + d) * experts + e, router.numel())
+                    noise = normal(hyper, steps, (layer * router.shape[1] + d) * experts + e, router.numel())
                     new["layers.moe.router"][layer, d, e] = router[layer, d, source] + size * noise
                 slow[0]["router"][layer, :, e] = 0
                 slow[1]["router"][layer, :, e] = slow[1]["router"][layer, :, source]
