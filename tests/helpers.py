@@ -94,7 +94,7 @@ def configs(draw: st.DrawFn, max_experts: int = 5, max_layers: int = 2) -> Model
     """Tiny sizes, odd ones and 1 included, fixed and dynamic K, K = 1, K = E and E = 1 all within reach."""
     experts = draw(st.integers(1, max_experts))
     top_k = draw(st.sampled_from([DYNAMIC_K, DYNAMIC_K, 1, experts]) | st.integers(1, experts))
-    cap = draw(st.none() | st.integers(1, experts))
+    cap = draw(st.none() | st.integers(max(1, top_k), experts))  # -1 is dynamic
     groups = draw(st.sampled_from([1, 2]))
     return ModelConfig(
         vocab_size=draw(st.integers(2, 11)),
@@ -106,7 +106,7 @@ def configs(draw: st.DrawFn, max_experts: int = 5, max_layers: int = 2) -> Model
         moe_intermediate_size=draw(st.sampled_from([1, 3, 4])),
         num_experts=experts,
         num_experts_per_tok=top_k,
-        min_experts_per_tok=draw(st.integers(1, experts if cap is None else cap)),
+        min_experts_per_tok=draw(st.integers(1, top_k if top_k > 0 else cap or experts)),
         max_experts_per_tok=cap,
         tie_word_embeddings=draw(st.booleans()),
     )

@@ -1,5 +1,6 @@
 """Every size of the model, in one place, checked when it is made."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -22,8 +23,8 @@ class ModelConfig:
         moe_intermediate_size: hidden size of one expert (F).
         num_experts: experts per layer (E).
         num_experts_per_tok: experts of a token (K); -1 lets the surprise budget choose per token.
-        min_experts_per_tok: floor under the budget's choice.
-        max_experts_per_tok: static cap (M) over the budget's choice; None means all experts.
+        min_experts_per_tok: floor under the budget's choice; a fixed K is not below it.
+        max_experts_per_tok: static cap (M) over the budget's choice, a fixed K is not above it; None means all experts.
         rms_norm_eps: epsilon of every RMSNorm.
         rope_theta: base of the rotary frequencies.
         routing: `router` asks the router for a ranking; `token` lets it see the token's embedding alone, so that a
@@ -32,7 +33,7 @@ class ModelConfig:
         tie_word_embeddings: whether the head is the transposed embedding.
 
     Raises:
-        ValueError: a size is out of range or does not divide; the message names the key.
+        ValueError: a size is no whole number, out of range or does not divide; the message names the key.
     """
 
     vocab_size: int
@@ -52,7 +53,12 @@ class ModelConfig:
     routing: RoutingRule = "router"
 
     def __post_init__(self) -> None:
-        for field in fields(self)[:8]:
+        sizes, bounds = fields(self)[:8], ("num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok")
+        for name in (*(field.name for field in sizes), *bounds):
+            came = getattr(self, name)
+            whole = isinstance(came, int) and not isinstance(came, bool)
+            _require(whole or (came is None and name == bounds[2]), name, "a whole number", repr(came))
+        for field in sizes:
             _require(getattr(self, field.name) >= 1, field.name, "1 or more", getattr(self, field.name))
         heads, groups, experts = self.num_attention_heads, self.num_key_value_heads, self.num_experts
         _require(heads % groups == 0, "num_key_value_heads", f"a divisor of num_attention_heads ({heads})", groups)
@@ -65,11 +71,15 @@ class ModelConfig:
         floor, ceiling = self.min_experts_per_tok, experts if cap is None else cap
         wanted = f"1 to max_experts_per_tok ({ceiling})"
         _require(1 <= floor <= ceiling, "min_experts_per_tok", wanted, floor)
+        wanted = f"{DYNAMIC_K} (dynamic) or min_experts_per_tok ({floor}) to max_experts_per_tok ({ceiling})"
+        _require(top_k == DYNAMIC_K or floor <= top_k <= ceiling, "num_experts_per_tok", wanted, f"{top_k}; change one")
         _require(self.routing in ROUTING_RULES, "routing", " or ".join(ROUTING_RULES), self.routing)
         dynamic = self.routing != "thresholds" or top_k == DYNAMIC_K
         _require(dynamic, "num_experts_per_tok", f"{DYNAMIC_K} (dynamic) with routing: thresholds", top_k)
-        _require(self.rms_norm_eps > 0, "rms_norm_eps", "more than 0", self.rms_norm_eps)
-        _require(self.rope_theta > 0, "rope_theta", "more than 0", self.rope_theta)
+        for name in ("rms_norm_eps", "rope_theta"):
+            came = getattr(self, name)
+            number = isinstance(came, int | float) and not isinstance(came, bool)
+            _require(number and 0 < came < math.inf, name, "a finite number, more than 0", came)
 
     @property
     def routes_per_token(self) -> int:

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.step.surprise import MEASURED
 from training.storage.results import FINISHED, Row, read_results
 from training.study.analysis import paired_differences, read_facts
 from training.study.statistics import Values, t_interval
 
-VALUES = ("w2", "unweighted", "experts", "input", "benefit", "visited best")
+VALUES = (*MEASURED, "visited best")
 AGREEING = ("w2", "benefit")
 
 

@@ -444,6 +444,7 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ("squares < floor", "squares <= floor * 1e6"),
         ("* (1 - hyper.beta2) > 1", "* (1 - hyper.beta2) > 0"),
         ("load.argmax", "load.argmin"),
+        (" & others", ""),
         ("mu=replaced(expert_opt.mu, 0.0)", "mu=replaced(expert_opt.mu, 1.0)"),
         ("nu=replaced(expert_opt.nu, 1.0)", "nu=replaced(expert_opt.nu, 0.0)"),
         ("+ noise * size", "+ 0 * noise * size"),

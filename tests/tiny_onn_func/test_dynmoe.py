@@ -82,12 +82,13 @@ def questions(
 ) -> Question:
     """One token, one expert, all padding, K = 1, K = E and ties are within reach."""
     tokens, experts = draw(st.integers(1, 5)), draw(st.integers(1, 6))
-    cap = draw(st.none() | st.integers(1, experts))
     fixed = st.sampled_from([1, experts]) | st.integers(1, experts)
+    top_k = draw(st.just(DYNAMIC_K) if dynamic else st.just(DYNAMIC_K) | fixed)
+    cap = draw(st.none() | st.integers(max(1, top_k), experts))
     config = tiny_config(
         num_experts=experts,
-        num_experts_per_tok=draw(st.just(DYNAMIC_K) if dynamic else st.just(DYNAMIC_K) | fixed),
-        min_experts_per_tok=draw(st.integers(1, experts if cap is None else cap)),
+        num_experts_per_tok=top_k,
+        min_experts_per_tok=draw(st.integers(1, top_k if top_k > 0 else cap or experts)),
         max_experts_per_tok=cap,
     )
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))

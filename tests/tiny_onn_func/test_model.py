@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -33,9 +36,22 @@ REFUSED = [
     ("min_experts_per_tok", dict(min_experts_per_tok=0), "got 0"),
     ("min_experts_per_tok", dict(min_experts_per_tok=5), "max_experts_per_tok (4)"),
     ("min_experts_per_tok", dict(min_experts_per_tok=3, max_experts_per_tok=2), "max_experts_per_tok (2)"),
+    ("num_experts_per_tok", dict(num_experts_per_tok=4, max_experts_per_tok=2), "max_experts_per_tok (2), got 4"),
+    ("num_experts_per_tok", dict(num_experts_per_tok=1, min_experts_per_tok=3), "min_experts_per_tok (3) to"),
+    ("rms_norm_eps", dict(rms_norm_eps=math.inf), "a finite number, more than 0, got inf"),
+    ("rope_theta", dict(rope_theta=math.inf), "a finite number, more than 0, got inf"),
     ("rms_norm_eps", dict(rms_norm_eps=0.0), "more than 0"),
     ("rms_norm_eps", dict(rms_norm_eps=math.nan), "got nan"),
     ("rope_theta", dict(rope_theta=-1.0), "more than 0"),
+]
+NO_NUMBERS = [
+    *((name, bad, f"a whole number, got {bad!r}") for name in SIZES for bad in (3.0, True, "3", None)),
+    ("num_experts_per_tok", 2.0, "a whole number, got 2.0"),
+    ("min_experts_per_tok", True, "a whole number, got True"),
+    ("min_experts_per_tok", None, "a whole number, got None"),
+    ("max_experts_per_tok", 2.0, "a whole number, got 2.0"),
+    ("rms_norm_eps", "1e-6", "a finite number, more than 0, got 1e-6"),
+    ("rope_theta", True, "a finite number, more than 0, got True"),
 ]
 
 
@@ -47,12 +63,30 @@ def test_a_size_out_of_range_is_refused_by_its_key(key: str, changes: dict[str, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def _unchecked() -> Iterator[None]:
+    """Without the checker of types, which only the tests have."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.usefixtures("_unchecked")
+@pytest.mark.parametrize(("key", "bad", "said"), NO_NUMBERS, ids=str)
+def test_what_is_no_whole_number_is_no_size(key: str, bad: Any, said: str) -> None:
+    """31.0 and True are equal to whole numbers, and would make a model under another name."""
+    with pytest.raises(ValueError, match=rf"^model\.{key}: expected {re.escape(said)}$"):
+        tiny_config(**{key: bad})
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         dict.fromkeys(SIZES, 1) | {"head_dim": 2},
         dict(num_experts_per_tok=4),
         dict(num_experts_per_tok=1),
+        dict(num_experts_per_tok=3, min_experts_per_tok=3, max_experts_per_tok=3),
         dict(min_experts_per_tok=2, max_experts_per_tok=2),
         dict(max_experts_per_tok=4, min_experts_per_tok=4),
     ],
@@ -84,7 +118,7 @@ def test_a_configuration_is_a_value_that_cannot_change() -> None:
         ({}, 4),
         (dict(max_experts_per_tok=3), 3),
         (dict(num_experts_per_tok=2), 2),
-        (dict(num_experts_per_tok=3, max_experts_per_tok=2), 3),  # the cap is for the budget's choice
+        (dict(num_experts_per_tok=2, max_experts_per_tok=3), 2),
     ],
 )
 def test_routes_per_token_is_the_fixed_k_or_the_cap_or_all(changes: dict[str, int], slots: int) -> None:

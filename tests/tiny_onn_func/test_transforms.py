@@ -12,7 +12,7 @@ from torch._C import _functorch as functorch
 from torch.func import grad, jvp, vmap
 
 from tests.helpers import Case, assert_close, cases, seeded, spread_params, tiny_batch, tiny_config
-from tiny_onn_func import ModelConfig, forward
+from tiny_onn_func import ModelConfig, forward, init_params
 from tiny_onn_func.primitives.vmap import each_run, outside_vmap, outside_vmap_tree, rewrap, unwrap
 from tiny_onn_func.routing import route
 from tiny_onn_func.tree import partition, stack, tree_map, unstack, walk
@@ -463,6 +463,27 @@ def test_the_learning_rate_is_differentiated_through_a_decoupled_step_with_one_e
     loss = next_loss(tiny_config(num_experts_per_tok=1), HyperParams(eps=EPS), "lr", steps=3)
     at = torch.tensor(0.01, dtype=torch.float64)
     assert_close(grad(loss)(at), slope(loss, at), 1e-5)
+
+
+def test_at_the_default_coupling_the_slope_in_the_learning_rate_lacks_the_routers_part() -> None:
+    """A step changes what the router sees, and so the weights; that path is cut. In the README's model it is 0.5 %."""
+    config = ModelConfig(257, 32, 2, 2, 1, 16, 16, 8)
+    text = torch.tensor(list(b"to route or not to route, that is the question; " * 3)[:129])
+    batch = Batch(text[:128].view(4, 32), text[1:].view(4, 32), torch.ones(4, 32, dtype=torch.int64))
+    start = state_of(tree_map(lambda leaf: leaf.double(), init_params(config, torch.Generator().manual_seed(0))))
+
+    def off(coupling: float) -> float:
+        def loss(rate: Tensor) -> Tensor:
+            hyper = HyperParams(lr=rate, router_coupling=coupling)
+            state, _ = hyper_step(start, batch, hyper, config)
+            return hyper_step(state, batch, hyper, config)[1].main_loss
+
+        at = torch.tensor(1e-3, dtype=torch.float64)
+        return abs(float(grad(loss)(at) / slope(loss, at) - 1))
+
+    assert HyperParams().router_coupling == 0.0
+    assert 0.004 < off(0.0) < 0.006
+    assert off(1.0) < 1e-8
 
 
 @pytest.mark.parametrize("name", ["router_lr", "surprise_weight", "z_weight"])

@@ -1,6 +1,6 @@
 """Generate text: read the prompt at once, then decode token by token with a key-value cache."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
-    stop_tokens: Collection[int] = (),
+    stop_tokens: Iterable[int] = (),
     pad_token: int | None = None,
     surprise_budget: float = 0.5,
 ) -> Int[Tensor, "batch total"]:
@@ -48,7 +48,8 @@ def generate(
         surprise_budget: in (0, 1]; read by dynamic K only.
 
     Raises:
-        ValueError: an empty prompt, padding that is not on the left, or an argument out of range.
+        ValueError: an empty prompt, padding that is not on the left, an argument out of range, or logits that are not
+            finite.
     """
     sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty)
     sampled = stream(
@@ -69,7 +70,7 @@ def stream(
     sampling: SamplingParams = SamplingParams(),  # noqa: B008  a frozen value
     context_length: int | None = None,
     attention_mask: Int[Tensor, "batch prompt"] | None = None,
-    stop_tokens: Collection[int] = (),
+    stop_tokens: Iterable[int] = (),
     pad_token: int | None = None,
     surprise_budget: float = 0.5,
     watch: Watch | None = None,
@@ -80,6 +81,7 @@ def stream(
         watch: receives the tokens that were read and the experts that each layer sent them to: the prompt first, then
             every sampled token but the last, which is not read.
     """
+    stop_tokens = tuple(stop_tokens)  # an iterator is read once
     pad = next(iter(stop_tokens), 0) if pad_token is None else pad_token
     _check_prompt(input_ids, attention_mask, config)
     sampling.check()
@@ -95,7 +97,7 @@ def stream(
         context_length=context_length, surprise_budget=surprise_budget,
     )  # fmt: skip
     present = _tokens_present(input_ids, attention_mask, config.vocab_size)
-    stops = torch.tensor(list(stop_tokens), device=input_ids.device)
+    stops = torch.tensor(stop_tokens, device=input_ids.device)
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     tokens = input_ids
     for _ in range(max_new_tokens):

@@ -1,11 +1,12 @@
 """Logits -> the next token: repetition penalty, temperature, top-k, top-p."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
+
+MOST_PENALTY = 1e9  # and its inverse the least: farther from 1 a penalized logit would overflow
 
 
 class SamplingParams(NamedTuple):
@@ -15,7 +16,8 @@ class SamplingParams(NamedTuple):
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample among the k most probable tokens only; None: among all.
         top_p: sample among the fewest tokens whose probability reaches p.
-        repetition_penalty: divides positive logits, multiplies negative ones, of every token of prompt and text.
+        repetition_penalty: divides positive logits, multiplies negative ones, of every token of prompt and text; from
+            1e-9 to 1e9.
     """
 
     temperature: float = 1.0
@@ -29,11 +31,12 @@ class SamplingParams(NamedTuple):
         Raises:
             ValueError: the message names it.
         """
+        penalty, most = self.repetition_penalty, MOST_PENALTY
         rules = (
             (self.temperature >= 0, "temperature", "0 or more", self.temperature),
             (self.top_k is None or self.top_k >= 1, "top_k", "1 or more", self.top_k),
             (0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p),
-            (0 < self.repetition_penalty < math.inf, "repetition_penalty", "more than 0", self.repetition_penalty),
+            (1 / most <= penalty <= most, "repetition_penalty", f"a number from {1 / most:g} to {most:g}", penalty),
         )
         for fits, name, wanted, came in rules:
             if not fits:
@@ -53,7 +56,12 @@ def penalize(
 
 
 def sample(logits: Float[Tensor, "batch vocab"], generator: Generator, params: SamplingParams) -> Int[Tensor, " batch"]:
-    """One token a row: temperature first, then top-k, then top-p (nucleus sampling, arXiv 1904.09751)."""
+    """One token a row: temperature first, then top-k, then top-p (nucleus sampling, arXiv 1904.09751).
+
+    Raises:
+        ValueError: a logit is NaN or infinite, which no token follows from.
+    """
+    check_finite(logits)
     if params.temperature == 0:
         return logits.argmax(dim=-1)
     below_best = logits - logits.amax(dim=-1, keepdim=True)  # so that a temperature near zero overflows nothing
@@ -65,3 +73,19 @@ def sample(logits: Float[Tensor, "batch vocab"], generator: Generator, params: S
     p = torch.where((mass_before < params.top_p) | (mass_before == 0), p, 0.0)
     picked = torch.multinomial(p.to(generator.device), 1, generator=generator).to(ids.device)
     return ids.gather(-1, picked).squeeze(-1)
+
+
+def check_finite(logits: Float[Tensor, "batch vocab"]) -> None:
+    """Refuse logits with NaN or infinity among them; on the meta device there are no values to look at.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if logits.device.type == "meta":
+        return
+    broken = logits[~logits.isfinite()]
+    if broken.numel():
+        raise ValueError(
+            f"logits: expected finite numbers, got {float(broken[0])}; the parameters are not finite or too large, "
+            "write with those of an earlier checkpoint"
+        )

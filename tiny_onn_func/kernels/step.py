@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tiny_onn_func.kernels.runtime import Read, check, loaded, refuse
 
-IGNORE_INDEX = -100  # the label of a position that has no target
+IGNORE_INDEX = -100  # the label of a position that has no target, as in torch.nn.functional.cross_entropy
 TIE_TOLERANCE = 2.0**-17  # of the larger size: values of a token's experts that lie no further apart are equal
 F32, F64, I64, BOOL = torch.float32, torch.float64, torch.int64, torch.bool
 

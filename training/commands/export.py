@@ -37,7 +37,8 @@ def export_run(
         if not 1 <= num_experts_per_tok <= model.num_experts:
             wanted = f"1 to {model.num_experts} (the run's experts)"
             raise UserError(f"--num-experts-per-tok: expected {wanted}, got {num_experts_per_tok}")
-        model = replace(model, num_experts_per_tok=num_experts_per_tok)
+        # floor and cap bounded the budget's choice, which this K replaces
+        model = replace(model, num_experts_per_tok=num_experts_per_tok, min_experts_per_tok=1, max_experts_per_tok=None)
     reason = inexpressible(params, model)
     if reason is not None:
         raise UserError(f"{run}: Qwen3-MoE has no name for {reason}; {_advice(run, model.num_experts_per_tok)}")

@@ -16,6 +16,7 @@ from training.errors import UserError
 
 MARKS = (BOUNDARY_TEXT, TURN_START, TURN_END)
 LEAST = 256 + len(MARKS)
+MOST = (1 << 24) - 1
 CHAT = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -32,15 +33,16 @@ def train_tokenizer(data: str, out: str | Path, vocab_size: int, *, holdout: flo
     Args:
         data: what `--data` takes.
         out: a new or empty folder; it appears whole or not at all.
-        vocab_size: tokens in all, 259 or more. A short text may not have so many pairs.
+        vocab_size: tokens in all, from 259 to 16777215. A short text may not have so many pairs.
         holdout, split: as in a run; what is held out there is not looked at here.
 
     Raises:
         UserError: a number out of range, a source that cannot be read, a text with too few pairs, no `tokenizers`,
             `out` holds something.
     """
-    if not LEAST <= vocab_size < 1 << 24:
-        raise UserError(f"--vocab-size: expected {LEAST} (256 bytes and {len(MARKS)} marks) or more, got {vocab_size}")
+    if not LEAST <= vocab_size <= MOST:
+        wanted = f"{LEAST} (256 bytes and {len(MARKS)} marks) to {MOST}"
+        raise UserError(f"--vocab-size: expected {wanted}, got {vocab_size}; 4096 is usual for a small model")
     if not 0 < holdout < 1:
         raise UserError(f"--holdout: expected more than 0 and less than 1, got {holdout!r}")
     target = Path(out).resolve()

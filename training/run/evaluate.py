@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
-from tiny_onn_func.tree import Tree, device_of, to_device, tree_map
+from tiny_onn_func.tree import Tree, device_of, leaves, to_device, tree_map
 from training.data.batches import held_out_batches, scored_span
 from training.data.corpus import Splits
 from training.errors import UserError
@@ -63,11 +63,13 @@ def evaluate_runs(
     Args:
         params: stacked, leaves (R, ...).
         batches: whose targets stand for `num_bytes` bytes of text.
-        surprise_budgets: R of them, as in training; they decide K where K is dynamic.
+        surprise_budgets: R of them in (0, 1], as in training; they decide K where K is dynamic.
 
     Raises:
         UserError: there is nothing to score.
+        ValueError: budgets that are out of range or not one a model, or less than no bytes.
     """
+    _check_numbers(leaves(params)[0].shape[0], num_bytes, surprise_budgets)
 
     def sums(params: Tree, budget: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         logits, trace = forward(
@@ -100,6 +102,16 @@ def evaluate_runs(
         )
         for nats, correct, visits in totals.T.tolist()
     ]
+
+
+def _check_numbers(models: int, num_bytes: int, budgets: Sequence[float]) -> None:
+    if len(budgets) != models:
+        raise ValueError(f"surprise_budgets: expected one for each of {models} models, got {len(budgets)}")
+    for budget in budgets:
+        if not 0 < budget <= 1:
+            raise ValueError(f"surprise_budget: expected a number in (0, 1], got {budget}; take that of the training")
+    if num_bytes < 0:
+        raise ValueError(f"num_bytes: expected the bytes of the text, 1 or more, got {num_bytes}; count them")
 
 
 def score_runs(params: Tree, configs: Sequence[RunConfig], corpus: Splits, max_bytes: int | None) -> list[Score]:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from tiny_onn_func.checks import check_dtype, check_shape
-
-IGNORE_INDEX = -100  # label of a position that has no target, as in torch.nn.functional.cross_entropy
+from tiny_onn_func.kernels.step import IGNORE_INDEX as IGNORE_INDEX
 
 
 class Batch(NamedTuple):

@@ -73,7 +73,8 @@ class HyperParams(NamedTuple):
     z_weight: Number = 0.0
     """Weight of the router z-loss (ST-MoE)."""
     router_coupling: Number = 0.0
-    """Share of the main loss's gradient that reaches the router; 1 is the standard top-k router."""
+    """Share of the main loss's gradient that reaches the router; 1 is the standard top-k router. Below 1 slopes through
+    several steps, such as d(next loss)/d(lr), lack the part that goes through the router."""
     bias_speed: Number = 0.0
     """Step of the selection bias (loss-free balancing, arXiv 2408.15664)."""
     explore_prob: Number = 0.0

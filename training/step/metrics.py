@@ -65,7 +65,7 @@ class Metrics(NamedTuple):
     router_loss: Tensor  # mean nats per informative (layer, token)
     main_acc: Tensor  # share of targets that the most probable token hits
     gating_acc: Tensor  # share of informative tokens whose preferred expert is the target
-    gating_trivial: Tensor  # what picking a routed expert at random would score
+    gating_trivial: Tensor  # mean of 1 / (experts that the token visits in the layer) over informative (layer, token)
     surprise: Tensor  # mean over routed (layer, token, expert)
     nonfinite_surprise: Tensor  # routed (layer, token, expert) whose surprise is NaN or infinite
     tau: Tensor  # mean entropy of the output distribution, nats
@@ -73,7 +73,7 @@ class Metrics(NamedTuple):
     avg_k: Tensor  # experts per real token
     max_vio: Tensor  # (max load - mean load) / mean load, mean over layers
     dead_experts: Tensor  # (layer, expert) pairs without a row in this batch
-    tie_rate: Tensor  # share of real (layer, token) whose candidates are all equally surprised
+    tie_rate: Tensor  # share of real (layer, token) with enough candidates, two or more, which are all equal (2^-17)
     balance_loss: Tensor
     z_loss: Tensor
     grad_norm: Tensor  # of the mean main loss in the fast parameters, before clipping

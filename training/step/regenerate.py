@@ -30,16 +30,17 @@ def regenerate(
 
     An expert starves when its w2's mean squared gradient, as AdamW remembers it, is below `regenerate_below` times the
     mean of its layer: one without tokens falls to 1 % of it in ln 100 / (1 - beta2) steps. It becomes a copy of the
-    layer's busiest expert; its router column is the busiest one's turned aside by noise of the matrix's own size, so
-    that the two share tokens. Its first moments start at zero and its second moments are those of its source: with
-    zeros it would starve again by definition. Nothing happens in the first 1 / (1 - beta2) steps. A router that does
-    not learn, `router_learns` being 0 (its rate is 0, or it is frozen), keeps its columns.
+    layer's busiest expert, which itself never starves; its router column is the busiest one's turned aside by noise of
+    the matrix's own size, so that the two share tokens. Its first moments start at zero and its second moments are
+    those of its source: with zeros it would starve again by definition. Nothing happens in the first 1 / (1 - beta2)
+    steps. A router that does not learn, `router_learns` being 0 (its rate is 0, or it is frozen), keeps its columns.
     """
     moe = params["layers"]["moe"]
     squares = reduce(expert_opt.nu["layers"]["moe"]["w2"], "... experts inner dim -> ... experts", "mean")
     floor = as_wide_as(squares, hyper.regenerate_below) * squares.mean(dim=-1, keepdim=True)
-    starved = (squares < floor) & as_wide_as(squares, step * (1 - hyper.beta2) > 1)
     source = load.argmax(dim=-1)
+    others = torch.arange(load.shape[-1], device=load.device) != source.unsqueeze(-1)
+    starved = (squares < floor) & as_wide_as(squares, step * (1 - hyper.beta2) > 1) & others
 
     def replaced(tree: Tree, factor: float, **more: Tensor) -> Tree:
         own = tree["layers"]["moe"]

@@ -19,17 +19,10 @@ from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import Number
 from training.step.losses import language_modelling
 from training.step.main_pass import gradients
-from training.step.surprise import SURPRISE_KINDS, SurpriseKind, divide_by_weight
+from training.step.surprise import MEASURED, SURPRISE_KINDS, divide_by_weight
 
-RECORDED: tuple[SurpriseKind, ...] = ("w2", "experts", "input", "benefit")  # `unweighted` is w2 over the weight
-VALUES = (
-    "w2",
-    "unweighted",
-    "experts",
-    "input",
-    "benefit",
-    "weight",
-)  # what `all_surprises` gives, the lower the better
+RECORDED = {SURPRISE_KINDS[kind].points: kind for kind in MEASURED}  # where rows are measured -> a kind that does
+VALUES = (*MEASURED, "weight")  # what `all_surprises` gives, the lower the better
 
 
 def all_surprises(
@@ -46,7 +39,7 @@ def all_surprises(
         params, batch, surprise_budget = inputs
         batch = without_padding_labels(batch)
         leaf, w2, w13, surfaces = embedding["embed_tokens"], apply_w2, apply_w13, []
-        for kind in RECORDED:
+        for kind in RECORDED.values():
             surfaces.append(
                 leaf.new_full((*batch.input_ids.shape[:-2], *shape), torch.inf, dtype=wide_dtype(leaf.dtype))
             )
@@ -62,15 +55,16 @@ def all_surprises(
     _, (surfaces, trace) = gradients(
         objective, ({"embed_tokens": params["embed_tokens"]},), (dict(params), batch, surprise_budget)
     )
-    recorded = dict(zip(RECORDED, surfaces, strict=True))
-    routes = trace.expert_ids, trace.weights, trace.active
-    known: dict[str, Tensor] = {**recorded, "unweighted": recorded["w2"]}
-    known |= {
-        kind: divide_by_weight(known[kind], *routes) for kind, entry in SURPRISE_KINDS.items() if entry.divide_by_weight
-    }
-    weights = torch.where(trace.active, trace.weights, torch.inf).to(recorded["w2"].dtype)
-    known["weight"] = torch.full_like(recorded["w2"], torch.inf).scatter(-1, trace.expert_ids, weights)
-    return torch.stack([known[name] for name in VALUES]), trace
+    recorded, values = dict(zip(RECORDED, surfaces, strict=True)), []
+    for kind in MEASURED:
+        entry = SURPRISE_KINDS[kind]
+        value = recorded[entry.points]
+        if entry.divide_by_weight:
+            value = divide_by_weight(value, trace.expert_ids, trace.weights, trace.active)
+        values.append(value)
+    weights = torch.where(trace.active, trace.weights, torch.inf).to(surfaces[0].dtype)
+    values.append(torch.full_like(surfaces[0], torch.inf).scatter(-1, trace.expert_ids, weights))
+    return torch.stack(values), trace
 
 
 class Agreement(NamedTuple):

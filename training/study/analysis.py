@@ -11,7 +11,8 @@ the orders that were, at 95 %, and no verdict stands on them.
 - equivalent: two one-sided t-tests (TOST) at 5 %, corrected, put the difference within the margin, which was set before
   the runs; three pairs or more. `low` and `high` are then those of the interval that decided it, at `level`.
 - identical: every pair has the same score to the last digit, so what the arm changes had no effect.
-- undecided: neither; also with fewer than two pairs, or when a run of the arm diverged.
+- undecided: neither; also with fewer than two pairs, or when a run of the arm diverged: one whose score is not finite
+  did, whatever its row says.
 
 Corrected is (Holm 1979) over the family of all comparisons that the study planned: every arm at every point of the
 axes. The answer is read as one, and the best of all its lines is what a reader takes home, so a size or a text more is
@@ -19,6 +20,11 @@ as much a chance to be wrong as an arm more. Comparisons without runs count as w
 diverge, must not decide how strictly the rest is judged. Better or worse, equivalent, and beyond the margin are three
 families, each of them held at 5 %, for each answers a question of its own. One true difference can make only one of the
 first two false, so a false verdict of any kind is in at most 10 % of studies, in 5 % of those whose arms are alike.
+
+Where axes are tuned, an arm is compared at the point that the runs of `tune_seeds` found best, by runs that had no say
+in it. A study without such seeds chooses by the runs that it compares: the comparison is then one of as many as there
+are pairs of a point of the arm and one of its baseline (`tried`). Its p are multiplied by that before Holm's method
+(Bonferroni), and `note` says so; intervals of 95 % are of the chosen points alone.
 """
 
 import json
@@ -42,6 +48,10 @@ from training.study.tasks import Continual
 LEVEL = 0.05  # of all tests, of the whole family
 MATCHED = 0.05  # avg_k, or the operations of a forward pass, within this share of the baseline's count as equal
 MEASURE = "nats_per_token"
+SHARED = (
+    "Tuned ({}) by the runs that are compared: every p is multiplied by the pairs of points that were tried, and the "
+    "means and intervals of 95 % flatter all arms; `tune_seeds` in the study's file tune on seeds of their own."
+)
 BESIDE = (
     "bits_per_byte",
     "avg_k",
@@ -80,9 +90,10 @@ def analyse_rows(
 ) -> dict[str, Any]:
     """The values of analysis.json, from the rows of results.csv (numbers, or their text) and runs' routing facts."""
     by_label: dict[str, list[Row]] = {}
-    for run, row in zip(expand(study), rows, strict=True):
+    for run, row in zip(expand(study), map(_as_it_is, rows), strict=True):
         by_label.setdefault(run.arm, []).append(row)
-    chosen = {label: _best_point(runs, study.tune) for label, runs in by_label.items()}
+    points = {label: _points(runs, study.tune) for label, runs in by_label.items()}
+    chosen = {label: _chosen(of_arm, study.tune_seeds) for label, of_arm in points.items()}
     arms = {label: _describe(runs, study.tune, facts or {}) for label, runs in chosen.items()}
     baselines = baselines_of(study)
     pairs = {
@@ -91,7 +102,9 @@ def analyse_rows(
         if label != other
     }
     lost = {label for label in pairs if arms[label]["diverged"] or arms[baselines[label]]["diverged"]}
-    against = judge(pairs, study.margin, lost)
+    shared = bool(study.tune) and not study.tune_seeds
+    tried = {label: len(points[label]) * len(points[baselines[label]]) if shared else 1 for label in pairs}
+    against = judge(pairs, study.margin, lost, tried)
     for label, pair in against.items():
         pair["baseline"] = baselines[label]
         for key, measure in {"k_matched": "avg_k", "flops_matched": "flops_per_token"}.items():
@@ -102,6 +115,7 @@ def analyse_rows(
     baseline = study.baseline or next(iter(baselines.values()))
     return {
         **facts, "baseline": baseline, "measure": MEASURE, "confidence": CONFIDENCE, "tuned": list(study.tune),
+        "tuned_on": list(study.tune_seeds), "note": SHARED.format(", ".join(study.tune)) if shared else "",
         "matched_within": MATCHED, "answer": _answer(against, baseline, study.margin), "arms": arms,
         "against_baseline": against, **stream,
     }  # fmt: skip
@@ -114,23 +128,31 @@ def paired_differences(ours: Sequence[Row], theirs: Sequence[Row], measure: str)
 
 
 def judge(
-    differences: Mapping[str, Float[np.ndarray, "pairs orders"]], margin: float, lost: Collection[str] = ()
+    differences: Mapping[str, Float[np.ndarray, "pairs orders"]],
+    margin: float,
+    lost: Collection[str] = (),
+    tried: Mapping[str, int] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Label -> tests, verdict and interval of its paired differences; `lost` are those where a run diverged."""
-    comparisons = decide({label: _compare(pairs, margin) for label, pairs in differences.items()}, lost)
+    """Label -> tests, verdict and interval of its paired differences; `lost` are those where a run diverged.
+
+    `tried` says of how many comparisons of a label these are the chosen ones; 1 where it says nothing.
+    """
+    comparisons = decide({label: _compare(pairs, margin) for label, pairs in differences.items()}, lost, tried)
     multiplied = step_down(_planned(comparisons, "tost_p"))
     for label, pair in comparisons.items():
         if pair["verdict"] == "equivalent":
-            pair["level"] = 1 - 2 * LEVEL / multiplied[label]
+            pair["level"] = 1 - 2 * LEVEL / (multiplied[label] * pair["tried"])
             _, pair["low"], pair["high"] = t_interval(differences[label], pair["level"])
     return comparisons
 
 
-def decide(pairs: Mapping[str, Mapping[str, Any]], lost: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+def decide(
+    pairs: Mapping[str, Mapping[str, Any]], lost: Collection[str] = (), tried: Mapping[str, int] | None = None
+) -> dict[str, dict[str, Any]]:
     """The comparisons of one family with their p values corrected, and verdicts."""
-    comparisons = {label: dict(pair) for label, pair in pairs.items()}
+    comparisons = {label: {**pair, "tried": (tried or {}).get(label, 1)} for label, pair in pairs.items()}
     for key in ("p", "tost_p", "beyond_p"):
-        corrected = holm(_planned(pairs, key))
+        corrected = holm(_planned(comparisons, key))
         for label, pair in comparisons.items():
             pair[f"{key}_holm"] = None if pair[key] is None else corrected[label]
     for label, pair in comparisons.items():
@@ -158,7 +180,7 @@ def study_table(analysis: Mapping[str, Any]) -> str:
     head = lines[0]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*text, "", analysis["answer"]])
+    return "\n".join([*text, "", analysis["answer"], *([analysis["note"]] if analysis.get("note") else [])])
 
 
 def read_facts(folder: Path, runs: Sequence[str]) -> dict[str, Mapping[str, Any]]:
@@ -194,18 +216,27 @@ def _mean(values: Sequence[Any]) -> Any:
 # Pieces ---------------------------------------------------------------------------------------------------------------
 
 
-def _best_point(rows: Sequence[Row], tune: Sequence[str]) -> list[Row]:
-    """The runs at the tuned axes' values of the lowest mean score; points where a run diverged come last."""
+def _points(rows: Sequence[Row], tune: Sequence[str]) -> list[list[Row]]:
+    """The runs of an arm at each combination of the tuned axes' values."""
     points: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         points.setdefault(tuple(str(row[key]) for key in tune), []).append(row)
+    return [*points.values()]
 
-    def rank(point: list[Row]) -> tuple[int, int, float]:
-        scores = _scores(point)
-        lost = sum(row["status"] == DIVERGED for row in point)
+
+def _chosen(points: Sequence[Sequence[Row]], tune_seeds: Collection[int]) -> list[Row]:
+    """The runs that are compared: at the point where those of the tuning's seeds, or else they, score best on average.
+
+    Points where a run diverged come last, before them those with fewer runs.
+    """
+    seeds = {str(seed) for seed in tune_seeds}
+
+    def rank(point: Sequence[Row]) -> tuple[int, int, float]:
+        runs = [row for row in point if not seeds or str(row["seed"]) in seeds]
+        scores, lost = _scores(runs), sum(row["status"] == DIVERGED for row in runs)
         return lost, -len(scores), fmean(scores) if scores else math.inf
 
-    return min(points.values(), key=rank)
+    return [row for row in min(points, key=rank) if str(row["seed"]) not in seeds]
 
 
 def _describe(rows: Sequence[Row], tune: Sequence[str], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -218,7 +249,7 @@ def _describe(rows: Sequence[Row], tune: Sequence[str], facts: Mapping[str, Mapp
         "high": high,
         "n": whole.size or len(scores),
         "seeds": len(whole) or len({str(row["seed"]) for row in rows if row["status"] == FINISHED}),
-        **{key: fmean(values) if values else None for key, values in beside.items()},
+        **{key: fmean(values) if values and np.isfinite(values).all() else None for key, values in beside.items()},
         "diverged": sum(row["status"] == DIVERGED for row in rows),
         "tuned": {key: _plain(rows[0][key]) for key in tune},
         "runs": [row["run"] for row in rows],
@@ -229,7 +260,7 @@ def _describe(rows: Sequence[Row], tune: Sequence[str], facts: Mapping[str, Mapp
 def _compare(pairs: Float[np.ndarray, "pairs orders"], margin: float) -> dict[str, Any]:
     if not len(pairs):
         return dict.fromkeys(("difference", "low", "high", "level", "p", "tost_p", "beyond_p", "identical")) | {"n": 0}
-    mean, low, high = t_interval(pairs)
+    mean, low, high = _interval(pairs)
     _, *same = t_interval(pairs.mean(axis=1, keepdims=True))
     return {
         "difference": mean, "low": low, "high": high, "level": CONFIDENCE, "n": len(pairs), "orders": pairs.shape[1],
@@ -248,8 +279,8 @@ def _verdict(pair: Mapping[str, Any]) -> str:
 
 
 def _planned(pairs: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, float]:
-    """The p of every comparison of the plan; 1 where runs are missing."""
-    return {label: 1.0 if pair[key] is None else pair[key] for label, pair in pairs.items()}
+    """The p of every comparison of the plan, for the best of those that were tried; 1 where runs are missing."""
+    return {label: 1.0 if pair[key] is None else min(1.0, pair[key] * pair["tried"]) for label, pair in pairs.items()}
 
 
 def _continual(chosen: Mapping[str, Sequence[Row]], baselines: Mapping[str, str]) -> dict[str, Any]:
@@ -277,7 +308,7 @@ def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: flo
     parts = []
     for verdict, verb in {
         "better": "better than", "worse": "worse than", "equivalent": f"within {margin:g} nats of",
-        "undecided": "not told apart from",
+        "undecided": "no difference found from",
     }.items():  # fmt: skip
         ranked = sorted(
             (pair["difference"], name)
@@ -286,7 +317,7 @@ def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: flo
         )
         if len(ranked) > MENTIONED and verdict == "undecided":
             span = f"{ranked[0][0]:+.3f} to {ranked[-1][0]:+.3f}"
-            parts.append(f"{len(ranked)} of {len(against)} {verb} {baseline} ({span})")
+            parts.append(f"{verb} {baseline}: {len(ranked)} of {len(against)} ({span})")
         elif ranked:
             names = ", ".join(f"{name} ({difference:+.3f})" for difference, name in ranked)
             parts.append(f"{verb} {baseline}: {names}")
@@ -300,7 +331,14 @@ def _answer(against: Mapping[str, Mapping[str, Any]], baseline: str, margin: flo
 
 
 def _interval(table: Float[np.ndarray, "pairs orders"]) -> tuple[float | None, float | None, float | None]:
-    return t_interval(table) if len(table) else (None, None, None)
+    mean, low, high = t_interval(table) if len(table) else (math.nan, None, None)
+    return None if math.isnan(mean) else mean, low, high
+
+
+def _as_it_is(row: Row) -> Row:
+    """The row as what it is: a run whose score is not finite diverged."""
+    broken = row["status"] == FINISHED and not math.isfinite(float(row[MEASURE]))
+    return row | {"status": DIVERGED} if broken else row
 
 
 def _scores(rows: Sequence[Row]) -> list[float]:
@@ -308,19 +346,20 @@ def _scores(rows: Sequence[Row]) -> list[float]:
     return [float(row[MEASURE]) for row in rows if row["status"] == FINISHED]
 
 
-def _grid(rows: Sequence[Row], measure: str, planned: Sequence[Row]) -> Float[np.ndarray, "seeds orders"]:
-    """The finished runs' values at the seeds and orders of the planned ones; NaN where there is none."""
+def _grid(rows: Sequence[Row], measure: str, planned: Sequence[Row]) -> np.ma.MaskedArray:
+    """(seeds, orders) the finished runs' values at the seeds and orders of the planned ones, masked without a run."""
     at = {(str(row["seed"]), row.get("order")): float(row[measure]) for row in rows if row["status"] == FINISHED}
     seeds, orders = (
         dict.fromkeys(str(row["seed"]) for row in planned),
         dict.fromkeys(row.get("order") for row in planned),
     )
-    return np.array([[at.get((seed, order), np.nan) for order in orders] for seed in seeds])
+    missing = [[(seed, order) not in at for order in orders] for seed in seeds]
+    return np.ma.array([[at.get((seed, order), 0.0) for order in orders] for seed in seeds], mask=missing)
 
 
-def _whole(grid: Float[np.ndarray, "seeds orders"]) -> Float[np.ndarray, "pairs orders"]:
-    """The rows without a gap."""
-    return grid[~np.isnan(grid).any(axis=1)]
+def _whole(grid: np.ma.MaskedArray) -> Float[np.ndarray, "pairs orders"]:
+    """The rows without a gap; a value that is not finite is none."""
+    return grid.data[~np.ma.getmaskarray(grid).any(axis=1)]
 
 
 def _plain(value: Any) -> Any:

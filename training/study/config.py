@@ -24,7 +24,13 @@ from training.run.config import RunConfig
 from training.run.initial_state import sizes_follow
 from training.run.suggest import advice
 
-QUICK_PARTS = ("seeds", "arms", "axes", "orders")  # of a study that its short version may change, beside the base
+QUICK_PARTS = (
+    "seeds",
+    "tune_seeds",
+    "arms",
+    "axes",
+    "orders",
+)  # of a study that its short version may change, beside the base
 Values = Mapping[str, Any]  # dotted key -> value
 UNUSED = {  # settings that mean nothing in a study, and what to write instead
     "seed": "give `seeds: [0, 1, 2]` beside base",
@@ -71,12 +77,15 @@ class StudyConfig:
         orders: names of all tasks in the order in which they are learned; every arm goes through all orders with every
             seed, and arms are compared pair by pair of seed and order. None means the order of `tasks`.
         tune: axes of which each arm takes the value with the best mean score, instead of being reported at each.
+        tune_seeds: seeds whose runs alone choose those values; none of `seeds`. Without them the runs that are compared
+            choose as well, which finds differences that are luck, so that p is multiplied by all that was tried.
         seeds: of parameters and batches; arms are compared seed by seed.
         baseline: the arm that others are compared with; "" is the first one.
         record_every: steps between two records in a run's metrics.jsonl.
         analysis_tokens: held-out tokens a layer on which each finished run's router is compared with the counterfactual
             oracle; 0 leaves out all that `training.study.routing_analysis` says.
-        quick: changes for a short version of the study: `seeds`, `axes`, `orders`, `arms` (names), and keys of base.
+        quick: changes for a short version of the study: `seeds`, `tune_seeds`, `axes`, `orders`, `arms` (names), and
+            keys of base.
 
     Raises:
         UserError: something is unknown, empty, doubled or out of range; the message names the key and the mend.
@@ -93,6 +102,7 @@ class StudyConfig:
     tasks: Mapping[str, str] = field(default_factory=dict)
     orders: Sequence[Sequence[str]] = ()
     tune: Sequence[str] = ()
+    tune_seeds: Sequence[int] = ()
     seeds: Sequence[int] = ()
     baseline: str = ""
     record_every: int = 1
@@ -108,6 +118,7 @@ class StudyConfig:
         _refuse_doubles(self.seeds, "seeds")
         _refuse_doubles([arm.name for arm in self.arms], "arms")
         _check_keys(self)
+        _check_tuning(self)
         _check_tasks(self)
         labels = [run.arm for run in expand(self)]
         known = [*dict.fromkeys([*(arm.name for arm in self.arms), *labels])]
@@ -116,7 +127,7 @@ class StudyConfig:
 
 
 class Cell(NamedTuple):
-    """One arm at one point of the axes: a run for each seed."""
+    """One arm at one point of the axes: a run for each seed, those of the tuning among them."""
 
     arm: str  # its own name
     label: str  # of arm and axes, without what is tuned: the name under which it is compared
@@ -136,10 +147,14 @@ class StudyRun(NamedTuple):
 
 
 def expand(study: StudyConfig) -> list[StudyRun]:
-    """All runs: every cell with the first seed and order, then with the next order, then with the next seed."""
+    """All runs: every cell with the first seed and order, then with the next order, then with the next seed.
+
+    The seeds of the tuning are the last. All seeds have a run at every point, so that all are of one program and none
+    waits for what the tuning finds.
+    """
     keys, study_cells, runs = overridden_keys(study), cells(study), []
     orders = [(f"-order{number}", tuple(order)) for number, order in enumerate(orders_of(study), 1)] or [("", ())]
-    for seed, (mark, order), cell in product(study.seeds, orders, study_cells):
+    for seed, (mark, order), cell in product((*study.seeds, *study.tune_seeds), orders, study_cells):
         tuned = {key: cell.point[key] for key in study.tune}
         name = " ".join(part for part in (cell.label, _point_text(tuned, study)) if part)
         values = flatten(asdict(cell.config))
@@ -198,7 +213,7 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
     values = {f.name: getattr(study, f.name) for f in fields(study)}
     base = {key: value for key, value in asdict(study.base).items() if key not in UNUSED or key in IN_BASE}
     arms = [{"name": arm.name, "set": dict(arm.set)} for arm in study.arms]
-    lists = {key: list(values[key]) for key in ("tune", "seeds")}
+    lists = {key: list(values[key]) for key in ("tune", "tune_seeds", "seeds")}
     axes = {key: list(points) for key, points in study.axes.items()}
     lists["orders"] = [list(order) for order in study.orders]
     parts = {"base": base, "arms": arms, "axes": axes, "tasks": dict(study.tasks), "quick": dict(study.quick)}
@@ -211,7 +226,7 @@ def quick_study(study: StudyConfig) -> StudyConfig:
     if not changes:
         raise UserError("quick: expected what the short version changes, got nothing; add `quick: {steps: 50}`")
     names = changes.pop("arms", [arm.name for arm in study.arms])
-    parts = {key: changes.pop(key) for key in ("seeds", "axes", "orders") if key in changes}
+    parts = {key: changes.pop(key) for key in ("seeds", "tune_seeds", "axes", "orders") if key in changes}
     for name in names:
         if name not in [arm.name for arm in study.arms]:
             raise UserError(
@@ -249,9 +264,20 @@ def _check_keys(study: StudyConfig) -> None:
     if study.combine == "zip" and len({*lengths.values()}) > 1:
         counts = ", ".join(f"{key} {count}" for key, count in lengths.items())
         raise UserError(f"axes: expected as many values on each for combine: zip, got {counts}; or combine: grid")
+
+
+def _check_tuning(study: StudyConfig) -> None:
     for key in study.tune:
         if key not in study.axes:
             raise UserError(f"tune: expected axes ({', '.join(study.axes) or 'there are none'}), got {key!r}")
+        values, mend = [*study.axes[key]], "give it more values, or remove it from tune"
+        _require(len(values) > 1, "tune", f"axes of two values or more, {key} among them", values, mend)
+    wanted, mend = "none without tune", "add `tune: [AXIS]`, or remove them"
+    _require(bool(study.tune) or not study.tune_seeds, "tune_seeds", wanted, [*study.tune_seeds], mend)
+    _refuse_doubles(study.tune_seeds, "tune_seeds")
+    for seed in study.tune_seeds:
+        wanted, mend = f"other seeds than those that are compared ({', '.join(map(str, study.seeds))})", "take another"
+        _require(seed not in study.seeds, "tune_seeds", wanted, seed, mend)
 
 
 def _check_tasks(study: StudyConfig) -> None:

@@ -18,7 +18,7 @@ KINDS = {str: "text", dict: "keys and values below it", list: "a list", int: "a 
 WANTED: dict[str, type] = (
     dict.fromkeys(("name", "question", "falsifier", "baseline", "combine"), str)
     | dict.fromkeys(("base", "axes", "tasks", "quick"), dict)
-    | dict.fromkeys(("arms", "orders", "tune", "seeds"), list)
+    | dict.fromkeys(("arms", "orders", "tune", "tune_seeds", "seeds"), list)
     | {"margin": float, "record_every": int, "analysis_tokens": int}
 )
 
@@ -68,14 +68,16 @@ def parse_study(values: Mapping[Any, Any], *, name: str) -> StudyConfig:
     settings = {key: _kind(value, WANTED[key], key) for key, value in values.items() if value is not None}
     if "margin" not in settings:
         raise UserError("margin: expected nats per token, got none; set it before the runs, such as `margin: 0.02`")
-    for seed in settings.get("seeds", ()):
-        _kind(seed, int, "seeds")
+    for seeds in ("seeds", "tune_seeds"):
+        for seed in settings.get(seeds, ()):
+            _kind(seed, int, seeds)
     for key in settings.get("tune", ()):
         _kind(key, str, "tune")
     quick = dict(settings.get("quick", {}))
     parts = {key: _kind(quick.pop(key), WANTED[key], f"quick.{key}") for key in QUICK_PARTS if key in quick}
-    for seed in parts.get("seeds", ()):
-        _kind(seed, int, "quick.seeds")
+    for seeds in ("seeds", "tune_seeds"):
+        for seed in parts.get(seeds, ()):
+            _kind(seed, int, f"quick.{seeds}")
     _check_names(settings.get("tasks", {}), settings.get("orders", ()), "")
     _check_names({}, parts.get("orders", ()), "quick.")
     if "axes" in parts:

@@ -10,9 +10,13 @@ that of the seeds' means, that of the orders' means, and Welch's with the varian
 1973). Their largest p and the interval that spans theirs are what counts. Each alone says too often that there is an
 effect: the first where orders matter, the first two where both matter and are many, the third far out in the tails,
 where corrected tests live. With one order alone, what is said is said of that order.
+
+A value that is not finite is none that varies: nothing is decided by values among which there is one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,7 +34,7 @@ Alternative = Literal["two-sided", "less", "greater"]
 class Interval(NamedTuple):
     """A mean and its t-interval; no bounds with fewer than two pairs, or two that are the same."""
 
-    mean: float
+    mean: float  # NaN where a value is not finite, and no bounds then
     low: float | None
     high: float | None
 
@@ -38,15 +42,15 @@ class Interval(NamedTuple):
 def t_interval(values: Values, confidence: float = CONFIDENCE) -> Interval:
     """mean +- t_{n - 1} * s / sqrt(n); of several orders, what spans the three intervals."""
     table = _table(values)
-    mean = float(table.mean())
-    if len(table) < 2:
+    mean = float(table.mean()) if np.isfinite(table).all() else math.nan
+    if len(table) < 2 or math.isnan(mean):
         return Interval(mean, None, None)
     lows, highs = zip(*(test.confidence_interval(confidence) for test in _tests(table, 0.0, "two-sided")), strict=True)
     return Interval(mean, _known(np.min(lows)), _known(np.max(highs)))
 
 
 def t_test(differences: Values) -> float | None:
-    """Two-sided p of paired differences with mean zero; None with fewer than two pairs."""
+    """Two-sided p of paired differences with mean zero; None with fewer than two pairs, or one that is not finite."""
     table = _table(differences)
     return None if len(table) < 2 else _known(p_value(table))
 
@@ -54,7 +58,8 @@ def t_test(differences: Values) -> float | None:
 def tost(differences: Values, margin: float) -> float | None:
     """p of "the mean difference is outside (-margin, margin)", the larger of two one-sided ones (Schuirmann 1987).
 
-    None with fewer than EQUIVALENT pairs: two that happen to be near each other would make a very small p.
+    None with fewer than EQUIVALENT pairs: two that happen to be near each other would make a very small p. None, too,
+    where one is not finite.
     """
     table = _table(differences)
     if len(table) < EQUIVALENT:
@@ -63,7 +68,7 @@ def tost(differences: Values, margin: float) -> float | None:
 
 
 def beyond(differences: Values, margin: float) -> float | None:
-    """Two-sided p of "the mean difference is inside [-margin, margin]"; None with fewer than two pairs."""
+    """Two-sided p of "the mean difference is inside [-margin, margin]"; None where `t_test` has none."""
     table = _table(differences)
     if len(table) < 2:
         return None
@@ -72,8 +77,11 @@ def beyond(differences: Values, margin: float) -> float | None:
 
 
 def p_value(table: Table, null: float = 0.0, alternative: Alternative = "two-sided") -> Float[np.ndarray, "*studies"]:
-    """p of the mean being `null`; NaN where the values decide nothing."""
-    return np.asarray(np.max([test.pvalue for test in _tests(table, null, alternative)], axis=0))
+    """p of the mean being `null`; NaN where the values decide nothing, as those with NaN or infinity among them."""
+    p, finite = np.full(table.shape[:-2], np.nan), np.isfinite(table).all(axis=(-2, -1))
+    if finite.any():
+        p[finite] = reduce(np.maximum, (test.pvalue for test in _tests(table[finite], null, alternative)))
+    return p
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

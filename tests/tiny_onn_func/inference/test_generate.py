@@ -1,6 +1,7 @@
 """Generation: with a cache what it would be without, alone what it is in a batch; sampling, stopping, experts shown."""
 
 import math
+import re
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -331,6 +332,25 @@ def test_a_row_that_stops_is_filled_up_and_the_text_ends_with_its_last_row() -> 
     assert torch.equal(filled, torch.where((padded == 0) & (filled == stop), stop, padded))
 
 
+def test_stop_tokens_may_be_an_iterator() -> None:
+    free = state(temperature=0.0)
+    stops = [int(token) for token in free[:, 3].unique()]
+    wanted = state(temperature=0.0, stop_tokens=stops)
+    assert torch.equal(state(temperature=0.0, stop_tokens=iter(stops)), wanted)
+    assert wanted.shape[1] == 4, "each row stops at once"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused_before_a_token_is_made_of_them(
+    broken: float, temperature: float
+) -> None:
+    params = wild()
+    params["norm"][0] = broken
+    with pytest.raises(ValueError, match=r"^logits: expected finite numbers, got (nan|-?inf); the parameters are "):
+        generate(params, PROMPT, TINY, seeded(0), max_new_tokens=3, temperature=temperature)
+
+
 BAD: list[tuple[str, dict[str, Any]]] = [
     ("max_new_tokens", dict(max_new_tokens=-1)),
     ("context_length", dict(context_length=0)),
@@ -342,6 +362,8 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("repetition_penalty", dict(repetition_penalty=0.0)),
     ("repetition_penalty", dict(repetition_penalty=math.nan)),
     ("repetition_penalty", dict(repetition_penalty=math.inf)),
+    ("repetition_penalty", dict(repetition_penalty=1e-45)),
+    ("repetition_penalty", dict(repetition_penalty=1e10)),
     ("stop_tokens", dict(stop_tokens=(1, 13))),
     ("stop_tokens", dict(stop_tokens=(-1,))),
     ("pad_token", dict(pad_token=13)),
@@ -442,6 +464,21 @@ def test_the_context_of_a_run_is_that_of_its_training_and_zero_is_all(
     assert as_trained == written(run, capsys, *flags, "--context", "8")
     assert everything == written(run, capsys, *flags, "--context", "34")
     assert as_trained != everything
+
+
+@pytest.mark.parametrize("flags", [("--temperature", "0"), (), ("--repetition-penalty", "1e-45")], ids=str)
+def test_a_run_with_broken_weights_and_a_penalty_that_overflows_are_one_line(
+    flags: tuple[str, ...], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_config(vocab_size=257, num_experts_per_tok=2)
+    params = wild(model, torch.float32)
+    if "--repetition-penalty" not in flags:
+        params["norm"][0] = math.nan
+    save_settings(RunConfig(model=model, sequence_length=8), tmp_path / "config.yaml")
+    save_checkpoint(tmp_path, {"params": params, "step": torch.tensor(1)}, asdict(model), keep=1)
+    assert main(["generate", str(tmp_path), "--tokens", "3", *flags]) == 2
+    name = "repetition_penalty" if "--repetition-penalty" in flags else "logits"
+    assert re.fullmatch(rf"tiny-onn: {name}: expected .*, got .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

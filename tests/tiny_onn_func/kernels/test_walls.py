@@ -105,7 +105,7 @@ def test_offsets_that_descend_are_refused() -> None:
 
 
 def test_only_the_label_of_no_target_costs_nothing() -> None:
-    assert step.IGNORE_INDEX == IGNORE_INDEX
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE_INDEX
     logits, labels = torch.randn(3, 4), torch.tensor([1, IGNORE_INDEX, 3])
     losses, entropies, _, log_sums = step.cross_entropy(logits, labels)
     assert (losses > 0).tolist() == (entropies > 0).tolist() == [True, False, True]

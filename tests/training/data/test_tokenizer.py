@@ -218,7 +218,8 @@ def test_marks_come_first_then_the_bytes_then_pairs(bpe: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--vocab-size=258"], "--vocab-size: expected 259 (256 bytes and 3 marks) or more, got 258"),
+        (["--vocab-size=258"], "--vocab-size: expected 259 (256 bytes and 3 marks) to 16777215, got 258"),
+        (["--vocab-size=99999999"], "--vocab-size: expected 259 (256 bytes and 3 marks) to 16777215, got 99999999"),
         (["--vocab-size=99999"], "--vocab-size: expected at most "),
         (["--vocab-size=300", "--holdout=1"], "--holdout: expected more than 0 and less than 1, got 1.0"),
         (["--vocab-size=300", "--data=missing.txt"], "missing.txt: expected stdlib, a file"),

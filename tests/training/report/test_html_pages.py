@@ -21,7 +21,7 @@ from training.report.html.heat_maps import NONE, UNKNOWN, heat_map, load_levels
 from training.report.html.study_arms import scores_by_seed, shared_end
 from training.report.html.study_layers import by_layer, layer_key, measures
 from training.run.settings import save_settings
-from training.storage.results import DIVERGED, FINISHED, UNFINISHED, write_results
+from training.storage.results import DIVERGED, FINISHED, UNFINISHED, read_results, write_results
 from training.study.analysis import analyse, study_table
 from training.study.config import Arm, StudyConfig, StudyRun, expand
 from training.study.file import save_study
@@ -221,6 +221,38 @@ def test_what_analysis_json_says_is_shown_and_not_computed_again(studied: Path, 
     write_report(folder)
     assert json.loads((folder / "analysis.json").read_text(encoding="utf-8"))["arms"]["surprise"]["mean"] < 4
     assert "7.2500" not in read_page(folder).text
+
+
+def test_a_page_says_which_runs_chose_the_tuned_values_and_counts_the_seeds_that_are_compared(
+    studied: Path, tmp_path: Path
+) -> None:
+    """By the note; by the seeds that are not compared; without both, analysis.json is of a version without them."""
+    folder = shutil.copytree(studied, tmp_path / "copy")
+    analysis = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
+    for facts, wanted in (
+        ({"note": "Tuned by the runs that are compared.", "tuned_on": []}, "Tuned by the runs that are compared."),
+        ({"note": "", "tuned_on": [1, 2]}, "chosen by runs of seeds 1, 2, which are not compared."),
+        ({}, "which flatters all of them, and nothing here is corrected for it; remove analysis.json"),
+    ):
+        older = {key: value for key, value in analysis.items() if key not in ("note", "tuned_on")}
+        (folder / "analysis.json").write_text(json.dumps(older | facts | {"tuned": ["hyper.lr"]}), encoding="utf-8")
+        write_report(folder)
+        page = read_page(folder)
+        assert wanted in page.text
+        assert ("One seed: no intervals" in page.text) is bool(facts.get("tuned_on"))
+
+
+def test_a_score_that_is_not_finite_is_a_diverged_run_on_the_page(studied: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(studied, tmp_path / "copy")
+    rows = read_results(folder)
+    row = next(row for row in rows if row["arm"] == "surprise")
+    row["nats_per_token"] = "inf"
+    write_results(rows, folder)
+    (folder / "analysis.json").unlink()
+    assert "undecided, 1 diverged" in write_report(folder).text
+    shown = {row[0]: row for row in read_page(folder).tables["Results of every arm"]}
+    assert shown["surprise 2 seeds, 1 diverged"][1] == "undecided"
+    assert "inf" not in shown["surprise 2 seeds, 1 diverged"][2]
 
 
 def test_a_margin_that_was_changed_after_the_runs_is_told(studied: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from tests.helpers import spread_params, tiny_batch, tiny_config
 from tiny_onn_func import forward
@@ -40,7 +41,34 @@ def test_a_score_is_of_sums_over_all_targets_and_real_tokens() -> None:
     assert (score.tokens, score.bytes) == (targets, 40)
 
 
-@pytest.mark.parametrize("batches", [[], [tiny_batch(CONFIG, unlabelled=1.0)]], ids=["no batch", "no target"])
-def test_nothing_to_score_is_one_line_and_no_perfect_score(batches: list) -> None:
+PADDING = BATCHES[0]._replace(attention_mask=torch.zeros_like(BATCHES[0].attention_mask))
+
+
+@pytest.mark.parametrize("num_bytes", [0, 40])
+@pytest.mark.parametrize(
+    "batches", [[], [tiny_batch(CONFIG, unlabelled=1.0)], [PADDING]], ids=["no batch", "no target", "all padding"]
+)
+def test_nothing_to_score_is_one_line_and_no_perfect_score(batches: list, num_bytes: int) -> None:
     with pytest.raises(UserError, match="held-out text: expected a target to score, got none; give more text"):
-        evaluate(spread_params(CONFIG, 1), CONFIG, batches, 0, surprise_budget=0.5)
+        evaluate(spread_params(CONFIG, 1), CONFIG, batches, num_bytes, surprise_budget=0.5)
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, 5.0, math.inf, math.nan])
+def test_a_budget_out_of_range_is_refused_though_it_reaches_the_model_as_a_tensor(budget: float) -> None:
+    """`forward` looks at Python numbers only: a tensor may be mapped."""
+    with pytest.raises(ValueError, match=r"^surprise_budget: expected a number in \(0, 1\], got "):
+        evaluate(spread_params(CONFIG), CONFIG, BATCHES, 40, surprise_budget=budget)
+    models = stack([spread_params(CONFIG), spread_params(CONFIG, 1)])
+    with pytest.raises(ValueError, match=r"^surprise_budget: expected a number in \(0, 1\], got "):
+        evaluate_runs(models, CONFIG, BATCHES, 40, surprise_budgets=(0.5, budget))
+
+
+def test_as_many_budgets_as_models_and_no_negative_number_of_bytes_are_wanted() -> None:
+    models = stack([spread_params(CONFIG), spread_params(CONFIG, 1)])
+    for budgets in ((0.5,), (0.5, 0.5, 0.5)):
+        with pytest.raises(
+            ValueError, match=rf"^surprise_budgets: expected one for each of 2 models, got {len(budgets)}"
+        ):
+            evaluate_runs(models, CONFIG, BATCHES, 40, surprise_budgets=budgets)
+    with pytest.raises(ValueError, match=r"^num_bytes: expected the bytes of the text, 1 or more, got -5"):
+        evaluate(spread_params(CONFIG), CONFIG, BATCHES, -5, surprise_budget=0.5)

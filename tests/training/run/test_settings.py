@@ -396,6 +396,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]))
 def model_values(draw) -> dict:
     groups, experts = draw(st.integers(1, 9)), draw(st.integers(1, 99))
     cap = draw(st.none() | st.integers(1, experts))
+    floor = draw(st.integers(1, cap or experts))
     return {
         "vocab_size": draw(st.integers(257, 10**6)),
         "hidden_size": draw(st.integers(1, 10**6)),
@@ -405,8 +406,8 @@ def model_values(draw) -> dict:
         "head_dim": 2 * draw(st.integers(1, 99)),
         "moe_intermediate_size": draw(st.integers(1, 10**6)),
         "num_experts": experts,
-        "num_experts_per_tok": draw(st.just(-1) | st.integers(1, experts)),
-        "min_experts_per_tok": draw(st.integers(1, cap or experts)),
+        "num_experts_per_tok": draw(st.just(-1) | st.integers(floor, cap or experts)),
+        "min_experts_per_tok": floor,
         "max_experts_per_tok": cap,
         "rms_norm_eps": draw(positive),
         "rope_theta": draw(positive),

@@ -2,7 +2,7 @@
 
 Sources: DESIGN.md, docstrings of the public names, README and docs/. Where none of them gives a definition, a comment
 `Taken:` names the one that was taken. Autograd differentiates the main loss alone; surprise is its gradient in copies
-of the weights that belong to a single row. Regeneration is left out: the noise and the state of a copy are not written.
+of the weights that belong to a single row.
 """
 
 import functools
@@ -16,7 +16,7 @@ from tiny_onn_func.tree import flatten, tree_map
 
 MASK = 2**32 - 1
 TIE = 2.0**-17
-EXPLORE, SHUFFLE, ORACLE = 0, 1, 3  # streams of random words
+EXPLORE, SHUFFLE, REGENERATE, ORACLE = 0, 1, 2, 3  # streams of random words
 MATRICES = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "w1", "w3", "w2")
 ZERO = torch.zeros((), dtype=torch.float64)
 
@@ -452,6 +452,45 @@ def update_slow(state, flat: dict, grads: dict, share: float, rows: Tensor, hype
     return {f"layers.moe.{name}": leaf for name, leaf in moved.items()}, mu, nu
 
 
+def normal(hyper, step: int, place: int, places: int) -> float:
+    """Standard normal number from two random words, the second `places` behind (training/step/counter_rng.py)."""
+    words = (word(int(hyper.explore_seed), step, REGENERATE, at) for at in (place, places + place))
+    size, turn = ((w + 0.5) / 2**32 for w in words)
+    return math.sqrt(-2 * math.log(size)) * math.cos(2 * math.pi * turn)
+
+
+def regenerate(new: dict, fast: tuple[dict, dict], slow: tuple[dict, dict], rows: Tensor, hyper, step: int, margins):
+    """Starved experts begin anew, after both updates, in place; fast, slow: moments; rows: (L, E) counts.
+
+    An expert starves when its w2's mean squared gradient (its second moment) is below `regenerate_below` times the
+    layer's mean, but the busiest never does. Nothing happens in the first 1 / (1 - beta2) steps.
+    """
+    steps, (layers, experts) = step + 1, rows.shape  # Taken: the step that is under way counts, in random words, too
+    if not hyper.regenerate_below or steps * (1 - float(hyper.beta2)) <= 1:
+        return
+    learns = float(hyper.router_lr) > 0 and not (hyper.freeze_step and step >= hyper.freeze_step)
+    router = new["layers.moe.router"].clone()
+    size = float((router * router).mean().sqrt())  # Taken: of the routers of all layers
+    for layer in range(layers):
+        source = rows[layer].tolist().index(float(rows[layer].max()))
+        squares = fast[1]["layers.moe.w2"][layer].flatten(1).mean(dim=1).tolist()
+        floor = float(hyper.regenerate_below) * sum(squares) / experts
+        for e in (e for e in range(experts) if e != source):
+            margins.compare(squares[e], floor)
+            if squares[e] >= floor:
+                continue
+            for name in (f"layers.moe.{matrix}" for matrix in ("w1", "w2", "w3")):
+                new[name][layer, e] = new[name][layer, source]
+                fast[0][name][layer, e] = 0
+                fast[1][name][layer, e] = fast[1][name][layer, source]
+            if learns:
+                for d in range(router.shape[1]):
+                    noise = normal(hyper, steps, (layer * router.shape[1] + d) * experts + e, router.numel())
+                    new["layers.moe.router"][layer, d, e] = router[layer, d, source] + size * noise
+                slow[0]["router"][layer, :, e] = 0
+                slow[1]["router"][layer, :, e] = slow[1]["router"][layer, :, source]
+
+
 def gradients(trace: Trace, loss: Tensor, flat: dict) -> tuple[dict[str, Tensor], list[tuple[Tensor, ...]]]:
     """Gradients of the loss in the parameters by name, and in each route's own leaves and output."""
     wanted = [*flat.values(), *(leaf for r in trace.routes for leaf in (*r.leaves, r.y))]
@@ -499,4 +538,6 @@ def reference_step(state, batch, hyper, config, kind: str = "w2", teacher: Tenso
     new, *fast_moments = update_fast(state, flat, fast, share, hyper)
     moved, *slow_moments = update_slow(state, flat, slow, share, rows, hyper)
     metrics |= losses | {"lr": float(hyper.lr) * share}
-    return Result(new | moved, tuple(fast_moments), tuple(slow_moments), metrics, surprise, min(margins, default=1.0))
+    new |= moved
+    regenerate(new, fast_moments, slow_moments, rows, hyper, step, margins)
+    return Result(new, tuple(fast_moments), tuple(slow_moments), metrics, surprise, min(margins, default=1.0))

@@ -1,6 +1,7 @@
 """Router rules: every kind of surprise against plain autograd, every coefficient against its definition, by loops."""
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.helpers import Case, assert_close, assert_same_bits, seeded, spread_p
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.experts import Rows
 from tiny_onn_func.routing import route
-from tiny_onn_func.tree import flatten, stack, unflatten, unstack, walk
+from tiny_onn_func.tree import flatten, stack, tree_map, unflatten, unstack, walk
 from training import HyperParams, TrainState, hyper_step, init_state, per_token_surprise
 from training.step.counter_rng import Purpose, random_exploration, random_normal, random_words
 from training.step.regenerate import regenerate
@@ -270,6 +271,20 @@ def test_the_weight_of_surprise_falls_linearly_to_zero() -> None:
         assert_close(after.params["layers"]["moe"]["router"], wanted.params["layers"]["moe"]["router"], 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_annealed_weight_of_surprise_has_the_precision_of_the_step(dtype: torch.dtype) -> None:
+    """A third is no number of float32: rounded to it, it is off by 1e-8."""
+    state, batch = init_state(CONFIG, seeded(0)), tiny_batch(CONFIG, 4, 8, 1)
+    cast = partial(tree_map, lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf)
+    state = cast(state)._replace(step=torch.tensor(2))
+    moments = [
+        hyper_step(state, batch, HyperParams(**how), CONFIG)[0].router_opt.mu["router"]
+        for how in (dict(surprise_until=3), dict(surprise_weight=1 / 3))
+    ]
+    assert moments[1].abs().max() > 0
+    assert_close(*moments, 1e-14 if dtype == torch.float64 else 1e-6)
+
+
 def test_a_mapped_zero_means_never_for_every_new_coefficient() -> None:
     names = (
         "freeze_step",
@@ -324,6 +339,29 @@ def test_a_starved_expert_becomes_a_copy_of_the_busiest_and_its_optimizer_begins
     again, _ = hyper_step(new, tiny_batch(CONFIG, 4, 8, 100), hyper, CONFIG)
     weights = [s.params["layers"]["moe"]["w2"][:, 3] for s in (new, again)]
     assert (weights[0] - weights[1]).abs().max() < 0.05, "it is not replaced again at once"
+
+
+def test_the_busiest_expert_is_not_replaced_by_itself_however_small_its_gradients() -> None:
+    """Its column would be turned aside and its moments lost, though it is where the others come from."""
+    state, hyper = init_state(CONFIG, seeded(0)), HyperParams(regenerate_below=0.5, beta2=0.5)
+    for opt in (state.expert_opt, state.router_opt):
+        for name, leaf in (*flatten(opt.mu).items(), *flatten(opt.nu).items()):
+            leaf += 1.0
+            if name.endswith("w2"):
+                leaf[:, 1:3] = 0.1
+    load = torch.tensor([[0.1, 0.6, 0.2, 0.1]]).expand(CONFIG.num_hidden_layers, -1)
+    new = state._replace(**regenerate(*state[:3], torch.tensor(9), load=load, hyper=hyper, router_learns=1.0))
+    for name in ("w1", "w2", "w3", "router"):
+        expert = -1 if name == "router" else 1
+        for before, after in (
+            (state.params, new.params),
+            *((getattr(state.expert_opt, part), getattr(new.expert_opt, part)) for part in ("mu", "nu") if expert == 1),
+        ):
+            ours, theirs = (tree["layers"]["moe"][name].movedim(expert, 0) for tree in (before, after))
+            assert_same_bits(theirs[1], ours[1], name)
+            assert_same_bits(theirs[0], ours[0], name)
+            if before is state.params:
+                assert (theirs[2] != ours[2]).any(), "the other one that starves is replaced"
 
 
 def test_experts_of_runs_side_by_side_are_replaced_as_those_of_each_run_alone() -> None:

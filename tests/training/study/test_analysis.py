@@ -1,5 +1,6 @@
 """The statistics of a study: intervals and tests against tables, TOST, Holm, and verdicts on made-up results."""
 
+import json
 import math
 import re
 from typing import Any
@@ -12,9 +13,9 @@ from scipy.special import stdtr, stdtrit
 
 from benchmarks.experiments.compare import paired
 from training.run.config import RunConfig
-from training.study.analysis import analyse_rows, study_table
+from training.study.analysis import analyse_rows, judge, study_table
 from training.study.config import Arm, StudyConfig, expand
-from training.study.statistics import beyond, holm, step_down, t_interval, t_test, tost
+from training.study.statistics import beyond, holm, p_value, step_down, t_interval, t_test, tost
 from training.study.summary import empty_row
 
 DIFFERENCES = [-0.03, -0.01, -0.025, -0.02, -0.015]
@@ -122,6 +123,20 @@ def test_one_value_has_no_interval() -> None:
     assert tost([3.0], 1.0) is None
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_decides_nothing_whatever_stands_beside_it(broken: float) -> None:
+    """The range of an infinite value is no number above a share of it: that is no value without spread."""
+    for values in ([0.1, broken, 0.2], [broken] * 3, np.array([[0.1, 0.2], [0.1, broken], [0.1, 0.3]])):
+        assert (t_test(values), tost(values, 1.0), beyond(values, 0.01)) == (None, None, None)
+        mean, low, high = t_interval(values)
+        assert math.isnan(mean)
+        assert (low, high) == (None, None)
+    studies = np.array([[0.1, broken, 0.2], DIFFERENCES[:3]])[..., None]
+    p = p_value(studies)
+    assert np.isnan(p[0])
+    assert p[1] == pytest.approx(t_test(DIFFERENCES[:3])), "one study's value is no other's"
+
+
 def test_holm_multiplies_the_smallest_by_the_number_of_tests_and_never_falls() -> None:
     assert holm({"a": 0.04, "b": 0.01, "c": 0.03}) == pytest.approx({"b": 0.03, "c": 0.06, "a": 0.06})
     assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
@@ -178,7 +193,7 @@ def test_text_from_a_csv_gives_the_same_analysis() -> None:
 def test_a_sentence_counts_the_arms_that_are_too_many_to_name() -> None:
     study, rows = study_of({"base": 0.0} | {f"arm {i}": -0.1 * i for i in range(1, 9)}, seeds=(0,))
     answer = analyse_rows(study, rows)["answer"]
-    assert re.search(r"; 8 of 8 not told apart from base \(-0\.80\d to -0\.10\d\)\.$", answer)
+    assert re.search(r"; no difference found from base: 8 of 8 \(-0\.80\d to -0\.10\d\)\.$", answer)
 
 
 def test_a_sentence_does_not_take_arms_without_runs_for_arms_without_a_difference() -> None:
@@ -204,7 +219,7 @@ def test_one_seed_decides_nothing() -> None:
     analysis = analyse_rows(study, rows)
     assert analysis["against_baseline"]["good"]["verdict"] == "undecided"
     assert analysis["arms"]["good"]["low"] is None
-    assert "not told apart" in analysis["answer"]
+    assert "no difference found from base: good (-0." in analysis["answer"]
     assert "no arm is better" in analysis["answer"].lower()
 
 
@@ -217,6 +232,21 @@ def test_an_arm_with_a_diverged_run_is_never_better() -> None:
     assert analysis["against_baseline"]["good"]["n"] == 4
     assert analysis["against_baseline"]["good"]["verdict"] == "undecided"
     assert "1 diverged" in study_table(analysis)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_an_arm_with_a_score_that_is_not_finite_is_never_better_nor_worse(broken: float) -> None:
+    study, rows = study_of({"base": 0.0, "good": -0.1})
+    next(row for row in rows if row["arm"] == "good")["nats_per_token"] = broken
+    analysis = analyse_rows(study, rows)
+    pair, arm = analysis["against_baseline"]["good"], analysis["arms"]["good"]
+    assert (pair["verdict"], pair["n"], arm["diverged"], arm["n"]) == ("undecided", 4, 1, 4)
+    assert math.isfinite(arm["mean"])
+    assert "undecided, 1 diverged" in study_table(analysis)
+    json.dumps(analysis, allow_nan=False)  # the page and other readers want numbers
+    everywhere = judge({"good": np.array([[-0.1], [broken], [-0.1]])}, study.margin)["good"]
+    assert everywhere["verdict"] == "undecided"
+    assert {everywhere[key] for key in ("difference", "low", "p", "tost_p", "beyond_p", "beyond_margin")} == {None}
 
 
 def test_many_arms_of_pure_noise_are_corrected_for_their_number() -> None:
@@ -415,6 +445,49 @@ def test_a_tuned_axis_gives_every_arm_its_own_best_value() -> None:
     assert analysis["against_baseline"]["other"]["verdict"] == "equivalent"
     assert analysis["against_baseline"]["other"]["k_matched"] is False
     assert all("lr-0.001" in run or "lr=0.001" in run for run in analysis["arms"]["base"]["runs"])
+
+
+def test_seeds_of_the_tuning_choose_the_point_and_are_not_compared() -> None:
+    """At the other rate the compared runs are better, by luck that the tuning's seeds have not."""
+    study = StudyConfig(
+        "tuned", margin=0.02, arms=(Arm("base"), Arm("other", {"hyper.router_lr": 0.0})), seeds=SEEDS,
+        axes={"hyper.lr": [1e-3, 2e-3]}, tune=["hyper.lr"], tune_seeds=(7, 8),
+    )  # fmt: skip
+    rows = []
+    for run in expand(study):
+        lucky = (run.config.hyper.lr == 2e-3) == (run.seed in SEEDS)
+        noise = NOISE[run.seed] + WOBBLE[run.seed - (run.arm == "base")] if run.seed in SEEDS else 0.0
+        rows.append(empty_row(run) | {"nats_per_token": 2 - 0.5 * lucky + noise, "status": "finished"})
+    analysis = analyse_rows(study, rows)
+    assert {arm["tuned"]["hyper.lr"] for arm in analysis["arms"].values()} == {1e-3}
+    assert analysis["arms"]["base"]["n"] == len(SEEDS)
+    assert analysis["arms"]["base"]["mean"] == pytest.approx(2 + sum(NOISE) / 5)
+    assert not any("seed7" in run or "seed8" in run for run in analysis["arms"]["base"]["runs"])
+    assert (analysis["tuned_on"], analysis["note"]) == ([7, 8], "")
+    assert analysis["against_baseline"]["other"]["tried"] == 1
+    rows = [row | ({"status": "diverged"} if row["seed"] == 7 and row["hyper.lr"] == 1e-3 else {}) for row in rows]
+    arms = analyse_rows(study, rows)["arms"].values()
+    assert {(arm["tuned"]["hyper.lr"], arm["diverged"]) for arm in arms} == {(2e-3, 0)}, "what diverges is not chosen"
+
+
+def test_what_was_tuned_by_the_compared_runs_is_corrected_for_all_that_was_tried_and_says_so() -> None:
+    arms = (Arm("base"), Arm("other", {"hyper.router_lr": 0.0}))
+    study = StudyConfig(
+        "tuned", margin=0.02, arms=arms, axes={"hyper.lr": [1e-3, 2e-3, 3e-3]}, tune=["hyper.lr"], seeds=SEEDS
+    )
+    rows = []
+    for run in expand(study):
+        score = 2 + 10 * run.config.hyper.lr + WOBBLE[run.seed - (run.arm == "base")]
+        rows.append(empty_row(run) | {"nats_per_token": score, "status": "finished"})
+    analysis = analyse_rows(study, rows)
+    pair, table = analysis["against_baseline"]["other"], study_table(analysis)
+    assert pair["tried"] == 9
+    for key in ("p", "tost_p", "beyond_p"):
+        assert pair[f"{key}_holm"] == pytest.approx(min(1.0, 9 * pair[key]))
+    assert (pair["verdict"], pair["level"]) == ("equivalent", pytest.approx(1 - 0.1 / 9))
+    assert analysis["note"].startswith("Tuned (hyper.lr) by the runs that are compared: every p is multiplied")
+    assert table.endswith(analysis["note"])
+    assert analyse_rows(*study_of({"base": 0.0, "good": -0.1}))["note"] == "", "nothing was tuned"
 
 
 def test_the_table_puts_the_best_arm_first() -> None:

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from training.study.analysis import decide, judge
+from training.run.config import RunConfig
+from training.study.analysis import analyse_rows, decide, judge
+from training.study.config import Arm, StudyConfig, expand
 from training.study.statistics import p_value
+from training.study.summary import empty_row
 
 STUDIES, SEEDS, NOISE = 600, 5, 0.02
 WIDE, NARROW = 10 * NOISE, NOISE / 10  # margins; within a wide one what is equal is found to be equivalent
@@ -117,6 +120,82 @@ def test_the_simulation_sees_what_is_not_corrected_or_not_independent() -> None:
     pooled = p_value(crossed.reshape(STUDIES, -1, 1)) < 0.05
     assert lowest_error(int(pooled.sum())) > 0.15
     assert lowest_error(int((p_value(crossed.mean(axis=2, keepdims=True)) < 0.05).sum())) > 0.07, "orders differ, too"
+
+
+# Tuning ---------------------------------------------------------------------------------------------------------------
+
+POINTS = 8
+RATES = tuple(0.001 * (1 + point) for point in range(POINTS))
+
+
+def tuned_scores(arms: int, blind: bool, truth: str) -> np.ndarray:
+    """(studies, baseline and arms, points, seeds) scores: luck of the text at the seed, and of each run.
+
+    The second half of the seeds is there to tune on. A blind baseline does not depend on the axis: its points are one
+    run. No point is better than another, so that the best one is that of the most luck.
+    """
+    random = np.random.default_rng([arms, blind])
+    scores = random.normal(0, NOISE, (STUDIES, 1 + arms, POINTS, 2 * SEEDS))
+    if blind:
+        scores[:, 0] = scores[:, 0, :1]
+    for arm in range(arms):
+        scores[:, 1 + arm] += true_difference(arm, truth)
+    return scores + random.normal(0, 2 * NOISE, (STUDIES, 1, 1, 2 * SEEDS))
+
+
+def tuned_differences(scores: np.ndarray, apart: bool) -> dict[str, np.ndarray]:
+    """Label -> (studies, pairs, 1) of each arm's best point to the baseline's; chosen on other seeds where `apart`."""
+    judges = scores[..., SEEDS:] if apart else scores[..., :SEEDS]
+    best = judges.mean(axis=-1).argmin(axis=-1)
+    chosen = np.take_along_axis(scores[..., :SEEDS], best[..., None, None], axis=2).squeeze(2)
+    return {f"{arm} tuned": (chosen[:, 1 + arm] - chosen[:, 0])[..., None] for arm in range(chosen.shape[1] - 1)}
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["tune_seeds", "shared seeds"])
+@pytest.mark.parametrize("blind", [True, False], ids=["blind", "both tuned"])
+@pytest.mark.parametrize("arms", [1, 4])
+def test_a_tuned_study_has_no_more_false_verdicts(arms: int, blind: bool, apart: bool) -> None:
+    tried = {} if apart else {f"{arm} tuned": POINTS * POINTS for arm in range(arms)}
+    for truth in TRUTHS:
+        studies = compared(tuned_differences(tuned_scores(arms, blind, truth), apart), MARGINS[truth])
+        counts = Counter(kind for pairs in studies for kind in errors(decide(pairs, (), tried), truth))
+        for kind in KINDS:
+            assert lowest_error(counts[kind]) <= 0.05, f"{truth}: {kind} in {counts[kind] / STUDIES:.1%} of studies"
+
+
+def test_the_simulation_sees_that_runs_which_choose_a_point_are_no_test_of_it() -> None:
+    """The negative twin: what was tried is not counted."""
+    studies = compared(tuned_differences(tuned_scores(1, True, "none"), apart=False), NARROW)
+    assert lowest_error(sum("different" in errors(decide(pairs), "none") for pairs in studies)) > 0.05
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["tune_seeds", "shared seeds"])
+def test_a_tuned_study_is_judged_as_the_simulated_ones(apart: bool) -> None:
+    """analysis.json of a study, from its rows, says what the simulation decides from tables."""
+    arms = tuple(Arm(str(arm), {"hyper.pi_gamma": 0.1 + arm / 100}) for arm in range(3))
+    study = StudyConfig(
+        "tuned", margin=WIDE, base=RunConfig(), arms=arms, axes={"hyper.lr": RATES}, tune=["hyper.lr"],
+        seeds=range(SEEDS), tune_seeds=range(SEEDS, 2 * SEEDS) if apart else (),
+    )  # fmt: skip
+    scores, runs = tuned_scores(2, True, "both"), expand(study)
+    assert len(runs) == 3 * POINTS * SEEDS * (2 if apart else 1)
+    for at, pairs in enumerate(compared(tuned_differences(scores, apart), WIDE)[:3]):
+        rows = [
+            empty_row(run)
+            | {"nats_per_token": scores[at, int(run.arm), RATES.index(run.config.hyper.lr), run.seed] + 2.0}
+            | {"status": "finished"}
+            for run in runs
+        ]
+        analysis, tried = analyse_rows(study, rows), 1 if apart else POINTS * POINTS
+        wanted = decide(pairs, (), {label: tried for label in pairs})
+        for label, pair in wanted.items():
+            judged = analysis["against_baseline"][str(int(label.split()[0]) + 1)]
+            for key in ("verdict", "beyond_margin", "tried"):
+                assert judged[key] == pair[key]
+            for key in ("p", "p_holm", "tost_p", "tost_p_holm", "beyond_p_holm", "difference"):
+                assert judged[key] == pytest.approx(pair[key], rel=1e-6, abs=1e-12)
+        assert analysis["tuned_on"] == [*study.tune_seeds]
+        assert bool(analysis["note"]) is not apart
 
 
 @pytest.mark.parametrize("orders", [1, 3])

@@ -346,8 +346,18 @@ def test_arms_are_compared_at_the_same_point_and_tuned_axes_are_no_arms() -> Non
     assert len({run.id for run in expand(tuned)}) == 8
 
 
+def test_runs_of_the_tuning_are_of_the_same_program_as_those_that_are_compared() -> None:
+    study = small_study(arms=ARMS[:2], axes={"hyper.lr": [1e-3, 2e-3]}, tune=["hyper.lr"], tune_seeds=[5, 6])
+    (group,) = plan_groups(expand(study))
+    assert len({run.id for run in group.runs}) == 2 * 2 * 4
+    assert [run.seed for run in group.runs[::4]] == [0, 1, 5, 6]
+    quick = replace(study, quick={"seeds": [0], "tune_seeds": [1]})
+    assert {run.seed for run in expand(quick_study(quick))} == {0, 1}
+
+
 def test_a_study_survives_its_own_yaml(tmp_path: Path) -> None:
-    study = small_study(axes={"hyper.lr": [1e-3, 2e-3]}, tune=["hyper.lr"], quick={"steps": 2, "seeds": [0]})
+    axes, quick = {"hyper.lr": [1e-3, 2e-3]}, {"steps": 2, "seeds": [0], "tune_seeds": [3]}
+    study = small_study(axes=axes, tune=["hyper.lr"], tune_seeds=(3, 4), quick=quick)
     save_study(study, tmp_path / "study.yaml")
     again = load_study(tmp_path / "study.yaml")
     assert study_values(again) == study_values(study)
@@ -403,6 +413,15 @@ MISTAKES = {
     "arms: [{name: a, set: {hyper.lr: 1}}]\naxes: {hyper.lr: [2]}": "axes.hyper.lr: expected a key that no arm sets",
     "arms: [{name: a}, {name: b, set: {steps: 3}}]\nbaseline: c": "baseline: expected an arm (a, b), got 'c'",
     "arms: [{name: a b}, {name: a/b, set: {steps: 3}}]": "expected names that differ in letters",
+    "tune_seeds: [5]": "tune_seeds: expected none without tune, got [5]; add `tune: [AXIS]`, or remove them",
+    "axes: {hyper.lr: [1]}\ntune: [hyper.lr]": "tune: expected axes of two values or more, hyper.lr among them, got [1",
+    "axes: {hyper.lr: [1, 2]}\ntune: [hyper.lr]\ntune_seeds: [1, 5]": (
+        "tune_seeds: expected other seeds than those that are compared (0, 1), got 1; take another"
+    ),
+    "axes: {hyper.lr: [1, 2]}\ntune: [hyper.lr]\ntune_seeds: [5, 5]": "tune_seeds: expected each only once, got 5",
+    "axes: {hyper.lr: [1, 2]}\ntune: [hyper.lr]\ntune_seeds: [a]": "tune_seeds: expected a whole number, got 'a'",
+    "axes: {hyper.lr: [1, 2]}\ntune: [hyper.lr]\ntune_seeds: 5": "tune_seeds: expected a list, got 5",
+    "quick: {tune_seeds: [a]}": "quick.tune_seeds: expected a whole number, got 'a'",
     "tune: [hyper.lr]": "tune: expected axes (there are none), got 'hyper.lr'",
     "base: {hyper: {lr: no}}": "base.hyper.lr: expected a number, got 'no'",
     "base: {stepz: 3}": "base.stepz: unknown key, did you mean steps?",

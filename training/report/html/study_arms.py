@@ -1,5 +1,6 @@
 """A study as its page shows it: what is read from the folder, and every arm with its curves, its load, its alarms."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -100,9 +101,10 @@ def arm_name(arm: ShownArm) -> Html:
 
 
 def scores_by_seed(study: Study, arm: ShownArm) -> dict[str, float]:
-    """Seed (and order of tasks) -> held-out nats per token of the arm's finished runs."""
+    """Seed (and order of tasks) -> held-out nats per token of the arm's finished runs, those that are finite."""
     runs = [row for row in study.rows if row["run"] in arm.result["runs"] and row["status"] == FINISHED]
-    return {pair_key(row): float(row["nats_per_token"]) for row in runs}
+    scores = {pair_key(row): float(row["nats_per_token"]) for row in runs}
+    return {key: score for key, score in scores.items() if math.isfinite(score)}
 
 
 def _shown(

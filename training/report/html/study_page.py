@@ -48,7 +48,7 @@ def study_page(
 def _opening(study: Study, name: str) -> Html:
     """The question, the answer, and how much stands behind it."""
     states, rows, analysis = Counter(row["status"] for row in study.rows), study.rows, study.analysis
-    seeds = len({row["seed"] for row in rows})
+    seeds = len({row["seed"] for row in rows} - {str(seed) for seed in analysis.get("tuned_on", ())})
     base_steps = (study.values.get("base") or {}).get("steps", h.NOTHING)
     steps = {str(row.get("steps", base_steps)) for row in rows}
     counts = ", ".join(f"{states[state]} {state}" for state in (FINISHED, DIVERGED, UNFINISHED) if states[state])
@@ -125,12 +125,24 @@ def _results(study: Study, groups: Sequence[Group]) -> Html:
         "MaxVio is (max − mean) / mean load. Dead are (layer, expert) pairs without a row in the last records.",  # noqa: RUF001
     ]
     if tuned:
-        notes.append(
-            f"Every arm is shown at its best value of {', '.join(tuned)}, chosen by the same held-out scores, which "
-            "flatters all of them."
-        )
+        notes.append(_tuning(study.analysis, ", ".join(tuned)))
     table = h.table("Results of every arm", HEAD, rows, kind="verdicts")
     return h.section("Results", table, element("div", h.bullets(notes), class_="note"))
+
+
+def _tuning(analysis: Mapping[str, Any], axes: str) -> str:
+    """By which runs the shown values of the tuned axes were chosen, and what follows."""
+    if note := analysis.get("note"):
+        return str(note)
+    if seeds := analysis.get("tuned_on"):
+        chosen = ", ".join(map(str, seeds))
+        return (
+            f"Every arm is shown at its best value of {axes}, chosen by runs of seeds {chosen}, which are not compared."
+        )
+    return (  # an analysis.json that was made before it had a note
+        f"Every arm is shown at its best value of {axes}, chosen by the same held-out scores, which flatters all of "
+        "them, and nothing here is corrected for it; remove analysis.json, and the report makes it anew."
+    )
 
 
 def _result(arm: ShownArm) -> list[object]:
