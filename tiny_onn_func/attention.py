@@ -120,9 +120,16 @@ def attend(
 
 
 def _attend_by_library(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """By `scaled_dot_product_attention`: no matrix of scores where the device has a kernel. It has one derivative."""
+    """By `scaled_dot_product_attention`: no matrix of scores where the device has a kernel. It has one derivative.
+
+    Nobody sees what padding is; but a key that only some queries may not see, a later one, makes theirs NaN, too, where
+    its score is +inf or it is no number.
+    """
     *runs, batch, groups, share, seq, dim = q.shape
-    bias, sees = _softmax_bias(bias)
+    hidden, sees = _hidden(bias)
+    k, v = (_without_padding(t, hidden) for t in (k, v))
+    # -inf, not the dtype's minimum: beside it a lower score would be seen; a row of -inf alone would have no softmax
+    bias = bias.masked_fill(hidden, -torch.inf).masked_fill(~sees, 0.0)
     heads = q.reshape(-1, groups * share, seq, dim)
     keys, values = (t.unsqueeze(-3).expand(*runs, batch, groups, share, seq, dim).reshape(heads.shape) for t in (k, v))
     mask = bias.expand(*runs, batch, seq, seq).reshape(-1, 1, seq, seq)
@@ -131,23 +138,27 @@ def _attend_by_library(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return rearrange(out, "... groups share i dim -> ... i groups share dim")
 
 
-def _softmax_bias(bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(the bias with -inf on masked keys and 0 for a query that sees none, whether a query sees a key).
-
-    -inf, not the dtype's minimum: beside it a lower score would be seen; a row of -inf alone would have no softmax.
-    """
+def _hidden(bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(which keys are masked, whether a query sees a key)."""
     hidden = bias <= torch.finfo(bias.dtype).min
-    sees = ~hidden.all(dim=-1, keepdim=True)
-    return bias.masked_fill(hidden, -torch.inf).masked_fill(~sees, 0.0), sees
+    return hidden, ~hidden.all(dim=-1, keepdim=True)
+
+
+def _without_padding(t: Tensor, hidden: Tensor) -> Tensor:
+    """Keys or values with zeros where no query sees them: what stands there may be no number, and 0 times it is none."""
+    return torch.where(rearrange(hidden.all(dim=-2), "... j -> ... 1 j 1"), 0.0, t)
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
     """The values, and logarithms of the softmaxes' sums: they save the kernel's backward a pass.
 
-    A masked key gets exactly 0, however low the scores of the others; a query whose keys are all masked gets 0.
+    A masked key gets exactly 0, whatever its score is and however low those of the others; a query whose keys are all
+    masked gets 0. A value that is no number reaches every query of its row unless it is padding: 0 times it is none.
     """
-    bias, sees = (rearrange(t, "... i j -> ... 1 1 i j") for t in _softmax_bias(bias))
-    scores = einsum(q, k, "... share i dim, ... j dim -> ... share i j") + bias
+    v = _without_padding(v, _hidden(bias)[0])
+    hidden, sees = (rearrange(t, "... i j -> ... 1 1 i j") for t in _hidden(bias))
+    scores = einsum(q, k, "... share i dim, ... j dim -> ... share i j") + rearrange(bias, "... i j -> ... 1 1 i j")
+    scores = torch.where(hidden, torch.where(sees, -torch.inf, 0.0).to(scores.dtype), scores)
     out = einsum(scores.softmax(dim=-1), v, "... share i j, ... j dim -> ... share i dim") * sees
     log_sums = scores.detach().logsumexp(dim=-1).masked_fill(~sees.squeeze(-1), -torch.inf)
     return rearrange(out, "... groups share i dim -> ... i groups share dim"), log_sums

@@ -175,7 +175,7 @@ def router_gradients(
         return loss.total, loss
 
     annealed = _annealed(hyper, step, trace.router_logits.dtype)
-    targets = result.targets, shares(sums.routed), result.real, annealed, sums.informative, sums.real
+    targets = result.targets, shares(sums.routed, trace.router_logits.dtype), result.real, annealed, sums.informative, sums.real
     if config.routing == "hash":  # its logits are fixed: there is a loss, but nothing learns from it
         return tree_map(torch.zeros_like, _learned(router, config)), router_loss(trace.router_logits.detach(), *targets)
     inputs = trace.router_inputs.detach(), *targets
@@ -221,7 +221,7 @@ def update_router(
     new = state._replace(params=params, router_opt=router_opt, step=state.step + 1)
     if not is_off(hyper.regenerate_below):
         replaced = regenerate(
-            params, new.expert_opt, router_opt, new.step, load=shares(sums.routed), hyper=hyper,
+            params, new.expert_opt, router_opt, new.step, load=shares(sums.routed, sums.loss.dtype), hyper=hyper,
             router_learns=hyper.router_lr * learning,
         )  # fmt: skip
         new = new._replace(**replaced)

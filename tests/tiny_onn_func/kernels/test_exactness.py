@@ -44,10 +44,12 @@ def test_a_query_without_any_key_gets_zeros_and_sends_zeros_back(seq: int) -> No
     assert all(not slope.any() for slope in slopes)
 
 
-def test_a_masked_score_that_is_no_number_is_not_hidden() -> None:
-    out, log_sum, _ = attended([math.nan, 0.0, 1.0], [True, False, False])
-    assert out.isnan().all()
-    assert log_sum.isnan()
+def test_a_masked_score_that_is_no_number_is_hidden_and_a_visible_one_is_not() -> None:
+    for score in (math.nan, math.inf, -math.inf):
+        hidden, visible = (attended([score, 0.0, 1e19], [masked, False, False]) for masked in (True, False))
+        assert hidden[0].tolist() == [3.0]
+        assert hidden[1].item() == 1e19
+        assert visible[0].isnan().all() == visible[1].isnan() == (score != -math.inf)
 
 
 def test_a_share_that_would_be_next_to_nothing_is_nothing() -> None:
