@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiny_onn_func.attention import attention, causal_bias
@@ -26,7 +26,7 @@ def forward(
     input_ids: Int[Tensor, "*runs batch seq"],
     config: ModelConfig,
     *,
-    attention_mask: Int[Tensor, "*runs batch seq"] | None = None,
+    attention_mask: Int[Tensor, "*runs batch seq"] | Bool[Tensor, "*runs batch seq"] | None = None,
     surprise_budget: int | float | Tensor = 0.5,
     apply_w2: ApplyW2 = apply_w2,
     apply_w13: ApplyW13 = apply_w13,

@@ -55,7 +55,7 @@ class DecodeState(NamedTuple):
     eps: Float[Tensor, ""]
     cos: Float[Tensor, "#batch columns 1 head_dim"]
     sin: Float[Tensor, "#batch columns 1 head_dim"]
-    mask: Int[Tensor, "batch prompt"] | None  # None where no row is padded
+    mask: Int[Tensor, "batch prompt"] | Bool[Tensor, "batch prompt"] | None  # None where no row is padded
     hidden: Float[Tensor, "batch 1 1 columns"] | None  # what to add to the scores of every later query
     window: int  # how many of the last tokens are attended to, the token itself among them
     surprise_budget: float
@@ -77,7 +77,7 @@ def start_decoding(
     batch: int,
     columns: int,
     *,
-    attention_mask: Int[Tensor, "batch prompt"] | None = None,
+    attention_mask: Int[Tensor, "batch prompt"] | Bool[Tensor, "batch prompt"] | None = None,
     context_length: int | None = None,
     surprise_budget: float = 0.5,
 ) -> DecodeState:

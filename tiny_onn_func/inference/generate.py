@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
 from tiny_onn_func.config import ModelConfig
@@ -24,7 +24,7 @@ def generate(
     *,
     max_new_tokens: int,
     context_length: int | None = None,
-    attention_mask: Int[Tensor, "batch prompt"] | None = None,
+    attention_mask: Int[Tensor, "batch prompt"] | Bool[Tensor, "batch prompt"] | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
@@ -68,7 +68,7 @@ def stream(
     max_new_tokens: int,
     sampling: SamplingParams = SamplingParams(),  # noqa: B008  a frozen value
     context_length: int | None = None,
-    attention_mask: Int[Tensor, "batch prompt"] | None = None,
+    attention_mask: Int[Tensor, "batch prompt"] | Bool[Tensor, "batch prompt"] | None = None,
     stop_tokens: Collection[int] = (),
     pad_token: int | None = None,
     surprise_budget: float = 0.5,
@@ -117,4 +117,3 @@ def _tokens_present(tokens: Tensor, mask: Tensor | None, vocab_size: int) -> Ten
     """(batch, vocab) True for every real token of the prompt."""
     counts = torch.zeros(tokens.shape[0], vocab_size, dtype=torch.int64, device=tokens.device)
     return counts.scatter_add(1, tokens, torch.ones_like(tokens) if mask is None else (mask != 0).long()) > 0
-

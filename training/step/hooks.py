@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -102,7 +101,9 @@ class SurpriseHookManager:
         wanted, own = f"layers > {layer}", self._on_rows is None  # rows of others have other tokens and experts
         fits = 0 <= layer < layers
         if own:
-            wanted = ", ".join([*map(str, rows.offsets.shape[:-1]), wanted, "tokens", f"{rows.offsets.shape[-1]} experts"])
+            wanted = ", ".join(
+                [*map(str, rows.offsets.shape[:-1]), wanted, "tokens", f"{rows.offsets.shape[-1]} experts"]
+            )
             fits = fits and (*runs, experts) == rows.offsets.shape
         if fits and own and not self._applied:
             count = _count_tokens(rows)

@@ -175,7 +175,14 @@ def router_gradients(
         return loss.total, loss
 
     annealed = _annealed(hyper, step, trace.router_logits.dtype)
-    targets = result.targets, shares(sums.routed, trace.router_logits.dtype), result.real, annealed, sums.informative, sums.real
+    targets = (
+        result.targets,
+        shares(sums.routed, trace.router_logits.dtype),
+        result.real,
+        annealed,
+        sums.informative,
+        sums.real,
+    )
     if config.routing == "hash":  # its logits are fixed: there is a loss, but nothing learns from it
         return tree_map(torch.zeros_like, _learned(router, config)), router_loss(trace.router_logits.detach(), *targets)
     inputs = trace.router_inputs.detach(), *targets

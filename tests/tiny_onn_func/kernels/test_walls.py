@@ -114,7 +114,7 @@ def test_only_the_label_of_no_target_costs_nothing() -> None:
     torch.testing.assert_close(grads.sum(dim=-1), torch.zeros(3), atol=1e-6, rtol=0)
     for label in (-1, -99, -101, 4):
         labels[1] = label
-        message = r"expected labels in \[0, 4\) or -100, got some outside"
+        message = r"expected labels in \[0, 4\) or -100.*, got some outside"
         with pytest.raises(IndexError, match="cross_entropy: " + message):
             step.cross_entropy(logits, labels)
         with pytest.raises(IndexError, match="cross_entropy_grad: " + message):

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from tests.helpers import spread_params, tiny_batch, tiny_config
+from tests.helpers import seeded, spread_params, tiny_batch, tiny_config
 from tiny_onn_func import forward
 from tiny_onn_func.tree import stack
+from training import HyperParams, hyper_step, init_state
 from training.errors import UserError
 from training.run.evaluate import evaluate, evaluate_runs
 
@@ -44,3 +45,16 @@ def test_a_score_is_of_sums_over_all_targets_and_real_tokens() -> None:
 def test_nothing_to_score_is_one_line_and_no_perfect_score(batches: list) -> None:
     with pytest.raises(UserError, match="held-out text: expected a target to score, got none; give more text"):
         evaluate(spread_params(CONFIG, 1), CONFIG, batches, 0, surprise_budget=0.5)
+
+
+def test_a_budget_keeps_the_experts_in_evaluation_that_it_keeps_in_training() -> None:
+    """Equal probabilities, and a budget of whole shares: rounded otherwise it would keep one expert more, or fewer."""
+    for experts in (3, 5, 6, 7, 10, 12):
+        config = tiny_config(num_experts=experts)
+        state = init_state(config, seeded(0))
+        state.params["layers"]["moe"]["router"].zero_()
+        batch = tiny_batch(config)
+        for j in range(1, experts + 1):
+            metrics = hyper_step(state, batch, HyperParams(pi_alpha=j / experts), config)[1]
+            score = evaluate(state.params, config, [batch], 9, surprise_budget=j / experts)
+            assert score.avg_k == float(metrics.avg_k), f"{j} / {experts}"

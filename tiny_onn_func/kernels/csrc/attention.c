@@ -26,7 +26,7 @@ INLINE void softmax(int64_t n, float *p, const float *mask, float *from, int kno
         *(vec *)(p + j) = x;
     }
     float all = total_of(sum), share = all == 0 ? 0 : 1 / all;
-    if (known && all > 0.999f && all < 1.001f) return; /* beside a score of 1e8 the logarithm of a sum has no digits left */
+    if (known && all > 0.99999f && all < 1.00001f) return; /* beside a score of 1e4 the logarithm of a sum has few digits left, at 1e8 none */
     if (!known) *from = least + logf(all);
     for (int64_t j = 0; j < n; j += LANES) *(vec *)(p + j) *= share;
 }
