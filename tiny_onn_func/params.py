@@ -140,7 +140,7 @@ def check_params(
 
 
 def _count_experts(params: Mapping[str, Any], config: ModelConfig) -> int:
-    shape = getattr(params.get("layers", {}).get("moe", {}).get("w1"), "shape", ())
+    shape: Shape = getattr(params.get("layers", {}).get("moe", {}).get("w1"), "shape", ())
     return min(shape[-3], config.num_experts) if len(shape) > 3 else config.num_experts
 
 
