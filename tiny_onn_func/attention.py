@@ -176,7 +176,7 @@ class HideScores(PositionalFunction):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], scores: Tensor, bias: Tensor) -> Any:
-        return HideScores.apply(*runs_first(info.batch_size, in_dims, scores, bias)), 0
+        return HideScores.apply(*runs_first(info.batch_size, in_dims, scores, bias)), 0  # type: ignore[no-untyped-call]
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
@@ -188,7 +188,7 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
     hidden, sees = _hidden(bias)
     v, sees = _without_padding(v, hidden), rearrange(sees, "... i j -> ... 1 1 i j")
     scores = einsum(q, k, "... share i dim, ... j dim -> ... share i j")
-    scores = HideScores.apply(scores, rearrange(bias, "... i j -> ... 1 1 i j"))
+    scores = HideScores.apply(scores, rearrange(bias, "... i j -> ... 1 1 i j"))  # type: ignore[no-untyped-call]
     out = einsum(scores.softmax(dim=-1), v, "... share i j, ... j dim -> ... share i dim") * sees
     log_sums = scores.detach().logsumexp(dim=-1).masked_fill(~sees.squeeze(-1), -torch.inf)
     return rearrange(out, "... groups share i dim -> ... i groups share dim"), log_sums

@@ -50,7 +50,7 @@ def check_mask(name: str, t: Tensor, shape: Sequence[int]) -> None:
     """Refuse what is no int64 or bool tensor of that shape with numbers of 0 or more: 0 is padding.
 
     Raises:
-        ValueError: another dtype or shape; a mask of floats may be one that is added to scores, where 0 is a real token.
+        ValueError: another dtype or shape; a mask of floats may be one added to scores, where 0 is a real token.
         IndexError: a negative number.
     """
     check_shape(name, t, shape)

@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: counterfactual(BATCH, surprise_budget=5.0), r"surprise_budget: expected a number in \(0, 1\], got 5.0",
     ),
     "offsets behind the rows": (
-        lambda: run_forward(apply_w2=lambda at, h, w, rows: apply_w2(at, h, w, rows._replace(offsets=rows.offsets + 9))),
+        lambda: run_forward(apply_w2=lambda i, h, w, rows: apply_w2(i, h, w, rows._replace(offsets=rows.offsets + 9))),
         "grouped_matmul: expected offsets that ascend from 0 to 20 at most",
     ),
     "offsets that descend": (
@@ -161,7 +161,8 @@ def test_what_is_wrong_is_named_in_a_line(name: str, way: str) -> None:
 OTHERS = {
     "vocabulary": dict(vocab_size=14), "layers": dict(num_hidden_layers=1), "more layers": dict(num_hidden_layers=3),
     "experts": dict(num_experts=3), "width": dict(hidden_size=4), "inner": dict(moe_intermediate_size=3),
-    "heads": dict(num_attention_heads=4), "groups": dict(num_key_value_heads=2), "head": dict(tie_word_embeddings=False),
+    "heads": dict(num_attention_heads=4), "groups": dict(num_key_value_heads=2),
+    "head": dict(tie_word_embeddings=False),
 }  # fmt: skip
 WAYS_IN: dict[str, Callable[[Any, Any], Any]] = {
     "forward": lambda params, config: forward(params, BATCH.input_ids, config),

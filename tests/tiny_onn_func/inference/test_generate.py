@@ -414,7 +414,7 @@ def test_tokens_that_do_not_follow_those_read_are_refused() -> None:
             decode(opened, tokens, start)
     decode(opened, LONG[:, :1], 7)
     decode(opened, LONG[:, :1], 8)
-    with pytest.raises(ValueError, match="^tokens: expected at most 9 columns, got 10"):
+    with pytest.raises(ValueError, match=r"^tokens: expected at most 9 columns, got 10"):
         decode(opened, LONG[:, :1], 9)
     assert torch.equal(decode(opened, LONG, 0).logits, first), "a text begins anew at 0"
 

@@ -127,11 +127,13 @@ def test_a_rule_of_other_shapes_is_refused(update, message: str, takes_runs: boo
 
 
 WRONG: dict[str, tuple[Callable[..., Targets], str]] = {
-    "informative of uint8": (lambda e, i, x: Targets(e, i.to(torch.uint8) * 255), "informative of torch.bool, got .*uint8"),
+    "informative of uint8": (
+        lambda e, i, x: Targets(e, i.to(torch.uint8) * 255), "informative of torch.bool, got .*uint8",
+    ),
     "ties that are counts": (lambda e, i, x: Targets(e, i, i.long() * 5), "tied of torch.bool, got torch.int64"),
     "experts of int32": (lambda e, i, x: Targets(e.int(), i), "expert of torch.int64, got torch.int32"),
     "shares of another precision": (
-        lambda e, i, x: Targets(e, i, None, torch.ones_like(x, dtype=torch.float16)), "shares of torch.float.., got .*16",
+        lambda e, i, x: Targets(e, i, None, x.half()), "shares of torch.float.., got .*16",
     ),
     "shares of another shape": (lambda e, i, x: Targets(e, i, None, x[..., :-1]), "shares of shape"),
     "no expert": (lambda e, i, x: Targets(e + 4, i), "expert: expected 0 to 3, got"),
