@@ -375,7 +375,8 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ("check_params(state.params, config, runs)", "pass"),
         ("expert_opt=expert_opt, rule=result.rule", "expert_opt=expert_opt"),
         ('if config.routing == "hash":', "if False:"),
-        ("if wrong := out_of_range(hyper, RANGES):", "if wrong := None:"),
+        ("if wrong := out_of_range(hyper, RANGES) or with_axes(hyper, runs):", "if wrong := None:"),
+        ("out_of_range(hyper, RANGES) or with_axes(hyper, runs)", "out_of_range(hyper, RANGES)"),
         ("router_learns=hyper.router_lr * learning", "router_learns=1.0"),
     ],
     "training/step/batch.py": [
