@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,10 @@ from torch import Tensor
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.ops import rms_norm, rotate
+from tiny_onn_func.primitives.function import PositionalFunction
 from tiny_onn_func.primitives.fused import Values, fused
 from tiny_onn_func.primitives.grouped import dense_matmul
-from tiny_onn_func.primitives.vmap import drop_repeated_axes, only_vmaps, outside_vmap
+from tiny_onn_func.primitives.vmap import drop_repeated_axes, only_vmaps, outside_vmap, runs_first
 
 
 def causal_bias(
@@ -125,9 +127,16 @@ def _uses_library(q: Tensor) -> bool:
 
 
 def _attend_by_library(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """By `scaled_dot_product_attention`: no matrix of scores where the device has a kernel. It has one derivative."""
+    """By `scaled_dot_product_attention`: no matrix of scores where the device has a kernel. It has one derivative.
+
+    Nobody sees what padding is; but a key that only some queries may not see, a later one, makes theirs NaN, too, where
+    its score is +inf or it is no number.
+    """
     *runs, batch, groups, share, seq, dim = q.shape
-    bias, sees = _softmax_bias(bias)
+    hidden, sees = _hidden(bias)
+    k, v = (_without_padding(t, hidden) for t in (k, v))
+    # -inf, not the dtype's minimum: beside it a lower score would be seen; a row of -inf alone would have no softmax
+    bias = bias.masked_fill(hidden, -torch.inf).masked_fill(~sees, 0.0)
     heads = q.reshape(-1, groups * share, seq, dim)
     keys, values = (t.unsqueeze(-3).expand(*runs, batch, groups, share, seq, dim).reshape(heads.shape) for t in (k, v))
     mask = bias.expand(*runs, batch, seq, seq).reshape(-1, 1, seq, seq)
@@ -136,23 +145,55 @@ def _attend_by_library(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return rearrange(out, "... groups share i dim -> ... i groups share dim")
 
 
-def _softmax_bias(bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(the bias with -inf on masked keys and 0 for a query that sees none, whether a query sees a key).
-
-    -inf, not the dtype's minimum: beside it a lower score would be seen; a row of -inf alone would have no softmax.
-    """
+def _hidden(bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(which keys are masked, whether a query sees a key)."""
     hidden = bias <= torch.finfo(bias.dtype).min
-    sees = ~hidden.all(dim=-1, keepdim=True)
-    return bias.masked_fill(hidden, -torch.inf).masked_fill(~sees, 0.0), sees
+    return hidden, ~hidden.all(dim=-1, keepdim=True)
+
+
+def _without_padding(t: Tensor, hidden: Tensor) -> Tensor:
+    """Keys or values with zeros where no query sees them: what stands there may be no number; 0 times it is none."""
+    return torch.where(rearrange(hidden.all(dim=-2), "... j -> ... 1 j 1"), 0.0, t)
+
+
+class HideScores(PositionalFunction):
+    """scores + bias, and -inf on masked keys, or 0 for a query that sees none.
+
+    The gradient is that of scores + bias, which costs nothing: that of a softmax is 0 where a share is.
+    """
+
+    @staticmethod
+    def forward(scores: Tensor, bias: Tensor) -> Tensor:
+        hidden, sees = _hidden(bias)
+        return torch.where(hidden, torch.where(sees, -torch.inf, 0.0).to(scores.dtype), scores + bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Nothing is needed again."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, dot: Tensor, _: Any) -> Tensor:
+        return dot.clone()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], scores: Tensor, bias: Tensor) -> Any:
+        return HideScores.apply(*runs_first(info.batch_size, in_dims, scores, bias)), 0  # type: ignore[no-untyped-call]
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
     """The values, and logarithms of the softmaxes' sums: they save the kernel's backward a pass.
 
-    A masked key gets exactly 0, however low the scores of the others; a query whose keys are all masked gets 0.
+    A masked key gets exactly 0, whatever its score is and however low those of the others; a query whose keys are all
+    masked gets 0. A value that is no number reaches every query of its row unless it is padding: 0 times it is none.
     """
-    bias, sees = (rearrange(t, "... i j -> ... 1 1 i j") for t in _softmax_bias(bias))
-    scores = einsum(q, k, "... share i dim, ... j dim -> ... share i j") + bias
+    hidden, sees = _hidden(bias)
+    v, sees = _without_padding(v, hidden), rearrange(sees, "... i j -> ... 1 1 i j")
+    scores = einsum(q, k, "... share i dim, ... j dim -> ... share i j")
+    scores = HideScores.apply(scores, rearrange(bias, "... i j -> ... 1 1 i j"))  # type: ignore[no-untyped-call]
     out = einsum(scores.softmax(dim=-1), v, "... share i j, ... j dim -> ... share i dim") * sees
     log_sums = scores.detach().logsumexp(dim=-1).masked_fill(~sees.squeeze(-1), -torch.inf)
     return rearrange(out, "... groups share i dim -> ... i groups share dim"), log_sums

@@ -32,7 +32,7 @@ def check_indices(
     if shape is not None:
         check_shape(name, t, shape)
     plain = unwrap_all(t)
-    if is_traced(plain) or plain.device.type == "meta" or not plain.numel():
+    if not _has_values(plain):
         return
     kept = plain if ignore is None else torch.where(plain == ignore, low, plain)
     besides = "" if ignore is None else f" or {ignore}"
@@ -44,6 +44,31 @@ def check_indices(
     if lowest < low or highest >= high:
         came = lowest if lowest < low else highest
         raise IndexError(f"{name}: expected {low} to {high - 1}{besides}, got {came}")
+
+
+def check_mask(name: str, t: Tensor, shape: Sequence[int]) -> None:
+    """Refuse what is no int64 or bool tensor of that shape with numbers of 0 or more: 0 is padding.
+
+    Raises:
+        ValueError: another dtype or shape; a mask of floats may be one added to scores, where 0 is a real token.
+        IndexError: a negative number.
+    """
+    check_shape(name, t, shape)
+    if t.dtype == torch.bool:
+        return
+    if t.dtype != torch.int64:
+        raise ValueError(f"{name}: expected torch.int64 or torch.bool, 0 on padding, got {t.dtype}")
+    plain = unwrap_all(t)
+    if not _has_values(plain):
+        return
+    if plain.device.type != "cpu":
+        torch._assert_async((plain >= 0).all(), f"{name}: expected 0 or more, got a negative number")
+    elif (lowest := int(plain.amin())) < 0:
+        raise IndexError(f"{name}: expected 0 or more, got {lowest}")
+
+
+def _has_values(plain: Tensor) -> bool:
+    return not is_traced(plain) and plain.device.type != "meta" and plain.numel() > 0
 
 
 def check_shape(name: str, t: Tensor, shape: Sequence[int]) -> None:

@@ -5,16 +5,19 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiny_onn_func.attention import attention, causal_bias
-from tiny_onn_func.checks import check_indices, check_shape
+from tiny_onn_func.checks import check_indices, check_mask
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_w2, apply_w13
+from tiny_onn_func.experts import apply_w13 as plain_apply_w13
 from tiny_onn_func.moe import RouterTrace, RoutingInputs, moe
 from tiny_onn_func.ops import embed, rms_norm, rotary_angles, wide_dtype
+from tiny_onn_func.params import check_params
 from tiny_onn_func.primitives.grouped import dense_matmul
+from tiny_onn_func.routing import check_budget
 from tiny_onn_func.tree import flatten, unflatten
 
 
@@ -23,7 +26,7 @@ def forward(
     input_ids: Int[Tensor, "*runs batch seq"],
     config: ModelConfig,
     *,
-    attention_mask: Int[Tensor, "*runs batch seq"] | None = None,
+    attention_mask: Int[Tensor, "*runs batch seq"] | Bool[Tensor, "*runs batch seq"] | None = None,
     surprise_budget: int | float | Tensor = 0.5,
     apply_w2: ApplyW2 = apply_w2,
     apply_w13: ApplyW13 = apply_w13,
@@ -37,10 +40,10 @@ def forward(
     gradient of a mapped step is made, as it spares vmap's dispatch.
 
     Args:
-        params: as made by `init_params`.
+        params: as made by `init_params`; a seam of gate and up may know where experts are that are not among them.
         input_ids: int64 in [0, vocab_size).
-        attention_mask: 1 = real token, 0 = padding; None = all real. Padding visits no expert and is never attended.
-            Numbers 1, 2, ... keep several documents in a row apart: a token attends to its own number only.
+        attention_mask: int64 or bool, 1 = real token, 0 = padding; None = all real. Padding visits no expert and is
+            never attended. Numbers 1, 2, ... keep several documents in a row apart: a token attends to its own only.
         surprise_budget: in (0, 1]; read when `config.num_experts_per_tok` is -1.
         apply_w2: what applies w2 to the rows; wrap it to look at, or to change, every expert's output.
         apply_w13: the same for gate and up.
@@ -52,20 +55,21 @@ def forward(
         logits in float32 (float64 for float64 parameters), and a RouterTrace stacked over layers, T = batch * seq.
 
     Raises:
-        ValueError: the budget is outside (0, 1], there is no token, or a tensor has another dtype or shape than said.
-        IndexError: a token or an expert that there is not.
+        ValueError: the budget is outside (0, 1], there is no token, parameters are not the configuration's, or a tensor
+            has another dtype or shape than said.
+        IndexError: a token or an expert that there is not, or a negative number in the mask.
     """
-    if isinstance(surprise_budget, float | int) and not 0 < surprise_budget <= 1:
-        raise ValueError(f"surprise_budget: expected a number in (0, 1], got {surprise_budget}")
+    check_budget(surprise_budget)
     if input_ids.ndim < 2:
         raise ValueError(f"input_ids: expected (batch, seq) and axes of runs in front, got {tuple(input_ids.shape)}")
     runs, (batch, seq) = input_ids.shape[:-2], input_ids.shape[-2:]
     device = input_ids.device
     if not input_ids.numel():
         raise ValueError(f"input_ids: expected at least one token, got shape {tuple(input_ids.shape)}")
+    check_params(params, config, runs, is_spread=apply_w13 is not plain_apply_w13)
     check_indices("input_ids", input_ids, 0, config.vocab_size)
     if attention_mask is not None:
-        check_shape("attention_mask", attention_mask, input_ids.shape)
+        check_mask("attention_mask", attention_mask, input_ids.shape)
     for name, experts in (("explore", explore), ("override", override)):
         if experts is not None:
             shape = *runs, config.num_hidden_layers, batch * seq

@@ -8,6 +8,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tiny_onn_func.checks import check_indices
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.primitives.fused import Like, Values, fused
 from tiny_onn_func.primitives.vmap import outside_vmap
@@ -19,7 +20,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def embed(ids: Int[Tensor, "*batch"], table: Float[Tensor, "*runs vocab dim"]) -> Float[Tensor, "*batch dim"]:
-    """The rows of the table; runs of a vmap side by side in memory, as all that follows wants them."""
+    """The rows of the table; runs of a vmap side by side in memory, as all that follows wants them.
+
+    Raises:
+        IndexError: an id that the table does not have: behind one run's lies another's.
+    """
     return outside_vmap(lambda *plain: (_embed(*plain),), ids, table)[0]
 
 
@@ -27,6 +32,7 @@ def _embed(ids: Tensor, table: Tensor) -> Tensor:
     if table.ndim == 2:
         return F.embedding(ids, table)
     runs, vocab, _ = table.shape
+    check_indices("ids", ids, 0, vocab)
     first = torch.arange(runs, device=ids.device).view(-1, *(1,) * (ids.ndim - 1)) * vocab
     return F.embedding(ids + first, table.flatten(0, 1))
 

@@ -1,7 +1,9 @@
 """One spec tree, shape and initialiser of every leaf; parameters and counts are derived from it."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -102,17 +104,66 @@ def count_active_flops(config: ModelConfig, experts_per_tok: float, sequence_len
     return 2 * weights + 4 * heads * (sequence_length + 1) / 2
 
 
-def check_params(params: Tree, config: ModelConfig) -> None:
-    """Refuse parameters that do not belong to the configuration.
+Shape = tuple[int, ...]
+Node = tuple[tuple[str, ...], tuple[tuple[str, Shape], ...], int]  # path, shapes of its leaves, number of all entries
+EXPERT_LEAVES = frozenset({"w1", "w2", "w3"})  # what may be spread over processes
+
+
+@cache
+def _nodes(config: ModelConfig, own_experts: int) -> tuple[Node, ...]:
+    """The dicts of a tree of parameters, laid out once: they are asked for at every step."""
+    by_path: dict[tuple[str, ...], dict[str, Shape]] = {}
+    for name, spec in param_specs(config).items():
+        *path, last = name.split(".")
+        shape = (spec.shape[0], own_experts, *spec.shape[2:]) if last in EXPERT_LEAVES else spec.shape
+        by_path.setdefault(tuple(path), {})[last] = shape
+    inner = [path[:-1] for path in by_path if path]
+    return tuple((path, tuple(leaves.items()), len(leaves) + inner.count(path)) for path, leaves in by_path.items())
+
+
+def check_params(
+    params: Mapping[str, Any], config: ModelConfig, runs: Sequence[int] = (), *, is_spread: bool = False
+) -> None:
+    """Refuse parameters that do not belong to the configuration; a few microseconds where they do.
+
+    Args:
+        runs: sizes of the axes in front of every leaf.
+        is_spread: whether these may be some of the experts only, the others being elsewhere.
 
     Raises:
         ValueError: a leaf is missing, unknown or has another shape; the message names it.
     """
-    leaves, specs = flatten(params), param_specs(config)
-    for name in specs.keys() | leaves.keys():
+    runs, own_experts = tuple(runs), _count_experts(params, config) if is_spread else config.num_experts
+    nodes = _nodes(config, own_experts)
+    if not _fit(params, nodes, runs):
+        _refuse(flatten(params), nodes, runs)
+
+
+def _count_experts(params: Mapping[str, Any], config: ModelConfig) -> int:
+    shape: Shape = getattr(params.get("layers", {}).get("moe", {}).get("w1"), "shape", ())
+    return min(shape[-3], config.num_experts) if len(shape) > 3 else config.num_experts
+
+
+def _fit(params: Mapping[str, Any], nodes: tuple[Node, ...], runs: Shape) -> bool:
+    for path, leaves, count in nodes:
+        node: Any = params
+        for key in path:
+            node = node.get(key, {})
+        if len(node) != count:
+            return False
+        for name, shape in leaves:
+            if getattr(node.get(name), "shape", None) != runs + shape:
+                return False
+    return True
+
+
+def _refuse(leaves: Mapping[str, Any], nodes: tuple[Node, ...], runs: Shape) -> None:
+    """Name the first leaf that does not fit."""
+    shapes = {".".join((*path, name)): runs + shape for path, own, _ in nodes for name, shape in own}
+    for name in (*shapes, *leaves):
+        leaf, wanted = leaves.get(name), f"shape {shapes[name]}" if name in shapes else "no such leaf"
+        came = tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf)
         if name not in leaves:
-            raise ValueError(f"params.{name}: expected shape {specs[name].shape}, got no such leaf")
-        if name not in specs:
-            raise ValueError(f"params.{name}: expected no such leaf, got shape {tuple(leaves[name].shape)}")
-        if tuple(leaves[name].shape) != specs[name].shape:
-            raise ValueError(f"params.{name}: expected shape {specs[name].shape}, got {tuple(leaves[name].shape)}")
+            raise ValueError(f"params.{name}: expected {wanted}, got no such leaf")
+        if name not in shapes or not isinstance(leaf, Tensor) or tuple(leaf.shape) != shapes[name]:
+            raise ValueError(f"params.{name}: expected {wanted}, got {came}")

@@ -23,6 +23,16 @@ class Routing(NamedTuple):
     active: Bool[Tensor, "*runs tokens slots"]  # never on padding
 
 
+def check_budget(surprise_budget: int | float | Tensor) -> None:
+    """Refuse a budget out of range; what a tensor holds is not looked at.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not isinstance(surprise_budget, Tensor) and not 0 < surprise_budget <= 1:
+        raise ValueError(f"surprise_budget: expected a number in (0, 1], got {surprise_budget}")
+
+
 def route(
     router_logits: Float[Tensor, "*runs tokens experts"],
     real: Bool[Tensor, "*#runs tokens"],
@@ -43,7 +53,8 @@ def route(
     Args:
         router_logits: higher = preferred.
         real: False on padding, which keeps no expert.
-        surprise_budget: in (0, 1]; read by dynamic K only.
+        surprise_budget: in (0, 1]; read by dynamic K only. Rounded like the mass that it is compared with, so that it
+            does not matter whether it is a Python number or a tensor of another precision.
         bias: added to p for the ranking, never for the weights (loss-free balancing, arXiv 2408.15664). With
             thresholds it is added to the logits, and learned.
         explore: expert that the token also tries, -1 for none; it takes a free slot, or else the last one.
@@ -55,7 +66,7 @@ def route(
     if config.routing == "thresholds":
         return _by_thresholds(logits + bias.unsqueeze(-2), real, slots, least, explore)
     dynamic = config.num_experts_per_tok == DYNAMIC_K
-    budget = as_scalar(surprise_budget, logits.device).expand(runs)
+    budget = as_scalar(surprise_budget, logits.device, logits.dtype).expand(runs)
     inputs = logits, bias.to(logits.dtype).expand(*runs, experts), budget, real.expand(logits.shape[:-1])
     weights, expert_ids, active = outside_vmap(_chosen, *inputs, slots, least, dynamic)
     if explore is not None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.func import vmap
 
 from tests.helpers import (
     Case,
@@ -635,3 +636,22 @@ def test_layers_and_neighbouring_tokens_explore_independently() -> None:
     spread = 5 * 0.21 / math.sqrt(TOKENS)
     assert (tries[0] * tries[1]).mean().abs() < spread
     assert (tries[:, 1:] * tries[:, :-1]).mean().abs() < spread
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_budget_keeps_as_many_experts_whatever_form_it_has(dtype: torch.dtype) -> None:
+    """At exact ties: E equal probabilities, and a budget of j / E. A float32 number is what float32 holds of it."""
+    for experts in range(2, 25):
+        config, logits, real = tiny_config(num_experts=experts), torch.zeros(1, experts, dtype=dtype), torch.ones(1) > 0
+        for j in range(1, experts + 1):
+            number, mass, kept = j / experts, 0.0, 0
+            for _ in range(experts):
+                kept, mass = kept + (mass < number or number >= 1), mass + 1 / experts
+            same = torch.tensor(number, dtype=dtype)  # float64 in float32 runs is rounded, float32 in float64 runs was
+            forms = [number, same, same.double(), torch.tensor(number, dtype=torch.float64)]
+            forms += [same.float()] if dtype == torch.float32 else []
+            counts = [int(route(logits, real, config, form).active.sum()) for form in forms]
+            mapped = vmap(lambda budget, *rest: route(*rest, budget).active.sum(), in_dims=(0, None, None, None))
+            counts += mapped(torch.stack([same, same]), logits, real, config).tolist()
+            assert len(set(counts)) == 1, f"{j} / {experts}: {counts}"
+            assert dtype == torch.float32 or counts[0] == kept, f"{j} / {experts}: {counts}, expected {kept}"

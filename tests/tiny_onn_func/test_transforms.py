@@ -213,9 +213,13 @@ def test_mapped_runs_equal_the_same_runs_alone_in_every_leaf_and_metric(kind: st
 @KINDS
 def test_python_numbers_and_tensors_are_the_same_hypers(kind: str) -> None:
     config, batch = CONFIGS[kind], tiny_batch(CONFIGS[kind])
+    teacher = torch.randn(*batch.input_ids.shape, config.vocab_size, generator=seeded(0), dtype=torch.float64)
     for state, hyper in zip(states(config, 3), hypers(3), strict=True):
         numbers = HyperParams(*(value.item() for value in hyper))
-        (after, metrics), (wanted, ought) = (hyper_step(state, batch, h, config) for h in (hyper, numbers))
+        taught = teacher if numbers.distill_alpha else None  # the Python number 0 does not look at it
+        (after, metrics), (wanted, ought) = (
+            hyper_step(state, batch, h, config, teacher_logits=taught) for h in (hyper, numbers)
+        )
         metrics = metrics._replace(lr=metrics.lr.to(ought.lr.dtype))  # a number has no dtype to ask for
         assert_same_runs(stack([after]), [wanted], 1e-6)  # the schedule is float32
         assert_same_runs(stack([metrics]), [ought], 1e-6)
@@ -242,8 +246,12 @@ def test_each_coefficient_may_be_the_only_one_that_is_mapped(name: str) -> None:
     config, batch, state = CONFIGS["dynamic K"], tiny_batch(), states(CONFIGS["dynamic K"], 2)[1]
     values = torch.stack([getattr(hyper, name) for hyper in hypers(3)])
     shared = HyperParams(*(value.item() for value in hypers(2)[1]))
-    together = vmap(lambda value: hyper_step(state, batch, shared._replace(**{name: value}), config))(values)
-    alone = [hyper_step(state, batch, shared._replace(**{name: value}), config) for value in values]
+    teacher = torch.randn(*batch.input_ids.shape, config.vocab_size, generator=seeded(0), dtype=torch.float64)
+
+    def step(value: Tensor) -> tuple[Any, Any]:
+        return hyper_step(state, batch, shared._replace(**{name: value}), config, teacher_logits=teacher)
+
+    together, alone = vmap(step)(values), [step(value) for value in values]
     assert_same_runs(together, alone, TOLERANCE[torch.float64])
 
 

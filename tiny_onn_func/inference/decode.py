@@ -16,9 +16,11 @@ from torch import Tensor
 from tiny_onn_func.attention import causal_bias
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.decoder import unstack_layers
+from tiny_onn_func.inference.arguments import check_memory, check_tokens
 from tiny_onn_func.inference.kv_cache import append, empty_cache, view
 from tiny_onn_func.moe import router_input, router_logits
 from tiny_onn_func.ops import as_scalar, rotary_angles, swiglu_reference, wide_dtype
+from tiny_onn_func.params import check_params
 from tiny_onn_func.primitives.grouped import grouped_matmul
 from tiny_onn_func.routing import Routing, route
 
@@ -53,11 +55,12 @@ class DecodeState(NamedTuple):
     eps: Float[Tensor, ""]
     cos: Float[Tensor, "#batch columns 1 head_dim"]
     sin: Float[Tensor, "#batch columns 1 head_dim"]
-    mask: Int[Tensor, "batch prompt"] | None  # None where no row is padded
+    mask: Int[Tensor, "batch prompt"] | Bool[Tensor, "batch prompt"] | None  # None where no row is padded
     hidden: Float[Tensor, "batch 1 1 columns"] | None  # what to add to the scores of every later query
     window: int  # how many of the last tokens are attended to, the token itself among them
     surprise_budget: float
     memory: tuple[tuple[Tensor, Tensor], ...]  # the cache, layer by layer
+    columns: list[int]  # one number: how many of the cache's columns were read
 
 
 class DecodeOutput(NamedTuple):
@@ -74,11 +77,17 @@ def start_decoding(
     batch: int,
     columns: int,
     *,
-    attention_mask: Int[Tensor, "batch prompt"] | None = None,
+    attention_mask: Int[Tensor, "batch prompt"] | Bool[Tensor, "batch prompt"] | None = None,
     context_length: int | None = None,
     surprise_budget: float = 0.5,
 ) -> DecodeState:
-    """Everything that reading up to `columns` tokens a row needs; the prompt may be padded on the left."""
+    """Everything that reading up to `columns` tokens a row needs; the prompt may be padded on the left.
+
+    Raises:
+        ValueError: parameters that are not the configuration's, padding elsewhere, or an argument out of range.
+    """
+    check_params(params, config)
+    check_memory(batch, columns, attention_mask, context_length, surprise_budget)
     embedding = params["embed_tokens"]
     dtype, device = embedding.dtype, embedding.device
     layers = tuple(_lay_out(layer) for layer in unstack_layers(params["layers"], config.num_hidden_layers))
@@ -95,7 +104,7 @@ def start_decoding(
         config, embedding, layers, params["norm"], embedding.mT if config.tie_word_embeddings else params["lm_head"],
         as_scalar(config.rms_norm_eps, device, wide_dtype(dtype)),
         cos, sin, mask, hidden, context_length or columns, surprise_budget,
-        tuple(zip(*(part.unbind(0) for part in cache), strict=True)),
+        tuple(zip(*(part.unbind(0) for part in cache), strict=True)), [0],
     )  # fmt: skip
 
 
@@ -129,8 +138,15 @@ def decode(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> 
     """Read the tokens of the columns start, start + 1, ...: one of each row, or the whole prompt at column 0.
 
     The logits are those of `forward` on the whole text, up to rounding, as long as the window holds it.
+
+    Raises:
+        ValueError: tokens of another shape or dtype, or that do not begin behind what was read; 0 begins anew.
     """
-    batch, new = tokens.shape
+    batch, columns = state.memory[0][0].shape[0], state.memory[0][0].shape[2]
+    prompt = None if state.mask is None else state.mask.shape[1]
+    check_tokens(tokens, start, state.columns[0], batch, columns, prompt)
+    new = tokens.shape[1]
+    state.columns[0] = start + new
     flat = tokens.reshape(-1)
     real = torch.ones_like(flat, dtype=torch.bool) if state.mask is None or start else state.mask.reshape(-1) != 0
     first = 0 if new > 1 else max(0, start + 1 - state.window)

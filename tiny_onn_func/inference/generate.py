@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from tiny_onn_func.checks import check_dtype
 from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.inference.arguments import check_prompt, require
 from tiny_onn_func.inference.decode import decode, start_decoding
 from tiny_onn_func.inference.sampling import SamplingParams, penalize, sample
 from tiny_onn_func.routing import Routing
@@ -24,7 +24,7 @@ def generate(
     *,
     max_new_tokens: int,
     context_length: int | None = None,
-    attention_mask: Int[Tensor, "batch prompt"] | None = None,
+    attention_mask: Int[Tensor, "batch prompt"] | Bool[Tensor, "batch prompt"] | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
@@ -37,8 +37,8 @@ def generate(
 
     Args:
         context_length: how many of the last tokens attention sees, the token itself among them; None: all of them.
-        attention_mask: 1 = real token, 0 = padding, on the left only; None = all real. Positions begin at the first
-            real token, and each row becomes what it would be alone.
+        attention_mask: int64 or bool, 1 = real token, 0 = padding, on the left only; None = all real. Positions begin
+            at the first real token, and each row becomes what it would be alone.
         temperature: divides the logits; 0 takes the most probable token.
         top_k: sample among the k most probable tokens only.
         top_p: sample among the fewest tokens whose probability reaches p.
@@ -69,7 +69,7 @@ def stream(
     max_new_tokens: int,
     sampling: SamplingParams = SamplingParams(),  # noqa: B008  a frozen value
     context_length: int | None = None,
-    attention_mask: Int[Tensor, "batch prompt"] | None = None,
+    attention_mask: Int[Tensor, "batch prompt"] | Bool[Tensor, "batch prompt"] | None = None,
     stop_tokens: Iterable[int] = (),
     pad_token: int | None = None,
     surprise_budget: float = 0.5,
@@ -83,14 +83,12 @@ def stream(
     """
     stop_tokens = tuple(stop_tokens)  # an iterator is read once
     pad = next(iter(stop_tokens), 0) if pad_token is None else pad_token
-    _check_prompt(input_ids, attention_mask, config)
+    check_prompt(input_ids, attention_mask, config)
     sampling.check()
-    _require(max_new_tokens >= 0, "max_new_tokens", "0 or more", max_new_tokens)
-    _require(context_length is None or context_length >= 1, "context_length", "1 or more", context_length)
-    _require(0 < surprise_budget <= 1, "surprise_budget", "a number in (0, 1]", surprise_budget)
+    require(max_new_tokens >= 0, "max_new_tokens", "0 or more", max_new_tokens)
     for name, ids in (("stop_tokens", stop_tokens), ("pad_token", (pad,))):
         for index in ids:
-            _require(0 <= index < config.vocab_size, name, f"tokens from 0 to {config.vocab_size - 1}", index)
+            require(0 <= index < config.vocab_size, name, f"tokens from 0 to {config.vocab_size - 1}", index)
     batch, start = input_ids.shape[0], 0
     state = start_decoding(
         params, config, batch, input_ids.shape[1] + max_new_tokens, attention_mask=attention_mask,
@@ -121,25 +119,3 @@ def _tokens_present(tokens: Tensor, mask: Tensor | None, vocab_size: int) -> Ten
     """(batch, vocab) True for every real token of the prompt."""
     counts = torch.zeros(tokens.shape[0], vocab_size, dtype=torch.int64, device=tokens.device)
     return counts.scatter_add(1, tokens, torch.ones_like(tokens) if mask is None else (mask != 0).long()) > 0
-
-
-def _check_prompt(input_ids: Tensor, mask: Tensor | None, config: ModelConfig) -> None:
-    check_dtype("prompt", input_ids, torch.int64)
-    _require(input_ids.numel() >= 1, "prompt", "at least one token", "none")
-    if input_ids.device.type == "meta":
-        return
-    lowest, highest = int(input_ids.min()), int(input_ids.max())
-    _require(lowest >= 0, "prompt", "tokens of 0 or more", lowest)
-    _require(highest < config.vocab_size, "prompt", f"tokens below vocab_size ({config.vocab_size})", highest)
-    if mask is None:
-        return
-    shape, same = tuple(input_ids.shape), mask.shape == input_ids.shape
-    _require(same, "attention_mask", f"the shape of the prompt {shape}", tuple(mask.shape))
-    _require(bool(((mask == 0) | (mask == 1)).all()), "attention_mask", "zeros and ones", "other numbers")
-    _require(bool((mask[:, -1:] == 1).all()), "attention_mask", "padding on the left only", "some at the end of a row")
-    _require(bool((mask.diff(dim=1) >= 0).all()), "attention_mask", "padding on the left only", "some within a row")
-
-
-def _require(fine: bool, name: str, wanted: str, came: object) -> None:
-    if not fine:
-        raise ValueError(f"{name}: expected {wanted}, got {came}")

@@ -260,8 +260,9 @@ def attention(
 ) -> tuple[Float[Tensor, "batch seq groups share dim"], Float[Tensor, "batch groups share seq"]]:
     """Causal softmax(q k^T + bias) v and the log of each softmax's sum; fewer masks than batches are used again.
 
-    Where the bias is float32's minimum the share is exactly 0, however low the other scores are, unless the score is
-    no number; a query without any key gets zeros, and the log of its sum is -inf.
+    Where the bias is float32's minimum the share is exactly 0, however low the other scores are, and whatever this one
+    is; a query without any key gets zeros, and the log of its sum is -inf. A value that a query does not see may be no
+    number.
     """
     _check_attention("attention", q, k, v, bias)
     inputs = [t.contiguous() for t in (q, k, v, bias)]

@@ -71,7 +71,7 @@ def typed(kernels: Any) -> Any:
     kernels.split_heads.argtypes = [SIZE] * 6 + [FLOAT] + [POINTER] * 7 + [INT]
     kernels.split_heads_grad.argtypes = [SIZE] * 6 + [FLOAT] + [POINTER] * 10 + [INT]
     kernels.cross_entropy.argtypes = [SIZE] * 3 + [POINTER] * 6 + [INT]
-    kernels.cross_entropy_grad.argtypes = [SIZE] * 3 + [POINTER] * 5 + [INT]
+    kernels.cross_entropy_grad.argtypes = [SIZE] * 3 + [POINTER] * 6 + [INT]
     kernels.attention.argtypes = [SIZE] * 5 + [POINTER] * 4 + [SIZE] + [POINTER] * 2 + [INT]
     kernels.attention_grad.argtypes = [SIZE] * 5 + [POINTER] * 4 + [SIZE] + [POINTER] * 6 + [INT]
     kernels.adamw.argtypes = [SIZE] * 2 + [POINTER] * 2 + [FLOAT] + [POINTER] * 7 + [INT]

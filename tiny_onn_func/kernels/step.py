@@ -18,7 +18,7 @@ def cross_entropy(
     logits: Float[Tensor, "*rows vocab"], labels: Int[Tensor, "*rows"]
 ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"], Int[Tensor, "*rows"], Float[Tensor, "*rows"]]:
     """-log softmax at the label and the softmax's entropy, both 0 where the label is -100; the first of the largest
-    logits, or of those that are no number; the logarithm of the softmax's sum.
+    logits, or of those that are no number; the logarithm of the sum of e^(logit - the largest).
 
     Raises:
         IndexError: a label is neither in the vocabulary nor -100.
@@ -42,18 +42,20 @@ def cross_entropy_grad(
     grads: Float[Tensor, "*rows"],
     logits: Float[Tensor, "*rows vocab"],
     labels: Int[Tensor, "*rows"],
+    best: Int[Tensor, "*rows"],
     log_sums: Float[Tensor, "*rows"],
 ) -> Float[Tensor, "*rows vocab"]:
-    """Gradients of the losses of `cross_entropy` in the logits."""
+    """Gradients of the losses of `cross_entropy` in the logits; `best` and `log_sums` are its last two outputs."""
     shape, vocab = labels.shape, logits.shape[-1]
     read = {"grads": (grads, shape, F32), "logits": (logits, (*shape, vocab), F32)}
-    check("cross_entropy_grad", **read, labels=(labels, shape, I64), log_sums=(log_sums, shape, F32))
-    inputs = [t.contiguous() for t in (grads, logits, labels, log_sums)]
+    more = {"best": (best, shape, I64), "log_sums": (log_sums, shape, F32)}
+    check("cross_entropy_grad", **read, labels=(labels, shape, I64), **more)
+    inputs = [t.contiguous() for t in (grads, logits, labels, best, log_sums)]
     out = torch.empty_like(inputs[1])
     pointers = (t.data_ptr() for t in (*inputs, out))
     sizes = labels.numel(), vocab, IGNORE_INDEX
     if code := loaded().cross_entropy_grad(*sizes, *pointers, torch.get_num_threads()):
-        refuse("cross_entropy_grad", code, _labels(vocab))
+        refuse("cross_entropy_grad", code, f"{_labels(vocab)}, and best in [0, {vocab}) beside a label")
     return out
 
 

@@ -187,6 +187,7 @@ def _matmul_fallback(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _matmul_of_one_run(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    _check_offsets("grouped_matmul", offsets, rows.shape[0])
     if not _reads_offsets(offsets):
         if not _has_fast_path(rows, weights):
             return tiled_matmul(rows, weights, offsets)
@@ -221,6 +222,7 @@ def _outer_kernel(
 
 
 def _outer_of_one_run(rows: Tensor, grads: Tensor, offsets: Tensor) -> Tensor:
+    _check_offsets("grouped_outer", offsets, rows.shape[0])
     rows = rows.contiguous()
     if _has_fast_path(rows.mT, grads):
         return F.grouped_mm(rows.mT, grads, offs=offsets)
@@ -230,6 +232,19 @@ def _outer_of_one_run(rows: Tensor, grads: Tensor, offsets: Tensor) -> Tensor:
     for start, end, block in _groups(offsets, out):
         torch.mm(rows[start:end].mT, grads[start:end], out=block)
     return out
+
+
+def _check_offsets(name: str, offsets: Tensor, rows: int) -> None:
+    """Refuse what the kernels refuse; where looking at it would wait for a device nothing is refused.
+
+    Raises:
+        IndexError: offsets that descend, or point behind the rows.
+    """
+    if not _reads_offsets(offsets):
+        return
+    ends = offsets.tolist()
+    if not all(start <= end for start, end in itertools.pairwise((0, *ends, rows))):
+        raise IndexError(f"{name}: expected offsets that ascend from 0 to {rows} at most, got {ends}")
 
 
 def _reads_offsets(offsets: Tensor) -> bool:

@@ -9,7 +9,8 @@ from torch.utils.hooks import RemovableHandle
 from tiny_onn_func.experts import ApplyW2, ApplyW13, Rows, spread
 from tiny_onn_func.experts import apply_w2 as plain_apply_w2
 from tiny_onn_func.experts import apply_w13 as plain_apply_w13
-from tiny_onn_func.primitives.vmap import rewrap, unwrap
+from tiny_onn_func.kernels.runtime import is_traced
+from tiny_onn_func.primitives.vmap import rewrap, unwrap, unwrap_all
 from training.step.surprise import HookPoint, SurpriseKind, kind_of, scatter_rows
 
 OnRows = Callable[[int, Tensor, Rows], None]  # (layer, surprise of each row, rows)
@@ -29,14 +30,15 @@ class SurpriseHookManager:
     A manager is for one forward and one backward pass; `remove_hooks` makes it ready for another.
 
     Args:
-        per_token_surprise: (..., L, T, E), +inf everywhere; entries of routed rows become finite (sparse fill).
+        per_token_surprise: (..., L, T, E), floating point, +inf everywhere; entries of routed rows become finite
+            (sparse fill). Layers that the model does not have stay as they are: a manager sees those alone that it has.
         apply_w2: the application to wrap.
         kind: what is recorded; a kind that divides by the routing weight is to be divided afterwards.
         apply_w13: the application of gate and up to wrap.
         on_rows: receives each layer's rows with their surprise, in place of `per_token_surprise`.
 
     Raises:
-        ValueError: an unknown kind, a layer applied twice, or sizes that are not the model's.
+        ValueError: an unknown kind, a layer applied twice, or a dtype or sizes that are not the model's.
     """
 
     def __init__(
@@ -48,6 +50,11 @@ class SurpriseHookManager:
         *,
         on_rows: OnRows | None = None,
     ) -> None:
+        if not per_token_surprise.is_floating_point() or per_token_surprise.ndim < 3:
+            raise ValueError(
+                "per_token_surprise: expected (layers, tokens, experts) of floating point numbers, got "
+                f"{tuple(per_token_surprise.shape)} of {per_token_surprise.dtype}"
+            )
         self.per_token_surprise = per_token_surprise
         self._apply_w2, self._apply_w13, self._on_rows = apply_w2, apply_w13, on_rows
         self._points = {point.place: point for point in kind_of(kind).points}
@@ -90,11 +97,21 @@ class SurpriseHookManager:
             saved.clear()
 
     def _check(self, name: str, layer: int, rows: Rows) -> None:
-        layers, _, experts = self.per_token_surprise.shape[-3:]
-        if not 0 <= layer < layers or (self._on_rows is None and rows.offsets.shape[-1] != experts):
+        *runs, layers, tokens, experts = self.per_token_surprise.shape
+        wanted, own = f"layers > {layer}", self._on_rows is None  # rows of others have other tokens and experts
+        fits = 0 <= layer < layers
+        if own:
+            wanted = ", ".join(
+                [*map(str, rows.offsets.shape[:-1]), wanted, "tokens", f"{rows.offsets.shape[-1]} experts"]
+            )
+            fits = fits and (*runs, experts) == rows.offsets.shape
+        if fits and own and not self._applied:
+            count = _count_tokens(rows)
+            wanted, fits = wanted.replace("tokens", f"{count} tokens"), count in (None, tokens)
+        if not fits:
             raise ValueError(
-                f"per_token_surprise: expected (layers > {layer}, tokens, {rows.offsets.shape[-1]} experts), got "
-                f"{tuple(self.per_token_surprise.shape)}; make it of the model's sizes"
+                f"per_token_surprise: expected ({wanted}), got {tuple(self.per_token_surprise.shape)}; make it of the "
+                "model's sizes"
             )
         if (name, layer) in self._applied:
             raise ValueError(
@@ -126,3 +143,11 @@ class SurpriseHookManager:
             for part in others:
                 total = total.hypot(part)
             (self._on_rows or self.write_rows)(layer, total, rows)
+
+
+def _count_tokens(rows: Rows) -> int | None:
+    """How many tokens the rows are of: every token has some, if inactive ones; None where no value may be read."""
+    token = unwrap_all(rows.token)
+    if is_traced(token) or token.device.type != "cpu" or not token.numel():
+        return None
+    return int(token.amax()) + 1

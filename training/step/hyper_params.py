@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -128,6 +128,15 @@ def out_of_range(values: object, ranges: tuple[Range, ...]) -> str | None:
             value = getattr(values, name)
             if value is not None and not isinstance(value, Tensor) and not fits(value):
                 return f"{name}: expected {wanted}, got {value!r}"
+    return None
+
+
+def with_axes(values: tuple[Number, ...], runs: Sequence[int] = ()) -> str | None:
+    """The first field whose tensor has other axes than the runs', as "name: expected ..., got ..."."""
+    for at, value in enumerate(values):
+        if isinstance(value, Tensor) and value.ndim and value.shape != runs:
+            name = values._fields[at]  # type: ignore[attr-defined]
+            return f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}; map runs with vmap"
     return None
 
 

@@ -11,12 +11,12 @@ from torch import Generator, Tensor
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.moe import linear_router_logits
 from tiny_onn_func.ops import as_scalar, as_wide_as
-from tiny_onn_func.params import init_params
+from tiny_onn_func.params import check_params, init_params
 from tiny_onn_func.primitives.vmap import outside_vmap_tree
 from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
-from training.step.hyper_params import RANGES, HyperParams, Number, is_off, out_of_range
+from training.step.hyper_params import RANGES, HyperParams, Number, is_off, out_of_range, with_axes
 from training.step.main_pass import (
     WHOLE,
     BatchShard,
@@ -85,10 +85,13 @@ def hyper_step(
         The new state, and the metrics of the step, measured before its update.
 
     Raises:
-        ValueError, IndexError: a batch, a kind or a coefficient that is out of range; the message names it.
+        ValueError, IndexError: parameters that are not the configuration's, or a batch, a teacher, a kind or a
+            coefficient that is out of range or has other axes; the message names it.
     """
-    if wrong := out_of_range(hyper, RANGES):
+    runs = state.step.shape
+    if wrong := out_of_range(hyper, RANGES) or with_axes(hyper, runs):
         raise ValueError(f"hyper.{wrong}")
+    check_params(state.params, config, runs)
     options = StepOptions(kind, compute_dtype)
     inputs = state, batch, hyper, teacher_logits
     return outside_vmap_tree(lambda inputs: _step(*inputs, config=config, options=options, rule=rule), inputs)
@@ -140,7 +143,14 @@ def run_pass(
     hooks_factory: HooksFactory = SurpriseHookManager,
     run_rule: RunRule = apply_rule,
 ) -> ShardResult:
-    """The step's one forward and one backward pass; the last three are for a process with some rows of a batch."""
+    """The step's one forward and one backward pass; the last three are for a process with some rows of a batch.
+
+    Raises:
+        ValueError: `hyper.distill_alpha` asks for a teacher, and there is none.
+    """
+    alpha = hyper.distill_alpha
+    if teacher_logits is None and not isinstance(alpha, Tensor) and alpha > 0:
+        raise ValueError(f"teacher_logits: expected some with hyper.distill_alpha of {alpha}, got none")
     (grads, router_grads), observed = main_gradients(
         fast, router, batch, hyper, config, state.step, options, teacher_logits, shard=shard,
         hooks_factory=hooks_factory,
@@ -172,7 +182,14 @@ def router_gradients(
         return loss.total, loss
 
     annealed = _annealed(hyper, step, trace.router_logits.dtype)
-    targets = result.targets, shares(sums.routed), result.real, annealed, sums.informative, sums.real
+    targets = (
+        result.targets,
+        shares(sums.routed, trace.router_logits.dtype),
+        result.real,
+        annealed,
+        sums.informative,
+        sums.real,
+    )
     if config.routing == "hash":  # its logits are fixed: there is a loss, but nothing learns from it
         return tree_map(torch.zeros_like, _learned(router, config)), router_loss(trace.router_logits.detach(), *targets)
     inputs = trace.router_inputs.detach(), *targets
@@ -218,7 +235,7 @@ def update_router(
     new = state._replace(params=params, router_opt=router_opt, step=state.step + 1)
     if not is_off(hyper.regenerate_below):
         replaced = regenerate(
-            params, new.expert_opt, router_opt, new.step, load=shares(sums.routed), hyper=hyper,
+            params, new.expert_opt, router_opt, new.step, load=shares(sums.routed, sums.loss.dtype), hyper=hyper,
             router_learns=hyper.router_lr * learning,
         )  # fmt: skip
         new = new._replace(**replaced)

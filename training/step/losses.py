@@ -60,7 +60,7 @@ def predictive_integrity(
 def cross_entropy(
     logits: Float[Tensor, "*rows vocab"], labels: Int[Tensor, "*rows"]
 ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"], Int[Tensor, "*rows"], Float[Tensor, "*rows"]]:
-    """(-log softmax(logits) at the label, entropy of the softmax, most probable token, log of the softmax's sum).
+    """(-log softmax(logits) at the label, entropy of the softmax, most probable token, -log of its probability).
 
     Losses and entropies are in nats, and 0 where the label is -100. Only the first has a gradient.
 
@@ -80,14 +80,14 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor) -> Values:
     detached = log_p.detach()
     entropy = -reduce(detached.exp() * detached, "... vocab -> ...", "sum")
     losses, entropies = (torch.where(is_target, x, 0.0) for x in (-picked, entropy))
-    return losses, entropies, detached.argmax(dim=-1), logits.detach().logsumexp(dim=-1)
+    return losses, entropies, detached.argmax(dim=-1), -detached.amax(dim=-1)
 
 
 CROSS_ENTROPY = fused(
     reference=cross_entropy_reference,
     kernel=step_kernels.cross_entropy,
     kernel_grad=lambda grads, inputs, outputs: (
-        step_kernels.cross_entropy_grad(grads[0], inputs[0], inputs[1], outputs[3]),
+        step_kernels.cross_entropy_grad(grads[0], *inputs, *outputs[2:]),
     ),
     smooth=1,
 )  # fmt: skip

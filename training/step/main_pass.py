@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vjp
 
+from tiny_onn_func.checks import check_shape
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.moe import RouterTrace
@@ -90,6 +91,10 @@ def main_gradients(
     if torch.is_inference_mode_enabled():
         raise ValueError("inference_mode: expected a step outside of it, as its tensors have no gradients; leave it")
     batch = without_padding_labels(batch)
+    if teacher_logits is not None:
+        check_shape("teacher_logits", teacher_logits, (*batch.input_ids.shape, config.vocab_size))
+        if not teacher_logits.is_floating_point():
+            raise ValueError(f"teacher_logits: expected floating point numbers, got {teacher_logits.dtype}")
     kind, (layers, experts) = kind_of(options.kind), (config.num_hidden_layers, config.num_experts)
     tokens, explore = batch.input_ids.shape[-2:].numel(), None
     if not is_off(hyper.explore_prob):

@@ -12,9 +12,11 @@ from training.step.router_loss import RouterLoss
 from training.step.sums import Sums, as_float, count_visits
 
 
-def shares(counts: Int[Tensor, "*runs layers bins"]) -> Float[Tensor, "*runs layers bins"]:
+def shares(
+    counts: Int[Tensor, "*runs layers bins"], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*runs layers bins"]:
     """Share of each layer's rows that falls into each bin; zeros where there is none. Of experts: their load."""
-    return counts.to(torch.float32) / counts.sum(dim=-1, keepdim=True).clamp_min(1)
+    return counts.to(dtype) / counts.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
 def max_vio(load: Float[Tensor, "*runs layers experts"]) -> Float[Tensor, "*runs"]:
@@ -89,29 +91,30 @@ def step_metrics(
 ) -> Metrics:
     """The metrics of a step from its sums, its router's loss, and what the optimizers measured."""
     count, informative, layers = sums.targets.clamp_min(1), sums.informative.clamp_min(1), sums.routed.shape[-2]
-    main_loss, tau, load = sums.loss / count, sums.entropy / count, shares(sums.routed)
+    wide = sums.loss.dtype
+    main_loss, tau, load = sums.loss / count, sums.entropy / count, shares(sums.routed, wide)
     surprise = sums.surprise / sums.surprised.clamp_min(1)
     return Metrics(
         main_loss=main_loss,
         distill_loss=sums.distill / count,
         router_loss=loss.surprise,
-        main_acc=sums.correct / count,
-        gating_acc=sums.hits / informative,
+        main_acc=sums.correct.to(wide) / count,
+        gating_acc=sums.hits.to(wide) / informative,
         gating_trivial=sums.chance / informative,
         surprise=surprise,
         nonfinite_surprise=sums.nonfinite,
         tau=tau,
         pi_score=predictive_integrity(main_loss, tau, surprise, hyper.pi_alpha, hyper.pi_gamma),
-        avg_k=sums.visits.to(torch.float32) / (layers * sums.real).clamp_min(1),
+        avg_k=sums.visits.to(wide) / (layers * sums.real).clamp_min(1),
         max_vio=max_vio(load),
         dead_experts=dead_experts(load),
-        tie_rate=sums.tied / (sums.real * layers).clamp_min(1),
+        tie_rate=sums.tied.to(wide) / (sums.real * layers).clamp_min(1),
         balance_loss=loss.balance,
         z_loss=loss.z,
         grad_norm=grad_norm,
         router_grad_norm=router_grad_norm,
         lr=lr,
         expert_load=load,
-        target_load=shares(sums.wanted),
+        target_load=shares(sums.wanted, wide),
         expert_surprise=sums.expert_surprise / sums.expert_surprised.clamp_min(1),
     )

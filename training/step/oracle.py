@@ -20,12 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tiny_onn_func.attention import attention
+from tiny_onn_func.checks import check_indices, check_mask
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import unstack_layers
 from tiny_onn_func.experts import apply_experts, apply_w2
 from tiny_onn_func.moe import RoutingInputs, moe
 from tiny_onn_func.ops import rms_norm, rotary_angles, wide_dtype
-from tiny_onn_func.routing import Routing
+from tiny_onn_func.params import check_params
+from tiny_onn_func.routing import Routing, check_budget
 from training.step.batch import IGNORE_INDEX, Batch
 from training.step.counter_rng import Purpose, random_words
 from training.step.hyper_params import HyperParams, Number
@@ -47,7 +49,19 @@ def counterfactual_losses(
     Args:
         sample: positions in the sequence, for every layer its own; `draw_sample` makes some.
         explore: as in the step: the expert that a token visits besides its own, or -1; not where it is sent alone.
+
+    Raises:
+        ValueError, IndexError: what `forward` and `cross_entropy` refuse, and positions that there are not.
     """
+    shape, layers = batch.input_ids.shape, config.num_hidden_layers
+    check_budget(surprise_budget)
+    check_params(params, config)
+    check_indices("input_ids", batch.input_ids, 0, config.vocab_size)
+    check_indices("labels", batch.labels, 0, config.vocab_size, shape=shape, ignore=IGNORE_INDEX)
+    check_mask("attention_mask", batch.attention_mask, shape)
+    check_indices("sample", sample, 0, shape[1], shape=(layers, shape[0], sample.shape[-1]))
+    if explore is not None:
+        check_indices("explore", explore, -1, config.num_experts, shape=(layers, shape.numel()))
     positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device).expand_as(batch.input_ids)
     seq = positions.shape[1]
     x = F.embedding(batch.input_ids, params["embed_tokens"])

@@ -48,7 +48,8 @@ def router_loss(
     real = real.expand(*router_logits.shape[:-3], -1)
     picked, mass, squares = ROUTER_SUMS(router_logits, targets.expert, targets.informative, real)
     if targets.shares is not None:
-        cross = -(targets.shares * router_logits.log_softmax(dim=-1)).sum(dim=-1)
+        taught = torch.where(targets.informative.unsqueeze(-1), router_logits, 0.0)  # 0 times what is no number is none
+        cross = -(targets.shares * taught.log_softmax(dim=-1)).sum(dim=-1)
         picked = torch.where(targets.informative, cross, 0.0).sum(dim=-1)
     surprise = picked.sum(dim=-1) / informative.clamp_min(1)
     balance = experts * (load * mass).sum(dim=(-2, -1)) / (tokens * layers)
@@ -58,13 +59,19 @@ def router_loss(
 
 
 def router_sums_reference(logits: Tensor, target: Tensor, informative: Tensor, real: Tensor) -> Values:
-    """-log softmax at the target, the softmax, and the squared log of its sum, added up over each layer's tokens."""
-    log_p, is_real = logits.log_softmax(dim=-1), real.unsqueeze(-2)
+    """-log softmax at the target, the softmax, and the squared log of its sum, added up over each layer's tokens.
+
+    What nothing is asked of sends exact zeros back, whatever it is; a logit of +inf has no softmax, and no log of its
+    sum.
+    """
+    is_real = real.unsqueeze(-2)
+    logits = torch.where((is_real | informative).unsqueeze(-1), logits, 0.0)
+    log_p, log_sum = logits.log_softmax(dim=-1), logits.logsumexp(dim=-1) + logits.detach().amax(dim=-1) * 0
     cross = -log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return (
         torch.where(informative, cross, 0.0).sum(dim=-1),
         torch.where(is_real.unsqueeze(-1), log_p.exp(), 0.0).sum(dim=-2),
-        torch.where(is_real, logits.logsumexp(dim=-1).square(), 0.0).sum(dim=-1),
+        torch.where(is_real, log_sum.square(), 0.0).sum(dim=-1),
     )
 
 

@@ -17,6 +17,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tiny_onn_func.checks import check_indices
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.moe import RouterTrace
@@ -33,7 +34,7 @@ from training.step.surprise import divide_by_expert_mean
 class Targets(NamedTuple):
     """What a rule asks of the router, token by token."""
 
-    expert: Int[Tensor, "*runs layers tokens"]  # int64 in [0, experts), also where the token does not teach
+    expert: Int[Tensor, "*runs layers tokens"]  # int64 in [0, experts) where the token teaches
     informative: Bool[Tensor, "*runs layers tokens"]  # True where the token teaches the router
     tied: Bool[Tensor, "*runs layers tokens"] | None = None  # real, with candidates enough, all of them equal; None: no
     shares: Float[Tensor, "*runs layers tokens experts"] | None = None  # soft targets; None puts all on `expert`
@@ -139,24 +140,36 @@ def apply_rule(
     """The rule's update, of one run or of several in front.
 
     Raises:
-        ValueError: targets or a state of other shapes than they must have.
+        ValueError: targets or a state of other shapes or dtypes than they must have.
+        IndexError: a target that is no expert, of a token that teaches.
     """
     inputs = state, surprise, trace, batch, hyper, step
-    if rule.takes_runs:
+    if rule is LEAST_SURPRISE:  # ours, and tested
         return rule.update(*inputs)
+    new, targets = rule.update(*inputs) if rule.takes_runs else _of_each_run(rule, inputs, step.ndim)
+    dtypes = {"expert": torch.int64, "shares": surprise.dtype}
+    for name, value in targets._asdict().items():
+        if value is not None:
+            dtype, shape = dtypes.get(name, torch.bool), surprise.shape if name == "shares" else surprise.shape[:-1]
+            if value.shape != shape:
+                raise ValueError(f"rule: expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}")
+            if value.dtype != dtype:
+                raise ValueError(f"rule: expected {name} of {dtype}, got {value.dtype}")
+    expert = torch.where(targets.informative, targets.expert, 0)
+    check_indices("rule: expert", expert, 0, surprise.shape[-1])
+    shapes = [{name: (leaf.shape, leaf.dtype) for name, leaf in walk(tree)} for tree in (state, new)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"rule: expected a state of the form of init's, {shapes[0]}, got {shapes[1]}")
+    return new, targets._replace(expert=expert)
+
+
+def _of_each_run(rule: Rule, inputs: Any, runs: int) -> tuple[Any, Targets]:
 
     def present(inputs: Any) -> tuple[Any, dict[str, Tensor]]:
         new, targets = rule.update(*inputs)
         return new, {name: value for name, value in targets._asdict().items() if value is not None}
 
-    new, fields = each_run(present, inputs, step.ndim)
-    for name, value in fields.items():
-        shape = surprise.shape if name == "shares" else surprise.shape[:-1]
-        if value.shape != shape:
-            raise ValueError(f"rule: expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}")
-    shapes = [{name: (leaf.shape, leaf.dtype) for name, leaf in walk(tree)} for tree in (state, new)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"rule: expected a state of the form of init's, {shapes[0]}, got {shapes[1]}")
+    new, fields = each_run(present, inputs, runs)
     return new, Targets(**fields)
 
 

@@ -122,7 +122,7 @@ def _routing_sums(
     """(informative, hits, tied, visits, chance, routed, wanted, surprise, surprised)."""
     experts, all_tokens = logits.shape[-1], (-2, -1)
     hits = (logits.argmax(dim=-1) == target) & informative
-    chance = torch.where(informative, 1 / active.sum(dim=-1).clamp_min(1), 0.0)
+    chance = torch.where(informative, 1 / active.sum(dim=-1).clamp_min(1).to(logits.dtype), 0.0)
     return (
         informative.sum(dim=all_tokens),
         hits.sum(dim=all_tokens),

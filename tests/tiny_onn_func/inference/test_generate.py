@@ -373,6 +373,9 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("prompt", dict(prompt=torch.tensor([[0, -1]]))),
     ("attention_mask", dict(attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1]]))),
     ("attention_mask", dict(attention_mask=torch.tensor([[1, 0, 1], [1, 1, 1]]))),
+    ("attention_mask", dict(attention_mask=torch.tensor([[1, 0, 1], [1, 1, 1]]).bool())),
+    ("attention_mask", dict(attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1]]).bool())),
+    ("attention_mask", dict(attention_mask=torch.ones(2, 3, dtype=torch.int32))),
     ("attention_mask", dict(attention_mask=torch.tensor([[0, 0, 0], [1, 1, 1]]))),
     ("attention_mask", dict(attention_mask=torch.tensor([[1, 2, 2], [1, 1, 1]]))),
     ("surprise_budget", dict(surprise_budget=0.0)),
@@ -383,6 +386,59 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 def test_a_bad_argument_of_generate_is_refused_by_its_name(key: str, how: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^{key}: expected .*, got "):
         state(**how)
+
+
+def test_a_mask_of_bool_writes_the_text_of_its_numbers() -> None:
+    mask = torch.tensor([[0, 0, 1], [1, 1, 1]])
+    assert torch.equal(state(attention_mask=mask.bool()), state(attention_mask=mask))
+
+
+def mask_with(value: int, *places: int) -> Tensor:
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[0, list(places)] = value
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("key", "how"),
+    [
+        ("surprise_budget", dict(surprise_budget=5.0)),
+        ("surprise_budget", dict(surprise_budget=math.nan)),
+        ("context_length", dict(context_length=0)),
+        ("context_length", dict(context_length=-3)),
+        ("batch", dict(batch=0)),
+        ("columns", dict(columns=0)),
+        ("attention_mask", dict(attention_mask=mask_with(0, 5, 6))),
+        ("attention_mask", dict(attention_mask=mask_with(0, 2, 4).bool())),
+        ("attention_mask", dict(attention_mask=mask_with(2, 4, 5, 6))),
+        ("attention_mask", dict(attention_mask=mask_with(1), columns=6)),
+        ("attention_mask", dict(attention_mask=mask_with(1)[:1])),
+    ],
+    ids=str,
+)
+def test_a_bad_argument_of_start_decoding_is_refused_by_its_name(key: str, how: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^{key}: expected .*, got "):
+        start_decoding(wild(), TINY, **{"batch": 2, "columns": 9, **how})
+
+
+def test_tokens_that_do_not_follow_those_read_are_refused() -> None:
+    opened = start_decoding(wild(), TINY, 2, 9, attention_mask=mask_with(0, 0))
+    first = decode(opened, LONG, 0).logits
+    for at in (8, 3, -1):
+        with pytest.raises(ValueError, match=f"^start: expected 7, the column behind what was read, or 0, got {at}"):
+            decode(opened, LONG[:, :1], at)
+    for tokens, start, message in (
+        (LONG[:1, :1], 7, "tokens: expected a row for each of 2 texts, got 1"),
+        (LONG[:, :2], 7, "tokens: expected one of each row behind column 0, got 2"),
+        (LONG[:, :3], 0, "tokens: expected the mask's 7 of each row, got 3"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            decode(opened, tokens, start)
+    decode(opened, LONG[:, :1], 7)
+    decode(opened, LONG[:, :1], 8)
+    with pytest.raises(ValueError, match=r"^tokens: expected at most 9 columns, got 10"):
+        decode(opened, LONG[:, :1], 9)
+    assert torch.equal(decode(opened, LONG, 0).logits, first), "a text begins anew at 0"
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------

@@ -118,7 +118,8 @@ def calls(sizes: Sizes = Sizes(), seed: int = 0) -> dict[str, Call]:  # noqa: B0
         "cross_entropy": Call(step.cross_entropy, labelled, {"labels": inner}),
         "cross_entropy_grad": Call(
             step.cross_entropy_grad,
-            {"grads": drawn(tokens), **labelled, "log_sums": drawn(tokens)}, {"labels": inner},
+            {"grads": drawn(tokens), **labelled, "best": below(inner, tokens), "log_sums": drawn(tokens)},
+            {"labels": inner, "best": inner},
         ),
         "adamw": Call(
             lambda **t: step.adamw(**{name: [x] for name, x in t.items()}), {"numbers": numbers, **leaves}, {}

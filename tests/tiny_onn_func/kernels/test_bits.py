@@ -68,8 +68,8 @@ def makers(rows: int, inner: int, outer: int) -> dict[str, Callable[[slice], Ten
         return forward_kernels.choose(*args, slots=min(3, inner), least=1, dynamic=True)[0][0]
 
     def slopes(span: slice) -> Tensor:
-        log_sums = step_kernels.cross_entropy(x[0, span], labels[span])[3]
-        return step_kernels.cross_entropy_grad(weights[span, 0], x[0, span], labels[span], log_sums)
+        known = step_kernels.cross_entropy(x[0, span], labels[span])[2:]
+        return step_kernels.cross_entropy_grad(weights[span, 0], x[0, span], labels[span], *known)
 
     return {
         "matmul": lambda span: forward_kernels.matmul([(x[:, span], w)], end(span))[0],

@@ -44,10 +44,57 @@ def test_a_query_without_any_key_gets_zeros_and_sends_zeros_back(seq: int) -> No
     assert all(not slope.any() for slope in slopes)
 
 
-def test_a_masked_score_that_is_no_number_is_not_hidden() -> None:
-    out, log_sum, _ = attended([math.nan, 0.0, 1.0], [True, False, False])
-    assert out.isnan().all()
-    assert log_sum.isnan()
+def test_a_masked_score_that_is_no_number_is_hidden_and_a_visible_one_is_not() -> None:
+    for score in (math.nan, math.inf, -math.inf):
+        hidden, visible = (attended([score, 0.0, 1e19], [masked, False, False]) for masked in (True, False))
+        assert hidden[0].tolist() == [3.0]
+        assert hidden[1].item() == pytest.approx(1e19)
+        assert visible[0].isnan().all() == visible[1].isnan() == (score != -math.inf)
+
+
+@pytest.mark.parametrize("seq", [2, 9, 40])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_value_that_is_no_number_reaches_only_the_queries_that_see_it(seq: int, bad: float) -> None:
+    q, k, v = (torch.randn(1, 1, *shape, generator=seeded(0)) for shape in ((2, seq, 17), (seq, 17), (seq, 17)))
+    bias = torch.zeros(1, seq, seq).masked_fill(torch.ones(seq, seq).triu(1) > 0, LEAST)
+    at = seq // 2
+    bias[:, -1, at] = LEAST
+    clean = forward.attention(q, k, v, bias)[0]
+    v[..., at, :] = bad
+    out = forward.attention(q, k, v, bias)[0]
+    sees = bias[0, :, at] == 0
+    assert (~out.isfinite()).all(dim=(0, 2, 3, 4)).tolist() == sees.tolist()
+    assert torch.equal(out[:, ~sees], clean[:, ~sees]), "and leaves the others' bits"
+
+
+@pytest.mark.parametrize("score", [0.0, 3.7, -2e8, 1e30])
+def test_the_only_key_of_a_query_has_exactly_no_gradient(score: float) -> None:
+    """A token that is a document, or a row, of its own: its softmax is 1 whatever q and k are."""
+    q, k, v = (torch.randn(1, 1, *shape, generator=seeded(1)) for shape in ((3, 11, 16), (11, 16), (11, 16)))
+    q, k = q.abs() * (abs(score) ** 0.5 + 1), k.abs() * (abs(score) ** 0.5 + 1) * math.copysign(1.0, score)
+    bias = torch.full((1, 11, 11), LEAST)
+    bias.diagonal(dim1=1, dim2=2).zero_()
+    out, log_sums = forward.attention(q, k, v, bias)
+    upstream = torch.randn(out.shape, generator=seeded(2))
+    grad_q, grad_k, _ = forward.attention_grad(q, k, v, bias, out, log_sums, upstream)
+    assert not grad_q.any()
+    assert not grad_k.any()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e6, 1e8, 1e30])
+def test_losses_and_gradients_of_large_logits_are_those_of_float64(size: float) -> None:
+    logits = torch.tensor([[size, size, 0.0, -size], [0.0, size, -size, size / 2]])
+    labels = torch.tensor([0, 3])
+    wide = logits.double().requires_grad_()
+    torch.nn.functional.cross_entropy(wide, labels, reduction="sum").backward()
+    losses, _, *known = step.cross_entropy(logits, labels)
+    wanted = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    torch.testing.assert_close(losses, wanted.float(), rtol=1e-6, atol=0)
+    grads = step.cross_entropy_grad(torch.ones(2), logits, labels, *known)
+    torch.testing.assert_close(grads, wide.grad.float(), rtol=1e-6, atol=1e-7)
+    yes = torch.ones(1, 1, 2, dtype=torch.bool)
+    picked, _, _ = step.router_sums(logits[None, None], labels[None, None], yes, yes[0])
+    torch.testing.assert_close(picked, wanted.sum().float().view(1, 1), rtol=1e-6, atol=0)
 
 
 def test_a_share_that_would_be_next_to_nothing_is_nothing() -> None:

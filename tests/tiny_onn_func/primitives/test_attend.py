@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from tests.helpers import assert_close, seeded
-from tiny_onn_func.attention import ATTEND, attend, causal_bias
+from tiny_onn_func.attention import ATTEND, _attend_by_library, attend, attend_reference, causal_bias
 from tiny_onn_func.kernels import build
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.primitives.fused import autograd_function
@@ -139,7 +139,59 @@ def test_the_kernels_bits_depend_on_no_thread_and_no_neighbour_and_it_keeps_what
     finally:
         torch.set_num_threads(threads)
     k[1, 0, 0, 0] = torch.nan
-    assert forward_kernels.attention(q, k, v, bias)[0][1, :, 0].isnan().all()
+    sees = (bias[1, :, 0] == 0).tolist()
+    assert forward_kernels.attention(q, k, v, bias)[0][1, :, 0].isnan().all(dim=(-2, -1)).tolist() == sees
+    assert any(sees)
+    assert not all(sees)
+
+
+ALL_WAYS = {
+    "as called": attend,
+    "reference": lambda *inputs: attend_reference(*inputs)[0],
+    "library": _attend_by_library,
+}
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("way", ALL_WAYS)
+def test_padding_reaches_nobody_whatever_it_is(way: str, bad: float) -> None:
+    """Keys and values that are no number, and products that overflow: to +inf or, by another sign, to -inf."""
+    q, k, v = inputs(2, 2, 2, 20, 4, torch.float32)
+    q = q.abs() * 1e9
+    bias, real = mask_of(2, 20, 3, torch.float32)
+    clean = ALL_WAYS[way](q, k, v, bias)
+    assert (real == 0).any()
+    padding = (real == 0)[:, None, :, None]
+    out = ALL_WAYS[way](q, *(torch.where(padding, bad, t) for t in (k, v)), bias)
+    assert out.isfinite().all()
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("way", ["as called", "reference"])
+def test_a_later_key_whose_score_is_no_number_gets_exactly_nothing(way: str) -> None:
+    """The library's way adds: +inf - inf is none, as the docstring says."""
+    q, k, v = inputs(1, 1, 2, 12, 4, torch.float32)
+    q, bias = q.abs() * 1e9, causal_bias(None, 12, torch.device("cpu"), torch.float32)
+    clean = ALL_WAYS[way](q, k, v, bias)
+    for bad in (torch.nan, torch.inf, 1e30):
+        k[..., 7, :] = bad
+        out = ALL_WAYS[way](q, k, v, bias)
+        assert torch.equal(out[:, :7], clean[:, :7])
+        assert out[:, 7:].isnan().all()
+
+
+@pytest.mark.parametrize("score", [1e4, 1e6, 1e8, 1e30])
+def test_gradients_at_large_scores_are_those_of_the_reference(score: float) -> None:
+    """All scores are equal, so a share is 1 / keys; the logarithm of their sum has no digits beside them."""
+    bias = causal_bias(None, 9, torch.device("cpu"), torch.float32)
+    shapes = (1, 1, 1, 9, 1), (1, 1, 9, 1)
+    q, k = (torch.full(shape, score**0.5) for shape in shapes)
+    grads = []
+    for way in ("as called", "reference"):
+        v = drawn(1, 1, 9, 1, dtype=torch.float32).requires_grad_()
+        ALL_WAYS[way](q, k, v, bias).sum().backward()
+        grads.append(v.grad)
+    assert_close(grads[0], grads[1], 2e-5)
 
 
 @pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")

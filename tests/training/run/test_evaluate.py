@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from tests.helpers import spread_params, tiny_batch, tiny_config
+from tests.helpers import seeded, spread_params, tiny_batch, tiny_config
 from tiny_onn_func import forward
 from tiny_onn_func.tree import stack
+from training import HyperParams, hyper_step, init_state
 from training.errors import UserError
 from training.run.evaluate import evaluate, evaluate_runs
 
@@ -72,3 +73,16 @@ def test_as_many_budgets_as_models_and_no_negative_number_of_bytes_are_wanted() 
             evaluate_runs(models, CONFIG, BATCHES, 40, surprise_budgets=budgets)
     with pytest.raises(ValueError, match=r"^num_bytes: expected the bytes of the text, 1 or more, got -5"):
         evaluate(spread_params(CONFIG), CONFIG, BATCHES, -5, surprise_budget=0.5)
+
+
+def test_a_budget_keeps_the_experts_in_evaluation_that_it_keeps_in_training() -> None:
+    """Equal probabilities, and a budget of whole shares: rounded otherwise it would keep one expert more, or fewer."""
+    for experts in (3, 5, 6, 7, 10, 12):
+        config = tiny_config(num_experts=experts)
+        state = init_state(config, seeded(0))
+        state.params["layers"]["moe"]["router"].zero_()
+        batch = tiny_batch(config)
+        for j in range(1, experts + 1):
+            metrics = hyper_step(state, batch, HyperParams(pi_alpha=j / experts), config)[1]
+            score = evaluate(state.params, config, [batch], 9, surprise_budget=j / experts)
+            assert score.avg_k == float(metrics.avg_k), f"{j} / {experts}"

@@ -400,8 +400,7 @@ def routing_metrics(trace: Trace, shares: dict, surprise: dict, rows: Tensor, ma
     for (layer, _, e), value in surprise.items():
         means[layer, e] += value / sum((at, expert) == (layer, e) for at, _, expert in surprise)
     metrics = {"gating_acc": agree, "gating_trivial": trivial, "target_load": taught, "expert_surprise": means}
-    # Taken: shares of rows are float32, also where the balance loss reads them
-    metrics["expert_load"] = (rows / rows.sum(-1, keepdim=True).clamp(min=1)).float().double()
+    metrics["expert_load"] = rows / rows.sum(-1, keepdim=True).clamp(min=1)
     metrics["avg_k"] = float(rows.sum()) / max(len(trace.learned), 1)
     metrics["dead_experts"] = float((rows == 0).sum())
     metrics["max_vio"] = sum(float(row.max() / row.mean() - 1) for row in rows if row.sum() > 0) / L

@@ -83,7 +83,7 @@ def targets_of(case: Case) -> Targets:
 def loss_of_router(params: Params, case: Case, targets: Targets, coupling: float = 0.0) -> Tensor:
     """All terms of the router's loss as a function of every parameter."""
     _, trace = run_forward(params, case, coupling)
-    load = shares(routed_rows(trace.expert_ids, trace.active, case.config.num_experts))
+    load = shares(routed_rows(trace.expert_ids, trace.active, case.config.num_experts), trace.router_logits.dtype)
     hyper = case.hyper._replace(balance_weight=0.5, z_weight=0.1)
     return router_loss(trace.router_logits, targets, load, real_tokens(case.batch), hyper).total
 

@@ -1,5 +1,7 @@
 """Rules of one's own, from outside: two examples do what they say, map, resume and run on many processes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import vmap
 
-from tests.helpers import ROOT, assert_close, assert_same_bits, example, tiny_batch, tiny_config
+from tests.helpers import ROOT, assert_close, assert_same_bits, example, spread_params, tiny_batch, tiny_config
 from tiny_onn_func.tree import stack, unstack
-from training import HyperParams, Rule, Targets, TrainState, hyper_step, init_state, per_token_surprise
+from training import HyperParams, Rule, Targets, TrainState, hyper_step, init_state, per_token_surprise, state_of
 from training.step.rules import LEAST_SURPRISE
 from training.storage.checkpoint import load_state, named_tensors, open_checkpoint, save_checkpoint
 
@@ -19,6 +21,9 @@ NAMES = ("second_least_surprised", "average_surprise_of_a_token")
 
 
 RULES = {name: example(name).RULE for name in NAMES}
+
+
+BOTH_KINDS = pytest.mark.parametrize("takes_runs", [False, True])
 
 
 def fresh(rule: Rule, seed: int = 0) -> TrainState:
@@ -114,7 +119,52 @@ def test_the_shipped_rule_written_from_outside_makes_the_same_step() -> None:
         (lambda s, x, *_: ((x,), Targets(x.argmin(-1), x.isfinite().any(-1))), "rule: expected a state of the form of"),
     ],
 )
-def test_a_rule_of_other_shapes_is_refused(update, message: str) -> None:
-    rule = Rule(lambda config: (), update)
+@BOTH_KINDS
+def test_a_rule_of_other_shapes_is_refused(update, message: str, takes_runs: bool) -> None:
+    rule = Rule(lambda config: (), update, takes_runs)
     with pytest.raises(ValueError, match=message):
         hyper_step(fresh(rule), tiny_batch(CONFIG), HYPER, CONFIG, rule=rule)
+
+
+WRONG: dict[str, tuple[Callable[..., Targets], str]] = {
+    "informative of uint8": (
+        lambda e, i, x: Targets(e, i.to(torch.uint8) * 255), "informative of torch.bool, got .*uint8",
+    ),
+    "ties that are counts": (lambda e, i, x: Targets(e, i, i.long() * 5), "tied of torch.bool, got torch.int64"),
+    "experts of int32": (lambda e, i, x: Targets(e.int(), i), "expert of torch.int64, got torch.int32"),
+    "shares of another precision": (
+        lambda e, i, x: Targets(e, i, None, x.half()), "shares of torch.float.., got .*16",
+    ),
+    "shares of another shape": (lambda e, i, x: Targets(e, i, None, x[..., :-1]), "shares of shape"),
+    "no expert": (lambda e, i, x: Targets(e + 4, i), "expert: expected 0 to 3, got"),
+    "a negative expert": (lambda e, i, x: Targets(e - 4, i), "expert: expected 0 to 3, got -"),
+}  # fmt: skip
+
+
+def of_targets(targets: Callable[..., Targets], takes_runs: bool) -> Rule:
+    return Rule(lambda _: (), lambda s, x, *_: (s, targets(x.argmin(-1), x.isfinite().any(-1), x)), takes_runs)
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", WRONG)
+def test_targets_of_another_dtype_or_range_are_refused(name: str, dtype: torch.dtype, takes_runs: bool) -> None:
+    """In float32 by kernels, in float64 by the reference: the same line."""
+    targets, message = WRONG[name]
+    rule = of_targets(targets, takes_runs)
+    state = state_of(spread_params(CONFIG, dtype=dtype), CONFIG, rule)
+    with pytest.raises((ValueError, IndexError), match=f"^rule: (expected )?{message}"):
+        hyper_step(state, tiny_batch(CONFIG), HYPER, CONFIG, rule=rule)
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_expert_of_a_token_that_does_not_teach_may_be_none(dtype: torch.dtype, takes_runs: bool) -> None:
+    """The negative twin."""
+    steps = []
+    for nobody in (0, -1, 10**6):
+        rule = of_targets(lambda e, i, x, nobody=nobody: Targets(torch.full_like(e, nobody), ~i), takes_runs)
+        state = state_of(spread_params(CONFIG, dtype=dtype), CONFIG, rule)
+        steps.append(hyper_step(state, tiny_batch(CONFIG), HYPER, CONFIG, rule=rule))
+    assert_same_bits(steps[1], steps[0])
+    assert_same_bits(steps[2], steps[0])

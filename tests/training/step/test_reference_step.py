@@ -204,13 +204,13 @@ def differences(case: Case, dtype: torch.dtype, as_tensors: bool, expected: Resu
     spread = max((abs(v) for v in expected.surprise.values()), default=0.0)  # values of `benefit` cancel in a mean
     for name, value in metrics._asdict().items():
         size = spread * ("surprise" in name) + 1e-3
-        compare(f"metrics.{name}", value, expected.metrics[name], 1e-6 if float64 else 2e-3, size)
+        compare(f"metrics.{name}", value, expected.metrics[name], tolerance, size)
     return wrong
 
 
 @pytest.mark.parametrize("first", range(0, CASES, BLOCK))
 def test_hyper_step_equals_its_definition(first: int) -> None:
-    """In float64 to 1e-7 of each leaf's largest entry (metrics to 1e-6: counts are float32), in float32 to 2e-3.
+    """In float64 to 1e-7 of each leaf's largest entry (metrics too), in float32 to 2e-3.
 
     A case in which a decision is close (an argmin, a rank, a sign) is compared in float64 alone.
     """

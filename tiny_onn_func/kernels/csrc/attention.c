@@ -7,12 +7,12 @@ INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* A row of `n` scores, with room for whole vectors, to e^(score + mask - from), zeros behind them; where that is not
    `known`, to shares that sum to 1, and `from` becomes the logarithm of the sum. Where the mask is the least number the share
-   is 0, whatever else is there, unless the score is no number: that is not hidden. Where nothing is left all shares are 0. */
+   is 0, whatever the score is. Where nothing is left all shares are 0. */
 INLINE void softmax(int64_t n, float *p, const float *mask, float *from, int known) {
     vec most = every(-INFINITY), sum = {0};
     for (int64_t j = 0; j < n; j += LANES) {
         vec bias = n - j < LANES ? part(mask + j, (int)(n - j)) : *(const vec *)(mask + j), x = *(vec *)(p + j) + bias;
-        x = either((bias <= -FLT_MAX) & (x == x), every(-INFINITY), x);
+        x = either(bias <= -FLT_MAX, every(-INFINITY), x);
         if (n - j < LANES) x = either(places() < (int)(n - j), x, every(-INFINITY));
         most = either(most > x, most, x);
         *(vec *)(p + j) = x;
@@ -26,7 +26,7 @@ INLINE void softmax(int64_t n, float *p, const float *mask, float *from, int kno
         *(vec *)(p + j) = x;
     }
     float all = total_of(sum), share = all == 0 ? 0 : 1 / all;
-    if (known && all > 0.999f && all < 1.001f) return; /* beside a score of 1e8 the logarithm of a sum has no digits left */
+    if (known && all > 0.99999f && all < 1.00001f) return; /* beside a score of 1e4 the logarithm of a sum has few digits left, at 1e8 none */
     if (!known) *from = least + logf(all);
     for (int64_t j = 0; j < n; j += LANES) *(vec *)(p + j) *= share;
 }
@@ -46,6 +46,19 @@ INLINE void probabilities(int64_t seq, int64_t dim, int64_t first, int64_t high,
 INLINE int64_t seen(int64_t end, int64_t seq) {
     int64_t width = (end + WIDE * LANES - 1) / (WIDE * LANES) * (WIDE * LANES);
     return width < seq ? width : seq;
+}
+
+/* out (high x dim, rows `ldc` apart) = p v for queries first .. first + high, of the values alone that a query sees: of the
+   others one may be no number, and 0 times it is none. The sums are those of `product`, bit for bit. */
+INLINE void seen_product(int64_t seq, int64_t dim, int64_t first, int64_t high, const float *p, const float *v,
+                         const float *bias, float *out, int64_t ldc) {
+    for (int64_t i = first; i < first + high; i++, p += padded(seq), out += ldc)
+        for (int64_t d = 0; d < dim; d++) {
+            float sum = 0;
+            for (int64_t j = 0; j <= i; j++)
+                if (!(bias[i * seq + j] <= -FLT_MAX)) sum = fused(p[j], v[j * dim + d], sum);
+            out[d] = sum;
+        }
 }
 
 /* Where query i of head h of all batches' heads stands in (batch, seq, heads, dim). */
@@ -69,13 +82,15 @@ int attention(int64_t batch, int64_t groups, int64_t share, int64_t seq, int64_t
             continue;
         }
         const float *mask = bias + t / groups % masks * seq * seq;
+        int whole = are_finite(seq * dim, v + t * seq * dim);
         turn(seq, dim, k + t * seq * dim, keys);
         for (int64_t h = t * share; h < (t + 1) * share; h++)
             for (int64_t i = 0; i < seq; i += HIGH) {
                 int64_t high = seq - i < HIGH ? seq - i : HIGH, width = seen(i + high, seq);
                 probabilities(seq, dim, i, high, width, q + h * seq * dim, keys, mask, p, log_sums + h * seq, 0);
-                product(high, dim, i + high, p, padded(seq), 1, v + t * seq * dim, dim, out + place(h, i, heads, seq, dim), heads * dim,
-                        NEW);
+                float *to = out + place(h, i, heads, seq, dim);
+                if (whole) product(high, dim, i + high, p, padded(seq), 1, v + t * seq * dim, dim, to, heads * dim, NEW);
+                else seen_product(seq, dim, i, high, p, v + t * seq * dim, mask, to, heads * dim);
             }
         free(keys);
     }
@@ -109,7 +124,11 @@ int attention_grad(int64_t batch, int64_t groups, int64_t share, int64_t seq, in
                 product(high, width, dim, up + i * token, token, 1, values, seq, s + i * row, row, NEW);
                 for (int64_t r = i; r < i + high; r++) {
                     float mean = dot(dim, up + r * token, made + r * token);
-                    for (int64_t j = 0; j < width; j++) s[r * row + j] = p[r * row + j] * (s[r * row + j] - mean);
+                    for (int64_t j = 0; j <= r; j++) { /* a share of 1 stays 1: the difference has only the rounding of two sums */
+                        float slope = p[r * row + j] * (s[r * row + j] - mean);
+                        s[r * row + j] = p[r * row + j] == 1 ? 0 : slope;
+                    }
+                    for (int64_t j = r + 1; j < width; j++) s[r * row + j] = 0;
                 }
                 product(high, dim, i + high, s + i * row, row, 1, k + t * seq * dim, dim, grad_q + (h * seq + i) * dim, dim,
                         NEW);

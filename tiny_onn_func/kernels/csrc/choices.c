@@ -212,9 +212,9 @@ int router_sums(int64_t runs, int64_t layers, int64_t tokens, int64_t experts, c
                 int is_real = real[part / layers * tokens + t];
                 if (!is_real && !informative[i]) continue;
                 const float *x = logits + i * experts;
-                float most = largest(experts, x), sum = powers(experts, x, most, p), log_sum = most + logf(sum);
+                float most = largest(experts, x), sum = powers(experts, x, most, p), above = logf(sum), log_sum = most + above;
                 int teaches = informative[i] && is_index(target[i], experts);
-                if (teaches) cross += log_sum - x[target[i]];
+                if (teaches) cross += (most - x[target[i]]) + above; /* apart: log_sum has no digits for `above` beside 1e8 */
                 strangers |= informative[i] && !teaches;
                 if (!is_real) continue;
                 square += (double)log_sum * log_sum;

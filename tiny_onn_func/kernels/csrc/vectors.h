@@ -190,6 +190,16 @@ REDUCE(largest, (int64_t n, const float *x), -INFINITY, OR_X, either(a > b, a, b
 REDUCE(dot, (int64_t n, const float *x, const float *y), 0, AND_XY, a + b)
 REDUCE(dot3, (int64_t n, const float *x, const float *y, const float *z), 0, AND_XYZ, a + b)
 
+/* Whether all are finite: 0 times any other number is none. */
+INLINE int are_finite(int64_t n, const float *x) {
+    vec all = {0};
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) all += WHOLE(x) * 0;
+    if (j < n) all += REST(x) * 0;
+    JOINED(all, a + b)
+    return all[0] == 0;
+}
+
 /* The first of the largest numbers, `most` being what `largest` has found; or, if that `may` be so, the first that is none. */
 INLINE int64_t first_of(int64_t n, const float *x, float most, int may) {
     for (; may >= 0; may--)
