@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as a run does it; before torch, which reads it once
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as a run does it; before torch, which reads it once
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings

@@ -25,10 +25,11 @@ WORKER = """
 import sys
 import tiny_onn_func, torch
 from benchmarks.models import SIZES, a_batch
+from tiny_onn_func.kernels.runtime import divide_threads, loaded
 from training import HyperParams, hyper_step, init_state
 from training.run.process import disable_heap_trimming
 disable_heap_trimming()
-torch.set_num_threads(int(sys.argv[2]))
+(divide_threads if loaded().has_own_threads() else torch.set_num_threads)(int(sys.argv[2]))
 config, batch_size, seq = SIZES[sys.argv[1]]
 state, batch = init_state(config, torch.Generator().manual_seed(0)), a_batch(config, batch_size, seq)
 for line in sys.stdin:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
 from torch import Tensor
 
-from tiny_onn_func.kernels.runtime import check, loaded, refuse
+from tiny_onn_func.kernels.runtime import check, loaded, refuse, threads
 
 PARTS = 16  # of a run's rows, whose sums are made apart
 F32, F64, I64, I32, BOOL = torch.float32, torch.float64, torch.int64, torch.int32, torch.bool
@@ -46,7 +46,7 @@ def matmul(
     sizes = runs, count, experts, in_dim, out_dim, count
     pointers = (None if t is None else t.data_ptr() for t in (rows, None, weights, others, other_weights))
     more = offsets.data_ptr(), out.data_ptr()
-    if code := loaded().grouped_matmul(*sizes, *pointers, apart, *more, transposed, torch.get_num_threads()):
+    if code := loaded().grouped_matmul(*sizes, *pointers, apart, *more, transposed, threads()):
         refuse("grouped_matmul", code, _ends(count), WEIGHTS)
     return out
 
@@ -64,7 +64,7 @@ def outer(
     out = rows.new_empty(runs, experts, in_dim, out_dim)
     sizes = runs, count, experts, in_dim, out_dim, count
     pointers = (None if t is None else t.data_ptr() for t in (rows, None, grads, offsets, out))
-    if code := loaded().grouped_outer(*sizes, *pointers, torch.get_num_threads()):
+    if code := loaded().grouped_outer(*sizes, *pointers, threads()):
         refuse("grouped_outer", code, _ends(count))
     return out
 
@@ -86,7 +86,7 @@ def token_matmul(
     pointers = x.data_ptr(), token.data_ptr(), weights.data_ptr(), None, None
     more = offsets.data_ptr(), out.data_ptr()
     sizes = runs, count, experts, in_dim, out_dim, tokens
-    if code := loaded().grouped_matmul(*sizes, *pointers, weights.stride(0), *more, 0, torch.get_num_threads()):
+    if code := loaded().grouped_matmul(*sizes, *pointers, weights.stride(0), *more, 0, threads()):
         refuse("grouped_matmul", code, f"token in [0, {tokens}) and {_ends(count)}", WEIGHTS)
     return out
 
@@ -104,7 +104,7 @@ def token_outer(
     inputs = [t.contiguous() for t in (x, token, grads, offsets)]
     out = x.new_empty(runs, experts, in_dim, out_dim)
     sizes = runs, count, experts, in_dim, out_dim, tokens
-    if code := loaded().grouped_outer(*sizes, *(t.data_ptr() for t in (*inputs, out)), torch.get_num_threads()):
+    if code := loaded().grouped_outer(*sizes, *(t.data_ptr() for t in (*inputs, out)), threads()):
         refuse("grouped_outer", code, f"token in [0, {tokens}) and {_ends(count)}")
     return out
 
@@ -114,7 +114,7 @@ def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[
     check("swiglu", gate=(gate, gate.shape, F32), up=(up, gate.shape, F32))
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    loaded().swiglu(gate.numel(), gate.data_ptr(), up.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    loaded().swiglu(gate.numel(), gate.data_ptr(), up.data_ptr(), out.data_ptr(), threads())
     return out
 
 
@@ -125,7 +125,7 @@ def swiglu_grad(
     check("swiglu_grad", grad=(grad, gate.shape, F32), gate=(gate, gate.shape, F32), up=(up, gate.shape, F32))
     inputs = [t.contiguous() for t in (grad, gate, up)]
     grads = torch.empty_like(inputs[1]), torch.empty_like(inputs[2])
-    loaded().swiglu_grad(gate.numel(), *(t.data_ptr() for t in (*inputs, *grads)), torch.get_num_threads())
+    loaded().swiglu_grad(gate.numel(), *(t.data_ptr() for t in (*inputs, *grads)), threads())
     return grads
 
 
@@ -139,7 +139,7 @@ def scaled_rows(
     inputs = [t.contiguous() for t in (x, weights, order)]
     rows = x.new_empty(count, dim)
     pointers = (t.data_ptr() for t in (*inputs, rows))
-    if code := loaded().scaled_rows(count, dim, slots, tokens, *pointers, torch.get_num_threads()):
+    if code := loaded().scaled_rows(count, dim, slots, tokens, *pointers, threads()):
         refuse("scaled_rows", code, f"order in [0, {tokens * slots})")
     return rows
 
@@ -154,7 +154,7 @@ def combined_rows(
     inputs = [t.contiguous() for t in (y, weights, inverse)]
     out = y.new_empty(tokens, dim)
     pointers = (t.data_ptr() for t in (*inputs, out))
-    if code := loaded().combined_rows(tokens, dim, slots, rows, *pointers, torch.get_num_threads()):
+    if code := loaded().combined_rows(tokens, dim, slots, rows, *pointers, threads()):
         refuse("combined_rows", code, f"inverse in [0, {rows})")
     return out
 
@@ -170,7 +170,7 @@ def sort_rows(
     order, inverse, expert = (ids.new_empty(*runs, rows) for _ in range(3))
     offsets = ids.new_empty(*runs, num_experts, dtype=torch.int32)
     pointers = (t.data_ptr() for t in (ids, active, order, inverse, expert, offsets))
-    if code := loaded().sort_rows(math.prod(runs), rows, num_experts, *pointers, torch.get_num_threads()):
+    if code := loaded().sort_rows(math.prod(runs), rows, num_experts, *pointers, threads()):
         refuse("sort_rows", code, f"expert_ids in [0, {num_experts}) where active")
     return order, inverse, expert, offsets
 
@@ -181,7 +181,7 @@ def rms_norm(x: Float[Tensor, "runs rows dim"], weight: Float[Tensor, "runs dim"
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     pointers = (t.data_ptr() for t in (x, weight, out))
-    loaded().rms_norm(*x.shape, eps, *pointers, torch.get_num_threads())
+    loaded().rms_norm(*x.shape, eps, *pointers, threads())
     return out
 
 
@@ -198,7 +198,7 @@ def rms_norm_grad(
     parts = max(1, min(PARTS, x.shape[1] // PARTS))
     grad_x, partial = torch.empty_like(inputs[0]), x.new_empty(x.shape[0], parts, x.shape[2])
     pointers = (t.data_ptr() for t in (*inputs, grad_x, partial))
-    loaded().rms_norm_grad(*x.shape, parts, eps, *pointers, torch.get_num_threads())
+    loaded().rms_norm_grad(*x.shape, parts, eps, *pointers, threads())
     return grad_x, partial[:, 0]
 
 
@@ -216,7 +216,7 @@ def split_heads(
     outputs = [qkv.new_empty(runs, batch, count, seq, dim) for count in (width - 2 * groups, groups, groups)]
     pointers = (t.data_ptr() for t in (*inputs, *outputs))
     sizes = runs, batch, seq, width - 2 * groups, groups, dim
-    loaded().split_heads(*sizes, eps, *pointers, torch.get_num_threads())
+    loaded().split_heads(*sizes, eps, *pointers, threads())
     return outputs[0], outputs[1], outputs[2]
 
 
@@ -248,7 +248,7 @@ def split_heads_grad(
     room = qkv.new_empty(runs, batch, dim)
     pointers = (t.data_ptr() for t in (*inputs, grad_qkv, grad_norms, room))
     sizes = runs, batch, seq, width - 2 * groups, groups, dim
-    loaded().split_heads_grad(*sizes, eps, *pointers, torch.get_num_threads())
+    loaded().split_heads_grad(*sizes, eps, *pointers, threads())
     return grad_qkv, grad_norms.sum(dim=1)
 
 
@@ -269,7 +269,7 @@ def attention(
     batch, groups, share, seq, dim = q.shape
     out, log_sums = q.new_empty(batch, seq, groups, share, dim), q.new_empty(q.shape[:-1])
     pointers = [t.data_ptr() for t in inputs]
-    rest = (out.data_ptr(), log_sums.data_ptr(), torch.get_num_threads())
+    rest = (out.data_ptr(), log_sums.data_ptr(), threads())
     if code := loaded().attention(*q.shape, *pointers, bias.shape[0], *rest):
         refuse("attention", code, memory=SCORES)
     return out, log_sums
@@ -301,7 +301,7 @@ def attention_grad(
     known = [t.contiguous() for t in (out, log_sums, grad)]
     grads = torch.empty_like(inputs[0]), torch.empty_like(inputs[1]), torch.empty_like(inputs[2])
     pointers, more = [t.data_ptr() for t in inputs], [t.data_ptr() for t in (*known, *grads)]
-    if code := loaded().attention_grad(*q.shape, *pointers, bias.shape[0], *more, torch.get_num_threads()):
+    if code := loaded().attention_grad(*q.shape, *pointers, bias.shape[0], *more, threads()):
         refuse("attention_grad", code, memory=SCORES)
     return grads
 
@@ -333,6 +333,6 @@ def choose(
     weights = logits.new_empty(runs, tokens, slots)
     outputs = weights, torch.empty_like(weights, dtype=torch.int64), torch.empty_like(weights, dtype=torch.bool)
     pointers = (t.data_ptr() for t in (*inputs, *outputs))
-    if code := loaded().choose(runs, tokens, experts, slots, least, dynamic, *pointers, torch.get_num_threads()):
+    if code := loaded().choose(runs, tokens, experts, slots, least, dynamic, *pointers, threads()):
         refuse("choose", code, memory="one token's experts, got none; use fewer experts")
     return outputs

@@ -84,6 +84,26 @@ def typed(kernels: Any) -> Any:
     return kernels
 
 
+class _Threads:
+    """Of the kernels in this process, where they are not PyTorch's."""
+
+    number: int | None = None
+
+
+def threads() -> int:
+    """Threads of a kernel: as many as PyTorch's operations have, unless `divide_threads` was called."""
+    return torch.get_num_threads() if _Threads.number is None else _Threads.number
+
+
+def divide_threads(number: int) -> None:
+    """Give the kernels that many threads of their own and PyTorch's operations one: for processes of small steps.
+
+    Where kernels do the work, PyTorch's threads have little to do and are asleep whenever they are asked.
+    """
+    torch.set_num_threads(1)
+    _Threads.number = None if number == 1 else number
+
+
 def supports(*tensors: Tensor) -> bool:
     """True if the kernels support these tensors, float32 on a CPU, and could be compiled."""
     for t in tensors:  # no generator: it takes twice as long, and every op asks several times

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from tiny_onn_func.kernels.runtime import Read, check, loaded, refuse
+from tiny_onn_func.kernels.runtime import Read, check, loaded, refuse, threads
 
 IGNORE_INDEX = -100  # the label of a position that has no target, as in torch.nn.functional.cross_entropy
 TIE_TOLERANCE = 2.0**-17  # of the larger size: values of a token's experts that lie no further apart are equal
@@ -29,7 +29,7 @@ def cross_entropy(
     outputs = [torch.empty_like(labels, dtype=dtype) for dtype in (F32, F32, I64, F32)]
     pointers = (t.data_ptr() for t in (logits, labels, *outputs))
     sizes = labels.numel(), vocab, IGNORE_INDEX
-    if code := loaded().cross_entropy(*sizes, *pointers, torch.get_num_threads()):
+    if code := loaded().cross_entropy(*sizes, *pointers, threads()):
         refuse("cross_entropy", code, _labels(vocab))
     return outputs[0], outputs[1], outputs[2], outputs[3]
 
@@ -54,7 +54,7 @@ def cross_entropy_grad(
     out = torch.empty_like(inputs[1])
     pointers = (t.data_ptr() for t in (*inputs, out))
     sizes = labels.numel(), vocab, IGNORE_INDEX
-    if code := loaded().cross_entropy_grad(*sizes, *pointers, torch.get_num_threads()):
+    if code := loaded().cross_entropy_grad(*sizes, *pointers, threads()):
         refuse("cross_entropy_grad", code, f"{_labels(vocab)}, and best in [0, {vocab}) beside a label")
     return out
 
@@ -81,7 +81,7 @@ def adamw(
     count, tiny = len(params), torch.finfo(F32).tiny
     counts = (ctypes.c_int64 * count)(*(t.shape[1] for t in params))
     read, *rest = ((ctypes.c_void_p * count)(*(t.data_ptr() for t in leaves)) for leaves in (*inputs, *outputs))
-    loaded().adamw(count, runs, counts, read, tiny, *rest, torch.get_num_threads())
+    loaded().adamw(count, runs, counts, read, tiny, *rest, threads())
     return outputs[0], outputs[1], outputs[2]
 
 
@@ -107,7 +107,7 @@ def spread_surprise(
     surface = left.new_empty(runs, tokens, experts)
     pointers = (t.data_ptr() for t in (*inputs, surface))
     sizes = runs, rows, in_dim, out_dim, tokens, experts
-    if code := loaded().spread_surprise(*sizes, is_signed, *pointers, torch.get_num_threads()):
+    if code := loaded().spread_surprise(*sizes, is_signed, *pointers, threads()):
         refuse("spread_surprise", code, f"token in [0, {tokens}) and expert in [0, {experts}]")
     return surface
 
@@ -133,7 +133,7 @@ def least_surprised(
     inputs = [t.contiguous() for t in (surprise, real, least, sign)]
     outputs = [torch.empty(surprise.shape[:-1], dtype=dtype) for dtype in (I64, BOOL, BOOL)]
     pointers = (t.data_ptr() for t in (*inputs, *outputs))
-    loaded().least_surprised(*surprise.shape, TIE_TOLERANCE, *pointers, torch.get_num_threads())
+    loaded().least_surprised(*surprise.shape, TIE_TOLERANCE, *pointers, threads())
     return outputs[0], outputs[1], outputs[2]
 
 
@@ -149,7 +149,7 @@ def router_sums(
     inputs = [t.contiguous() for t in (logits, target, informative, real)]
     sums = logits.new_empty(runs, layers), logits.new_empty(runs, layers, experts), logits.new_empty(runs, layers)
     pointers = (t.data_ptr() for t in (*inputs, *sums))
-    if code := loaded().router_sums(*logits.shape, *pointers, torch.get_num_threads()):
+    if code := loaded().router_sums(*logits.shape, *pointers, threads()):
         refuse("router_sums", code, _targets(experts), "one token's experts, got none; use fewer experts")
     return sums
 
@@ -186,7 +186,7 @@ def router_sums_grad(
     inputs = [t.contiguous() for t in (logits, target, informative, real, *grads)]
     out = torch.empty_like(inputs[0])
     pointers = (t.data_ptr() for t in (*inputs, out))
-    if code := loaded().router_sums_grad(*logits.shape, *pointers, torch.get_num_threads()):
+    if code := loaded().router_sums_grad(*logits.shape, *pointers, threads()):
         refuse("router_sums_grad", code, _targets(experts))
     return out
 
@@ -213,6 +213,6 @@ def routing_sums(
     by_expert = [torch.empty(runs, layers, experts, dtype=dtype) for dtype in (I64, I64, F64, I64)]
     pointers = (t.data_ptr() for t in (*inputs, counts, chance, *by_expert))
     sizes = runs, layers, tokens, experts, slots
-    if code := loaded().routing_sums(*sizes, *pointers, torch.get_num_threads()):
+    if code := loaded().routing_sums(*sizes, *pointers, threads()):
         refuse("routing_sums", code, f"expert_ids in [0, {experts}) where active, and {_targets(experts)}")
     return counts, chance, *by_expert

@@ -8,7 +8,7 @@ the user has set GOMP_SPINCOUNT or OMP_WAIT_POLICY, or has imported torch first,
 import os
 import sys
 
-SPINS = 1000  # some microseconds: in a quiet machine a region is no slower to begin
+SPINS = 2000  # some tens of microseconds; docs/benchmarks.md has what other numbers cost
 
 
 def bound_spinning() -> bool:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from tiny_onn_func.kernels import build
+from tiny_onn_func.kernels.runtime import threads
 from tiny_onn_func.params import count_active_flops, count_active_params, count_params
 from training.run.context import Run
 from training.run.device import Placement
@@ -57,7 +58,7 @@ def facts_of(run: Run, placement: Placement) -> BannerFacts:
         vocab_size=corpus.train.tokenizer.vocab_size,
         device=device_text(placement),
         processes=run.team.world.size,
-        threads=torch.get_num_threads(),
+        threads=threads(),
         kernels=build.library() is not None,
         parameters=count_params(model),
         active_parameters=round(count_active_params(model, experts)),

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from training.distributed.team import ALONE, Team
 from training.errors import UserError
 from training.run.banner import banner, facts_of
@@ -12,7 +10,7 @@ from training.run.config import RunConfig
 from training.run.device import place
 from training.run.identity import check_same
 from training.run.loop import run_steps
-from training.run.process import disable_heap_trimming
+from training.run.process import disable_heap_trimming, use_threads
 from training.run.schedule import bends_text, legs_of
 from training.run.start import begin, check_folder, newest_checkpoint, open_new, tokenizer_of
 from training.run.summary import finish
@@ -33,8 +31,6 @@ def train(config: RunConfig, *, resume: bool = False, team: Team = ALONE) -> dic
     """
     assert config.out is not None, "the command line fills it in"
     disable_heap_trimming()
-    if config.threads:
-        torch.set_num_threads(config.threads)
     folder = Path(config.out)
     resume = team.world.broadcast_object(resume or (team.restarts > 0 and (folder / "config.yaml").exists()))
     if not team.first:
@@ -53,6 +49,7 @@ def train(config: RunConfig, *, resume: bool = False, team: Team = ALONE) -> dic
 
 def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[str, Any]:
     config, placement = place(config, team.local_rank)
+    use_threads(config.threads, config, placement.device)
     checkpoint = team.world.broadcast_object(newest_checkpoint(folder) if team.first else None)
     tokenizer = tokenizer_of(config, folder, checkpoint)
     run = team.one_by_one(lambda: open_new(config, folder, tokenizer, team))

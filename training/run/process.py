@@ -7,6 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+import torch
+
+from tiny_onn_func.kernels import build
+from tiny_onn_func.kernels.runtime import divide_threads, loaded
+from training.run.config import RunConfig
+
 POLITE = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -63,3 +69,20 @@ def disable_heap_trimming() -> bool:
     except (AttributeError, OSError):  # another C library
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+SMALL_STEP = 1 << 20  # numbers of a hidden state up to which the kernels alone have threads
+
+
+def use_threads(number: int, config: RunConfig, device: torch.device) -> None:
+    """Set the threads of this process: `number`, or as many as PyTorch has chosen if it is 0.
+
+    Of small steps that kernels compute, PyTorch's own operations keep one thread (docs/benchmarks.md).
+    """
+    number = number or torch.get_num_threads()
+    numbers = config.batch_size * config.sequence_length * config.model.hidden_size
+    computed = device.type == "cpu" and config.precision != "bfloat16" and build.library() is not None
+    if computed and numbers <= SMALL_STEP and config.teacher is None and loaded().has_own_threads():
+        divide_threads(number)
+    else:
+        torch.set_num_threads(number)

@@ -7,14 +7,12 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any, NamedTuple
 
-import torch
-
 from training.data.hf_tokenizer import open_tokenizer
 from training.data.tokenizer import check_vocab, save_tokenizer
 from training.errors import UserError
 from training.run.device import choose_device, choose_precision
 from training.run.initial_state import first_state
-from training.run.process import disable_heap_trimming
+from training.run.process import disable_heap_trimming, use_threads
 from training.storage.atomic import make_folder
 from training.storage.lock import locked
 from training.storage.results import UNFINISHED, Row, read_results, write_results
@@ -60,9 +58,7 @@ def run_study(
         UserError: the data cannot be used, or the folder holds a study and `resume` was not asked for (or the reverse).
     """
     disable_heap_trimming()
-    choose_device(study.base.device)
-    if study.base.threads:
-        torch.set_num_threads(study.base.threads)
+    use_threads(study.base.threads, study.base, choose_device(study.base.device)[0])
     _check_folder(Path(out), resume)
     with locked(out):
         _check_folder(Path(out), resume)  # once more: another process may have come first

@@ -24,10 +24,10 @@
 #define HIDDEN __attribute__((visibility("hidden")))
 #define MOST 256 /* workers */
 #ifndef SPINS
-#define SPINS 2000 /* looks at the gate before a worker sleeps */
+#define SPINS 8000 /* looks at the gate before a worker sleeps */
 #endif
 #ifndef LAST_SPINS
-#define LAST_SPINS 500 /* looks at the workers before the caller sleeps */
+#define LAST_SPINS 2000 /* looks at the workers before the caller sleeps */
 #endif
 
 typedef struct {

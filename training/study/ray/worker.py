@@ -73,9 +73,8 @@ def train_remotely(job: Job) -> list[Row]:
     Raises:
         UserError: this node, which may have come after the study began, does not see what the driver sees.
     """
-    import torch
-
-    from training.run.process import disable_heap_trimming
+    from training.run.device import choose_device
+    from training.run.process import disable_heap_trimming, use_threads
     from training.study.launch import train_group
 
     folder = Path(job.place.folder)
@@ -84,7 +83,8 @@ def train_remotely(job: Job) -> list[Row]:
     os.environ.update(job.variables)
     os.chdir(job.place.cwd)
     disable_heap_trimming()
-    torch.set_num_threads(job.threads)
+    config = job.group.runs[0].config
+    use_threads(job.threads, config, choose_device(config.device)[0])
     with _Teller(folder, job.group.name) as teller:
         return train_group(job.study, job.group, folder, teller)
 
