@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import NoReturn
 
 from training.errors import UserError, is_out_of_memory, one_line
@@ -30,6 +31,7 @@ USAGE = """usage: tiny-onn VERB ...
 `tiny-onn VERB --help` lists the flags of a verb. Every verb takes -q, --quiet (errors and the result alone) and -v,
 --verbose (details and tracebacks); `tiny-onn --version` prints the version."""
 DEVICES = "auto (an accelerator where there is one), cpu, cuda, cuda:N or mps"
+OLDEST_TORCH = (2, 11)  # as in pyproject.toml
 ALIASES = {"replay": "rerun"}  # former names of verbs
 SWITCHES = ("-q", "--quiet", "-v", "--verbose")  # which may also stand in front of the verb
 
@@ -66,6 +68,7 @@ def _main(arguments: list[str]) -> int:
 
             print(f"tiny-onn {version()}")
             return 0
+        check_versions()
         verb = ALIASES.get(arguments[0], arguments[0])
         if verb not in verbs:
             meant = VERBS.get(verb) or suggestion(verb, verbs)
@@ -114,6 +117,18 @@ def _log_error(error: object) -> None:
     """Log an error as one line, with --verbose where it comes from, too."""
     LOG.debug("where the error comes from:", exc_info=True)
     LOG.error("tiny-onn: %s", one_line(error))
+
+
+def check_versions() -> None:
+    """Refuse a torch older than the oldest that the tests passed with.
+
+    Raises:
+        UserError: it is.
+    """
+    there = metadata.version("torch")
+    if tuple(int(part) for part in re.findall(r"\d+", there)[:2]) < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
+        raise UserError(f"torch: expected {wanted} or newer, got {there}; pip install -U 'torch>={wanted}'")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -1,4 +1,4 @@
-"""On a GPU: tokens/s and FLOP utilisation of 0.5 billion parameters, the share of surprise, and how many runs fit.
+"""On a GPU: tokens/s and FLOP utilisation of 0.42 billion parameters, the share of surprise, and how many runs fit.
 
     python -m benchmarks.speed.gpu [--peak-tflops 989] [--json FILE]
 

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tests.helpers import ROOT
+from training import cli
 from training.run import identity
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -212,3 +213,12 @@ def test_a_verb_without_its_package_says_in_a_line_how_to_install_it(verb: str) 
     assert re.fullmatch(
         r"tiny-onn: \w+: expected this package, found none; pip install 'tiny-onn-func\[lab\]'\n", ended.stderr
     )
+
+
+def test_an_old_torch_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (torch,) = (requirement for requirement in requirements() if requirement.name == "torch")
+    assert str(torch.specifier) == ">=" + ".".join(map(str, cli.OLDEST_TORCH))
+    monkeypatch.setattr(cli.metadata, "version", lambda name: "2.9.1+cu128")
+    assert cli.main(["doctor"]) == 2
+    expected = "tiny-onn: torch: expected 2.11 or newer, got 2.9.1+cu128; pip install -U 'torch>=2.11'\n"
+    assert capsys.readouterr().err == expected

@@ -8,10 +8,12 @@ from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.models import LARGE, a_batch
 from tests.helpers import tiny_batch
 from tiny_onn_func import ModelConfig
-from tiny_onn_func.tree import device_of, stack, to_device
-from training import HyperParams, TrainState, hyper_step, init_state
+from tiny_onn_func.params import count_params, param_specs
+from tiny_onn_func.tree import device_of, stack, to_device, unflatten
+from training import HyperParams, TrainState, hyper_step, init_state, state_of
 from training.step.surprise import SurpriseKind
 
 PLAIN = HyperParams()
@@ -80,3 +82,12 @@ def test_the_proof_sees_a_value_that_is_read_back_and_a_tensor_of_the_host() -> 
         x.sum().item()
     with pytest.raises(AssertionError, match="a copy between"), NothingFromTheHost():
         torch.as_tensor([0.5], device="cpu").to("meta")
+
+
+def test_a_step_of_420_million_parameters_runs_without_values() -> None:
+    """The model of `benchmarks.speed.gpu`: 28 layers, 32 experts, bfloat16."""
+    params = unflatten({name: torch.empty(spec.shape, device="meta") for name, spec in param_specs(LARGE).items()})
+    batch = to_device(a_batch(LARGE, 2, 64), "meta")
+    with NothingFromTheHost():
+        after, _ = hyper_step(state_of(params, LARGE), batch, PLAIN, LARGE, compute_dtype=torch.bfloat16)
+    assert sum(leaf.numel() for leaf in tree_leaves(after.params)) == count_params(LARGE) > 4e8
