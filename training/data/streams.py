@@ -105,7 +105,7 @@ def write_streams(
 
 
 def tokenized(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[Tokens, bool]]:
-    """Yield (tokens, True if they are targets) for each part of a document, then its boundary, as the last part.
+    """Yield (tokens, True if targets) for each part of a document, then for its boundary, a target if the last part is.
 
     Turns are `<|im_start|>` role newline content `<|im_end|>` newline (ChatML) where the tokenizer has those special
     tokens; the last newline is not learned: generated text stops before it. Else they are as `plain` writes them.

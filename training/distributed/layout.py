@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(world: Group, shard_optimizer: bool, shard_experts: int) -> Layout:
-    """Group neighbours in rank, so one machine as far as possible, to share the experts of a layer."""
+    """Group neighbours in rank, so ranks of one machine as far as possible, to share the experts of a layer."""
     copies = world.size // shard_experts
     copy, share = divmod(world.rank, shard_experts)
     together = [list(range(c * shard_experts, (c + 1) * shard_experts)) for c in range(copies)]

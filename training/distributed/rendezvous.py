@@ -187,7 +187,7 @@ def _reach(rank_info: RankInfo, deadline: float) -> None:
 
 
 def _call(store: Any, rank_info: RankInfo, deadline: float) -> dict[str, Any]:
-    """Call rounds on rank 0, each with the notes present, until all ranks of one have answered."""
+    """Call a round on rank 0 for each new full set of notes, until all ranks of one have answered."""
     called: dict[str, Any] = {"notes": []}
     names = [f"note/{rank}" for rank in range(rank_info.size)]
     while True:

@@ -60,7 +60,7 @@ def best_step(history: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def scores_since_best(records: Iterable[Mapping[str, Any]]) -> int:
-    """Number of held-out scores after the best one; the records are all, oldest first."""
+    """Number of held-out scores after the best one, from all records of a run, oldest first."""
     best, since = None, 0
     for record in records:
         if "held_out_nats" in record:

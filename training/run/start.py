@@ -113,7 +113,7 @@ def begin(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> Trai
 
 
 def _whole(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> TrainState:
-    """Whole state on rank 0, which broadcasts it; on the other ranks a state of the same shapes."""
+    """Whole state on rank 0, which is broadcast; on the other ranks a state of the same shapes."""
     config, generator = run.config, torch.Generator().manual_seed(run.config.seed)
     if checkpoint is None and run.team.first:
         return first_state(config, tokenizer)

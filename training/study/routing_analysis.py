@@ -31,7 +31,7 @@ Facts = dict[str, Any]
 
 
 class Sampled(NamedTuple):
-    """Surprise values, trace and oracle losses of one run on the analysis batch."""
+    """Values of VALUES, trace and oracle losses of one run on the analysis batch."""
 
     values: Float[Tensor, "values layers tokens experts"]
     trace: RouterTrace
