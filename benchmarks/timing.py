@@ -80,7 +80,7 @@ def table(title: str, timings: Mapping[str, Timing], to: str) -> str:
 
 
 def machine() -> dict[str, object]:
-    """What figures without their machine do not tell; a matmul of 1024 says how fast it was at the moment."""
+    """Facts of the machine that give figures their meaning; a matmul of 1024 measures its speed at the moment."""
     x = torch.randn(1024, 1024)
     product = interleaved({"matmul": lambda: x @ x}, 5)["matmul"]
     return {

@@ -1,6 +1,7 @@
-"""The house keeps its walls: floors, private torch modules, and packages whose __init__ is a caption."""
+"""The house keeps its walls: floors, private torch modules, packages whose __init__ is a caption, and its words."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from tests.helpers import ROOT
 PACKAGES = ("tiny_onn_func", "training")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 PRIVATE = {"tiny_onn_func/tree.py", "tiny_onn_func/primitives/vmap.py", "tiny_onn_func/kernels/runtime.py"}
+DOCUMENTED = (*PACKAGES, "benchmarks", "examples")
+PRONOUNS = re.compile(r"(What|Which|Who|Whoever|Whether|How|Nobody)\b")
 PROMISED = {"tiny_onn_func/__init__.py", "training/__init__.py", "training/data/__init__.py"}  # that offer names
 
 
@@ -53,6 +56,42 @@ def test_an_init_is_a_caption_or_offers_promised_names() -> None:
         body = ast.parse(path.read_text(encoding="utf-8")).body
         assert ast.get_docstring(ast.Module(body, [])), path
         assert len(body) == 1 or str(path.relative_to(ROOT)) in PROMISED, path
+
+
+def questions(source: str) -> Iterator[str]:
+    """First lines of a source's docstrings that begin with a pronoun, in place of a verb or a noun."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            if PRONOUNS.match(first):
+                yield first
+
+
+def test_no_docstring_begins_with_a_pronoun() -> None:
+    paths = [path for folder in DOCUMENTED for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert paths
+    assert not {
+        str(path.relative_to(ROOT)): found for path in paths if (found := [*questions(path.read_text("utf-8"))])
+    }
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '"""What a step did."""',
+        'class Layout:\n    """Who holds what."""',
+        'def f():\n    """Whether it is."""',
+        'async def f():\n    """\n    How many there are.\n    """',
+        'class A:\n    def f(self):\n        """Nobody reads it; see there."""',
+    ],
+)
+def test_each_docstring_that_begins_with_a_pronoun_would_be_noticed(source: str) -> None:
+    assert [*questions(source)]
+
+
+@pytest.mark.parametrize("first", ["True if it is.", "Whole state.", "However large.", "The rank, and what it holds."])
+def test_other_first_lines_are_not_noticed(first: str) -> None:
+    assert not [*questions(f'def f():\n    """{first}"""\n    "What a text is."')]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tiny_onn_func.primitives.vmap import drop_repeated_axes, only_vmaps, outsid
 def causal_bias(
     attention_mask: Tensor | None, seq: int, device: torch.device, dtype: torch.dtype
 ) -> Float[Tensor, "*runs #batch seq seq"]:
-    """What is added to the score of query i and key j: 0 if j <= i and token j is real, else the dtype's minimum.
+    """Build the additive attention bias: 0 where key j <= query i and token j is real, else the dtype's minimum.
 
     A mask of numbers beyond 1 (packed rows) keeps documents apart: a token sees keys of its own number only. One mask
     of all runs makes one bias. Added, not filled in: an addition has no backward of its own and takes it without a copy
@@ -72,7 +72,7 @@ def split_heads(
     Float[Tensor, "*runs batch groups seq dim"],
     Float[Tensor, "*runs batch groups seq dim"],
 ]:
-    """q and k normed, times their head's norms, and turned by their positions' angles; v as it is.
+    """Split qkv into heads: q and k are normed, scaled and rotated by their positions' angles, v is unchanged.
 
     Args:
         qkv: heads of q, as many groups of k as there are more norms, and as many of v.
@@ -111,7 +111,7 @@ def attend(
     v: Float[Tensor, "*runs batch groups seq dim"],
     bias: Float[Tensor, "*#runs #batch seq seq"],
 ) -> Float[Tensor, "*runs batch seq groups share dim"]:
-    """What each query takes from the values; `share` queries have one key and value.
+    """Attend every query to its keys: softmax of the biased scores, times v; `share` query heads use one key head.
 
     Args:
         bias: added to the scores, the dtype's minimum on what may not be seen; later keys never are.
@@ -122,12 +122,12 @@ def attend(
 
 
 def _uses_library(q: Tensor) -> bool:
-    """True on accelerators; not inside transforms that differentiate, where second derivatives may be asked for."""
+    """True on accelerators outside of transforms that differentiate, which may ask for second derivatives."""
     return q.device.type != "cpu" and only_vmaps()
 
 
 def _attend_by_library(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """By `scaled_dot_product_attention`: no matrix of scores where the device has a kernel. It has one derivative.
+    """Attend by `scaled_dot_product_attention`: no score matrix where the device has a kernel. It has one derivative.
 
     Nobody sees what padding is; but a key that only some queries may not see, a later one, makes theirs NaN, too, where
     its score is +inf or it is no number.
@@ -146,13 +146,13 @@ def _attend_by_library(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def _hidden(bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(which keys are masked, whether a query sees a key)."""
+    """(True for masked keys, True for queries that see a key)."""
     hidden = bias <= torch.finfo(bias.dtype).min
     return hidden, ~hidden.all(dim=-1, keepdim=True)
 
 
 def _without_padding(t: Tensor, hidden: Tensor) -> Tensor:
-    """Keys or values with zeros where no query sees them: what stands there may be no number; 0 times it is none."""
+    """Zero the keys or values that no query sees: they may be NaN, and 0 * NaN is NaN."""
     return torch.where(rearrange(hidden.all(dim=-2), "... j -> ... 1 j 1"), 0.0, t)
 
 
@@ -169,7 +169,7 @@ class HideScores(PositionalFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Nothing is needed again."""
+        """Save nothing for the backward pass."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -185,7 +185,7 @@ class HideScores(PositionalFunction):
 
 
 def attend_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Values:
-    """The values, and logarithms of the softmaxes' sums: they save the kernel's backward a pass.
+    """Attention output, and the log of each softmax's sum, which saves the kernel's backward a pass.
 
     A masked key gets exactly 0, whatever its score is and however low those of the others; a query whose keys are all
     masked gets 0. A value that is no number reaches every query of its row unless it is padding: 0 times it is none.

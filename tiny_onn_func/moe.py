@@ -15,7 +15,7 @@ from tiny_onn_func.routing import route, send_alone
 
 
 class RouterTrace(NamedTuple):
-    """What the router saw and decided: (tokens, ...) for one layer, stacked to (layers, tokens, ...) by `forward`."""
+    """Input and decision of the router: (tokens, ...) for one layer, stacked to (layers, tokens, ...) by `forward`."""
 
     router_inputs: Float[Tensor, "*layers tokens dim"]  # detached
     router_logits: Float[Tensor, "*layers tokens experts"]

@@ -19,6 +19,6 @@ def one_line(message: object) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was asked for that is not there; PyTorch says so in a RuntimeError."""
+    """True if memory ran out, which PyTorch reports as a RuntimeError."""
     message = str(error).lower()
     return isinstance(error, MemoryError) or "can't allocate memory" in message or "out of memory" in message

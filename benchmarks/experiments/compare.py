@@ -1,4 +1,4 @@
-"""What a finished study says beside its report: any two arms paired, and whether surprise points at good experts.
+"""Further analysis of a finished study: any two arms paired, and the quality of the experts that surprise prefers.
 
     python -m benchmarks.experiments.compare DIR [--pair ARM OTHER]... [--measure nats_per_token]
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def paired(rows: Sequence[Row], arm: str, other: str, measure: str) -> str:
-    """The mean difference of runs that share everything but the arm, with its interval, as in a study's analysis."""
+    """Mean difference of runs that share everything but the arm, with its interval, as in a study's analysis."""
     ours, theirs = ([row for row in rows if row["arm"] == name] for name in (arm, other))
     differences = paired_differences(ours, theirs, measure)
     orders = f" of {differences.shape[1]} orders" if differences.shape[1] > 1 else ""
@@ -63,7 +63,7 @@ def savings(rows: Sequence[Row], facts: Mapping[str, Mapping[str, Any]]) -> list
 
 
 def agreement(facts: Mapping[str, Any], value: str) -> float | None:
-    """Kendall's tau of a value's ranking with that of the experts' true losses; None where there is nothing to rank."""
+    """Kendall's tau of a value's ranking with that of the experts' true losses; None if there is no pair to rank."""
     kinds = facts["agreement"]["kinds"]
     return facts["agreement"]["tau"][kinds.index(value)][kinds.index("oracle")]
 

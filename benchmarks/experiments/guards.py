@@ -1,4 +1,4 @@
-"""Which guards should the default have? Arms that differ in coefficients only, all trained in one vmapped program.
+"""Choice of the default guards: arms that differ in coefficients only, all trained in one vmapped program.
 
     python benchmarks/experiments/guards.py [--steps N] [--seeds N]
 

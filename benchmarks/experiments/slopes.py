@@ -1,4 +1,4 @@
-"""Which way would gradient descent turn the router's numbers? Slopes of a later loss, through hyper steps.
+"""Slopes of a later loss in the router's numbers: reverse mode through several hyper steps.
 
     python -m benchmarks.experiments.slopes [--data stdlib] [--seeds 0 1 2 3 4] [--steps 200] [--every 20] [--ahead 4]
 

@@ -1,4 +1,4 @@
-"""What does it cost to visit fewer experts after surgery? A small dense Qwen3, trained here, cut and scored at every K.
+"""Cost of visiting fewer experts after surgery: a small dense Qwen3, trained here, cut and scored at every K.
 
     python -m benchmarks.experiments.surgery [--steps N] [--num-experts E] [--bytes N] [--threads N]
     python -m benchmarks.experiments.surgery --memory
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def train_dense(corpus: Splits, folder: Path, steps: int) -> None:
-    """A byte model of theirs, trained by a plain loop and saved with its tokenizer."""
+    """A dense Qwen3 byte model of transformers, trained by a plain loop and saved with its tokenizer."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -95,7 +95,7 @@ def train_dense(corpus: Splits, folder: Path, steps: int) -> None:
 
 
 def perplexity(folder: Path, experts_per_tok: int, corpus: Splits, max_bytes: int, *, blind: bool) -> float:
-    """exp(nats per byte) of a result of surgery at K experts a token; `blind`: its router is noise."""
+    """exp(nats per byte) of a result of surgery at K experts a token; with `blind`, of a random router."""
     params, config = load_pretrained(folder)
     if blind:
         router = params["layers"]["moe"]["router"]

@@ -1,4 +1,4 @@
-"""Does a long run stay flat? 20,000 small steps in a process of its own, whose memory, speed and folder are watched.
+"""Stability of a long run: memory, speed and folder of 20,000 small steps in a process of its own.
 
     python -m benchmarks.memory.long_run [--steps N] [--data SPEC] [--out DIR] [--json FILE]
 
@@ -37,7 +37,7 @@ SPAN = 1000  # steps whose processor time is compared
 
 
 class Sample(NamedTuple):
-    """A look at the process."""
+    """One sample of the process."""
 
     step: int
     memory: int  # bytes, resident
@@ -68,7 +68,7 @@ def command(steps: int, data: str, out: Path) -> list[str]:
 
 
 def watched(argv: list[str], out: Path) -> list[Sample]:
-    """What the process needs, now and then while the command runs."""
+    """Run a command, and sample the memory and processor time of its process until it ends."""
     samples = []
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         home = Path(f"/proc/{process.pid}")
@@ -89,7 +89,7 @@ def watched(argv: list[str], out: Path) -> list[Sample]:
 
 
 def last_step(path: Path) -> int:
-    """Of the last whole record; 0 before there is one."""
+    """Step of the last whole record; 0 before there is one."""
     if not path.exists():
         return 0
     with path.open("rb") as file:

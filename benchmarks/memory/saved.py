@@ -1,4 +1,4 @@
-"""What does autograd save of a forward pass? Bytes by what they grow with, fitted to models that differ in one size.
+"""Bytes that autograd saves of a forward pass: a linear fit over models that differ in one size.
 
     python -m benchmarks.memory.saved
 
@@ -48,7 +48,7 @@ def models() -> Iterator[tuple[ModelConfig, int, int]]:
 
 
 def terms(model: ModelConfig, tokens: int) -> list[int]:
-    """What the bytes grow with."""
+    """Products of sizes in which the saved bytes are linear."""
     layers, rows, queries = (
         model.num_hidden_layers, tokens * model.routes_per_token, model.num_attention_heads * model.head_dim,
     )  # fmt: skip

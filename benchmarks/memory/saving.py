@@ -1,4 +1,4 @@
-"""What saving costs: the default run with and without checkpoints, and the longest stall of a large model's steps.
+"""Cost of saving: the default run with and without checkpoints, and the longest stall of a large model's steps.
 
     python -m benchmarks.memory.saving [--rounds N] [--steps N] [--large-steps N] [--threads N] [--json FILE]
 

@@ -50,7 +50,7 @@ STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Found(NamedTuple):
-    """What the processes of one layout showed."""
+    """Measurements of one layout."""
 
     seconds: float  # of a step, median
     memory: int  # bytes of the process that holds most
@@ -97,7 +97,7 @@ def compared(guess: float, actual: float) -> str:
 
 
 def last_line(size: int, *arguments: str) -> str:
-    """What the first of so many processes of this file printed last."""
+    """Run this file as `size` processes, and return the last line that the first one printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     command += ["-m", "benchmarks.scaling.measured", *arguments]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -114,7 +114,7 @@ def last_line(size: int, *arguments: str) -> str:
 
 
 class Waiting(Group):
-    """A group whose sums are there when they are begun."""
+    """Group that completes each sum when it is started, so that nothing overlaps."""
 
     def all_reduce_async(self, part: Tensor, purpose: str) -> Callable[[], Tensor]:
         total = super().all_reduce_async(part, purpose)()

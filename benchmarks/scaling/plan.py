@@ -1,4 +1,4 @@
-"""What one training step costs a device of a cluster: memory, seconds, bytes, dollars, from sizes alone.
+"""Cost of one training step for a device of a cluster: memory, seconds, bytes, dollars, from sizes alone.
 
 Pure functions of a model, a cluster and a layout, in bytes and seconds. P devices, X of them holding the experts of a
 layer together, so R = P / X replicas of every expert; T tokens and N = T * K rows a device; n_d fast parameters beside
@@ -58,7 +58,7 @@ class Cluster:
 
 
 class Layout(NamedTuple):
-    """How a run is spread: processes that hold a layer's experts together, and whether optimizer states are shared."""
+    """Layout of a run: number of processes that share a layer's experts, and whether optimizer states are sharded."""
 
     experts: int = 1  # X
     shard_optimizer: bool = False
@@ -89,7 +89,7 @@ class Memory(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is to be expected of a step."""
+    """Predicted cost of a step."""
 
     gpus: int
     layout: Layout
@@ -105,14 +105,14 @@ class Plan(NamedTuple):
         return self.compute + self.communication
 
     def dollars(self, cluster: Cluster) -> float:
-        """For a billion tokens."""
+        """Price of a billion tokens."""
         return self.seconds * self.gpus * cluster.price / 3600 / self.tokens * 1e9
 
 
 def plan(
     model: ModelConfig, cluster: Cluster, layout: Layout, gpus: int, *, sequences: int, length: int, width: int = 2
 ) -> Plan:
-    """A step of `gpus` devices with `sequences` of `length` tokens each; computed in `width` bytes a number.
+    """Predict a step of `gpus` devices with `sequences` of `length` tokens each, computed in `width` bytes a number.
 
     Raises:
         UserError: the layout does not divide the devices or the experts, or a number is out of range.
@@ -137,7 +137,7 @@ def plan(
 
 @cache
 def parameters(model: ModelConfig) -> Parts:
-    """How many there are of each part."""
+    """Number of parameters of each part."""
     sizes = {name.rpartition(".")[2]: math.prod(spec.shape) for name, spec in param_specs(model).items()}
     experts, router = (sum(sizes[name] for name in names) for names in (EXPERT_LEAVES, ROUTER_LEAVES))
     return Parts(sum(sizes.values()) - experts - router, experts, router)

@@ -1,4 +1,4 @@
-"""From which size on which layout? Memory, step time, communication and cost of a model on clusters of many sizes.
+"""Best layout by size of the cluster: memory, step time, communication and cost of a model on many of them.
 
     python -m benchmarks.scaling.report [--model 0.5B | 30B | small] [--gpus 1 8 64 512 4096] [--json FILE]
     python -m benchmarks.scaling.report --model.num-experts 64 ...   any size of `tiny-onn train`, or --config
@@ -117,7 +117,7 @@ def best_of_each_kind(plans: Sequence[Plan], cluster: Cluster) -> Iterator[Plan]
 
 
 def headline(model: ModelConfig, cluster: Cluster, sequences: int, length: int) -> str:
-    """What was assumed, in a sentence or two."""
+    """Assumptions of the table, in a sentence or two."""
     active = count_active_params(model, float(model.routes_per_token))
     return (
         f"{count_params(model) / 1e9:.2f} billion parameters, {active / 1e9:.2f} active; {sequences} x {length} tokens "

@@ -1,4 +1,4 @@
-"""When does `--compile` pay? Time of tracing and compiling a hyper step, and its time beside the step as it is.
+"""Gain of `--compile`: time of tracing and compiling a hyper step, and its time beside the step as it is.
 
 python -m benchmarks.speed.compiled [--sizes w32 A] [--repetitions N] [--threads N] [--json FILE]
 """

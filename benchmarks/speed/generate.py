@@ -1,4 +1,4 @@
-"""How fast does text come? `generate` against `transformers`' `generate` on the same exported model, both greedy.
+"""Speed of generation: `generate` against `transformers`' `generate` on the same exported model, both greedy.
 
     python -m benchmarks.speed.generate [--batches 1 16] [--prompt N] [--new N] [--rounds N] [--threads N] [--json FILE]
 
@@ -74,7 +74,7 @@ def both_models(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def writers(params: Any, peer: Any, config: ModelConfig, batch: int, prompt: int, new: int) -> Subjects:
-    """What is timed: the same prompts, greedy, until `new` tokens are there."""
+    """Subjects to time: the same prompts, greedy, until `new` tokens are there."""
     generator = torch.Generator().manual_seed(batch)
     ids = torch.randint(config.vocab_size - 1, (batch, prompt), generator=generator)
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""How many runs at once? One vmapped hyper step against the same runs one after another.
+"""Speed of vmapped runs: one hyper step of many runs against the same runs one after another.
 
 python -m benchmarks.speed.runs [--sizes w32 w64 A] [--repetitions N] [--threads N] [--json FILE]
 """

@@ -1,4 +1,4 @@
-"""What does surprise cost? The hyper step against itself without hooks, and against a plain step of Qwen3-MoE.
+"""Cost of surprise: the hyper step against itself without hooks, and against a plain step of Qwen3-MoE.
 
     python -m benchmarks.speed.step [--sizes A B] [--repetitions N] [--threads N] [--json FILE]
 

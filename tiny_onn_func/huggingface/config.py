@@ -1,4 +1,4 @@
-"""The config.json of a Qwen3 or Qwen3-MoE folder <-> ModelConfig; what cannot be expressed is refused by its key."""
+"""config.json of a Qwen3 or Qwen3-MoE folder <-> ModelConfig; a key that cannot be expressed is refused by name."""
 
 import json
 import math
@@ -39,7 +39,7 @@ REQUIRED = {"norm_topk_prob": False}  # what a missing key means in transformers
 
 
 def read_config(folder: Path, kinds: Collection[str]) -> tuple[ModelConfig, dict[str, Any]]:
-    """The sizes in a folder's config.json, and all of its keys.
+    """Read a folder's config.json: the model's sizes, and all keys.
 
     A dense Qwen3 (kind DENSE) is a model with one expert, which is its MLP.
 
@@ -59,7 +59,7 @@ def read_config(folder: Path, kinds: Collection[str]) -> tuple[ModelConfig, dict
 
 
 def config_values(config: ModelConfig, kind: str, dtype: str, extra: Values | None = None) -> dict[str, Any]:
-    """What config.json says of a model, in the spelling that every version of transformers reads.
+    """Build the entries of config.json for a model, in the spelling that every version of transformers reads.
 
     Args:
         kind: MOE, or OWN for a model that Qwen3-MoE cannot express.
@@ -128,7 +128,7 @@ def read_json(path: Path, max_bytes: int) -> dict[str, Any]:
 
 
 def shown(value: object, limit: int = 200) -> str:
-    """A value from a file that nobody trusts, on one line of bounded length."""
+    """Show a value of an untrusted file on one line of bounded length."""
     text = value if isinstance(value, str) else str(value) if isinstance(value, Path | Exception) else _repr(value)
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= limit else f"{text[:limit]}..."
@@ -244,7 +244,7 @@ def _came(values: Values, key: str) -> str:
 
 
 def _repr(value: object) -> str:
-    """What a JSON value looks like; a whole number of thousands of digits has no decimal form in Python."""
+    """Show a value as JSON; an int of thousands of digits by its bits, as Python refuses to print it in decimal."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 1000:
         return f"a number of {value.bit_length()} bits"
     try:

@@ -84,7 +84,7 @@ def save_model(
 
 
 def inexpressible(params: Mapping[str, Any], config: ModelConfig) -> str | None:
-    """What Qwen3-MoE has no name for in a model, in a phrase; None when it can express all of it."""
+    """Name the part of a model that Qwen3-MoE cannot express, in a phrase; None if it can express all of it."""
     bias = flatten(params)[BIAS]
     if bool(((bias != 0) | bias.signbit()).any()):  # a negative zero has bits, too
         return "a selection bias of the router (loss-free balancing)"

@@ -1,4 +1,4 @@
-"""What generation and decoding refuse, each in one line that names the argument."""
+"""Argument checks of generation and decoding: each error is one line that names the argument."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from tiny_onn_func.routing import check_budget
 
 
 def require(fine: bool, name: str, wanted: str, came: object) -> None:
-    """Refuse what is not fine.
+    """Raise an error unless `fine` is true.
 
     Raises:
         ValueError: it is not; the message names the argument, what was wanted, and what came.
@@ -19,7 +19,7 @@ def require(fine: bool, name: str, wanted: str, came: object) -> None:
 
 
 def check_prompt(input_ids: Tensor, attention_mask: Tensor | None, config: ModelConfig) -> None:
-    """Refuse what is no (batch, tokens) of the vocabulary, at least one of them, or has a mask of another shape."""
+    """Check a prompt: (batch, tokens) ids of the vocabulary, at least one, and a mask of the same shape."""
     check_dtype("prompt", input_ids, torch.int64)
     require(input_ids.ndim == 2, "prompt", "(batch, tokens)", f"shape {tuple(input_ids.shape)}")
     require(input_ids.numel() >= 1, "prompt", "at least one token", "none")
@@ -35,7 +35,7 @@ def check_prompt(input_ids: Tensor, attention_mask: Tensor | None, config: Model
 def check_memory(
     batch: int, columns: int, mask: Tensor | None, context_length: int | None, surprise_budget: float
 ) -> None:
-    """Refuse sizes that are none, padding that is not on the left, documents, and numbers out of range."""
+    """Check the cache's sizes, the mask (padding on the left, one document a row) and the budget's range."""
     check_budget(surprise_budget)
     sizes = ("batch", batch), ("columns", columns), ("context_length", 1 if context_length is None else context_length)
     for name, size in sizes:
@@ -61,7 +61,7 @@ def check_memory(
 
 
 def check_tokens(tokens: Tensor, start: int, already: int, batch: int, columns: int, prompt: int | None) -> None:
-    """Refuse tokens that do not follow those of the cache: a gap would be attended to, a step back forgets nothing.
+    """Check that tokens follow directly on the cache: a gap would be attended to, a step back erases nothing.
 
     Args:
         already: columns that were read; a text may begin anew at 0.

@@ -1,4 +1,4 @@
-"""The decoder for reading a text bit by bit: what `forward` computes, with a cache and few operations a token.
+"""Incremental decoding: the computation of `forward`, with a key-value cache and few operations a token.
 
 One token costs little arithmetic, so the time goes into the number of operations: weights are laid out once a text,
 shapes are changed by `view` (einops asks what a pattern means at every call), no gradient is prepared for.
@@ -26,7 +26,7 @@ from tiny_onn_func.routing import Routing, route
 
 
 class LayerWeights(NamedTuple):
-    """A layer's parameters: what is multiplied with the same input lies side by side."""
+    """A layer's parameters; matrices that multiply the same input lie side by side."""
 
     input_norm: Float[Tensor, " dim"]
     qkv: Float[Tensor, "dim all_heads"]
@@ -45,7 +45,7 @@ Visit = Callable[[Tensor, Tensor, Routing, LayerWeights], Tensor]  # (x, normed,
 
 
 class DecodeState(NamedTuple):
-    """A batch of texts that is being read: all that stays the same from token to token, and the cache."""
+    """State of a batch that is being decoded: all that stays the same from token to token, and the cache."""
 
     config: ModelConfig
     embedding: Float[Tensor, "vocab dim"]
@@ -64,7 +64,7 @@ class DecodeState(NamedTuple):
 
 
 class DecodeOutput(NamedTuple):
-    """What the model says after some more tokens, and where every layer sent them."""
+    """Logits of the last token, and every layer's routing of the new tokens."""
 
     logits: Float[Tensor, "batch vocab"]  # of the last token
     routes: tuple[Routing, ...]  # one a layer, tokens = batch * new
@@ -81,7 +81,7 @@ def start_decoding(
     context_length: int | None = None,
     surprise_budget: float = 0.5,
 ) -> DecodeState:
-    """Everything that reading up to `columns` tokens a row needs; the prompt may be padded on the left.
+    """Build the state for decoding up to `columns` tokens a row; the prompt may be padded on the left.
 
     Raises:
         ValueError: parameters that are not the configuration's, padding elsewhere, or an argument out of range.
@@ -109,7 +109,7 @@ def start_decoding(
 
 
 def _reads(device: torch.device) -> bool:
-    """True where a value may be looked at; on an accelerator every look would wait for it."""
+    """True if the host may read a tensor's values; on an accelerator every read would wait for it."""
     return device.type == "cpu"
 
 
@@ -209,7 +209,7 @@ def _visit_experts(
 
 
 def _visit_of(routing: Routing, layer: LayerWeights) -> Visit:
-    """The fastest way for so many tokens on this device."""
+    """Choose the fastest expert implementation for this number of tokens on this device."""
     tokens, slots = routing.expert_ids.shape
     if not _reads(layer.w2.device):
         return _visit_gathered if tokens * slots <= layer.w2.shape[0] else _visit_sorted
@@ -247,9 +247,9 @@ def _visit_one_by_one(x: Tensor, normed: Tensor, routing: Routing, layer: LayerW
 
 
 def _are_few(tokens: int, slots: int, layer: LayerWeights) -> bool:
-    """Whether two batched products over every token and expert are faster than many small ones over the routed pairs.
+    """True if two batched products over every token and expert beat many small ones over the routed pairs.
 
-    Not with a weight that is nan or infinite: 0 times it is nan, and only who visits that expert may see it.
+    Not with a weight that is nan or infinite: 0 times it is nan, and only tokens that visit that expert may see it.
 
     Measured on two cores: from about 400,000 multiplications an expert, or 200,000 times K / E a pair, they are not.
     """

@@ -1,4 +1,4 @@
-"""Keys and values of what was read already: memory for a whole text, made once and filled from left to right."""
+"""Key-value cache of attention: memory for a whole text, allocated once and filled from left to right."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from tiny_onn_func.config import ModelConfig
 
 
 class KVCache(NamedTuple):
-    """What attention remembers. Columns are places in the text, the same ones for every row of a batch."""
+    """Keys and values of every layer. Columns are places in the text, the same ones for every row of a batch."""
 
     keys: Float[Tensor, "layers batch groups columns dim"]  # rotated
     values: Float[Tensor, "layers batch groups columns dim"]
@@ -19,7 +19,7 @@ class KVCache(NamedTuple):
 def empty_cache(
     config: ModelConfig, batch: int, columns: int, dtype: torch.dtype, device: torch.device | None = None
 ) -> KVCache:
-    """Memory for `columns` tokens a row, all zeros: what nobody has written yet is finite, so a mask can hide it."""
+    """Allocate zeros for `columns` tokens a row: unwritten entries are finite, so a mask can hide them."""
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, columns, config.head_dim)
     return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in KVCache._fields))
 
@@ -30,7 +30,7 @@ def append(
     keys: Float[Tensor, "batch groups new dim"],
     values: Float[Tensor, "batch groups new dim"],
 ) -> None:
-    """Write the columns start, start + 1, ... of a layer, in place: all else here changes nothing it is given."""
+    """Write the columns start, start + 1, ... of a layer, in place; every other function here is pure."""
     for columns, new in zip(memory, (keys, values), strict=True):
         columns.narrow(2, start, new.shape[2]).copy_(new)
 

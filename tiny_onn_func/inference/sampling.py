@@ -10,7 +10,7 @@ MOST_PENALTY = 1e9  # and its inverse the least: farther from 1 a penalized logi
 
 
 class SamplingParams(NamedTuple):
-    """How the next token is drawn.
+    """Parameters by which the next token is drawn.
 
     Args:
         temperature: divides the logits; 0 takes the most probable token.
@@ -46,7 +46,7 @@ class SamplingParams(NamedTuple):
 def penalize(
     logits: Float[Tensor, "batch vocab"], present: Bool[Tensor, "batch vocab"], penalty: float
 ) -> Float[Tensor, "batch vocab"]:
-    """Make the tokens that the text has already less likely: a positive logit / penalty, a negative one * penalty.
+    """Make tokens that the text has already less likely: a positive logit / penalty, a negative one * penalty.
 
     As CTRL does (arXiv 1909.05858), and `transformers`; it comes first, before the temperature.
     """

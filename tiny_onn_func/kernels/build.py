@@ -30,7 +30,7 @@ def flags() -> tuple[str, ...]:
 
 @cache
 def library() -> Path | None:
-    """The compiled file; None where there can be none."""
+    """Path of the compiled library; None if it cannot be built."""
     if os.environ.get("TINY_ONN_NATIVE") == "0":
         return None
     with suppress(OSError, RuntimeError, subprocess.SubprocessError):
@@ -39,7 +39,7 @@ def library() -> Path | None:
 
 
 def find_library() -> Path:
-    """The compiled file, made if need be. What it holds is run, so it is taken only where nobody else can write.
+    """Path of the compiled library, built on demand. Its code is run, so no other user may write in its folder.
 
     Raises:
         OSError, subprocess.SubprocessError: no compiler, a compiler that refuses, a folder that others can write to.
@@ -57,13 +57,13 @@ def find_library() -> Path:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether this user or root owns it, and nobody else may write there."""
+    """True if this user or root owns the path, and no other user may write there."""
     status = path.stat()
     return status.st_uid in (0, getattr(os, "geteuid", int)()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _fingerprint() -> str:
-    """Of the source, and of the processor that it is compiled for: a home folder may serve several machines."""
+    """Hash the source and the processor that it is compiled for: a home folder may serve several machines."""
     target = [platform.machine(), *flags()]
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -72,7 +72,7 @@ def _fingerprint() -> str:
 
 
 def _compile(path: Path) -> None:
-    """Make the file, whole or not at all; two processes may do so at once.
+    """Compile the library, whole or not at all; two processes may do so at once.
 
     Raises:
         OSError, subprocess.SubprocessError: there is no compiler, or it refuses.

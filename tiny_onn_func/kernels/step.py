@@ -97,7 +97,7 @@ def spread_surprise(
 ) -> Float[Tensor, "runs tokens experts"]:
     """||left|| * ||right|| of every row, or <left, right>, at [token, expert]; +inf elsewhere.
 
-    Rows of nobody have expert `experts`.
+    Inactive rows have expert `experts`.
     """
     (runs, rows, in_dim), out_dim = left.shape, right.shape[-1]
     out_dim = in_dim if is_signed else out_dim
@@ -118,7 +118,7 @@ def least_surprised(
     least: Float[Tensor, " runs"],
     sign: Float[Tensor, " runs"],
 ) -> tuple[Int64[Tensor, "runs layers tokens"], Bool[Tensor, "runs layers tokens"], Bool[Tensor, "runs layers tokens"]]:
-    """(expert, informative, tied): the expert of the least finite sign * surprise, and who teaches.
+    """(expert, informative, tied): the expert of the least finite sign * surprise, and the tokens with a target.
 
     v = sign * (0 where |surprise| < the smallest normal number, else surprise), where the surprise is finite;
     expert = the first of the least v; a token of several candidates is tied iff
@@ -155,7 +155,7 @@ def router_sums(
 
 
 def _taught(logits: Tensor, target: Tensor, informative: Tensor, real: Tensor) -> dict[str, Read]:
-    """What the logits ask of the others."""
+    """Inputs of the router-loss kernels as `check` reads them: name -> (tensor, shape, dtype)."""
     runs, layers, tokens, experts = logits.shape
     by_token = runs, layers, tokens
     return {
@@ -202,7 +202,7 @@ def routing_sums(
     real: Bool[Tensor, "runs tokens"],
 ) -> tuple[Tensor, ...]:
     """Numbers of (informative, hits, tied, visits) (4, runs, layers), chance (runs, layers), and by expert
-    (runs, layers, experts): rows, targets, sums of finite surprise, and how many those are."""
+    (runs, layers, experts): rows, targets, sums of finite surprise, and numbers of finite entries."""
     (runs, layers, tokens, experts), slots = logits.shape, expert_ids.shape[-1]
     by_slot = runs, layers, tokens, slots
     routed = {"expert_ids": (expert_ids, by_slot, I64), "active": (active, by_slot, BOOL)}

@@ -15,7 +15,7 @@ class PositionalFunction(Function):
 
 
 class _AsPassed(inspect.Signature):
-    """The signature (*args): `Function.apply` binds its arguments to it, here without a search for names."""
+    """Signature (*args), to which `Function.apply` binds its arguments without a search for names."""
 
     def __init__(self) -> None:
         super().__init__([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
@@ -25,10 +25,10 @@ class _AsPassed(inspect.Signature):
 
 
 class _Arguments(NamedTuple):
-    """What `Function.apply` reads of an `inspect.BoundArguments`."""
+    """The part of `inspect.BoundArguments` that `Function.apply` reads."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def apply_defaults(self) -> None:
-        """There are none."""
+        """Do nothing: there are no defaults."""

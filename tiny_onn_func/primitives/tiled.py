@@ -15,7 +15,7 @@ TILE = 16
 
 
 class Tiles(NamedTuple):
-    """Which rows stand in which tile."""
+    """Assignment of rows to tiles."""
 
     rows: Int[Tensor, "tiles places"]  # index of the row; any row where `filled` is False
     filled: Bool[Tensor, "tiles places"]
@@ -25,7 +25,7 @@ class Tiles(NamedTuple):
 
 
 def cut_tiles(offsets: Int32[Tensor, " experts"], num_rows: int) -> Tiles:
-    """Tiles of the rows that `offsets` part among the experts."""
+    """Cut the rows of each expert, which `offsets` bound, into tiles."""
     ends = offsets.long()
     experts, device = ends.shape[0], ends.device
     counts = torch.diff(ends, prepend=ends.new_zeros(1))

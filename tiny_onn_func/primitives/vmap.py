@@ -16,14 +16,14 @@ from tiny_onn_func.tree import leaves_and_structure, rebuild, tree_map
 
 
 class Axis(NamedTuple):
-    """One mapped axis of a plain tensor: where it lies, and the level of the vmap that it belongs to."""
+    """One mapped axis of a plain tensor: its dimension, and the level of the vmap that it belongs to."""
 
     dim: int
     level: int
 
 
 def unwrap(t: Tensor) -> tuple[Tensor, list[Axis]]:
-    """What a mapped tensor wraps, and its mapped axes, the outermost wrapper first; a plain tensor is itself."""
+    """Plain tensor inside a batched one, and its mapped axes, outermost first; a plain tensor is returned as it is."""
     axes = []
     while functorch.is_batchedtensor(t):
         axes.append(Axis(functorch.maybe_get_bdim(t), functorch.maybe_get_level(t)))
@@ -32,7 +32,7 @@ def unwrap(t: Tensor) -> tuple[Tensor, list[Axis]]:
 
 
 def rewrap(plain: Tensor, axes: list[Axis]) -> Tensor:
-    """The mapped tensor that `peel` took apart, or another of the same axes."""
+    """Inverse of `unwrap`: wrap a plain tensor with these mapped axes."""
     for dim, level in reversed(axes):
         plain = functorch._add_batch_dim(plain, dim, level)
     return plain
@@ -56,12 +56,12 @@ def unwrap_all(t: Tensor) -> Tensor:
 
 
 def only_vmaps() -> bool:
-    """Whether no transform but vmap is at work."""
+    """True if every active transform is a vmap."""
     return all(level.key() == functorch.TransformType.Vmap for level in _levels())
 
 
 def outside_vmap(function: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> tuple[Tensor, ...]:
-    """The function of the plain tensors inside, every mapped axis in front as one, and what it gives mapped again.
+    """Call a function on the plain tensors inside, all mapped axes merged in front, and rewrap its outputs.
 
     It runs outside of the vmaps, so nothing in it costs their dispatch; with the inputs as they are, if none is mapped.
     Where another transform is at work it runs inside of all.
@@ -79,7 +79,7 @@ def outside_vmap(function: Callable[..., tuple[Tensor, ...]], *inputs: Any) -> t
 
 
 def outside_vmap_tree(function: Callable[[Any], Any], tree: Any) -> Any:
-    """`outside_vmap` of the tensors in a tree, for a function that gives another."""
+    """`outside_vmap` on the tensors of a tree, for a function from a tree to a tree."""
     if not functorch.get_interpreter_stack():
         return function(tree)
     inputs, structure = leaves_and_structure(tree)
@@ -95,7 +95,7 @@ def outside_vmap_tree(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def each_run(function: Callable[[Any], Any], tree: Any, axes: int) -> Any:
-    """A function that knows of one run only, of a tree whose tensors have that many axes of runs in front."""
+    """Map a function of one run over a tree whose tensors have `axes` leading axes of runs."""
     if not axes:
         return function(tree)
     dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tree)
@@ -103,7 +103,7 @@ def each_run(function: Callable[[Any], Any], tree: Any, axes: int) -> Any:
 
 
 def _runs_first(t: Tensor, levels: list[tuple[int, int]]) -> Tensor:
-    """(runs, ...) plain: those of outer vmaps first; what is not mapped is repeated without a copy."""
+    """Plain tensor (runs, ...): axes of outer vmaps first; unmapped tensors are expanded without a copy."""
     shape, mapped = t.shape, set[int]()
     while functorch.is_batchedtensor(t):
         mapped.add(functorch.maybe_get_level(t))
@@ -117,7 +117,7 @@ def _runs_first(t: Tensor, levels: list[tuple[int, int]]) -> Tensor:
 
 
 def _mapped_again(plain: Tensor, levels: list[tuple[int, int]]) -> Tensor:
-    """What `_runs_first` took apart, or another of as many runs."""
+    """Inverse of `_runs_first`, for any tensor with as many runs."""
     t = plain if len(levels) == 1 else plain.reshape(*(runs for _, runs in levels), *plain.shape[1:])
     for level, _ in levels:  # the outermost first: its axis lies in front
         t = functorch._add_batch_dim(t, 0, level)
@@ -129,7 +129,7 @@ def _levels() -> Iterator[functorch.CInterpreter]:
 
 
 def runs_first(runs: int, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Every tensor with the mapped axis first; those that are not mapped are repeated without a copy."""
+    """Move the mapped axis of every tensor to the front; unmapped tensors are expanded without a copy."""
     return tuple(
         t.expand(runs, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims, strict=False)
     )
@@ -144,7 +144,7 @@ def unfold(t: Tensor, runs: int) -> Tensor:
 
 
 def flatten_runs(t: Tensor, dims: int) -> Tensor:
-    """All axes but the last `dims` as one axis of runs; one run where there is none."""
+    """Flatten all axes but the last `dims` into one axis of runs, of size 1 if there are none."""
     first = t.ndim - dims
     if first == 1:  # the common case, without a call into torch
         return t
@@ -152,7 +152,7 @@ def flatten_runs(t: Tensor, dims: int) -> Tensor:
 
 
 def drop_repeated_axes(t: Tensor, dims: int) -> Tensor:
-    """Without the axes in front of the last `dims` that are there only by repetition."""
+    """Drop leading axes that are expanded (stride 0), in front of the last `dims`."""
     while t.ndim > dims and t.stride(0) == 0:
         t = t[0]
     return t

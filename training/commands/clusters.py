@@ -1,4 +1,4 @@
-"""Which neurons of a dense MLP belong together, and which tokens want them: what a calibration text tells."""
+"""Clusters of a dense MLP's neurons that fire together on a calibration text, and a router to them."""
 
 from collections.abc import Mapping
 from io import TextIOWrapper
@@ -29,7 +29,7 @@ RIDGE = 0.1  # of the mean eigenvalue of the inputs' second moment
 
 
 class Seen(NamedTuple):
-    """What one dense MLP does on the calibration text, in float32."""
+    """Inputs, activations and down projection of one dense MLP on the calibration text, in float32."""
 
     inputs: Float[Tensor, "tokens dim"]
     activations: Float[Tensor, "tokens inner"]  # of its hidden neurons
@@ -39,7 +39,7 @@ class Seen(NamedTuple):
 def read_calibration(
     folder: Path, text: Path, config: ModelConfig, stored: Mapping[str, Stored]
 ) -> Float[Tensor, "batch seq dim"]:
-    """The embedded first tokens of a text file, by the model's tokenizer.json, or as bytes if it has none.
+    """Embed the first tokens of a text file, by the model's tokenizer.json, or as bytes if it has none.
 
     Raises:
         UserError: the text cannot be read or is too short, its tokens are none of the model's, there is no tokenizer.
@@ -63,7 +63,7 @@ def read_calibration(
 def calibrate(
     states: Float[Tensor, "batch seq dim"], layer: Mapping[str, Tensor], config: ModelConfig
 ) -> tuple[Float[Tensor, "batch seq dim"], Seen]:
-    """Run one dense layer, in float32: what the next layer sees, and what this one's MLP does.
+    """Run one dense layer in float32: the next layer's input, and the inputs and activations of this one's MLP.
 
     Args:
         states: the residual stream in front of the layer.
@@ -85,7 +85,7 @@ def calibrate(
 
 
 def cluster_neurons(activations: Float[Tensor, "tokens inner"], clusters: int) -> Int[Tensor, " inner"]:
-    """An order of the neurons in which every run of `inner / clusters` fires together.
+    """Order the neurons so that every run of `inner / clusters` of them fires together.
 
     Spherical k-means of |activation| over tokens, every cluster of the same size: in each round every neuron goes to
     the nearest centre that has room, the closest ones first. Starts at the contiguous slices; deterministic.
@@ -104,7 +104,7 @@ def cluster_neurons(activations: Float[Tensor, "tokens inner"], clusters: int) -
 
 
 def fit_router(observed: Seen, order: Int[Tensor, " inner"], clusters: int) -> Float[Tensor, "clusters dim"]:
-    """Ridge regression from an MLP's input to the size of each cluster's output, ||h_e w2_e||, next to the others'.
+    """Ridge regression from an MLP's input to each cluster's output norm ||h_e w2_e||, minus the clusters' mean.
 
     Only the ranking of its logits matters; the scale is the caller's.
     """
@@ -118,8 +118,8 @@ def fit_router(observed: Seen, order: Int[Tensor, " inner"], clusters: int) -> F
 
 
 def assign_evenly(similarity: Float[Tensor, "points clusters"], size: int) -> Int[Tensor, " points"]:
-    """The cluster of each point, `size` points in every one: all ask for the best cluster with room, which takes the
-    closest of them; those it refuses ask again."""
+    """Assign `size` points to each cluster: every point asks for the best cluster with room, which takes the
+    closest of them; rejected points ask again."""
     points, clusters = similarity.shape
     assigned = torch.full((points,), -1)
     for _ in range(clusters):  # each round fills a cluster, or is the last

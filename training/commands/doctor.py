@@ -1,4 +1,4 @@
-"""`tiny-onn doctor`: is all well with this machine and this run? One line each, with what to do where it is not."""
+"""`tiny-onn doctor`: check this machine and a run or study folder; one line a finding, with advice where needed."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ LITTLE = 1 << 30  # bytes free that a run should have at least
 
 
 class Finding(NamedTuple):
-    """One line of the doctor's."""
+    """One finding of the doctor's."""
 
     subject: str
     text: str
@@ -37,7 +37,7 @@ class Finding(NamedTuple):
 
 
 def examine(folder: str | Path | None = None) -> list[Finding]:
-    """What is to be said of the machine, and of a run or study folder.
+    """Check the machine, and a run or study folder.
 
     Raises:
         UserError: there is no such folder.
@@ -94,7 +94,7 @@ def _machine(folder: Path) -> Iterator[Finding]:
 
 
 def _native() -> Finding:
-    """Whether the kernels of tiny_onn_func/kernels.c are there."""
+    """Find the compiled kernels, or the reason why there are none."""
     if os.environ.get("TINY_ONN_NATIVE") == "0":
         return Finding("kernels", "left alone: TINY_ONN_NATIVE=0")
     try:
@@ -136,7 +136,7 @@ def _run(home: Path) -> Iterator[Finding]:
 
 
 def _unfinished(home: Path, runs: list[Path]) -> Iterator[Finding]:
-    """Whether the run, or one of the study's, has no end yet."""
+    """Report a run, or a study's runs, without a summary.json."""
     left = [run for run in runs if not (run / "summary.json").exists()]
     if left == [home]:
         saved_step = max((step for step, _ in steps_in(home / "checkpoints")), default=0)
@@ -146,7 +146,7 @@ def _unfinished(home: Path, runs: list[Path]) -> Iterator[Finding]:
 
 
 def _records(home: Path, saved_step: int) -> Iterator[Finding]:
-    """Those of all steps up to the checkpoint of step `saved_step` must be there."""
+    """Check that the records of all steps up to the checkpoint of step `saved_step` are there."""
     if not saved_step and not (home / FILE).exists():
         yield Finding("records", f"{home / FILE}: none yet")
         return
@@ -169,7 +169,7 @@ def _records(home: Path, saved_step: int) -> Iterator[Finding]:
 
 
 def _of_error(subject: str, error: UserError) -> Finding:
-    """What was found, and its advice, which stands behind the last semicolon."""
+    """Split an error into a finding and its advice, which stands behind the last semicolon."""
     text, _, advice = str(error).rpartition("; ")
     return Finding(subject, text, advice)
 
@@ -184,7 +184,7 @@ def _checkpoints(home: Path) -> Iterator[Finding]:
 
 
 def doctor(folder: str | Path | None = None) -> bool:
-    """Print every finding; whether all is well."""
+    """Print every finding; True if none of them needs advice."""
     findings = examine(folder)
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:

@@ -19,7 +19,7 @@ from training.storage.regular_file import read_object
 def export_run(
     run: str | Path, out: str | Path, *, num_experts_per_tok: int | None = None, force: bool = False
 ) -> Path:
-    """Write the newest checkpoint of a run as a Qwen3-MoE folder; the absolute path of it.
+    """Write the newest checkpoint of a run as a Qwen3-MoE folder; returns its absolute path.
 
     Args:
         out: a new or empty folder.
@@ -99,7 +99,7 @@ def _advice(run: str | Path, num_experts_per_tok: int) -> str:
 
 
 def _average(run: str | Path) -> str:
-    """What the run's own summary says of its average K, if it does."""
+    """Average K of the run's summary.json as a phrase, or "" if there is none."""
     try:
         average = read_object(Path(run, "summary.json"))["avg_k"]
         return f" (this run visited {float(average):.1f} on average)"

@@ -39,7 +39,7 @@ def stream_run(
     num_samples: int = 1,
     device: str = "auto",
 ) -> Iterator[str]:
-    """The prompt and then what the model adds to it, piece by piece; the same seed gives the same text.
+    """Yield the prompt, then its continuation piece by piece; the same seed gives the same text.
 
     Args:
         folder: RUN, a checkpoint in one, or a folder of Hugging Face (`open_writer`).
@@ -97,7 +97,7 @@ def _kept(sampled: Iterable[Tensor], written: list[int]) -> Iterator[int]:
 
 
 def stop_tokens(tokenizer: Tokenizer, texts: Iterable[str] = (), *, go_on: bool = False) -> tuple[int, ...]:
-    """Ids that end a text: the document boundary and the end of a turn, unless it goes on, and those of `texts`.
+    """Ids that end a text: document boundary and end of turn, unless `go_on`, and the tokens of `texts`.
 
     Raises:
         UserError: a text that is not exactly one token.
@@ -112,7 +112,7 @@ def stop_tokens(tokenizer: Tokenizer, texts: Iterable[str] = (), *, go_on: bool 
 
 
 def decode_stream(tokens: Iterable[int], tokenizer: Tokenizer = BYTES) -> Iterator[str]:
-    """Tokens as they come -> text as soon as its characters are whole; together what `decode` makes of them all."""
+    """Decode tokens as they come, each character as soon as it is whole; joined, the text is that of `decode`."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
         yield decoder.decode(tokenizer.spelled(token))
@@ -123,7 +123,7 @@ TokenRoutes = tuple[tuple[tuple[int, float], ...], ...]  # of one token: the (ex
 
 
 def token_routes(tokens: Tensor, routes: tuple[Routing, ...]) -> list[TokenRoutes]:
-    """What `stream` tells of one row that it read -> the routes of every token, best expert first."""
+    """Routes of every token, best expert first, from the tokens and routing that `stream` reports for one row."""
     layers = [list(zip(*(part.tolist() for part in routing), strict=True)) for routing in routes]
     return [
         tuple(
@@ -137,7 +137,7 @@ def token_routes(tokens: Tensor, routes: tuple[Routing, ...]) -> list[TokenRoute
 def expert_lines(
     tokens: list[int], routes: list[TokenRoutes], tokenizer: Tokenizer = BYTES, width: int | None = None
 ) -> Iterator[str]:
-    """A line for every token: how it is written, and `expert:weight in percent` for each layer, best first.
+    """One line a token: its spelling, and `expert:weight in percent` for each layer, best first.
 
     The last token has no routes: it was written, but nobody read it. Lines longer than `width` are cut.
     """

@@ -25,7 +25,7 @@ from training.storage.recorder import FILE, iter_history, to_record
 
 
 class Rerun(NamedTuple):
-    """What a step did."""
+    """Result of making a step again."""
 
     step: int
     start: str  # where the state came from
@@ -65,7 +65,7 @@ def rerun(folder: str | Path, step: int) -> Rerun:
 
 
 def _programs(run: Run, state: TrainState) -> Callable[[int], Program]:
-    """Step -> its program, with the schedule that held then; one for each schedule."""
+    """Map a step to its program, with the schedule that held at that step; one program for each schedule."""
     known: dict[int, Program] = {}
 
     def program_at(step: int) -> Program:
@@ -103,7 +103,7 @@ def _differences(folder: Path, step: int, record: dict[str, Any]) -> list[str] |
 
 
 def _gradients(run: Run, state: TrainState, batch: Batch) -> Iterator[tuple[str, tuple[float, int]]]:
-    """The main loss's gradient, and surprise, leaf by leaf."""
+    """Largest finite entry and number of non-finite ones: the main loss's gradient leaf by leaf, and surprise."""
     config = run.config
     logits = None if run.teacher is None else run.teacher(batch)
     grads, observed = main_gradients(
@@ -127,7 +127,7 @@ def _extremes(leaf: Tensor) -> tuple[float, int]:
 
 
 def rerun_table(result: Rerun) -> str:
-    """The step's scalars and gradients, and whether it is the step on record."""
+    """Table of the step's scalars and gradients, and of the differences from the recorded step."""
     lines = [f"step {result.step}, from {result.start}, {result.steps_before} steps made again before it", ""]
     lines += [f"{name:<19} {value}" for name, value in result.record.items() if not isinstance(value, list)]
     lines += ["", f"{'gradient of the main loss':<40} {'largest':>12} {'not finite':>11}"]

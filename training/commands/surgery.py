@@ -51,7 +51,7 @@ def cut_into_experts(
     calibration: str | Path | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a dense Qwen3 folder as a Tiny-ONN folder, layer by layer; the absolute path of it.
+    """Write a dense Qwen3 folder as a Tiny-ONN folder, layer by layer; returns its absolute path.
 
     No more than a layer, or the embedding, is in memory besides what is read. Dtypes are kept.
 
@@ -88,7 +88,7 @@ def cut_into_experts(
 
 
 def _expert_sizes(dense: ModelConfig, num_experts: int, top_k: int | None) -> ModelConfig:
-    """The sizes of the result."""
+    """Sizes of the resulting model."""
     inner = dense.moe_intermediate_size
     if num_experts < 1 or inner % num_experts:
         near = sorted((abs(d - num_experts), d) for d in range(1, inner + 1) if inner % d == 0)[:3]
@@ -141,8 +141,10 @@ def _cut(
 def _cluster(
     states: Tensor, layer: Mapping[str, Tensor], dense: ModelConfig, experts: int, place: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the next layer sees of the calibration text; of this one the order of its neurons, and a router whose
-    logits have a standard deviation of 1."""
+    """The next layer's input on the calibration text, and this layer's order of neurons and router.
+
+    The logits of the router have a standard deviation of 1.
+    """
     states, observed = calibrate(states, layer, dense)
     order = cluster_neurons(observed.activations, experts)
     router = fit_router(observed, order, experts)

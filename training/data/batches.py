@@ -29,7 +29,7 @@ Array = npt.NDArray[np.int64]
 
 
 def batch_at(corpus: Corpus, seed: int, step: int, batch_size: int, sequence_length: int, pack: bool = False) -> Batch:
-    """The batch of a step: a pure function of (seed, step), whatever was asked for before.
+    """Batch of a step: a pure function of (seed, step), whatever the earlier calls.
 
     Rows are windows of sequence_length + 1 tokens from anywhere in the stream, so they may cross boundaries; with
     `pack`, attention does not. Each has at least one target; a window that has none is drawn again.
@@ -89,7 +89,7 @@ def _batch(input_ids: Array, labels: Array, attention_mask: Array) -> Batch:
 
 
 class ScoredSpan(NamedTuple):
-    """What is scored of a stream: the targets among tokens[1:end], and the bytes of text that they stand for."""
+    """Scored part of a stream: the targets among tokens[1:end], and the bytes of text that they stand for."""
 
     end: int
     num_targets: int
@@ -122,7 +122,7 @@ def scored_span(corpus: Corpus, max_bytes: int | None = None) -> ScoredSpan:
 
 
 def chunks(corpus: Corpus, end: int) -> Iterator[tuple[int, Tokens, npt.NDArray[np.bool_]]]:
-    """(start, tokens, whether they are scored) over tokens[1:end], a few at a time."""
+    """(start, tokens, True where scored) over tokens[1:end], a few at a time."""
     for start in range(1, end, CHUNK):
         part = slice(start, min(start + CHUNK, end))
         yield start, corpus.tokens[part], corpus.targets[part] != 0

@@ -91,7 +91,7 @@ def check_same_tokens(tokenizer: Tokenizer, folder: str | Path, key: str) -> Non
 
 
 def library(who: str) -> Any:
-    """The package `tokenizers`, for whoever needs it."""
+    """Import the package `tokenizers`; its absence is an error that names the feature `who`."""
     try:
         import tokenizers
     except ImportError:

@@ -31,7 +31,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class LongText:
-    """The segments of a text file, read anew, piece by piece, whenever somebody asks for them."""
+    """Segments of a text file, read anew, piece by piece, at every iteration."""
 
     path: Path
 
@@ -109,7 +109,7 @@ def _read_file(path: Path) -> Iterator[Document]:
 
 
 def _rows(path: Path) -> Iterator[Document] | None:
-    """The documents of a file that has one a line or a row, None for a text; its name tells which it is."""
+    """Documents of a file with one a line or a row, as its name says; None for a text."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".parquet"]:
         return _learnable(path, _read_parquet(path))

@@ -1,4 +1,4 @@
-"""Sources of text: what `--data` names -> files -> documents, one in memory at a time.
+"""Sources of text: a `--data` spec -> files -> documents, one in memory at a time.
 
 | spec     | files                                                                  | a document       |
 |----------|------------------------------------------------------------------------|------------------|
@@ -116,7 +116,7 @@ def _stdlib_files(pattern: str, name: str) -> tuple[Path, ...]:
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a glob's parts, of which `**` is any number of folders, spell a path; the same on all systems."""
+    """True if a glob's parts, of which `**` is any number of folders, match a path; the same on all systems."""
     if not pattern or not parts:
         return not parts and all(part == "**" for part in pattern)
     if pattern[0] == "**":

@@ -1,4 +1,4 @@
-"""Documents -> two streams of tokens on disk that share no document: what is trained on and what is held out.
+"""Documents -> two streams of tokens on disk, training and held out, that share no document.
 
 A stream is the documents' tokens, each closed by a boundary, and beside it a flag for each token: 1 where it is to be
 learned, 0 where it is only context (the turns of a chat that are not the assistant's). Nothing but the document at
@@ -43,7 +43,7 @@ def decode(tokens: npt.ArrayLike) -> str:
 
 
 def is_held_out(document: Document, holdout: float) -> bool:
-    """Whether a document is on the held-out side: decided by the hash of its text, so by nothing else.
+    """True if a document is on the held-out side: a function of the hash of its text alone.
 
     Equal documents are on the same side; a larger `holdout` holds out the same documents and more.
     """
@@ -64,7 +64,7 @@ def resolve_split(split: str, documents: Iterable[Document]) -> tuple[str, Itera
 
 
 def has_both_sides(documents: Iterable[Document], holdout: float) -> bool:
-    """Whether documents with something to learn are on both sides; reads no further than it must."""
+    """True if both sides have a document with targets; reads no further than it must."""
     sides = set()
     for document in documents:
         if any(part.is_target for part in document):
@@ -105,10 +105,10 @@ def write_streams(
 
 
 def tokenized(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[Tokens, bool]]:
-    """The tokens of a document in parts, and whether they are learned; the boundary is if what it closes is.
+    """Yield (tokens, True if targets) for each part of a document, then for its boundary, a target if the last part is.
 
     Turns are `<|im_start|>` role newline content `<|im_end|>` newline (ChatML) where the tokenizer has those special
-    tokens; the last newline is not learned: whoever writes stops before it. Else they are as `plain` writes them.
+    tokens; the last newline is not learned: generated text stops before it. Else they are as `plain` writes them.
     """
     is_learned = False
     has_turns = {TURN_START, TURN_END} <= tokenizer.special.keys()
@@ -137,7 +137,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def seamless(text: str) -> Iterator[str]:
-    """A text in pieces whose tokens are those of the whole, as long as a line begins with a letter now and then."""
+    """Split a text into pieces whose tokens are those of the whole, if a line begins with a letter now and then."""
     start = 0
     while start < len(text):
         end = start + PIECE

@@ -28,7 +28,7 @@ Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """How text becomes tokens, and what a token stands for.
+    """Map from text to tokens, and from a token to its bytes.
 
     name: as the user named it: `bytes`, a file or a folder.
     fingerprint: `bytes`, or a hash of all that the tokens depend on.
@@ -56,11 +56,11 @@ class Tokenizer:
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
-        """Of its tokens: the smallest unsigned type that holds every id."""
+        """Dtype of the tokens: the smallest unsigned type that holds every id."""
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def spelled(self, token: int) -> bytes:
-        """The bytes a token is written as; an id that it does not have is a byte that is no UTF-8."""
+        """Bytes of a token's spelling; an unknown id gives a byte that is not UTF-8."""
         return self.pieces[token] if 0 <= token < len(self.pieces) else b"\xff"
 
     def decode(self, tokens: npt.ArrayLike) -> str:
@@ -73,7 +73,7 @@ class Tokenizer:
         return as_tokens([token], self.vocab_size)
 
     def encode_prompt(self, text: str) -> Tokens:
-        """Like `encode`, but what spells a special token is that token: a prompt is its author's, not a stranger's."""
+        """Like `encode`, but the spelling of a special token becomes that token: the author of a prompt is trusted."""
         if not self.special:
             return self.encode(text)
         marks = re.compile("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")")
@@ -83,7 +83,7 @@ class Tokenizer:
         return as_tokens(np.concatenate(parts), self.vocab_size)
 
     def prompt(self, text: str) -> Tokens:
-        """The tokens that a text is continued from: of an empty one the boundary, behind which a document begins."""
+        """Tokens that a text is continued from; an empty one gives the boundary, behind which a document begins."""
         return self.encode_prompt(text) if text else self.one(self.boundary)
 
 
@@ -93,7 +93,7 @@ def as_tokens(ids: npt.ArrayLike, vocab_size: int) -> Tokens:
 
 
 def utf8(text: str) -> bytes:
-    """The bytes of a text; a byte that was no UTF-8 (`surrogateescape`) comes back as it was."""
+    """UTF-8 bytes of a text; a byte that was not UTF-8 (`surrogateescape`) comes back as it was."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:  # JSON may hold half of a surrogate pair, which stands for nothing

@@ -25,7 +25,7 @@ CHAT = (
 
 
 def train_tokenizer(data: str, out: str | Path, vocab_size: int, *, holdout: float = 0.1, split: str = "auto") -> Path:
-    """Learn byte pairs from the part of a source that a run would train on; the absolute path of their folder.
+    """Learn byte pairs from the part of a source that a run would train on; returns their folder's absolute path.
 
     The same source and numbers give the same files. Words are parted as GPT-2 parts them; ids 0 to 2 are
     `<|endoftext|>`, `<|im_start|>` and `<|im_end|>`, then come the 256 bytes, then the pairs, most frequent first.
@@ -86,7 +86,7 @@ def tokenizer_settings(
 
 
 def _texts(data: str, holdout: float, asked: str) -> Iterator[str]:
-    """The text that a run would train on, in pieces; of chats what was said, not the marks around it."""
+    """Yield the text that a run would train on, in pieces; of chats the contents, without the marks around them."""
     source = find_source(data)
     split, rows = resolve_split(asked, documents(source))
     if asked == "auto" and split == "document" and not has_both_sides(documents(source), holdout):
@@ -117,7 +117,7 @@ def _beginning(source: Source, holdout: float) -> Iterator[Document]:
 
 
 def _mark_size(part: Segment) -> int:
-    """What a turn adds to its text in the stream: two marks, its role, two line ends. All count as in front of it."""
+    """Size of a turn's marks in the stream: two marks, its role, two line ends. All count as in front of its text."""
     return 0 if part.role is None else 4 + len(utf8(part.role))
 
 

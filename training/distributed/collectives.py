@@ -1,4 +1,4 @@
-"""What processes say to each other: sums, gathers and exchanges that count what they send and name what broke.
+"""Collectives (all_reduce, all_to_all, ...) that count the bytes sent and report a lost peer in one line.
 
 All of it stays outside torch.func transforms, where a collective is refused or, worse, does nothing.
 """
@@ -21,7 +21,7 @@ class PeerLost(UserError):
 
 
 class Group:
-    """Some processes of a run, this one among them; a group of one says nothing to anybody.
+    """Process group that contains this rank; a group of one sends nothing.
 
     `sent` counts, by purpose, the bytes that this process sends: of an exchange those that go to others, of the rest
     the least that any algorithm needs, which is what a ring sends: for n bytes and P processes (P - 1) / P * n for a
@@ -34,7 +34,7 @@ class Group:
         self.sent: Counter[str] = Counter() if sent is None else sent
 
     def all_reduce_async(self, part: Tensor, purpose: str) -> Callable[[], Tensor]:
-        """Begin to add up the processes' tensors of one shape; what is returned waits for the sum."""
+        """Begin the sum of the ranks' tensors of one shape; the returned function waits for it."""
         if self.size == 1:
             return lambda: part
         total = part.detach().clone()
@@ -50,11 +50,11 @@ class Group:
         return wait
 
     def all_reduce(self, part: Tensor, purpose: str) -> Tensor:
-        """The sum of the processes' tensors of one shape."""
+        """Sum of the ranks' tensors of one shape."""
         return self.all_reduce_async(part, purpose)()
 
     def all_reduce_tree(self, part: Any, purpose: str) -> Any:
-        """The same for every leaf of a tree, in one message: of float64 where there are integers, exact up to 2**53."""
+        """Sum every leaf of a tree in one message, as float64 where there are integers, exact up to 2**53."""
         if self.size == 1:
             return part
         own = leaves(part)
@@ -64,7 +64,7 @@ class Group:
         return tree_map(lambda leaf: next(pieces).reshape(leaf.shape).to(leaf.dtype), part)
 
     def reduce_scatter_async(self, part: Tensor, purpose: str) -> Callable[[], Tensor]:
-        """Begin to add up vectors of size * n entries; each process waits for its n entries of the sum."""
+        """Begin the sum of vectors of size * n entries; the returned function waits for this rank's n entries."""
         if self.size == 1:
             return lambda: part
         out = part.new_empty(part.shape[0] // self.size)
@@ -80,7 +80,7 @@ class Group:
         return wait
 
     def all_gather(self, part: Tensor, purpose: str) -> Tensor:
-        """The processes' tensors of one shape, one behind the other."""
+        """Concatenate the ranks' tensors of one shape along the first axis."""
         if self.size == 1:
             return part
         whole = part.new_empty(part.shape[0] * self.size, *part.shape[1:])
@@ -90,7 +90,7 @@ class Group:
         return whole
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int], purpose: str) -> Tensor:
-        """The first `sent[0]` rows go to process 0, the next ones to process 1, ...; what came, in the same order."""
+        """Send the first `sent[0]` rows to rank 0, the next to rank 1, ...; the received rows, in the same order."""
         if self.size == 1:
             return rows
         out = rows.new_empty(sum(received), *rows.shape[1:])
@@ -101,7 +101,7 @@ class Group:
         return out
 
     def broadcast_object(self, value: Any) -> Any:
-        """The value of process 0, on all."""
+        """Value of rank 0, on every rank."""
         if self.size == 1:
             return value
         box = [value if self.rank == 0 else None]
@@ -110,7 +110,7 @@ class Group:
         return box[0]
 
     def broadcast(self, tree: Any) -> Any:
-        """The tensors of process 0, on all; the other processes' trees say of what shapes they are."""
+        """Tensors of rank 0, on every rank; the trees of the other ranks give the shapes."""
         if self.size == 1:
             return tree
 
@@ -123,7 +123,7 @@ class Group:
         return tree_map(copied, tree)
 
     def barrier(self) -> None:
-        """Return when all processes have come here."""
+        """Wait until every rank has arrived."""
         if self.size > 1:
             with _naming():
                 dist.barrier(group=self.handle)
@@ -134,7 +134,7 @@ class Group:
 
 @contextmanager
 def _naming() -> Iterator[None]:
-    """What the library says of a broken connection, as one line."""
+    """Turn the library's error about a broken connection into a PeerLost of one line."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Experts on many processes: a row travels to the process that holds its expert, and its output comes back.
+"""Expert parallelism: each row is sent to the rank that holds its expert, and its output is sent back.
 
     forward    rows' inputs to the owners -> w1, w3, w2 there -> outputs back
     backward   outputs' gradients to the owners -> ... -> inputs' gradients back, each with a number more: surprise
@@ -25,7 +25,7 @@ ROWS, SURPRISE, SIZES = "rows of experts", "surprise of rows", "numbers of rows"
 
 
 class DispatchPlan(NamedTuple):
-    """How the rows of one layer travel between the processes."""
+    """Exchange of one layer's rows between the ranks."""
 
     sent: list[int]  # rows to each process
     received: list[int]  # rows from each process
@@ -35,7 +35,7 @@ class DispatchPlan(NamedTuple):
 
 
 class ExpertParallelHooks:
-    """Hooks where experts are spread over a group: move the rows between the hook points of a SurpriseHookManager.
+    """Hooks for experts spread over a group: move rows between ranks, around a SurpriseHookManager's hook points.
 
     Args:
         per_token_surprise, kind: as for `SurpriseHookManager`; the matrix is that of this process's tokens.
@@ -50,11 +50,11 @@ class ExpertParallelHooks:
 
     @property
     def per_token_surprise(self) -> Tensor:
-        """The surprise of this process's tokens."""
+        """Surprise of this rank's tokens."""
         return self._manager.per_token_surprise
 
     def apply_w13(self, layer: int, x: Tensor, w1: Tensor, w3: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Gate and up of the rows that came here; fewer or more rows than went away."""
+        """Gate and up of the received rows, which may be fewer or more than the sent ones."""
         plan = self._plans[layer] = plan_dispatch(rows, w1.shape[0], self._group)
 
         def came_back(surprise: Tensor) -> None:
@@ -66,7 +66,7 @@ class ExpertParallelHooks:
         return self._manager.apply_w13(layer, there, w1, w3, plan.rows)
 
     def apply_w2(self, layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
-        """Outputs of the rows that went away, in the order in which they went."""
+        """Outputs of the sent rows, in the order in which they were sent."""
         plan = self._plans.pop(layer)
         y = self._manager.apply_w2(layer, hidden, w2, plan.rows)
         return _FromOwners.apply(y, plan, self._group, rows.token.shape[0])
@@ -76,7 +76,7 @@ class ExpertParallelHooks:
 
 
 def plan_dispatch(rows: Rows, own_experts: int, group: Group) -> DispatchPlan:
-    """Tell every process how many rows come for each of its experts, and sort what will come."""
+    """Exchange the number of rows of each expert, and plan the order of the received rows."""
     counts = torch.diff(rows.offsets.long(), prepend=rows.offsets.new_zeros(1, dtype=torch.int64))
     each = [own_experts] * group.size
     came = group.all_to_all(counts, each, each, SIZES).reshape(group.size, own_experts)
@@ -132,6 +132,6 @@ class _FromOwners(Function):
 
 
 def _behind(active: Tensor, rows: int) -> Tensor:
-    """With zeros for the inactive rows, which never travelled."""
+    """Append zeros for the inactive rows, which are never sent."""
     missing = rows - active.shape[0]
     return torch.cat((active, active.new_zeros(missing, active.shape[1]))) if missing else active.contiguous()

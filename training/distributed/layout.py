@@ -21,7 +21,7 @@ from training.step.hyper_step import TrainState
 
 
 class Layout(NamedTuple):
-    """Who holds what: all processes; those that hold a layer's experts together; those that hold the same experts."""
+    """Process groups of a run: all ranks, the ranks that share a layer's experts, the replicas of the same experts."""
 
     world: Group
     experts: Group
@@ -30,16 +30,16 @@ class Layout(NamedTuple):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether no process has the whole state."""
+        """True if no rank has the whole state."""
         return self.world.size > 1 and (self.shard_optimizer or self.experts.size > 1)
 
     def own_experts(self, config: ModelConfig) -> int:
-        """How many of a layer's experts this process holds."""
+        """Number of a layer's experts on this rank."""
         return config.num_experts // self.experts.size
 
 
 def layout_of(world: Group, shard_optimizer: bool, shard_experts: int) -> Layout:
-    """Neighbours in rank, so on one machine as far as possible, hold the experts of a layer together."""
+    """Group neighbours in rank, so ranks of one machine as far as possible, to share the experts of a layer."""
     copies = world.size // shard_experts
     copy, share = divmod(world.rank, shard_experts)
     together = [list(range(c * shard_experts, (c + 1) * shard_experts)) for c in range(copies)]
@@ -56,13 +56,13 @@ def layout_of(world: Group, shard_optimizer: bool, shard_experts: int) -> Layout
 
 
 def shares(vectors: Vectors, layout: Layout) -> tuple[slice, slice]:
-    """The ranges of a process's two vectors whose optimizer state it keeps."""
+    """Ranges of this rank's two parameter vectors whose optimizer state it keeps."""
     groups = layout.world, layout.replicas
     return tuple(share_of(len(v), group.size, group.rank) for v, group in zip(vectors, groups, strict=True))  # type: ignore[return-value]
 
 
 def gathered(mine: Vectors, like: Vectors, layout: Layout) -> Vectors:
-    """Both vectors of a process from the shares of all that have one; `like` says how long they are."""
+    """Gather both vectors of a rank from the shares of all its owners; `like` gives their lengths."""
     whole = []
     for share, vector, group in zip(mine, like, (layout.world, layout.replicas), strict=True):
         each = -(-len(vector) // group.size)
@@ -75,7 +75,7 @@ def gathered(mine: Vectors, like: Vectors, layout: Layout) -> Vectors:
 
 
 def own_state(state: TrainState, config: ModelConfig, layout: Layout) -> TrainState:
-    """This process's part of a whole state."""
+    """This rank's part of a whole state."""
     if not layout.is_sharded:
         return state
     fast, router = partition(state.params)

@@ -1,9 +1,9 @@
-"""How the processes of a run find each other: all are there, all are alike, or all end with one line that says why.
+"""Rendezvous of a run's ranks: all are present and alike, or all end with one line that says why.
 
-torchrun, or whoever sets the same environment variables, tells each process its rank and where the others meet: at a
-key-value store, in which every process leaves a note of itself. Process 0 reads all notes and calls the round; who
-finds the own note in it answers. A store may hold notes of an earlier round, of processes that were killed: they never
-answer.
+torchrun, or any launcher that sets the same environment variables, gives each process its rank and the address of a
+key-value store, in which every process leaves a note of itself. Process 0 reads all notes and calls the round; a
+process that finds its own note in it answers. A store may hold notes of an earlier round, of processes that were
+killed: they never answer.
 """
 
 import hashlib
@@ -22,25 +22,25 @@ from training.errors import UserError
 from training.storage.plain_yaml import shown
 
 PATIENCE = 20.0  # seconds in which all processes must have come
-ROUND, CAUSE = "round", "cause"  # names of notes: that of process 0, that of who ends with an error
+ROUND, CAUSE = "round", "cause"  # names of notes: that of process 0, that of a process that ends with an error
 
 
 class ReportedByAnotherRank(UserError):
-    """Another process says what is wrong; this one ends without a word."""
+    """Another rank reports the error; this one ends without a message."""
 
     def __init__(self) -> None:
         super().__init__("")
 
 
 class RankInfo(NamedTuple):
-    """What the environment says of this process."""
+    """Rank, world size and store of this process, from its environment."""
 
     rank: int
     size: int
     local_rank: int
     address: str
     port: int
-    hosted: bool  # whether somebody else, torchrun's agent, keeps the store
+    hosted: bool  # True if torchrun's agent keeps the store
     restarts: int
 
     @property
@@ -49,14 +49,14 @@ class RankInfo(NamedTuple):
 
 
 class Rendezvous(NamedTuple):
-    """All processes have met."""
+    """Result of a rendezvous that all ranks have joined."""
 
     store: Any  # of this round alone
     restarts: int  # the most that any process knows of
 
 
 def rank_from_environment() -> RankInfo | None:
-    """From the environment variables of torchrun; None where this process is the only one.
+    """Read torchrun's environment variables; None if this process is the only one.
 
     Raises:
         UserError: a variable is missing or no number.
@@ -74,7 +74,7 @@ def rank_from_environment() -> RankInfo | None:
 
 
 def join_rendezvous(rank_info: RankInfo, facts: Mapping[str, Any] | UserError, begun: float) -> Rendezvous:
-    """Wait until all processes are there, and compare what decides their numbers.
+    """Wait until all ranks are present, and compare the facts that decide their numbers.
 
     Args:
         facts: name -> value of what must be the same on all; or what is wrong with this process.
@@ -109,7 +109,7 @@ def join_rendezvous(rank_info: RankInfo, facts: Mapping[str, Any] | UserError, b
 
 
 def report_cause(store: Any) -> bool:
-    """Leave a note that this process says why it ends; whether it is the first to do so."""
+    """Leave a note that this rank reports why it ends; True if it is the first to do so."""
     try:
         return bool(store.add(CAUSE, 1) == 1)
     except RuntimeError:  # whoever kept the store is gone
@@ -117,7 +117,7 @@ def report_cause(store: Any) -> bool:
 
 
 def leave(store: Any, rank_info: RankInfo, seconds: float = 3.0) -> None:
-    """Say farewell before an end with an error: who keeps the store stays until the others have read in it."""
+    """Sign off before an end with an error: the rank that keeps the store waits until the others have read in it."""
     end = time.monotonic() + seconds
     try:
         store.set(f"farewell/{rank_info.rank}", "")
@@ -130,7 +130,7 @@ def leave(store: Any, rank_info: RankInfo, seconds: float = 3.0) -> None:
 
 
 def cause_is_reported(store: Any, seconds: float = 2.0) -> bool:
-    """Whether another process has said why it ended; waits a little for its note."""
+    """True if another rank has reported why it ended; waits a little for its note."""
     end = time.monotonic() + seconds
     try:
         while not store.check([CAUSE]):
@@ -152,7 +152,7 @@ def _number(name: str) -> int:
 
 
 def _store(rank_info: RankInfo, deadline: float) -> Any:
-    """The store, once it can be reached; by plain sockets first, whose failures the library would tell at length."""
+    """Connect to the store, by a plain socket first: the library's own messages about a failure are long."""
     keeps, where = rank_info.keeps_store, f"{rank_info.address}:{rank_info.port}"
     try:
         if keeps:
@@ -187,7 +187,7 @@ def _reach(rank_info: RankInfo, deadline: float) -> None:
 
 
 def _call(store: Any, rank_info: RankInfo, deadline: float) -> dict[str, Any]:
-    """Process 0: call rounds of those whose notes are there until all in one have answered."""
+    """Call a round on rank 0 for each new full set of notes, until all ranks of one have answered."""
     called: dict[str, Any] = {"notes": []}
     names = [f"note/{rank}" for rank in range(rank_info.size)]
     while True:
@@ -213,7 +213,7 @@ def _call(store: Any, rank_info: RankInfo, deadline: float) -> dict[str, Any]:
 
 
 def _answer(store: Any, rank_info: RankInfo, own: Mapping[str, Any], begun: float) -> dict[str, Any]:
-    """The other processes: answer every round that knows the own note, until one is closed."""
+    """Answer, on the other ranks, every round that holds this rank's note, until one is closed."""
     while time.monotonic() < begun + PATIENCE + 3:  # process 0 says first who is missing
         if store.check([ROUND]):
             called: dict[str, Any] = json.loads(store.get(ROUND))
@@ -230,7 +230,7 @@ def _answer(store: Any, rank_info: RankInfo, own: Mapping[str, Any], begun: floa
 
 
 def _check_notes(store: Any, rank_info: RankInfo, notes: list[dict[str, Any]]) -> None:
-    """The same verdict on every process; the one that it is about, or process 0, says it."""
+    """Reach the same verdict on every rank; the rank at fault, or rank 0, reports it."""
     for rank, note in enumerate(notes):
         if "wrong" in note:
             raise UserError(note["wrong"]) if rank == rank_info.rank else ReportedByAnotherRank

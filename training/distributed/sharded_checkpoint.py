@@ -83,7 +83,7 @@ def save_sharded(
 
 
 def open_sharded(folder: Path) -> Checkpoint:
-    """What a sharded checkpoint holds, after a check of every file.
+    """Open a sharded checkpoint after a check of every file.
 
     Raises:
         UserError: a file is missing or not what was written, or `.metadata` names what a checkpoint has no use for.
@@ -104,12 +104,12 @@ def open_sharded(folder: Path) -> Checkpoint:
 
 
 def is_sharded(checkpoint: Checkpoint) -> bool:
-    """Whether it is one of this file's."""
+    """True if the checkpoint is a sharded one."""
     return (checkpoint.folder / INDEX).exists()
 
 
 def load_sharded(checkpoint: Checkpoint, config: ModelConfig, layout: Layout) -> TrainState:
-    """This process's part of the state; all processes must call.
+    """Load this rank's part of the state; all ranks must call.
 
     Raises:
         UserError: it holds another model.
@@ -127,7 +127,7 @@ def load_sharded(checkpoint: Checkpoint, config: ModelConfig, layout: Layout) ->
 
 
 def gather_sharded(run: str | Path) -> Path:
-    """Write a run's newest sharded checkpoint as a whole one, beside its others; the new folder.
+    """Write a run's newest sharded checkpoint as a whole one, beside its others; returns the new folder.
 
     Raises:
         UserError: there is none, it is not whole, the run is in use, the disk refuses.
@@ -147,7 +147,7 @@ def gather_sharded(run: str | Path) -> Path:
 
 
 def check_whole(home: Path) -> None:
-    """Say where a run has a newer checkpoint that is sharded, which only `gather_sharded` makes readable for all.
+    """Warn if a run's newest checkpoint is sharded, which only `gather_sharded` makes readable for all.
 
     Raises:
         UserError: there is no other one.
@@ -162,7 +162,7 @@ def check_whole(home: Path) -> None:
 
 
 def _library() -> Any:
-    """Four seconds of imports that other runs do without."""
+    """Import torch.distributed.checkpoint, which takes four seconds, for sharded runs only."""
     from torch.distributed import checkpoint
 
     return checkpoint
@@ -185,7 +185,7 @@ def _publish(draft: Path, target: Path, step: int, about: Mapping[str, Any]) -> 
 
 
 class _Looking(pickle.Unpickler):
-    """Makes what the index of a checkpoint is made of, and nothing else."""
+    """Unpickler that admits only the classes of a checkpoint's index."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

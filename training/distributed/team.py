@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Team(NamedTuple):
-    """The processes of a run, as one of them sees them."""
+    """Ranks of a run, as one of them sees them."""
 
     layout: Layout
     local_rank: int = 0  # among those of this machine
@@ -39,24 +39,24 @@ class Team(NamedTuple):
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """True on the rank that writes."""
         return self.world.rank == 0
 
     def rows(self, batch: Batch) -> Batch:
-        """This process's rows of a batch."""
+        """This rank's rows of a batch."""
         each = batch.input_ids.shape[0] // self.world.size
         return Batch(*(part[self.world.rank * each : (self.world.rank + 1) * each] for part in batch))
 
     def whole(self, state: TrainState, config: ModelConfig) -> TrainState:
-        """The whole state; all processes must ask."""
+        """Gather the whole state; all ranks must call."""
         return whole_state(state, config, self.layout)
 
     def own(self, state: TrainState, config: ModelConfig) -> TrainState:
-        """This process's part of process 0's state; the others' may be of any content."""
+        """This rank's part of the state of rank 0; the states of the other ranks may hold anything."""
         return own_state(self.world.broadcast(state), config, self.layout)
 
     def one_by_one(self, work: Callable[[], T]) -> T:
-        """The work of every process, the first of each machine before the others, who find what it left on the disk."""
+        """Run `work` on local rank 0 first, then on the other ranks, which reuse its files on the disk."""
         if self.local_rank == 0:
             done = work()
             self.world.barrier()
@@ -71,7 +71,7 @@ ALONE = Team(Layout(Group(), Group(), Group()))
 
 @contextmanager
 def connected(rank_info: RankInfo, store: Any) -> Iterator[None]:
-    """torch.distributed, where there is more than one process: gloo for tensors on the CPU, nccl on CUDA."""
+    """Initialise torch.distributed if there is more than one process: gloo for CPU tensors, nccl for CUDA."""
     if rank_info.size == 1:
         yield
         return

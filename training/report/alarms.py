@@ -27,7 +27,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 class Guards(NamedTuple):
-    """What a run has against collapse, by the names of HyperParams."""
+    """Settings of a run that prevent routing collapse, by the names of HyperParams."""
 
     warmup_steps: int | float = 0
     balance_weight: float = 0.0
@@ -80,7 +80,7 @@ def _is_past(record: Mapping[str, Any], warmup_steps: int | float) -> bool:
 
 
 def _even_out(guards: Guards) -> str:
-    """What spreads the load over the experts: the first of these that the run lacks is the best one."""
+    """Advice that spreads the load over the experts: the first setting that the run lacks is the best one."""
     mends = []
     if guards.balance_weight < ENOUGH_BALANCE:
         mends.append(_raise("balance_weight", guards.balance_weight, ENOUGH_BALANCE))
@@ -94,7 +94,7 @@ def _even_out(guards: Guards) -> str:
 
 
 def _widen(guards: Guards) -> str:
-    """What lets a token visit more experts than one; exploring with 0.05 or a balance weight of 1 does not."""
+    """Advice that lets a token visit more experts than one; exploring with 0.05 or a balance weight of 1 does not."""
     mends = ["--model.min-experts-per-tok 2"]
     if guards.pi_alpha < ENOUGH_BUDGET:
         mends.append(_raise("pi_alpha", guards.pi_alpha, ENOUGH_BUDGET))

@@ -76,7 +76,7 @@ def core_metrics_figure(
 
 
 def expert_dashboard_figure(history: Records, *, alarms: Sequence[str] = (), title: str = "Experts") -> Figure:
-    """Who is selected and who is least surprised over steps; load and surprise per layer and expert now.
+    """Selected and minimum-surprise experts over steps; current load and surprise per layer and expert.
 
     Alarms stand in a red banner, for which the picture grows.
     """

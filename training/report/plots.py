@@ -103,7 +103,7 @@ def load_over_steps(ax: Axes, share: np.ndarray, at: Columns, unit: str) -> None
 
 
 def octaves(fair_shares: np.ndarray) -> np.ndarray:
-    """log2, cut to what the colours tell apart; exact zeros, no row at all, stay below the scale."""
+    """log2, clipped to the range of the colours; exact zeros, no row at all, stay below the scale."""
     log = np.log2(np.where(fair_shares > 0, fair_shares, 1.0)).clip(-OCTAVES, OCTAVES)
     return np.where(fair_shares > 0, log, np.where(np.isnan(fair_shares), np.nan, -OCTAVES - 1.0))
 

@@ -214,7 +214,7 @@ class RunConfig:
 
 
 def hyper_params(config: RunConfig) -> HyperParams:
-    """The run's numbers as `hyper_step` wants them, all Python numbers.
+    """HyperParams of the run, all Python numbers.
 
     The decay ends at the last step of the run: `total_steps = steps`, or 0 (constant) with `schedule: constant`.
     A run shorter than its warm-up warms up until its end: `warmup_steps` is at most `steps`. With `schedule: wsd` the
@@ -232,7 +232,7 @@ def hyper_params(config: RunConfig) -> HyperParams:
 
 
 def statics(config: RunConfig) -> dict[str, Any]:
-    """What `hyper_step` takes beside numbers: choices that decide which program runs."""
+    """Arguments of `hyper_step` beside numbers: choices that decide which program runs."""
     dtype = torch.bfloat16 if config.precision == "bfloat16" else None
     return {"kind": config.surprise_kind, "compute_dtype": dtype}
 

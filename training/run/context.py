@@ -18,7 +18,7 @@ MOST, ENDS = 4096, 256  # records between the ends at most, of the first and of 
 
 
 def append_record(history: list[dict[str, Any]], record: dict[str, Any]) -> None:
-    """Append the record of a step; now and then let go of what is no longer needed."""
+    """Append the record of a step; beyond 4096 steps thin the middle of the history now and then."""
     history.append(record)
     now = record["step"]
     if now > MOST and now % ENDS == 0:
@@ -60,7 +60,7 @@ def best_step(history: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def scores_since_best(records: Iterable[Mapping[str, Any]]) -> int:
-    """Held-out scores in a row, up to the last one, that are no better than the best; of all records, oldest first."""
+    """Number of held-out scores after the best one, from all records of a run, oldest first."""
     best, since = None, 0
     for record in records:
         if "held_out_nats" in record:
@@ -70,14 +70,14 @@ def scores_since_best(records: Iterable[Mapping[str, Any]]) -> int:
 
 
 class EarlyStop(NamedTuple):
-    """Why a run ended before its last step."""
+    """Reason why a run ended before its last step."""
 
     step: int  # the last one that was made
     reason: str
 
 
 class Run(NamedTuple):
-    """A run that is under way."""
+    """A run in progress."""
 
     config: RunConfig
     folder: Path
@@ -98,7 +98,7 @@ class Run(NamedTuple):
 
 
 def about_of(run: Run) -> dict[str, Any]:
-    """What a checkpoint says of its run, beside the state: keywords of `save_checkpoint`."""
+    """Metadata of a run's checkpoint, beside the state: keywords of `save_checkpoint`."""
     return {
         "config_dict": asdict(run.config.model),
         "tokenizer": run.corpus.train.tokenizer.fingerprint,

@@ -25,7 +25,7 @@ Progress = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 
 class Score(NamedTuple):
-    """What a model scores on some text."""
+    """Score of a model on a text."""
 
     nats_per_token: float
     bits_per_byte: float  # all nats, those of document boundaries too, over the bytes of the text

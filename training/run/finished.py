@@ -1,4 +1,4 @@
-"""A run, read back from its folder, and what one does with it: score it, let it write."""
+"""A finished run, opened from its folder for scoring and for generating text."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ PARAMETER_DTYPES = (torch.float32, torch.float64)  # what a run keeps them in
 
 
 class FinishedRun(NamedTuple):
-    """What a run folder holds for those who use its model."""
+    """Settings, parameters and tokenizer of a run folder."""
 
     config: RunConfig
     params: Tree
@@ -58,7 +58,7 @@ def open_run(folder: str | Path) -> FinishedRun:
 
 
 class Writer(NamedTuple):
-    """What writing a text takes."""
+    """Model, tokenizer and defaults for generating text."""
 
     model: ModelConfig
     params: Tree
@@ -69,7 +69,7 @@ class Writer(NamedTuple):
 
 
 def open_writer(folder: str | Path) -> Writer:
-    """A run, or a Qwen3-MoE folder: what surgery, `export`, `save_pretrained` and Hugging Face's tools write.
+    """Open a run, or a Qwen3-MoE folder of surgery, `export`, `save_pretrained` or Hugging Face's tools.
 
     A folder is computed in float32; without a tokenizer.json its tokens are bytes, as for `init`.
 
@@ -90,7 +90,7 @@ def open_writer(folder: str | Path) -> Writer:
 
 
 def _check_leaves(params: Tree, config: RunConfig, folder: Path) -> None:
-    """Refuse a checkpoint whose checksums are right and whose tensors are not those of its model."""
+    """Refuse a checkpoint with right checksums whose tensors are not those of its model."""
     try:
         check_params(params, config.model)
         for name, leaf in flatten(params).items():

@@ -1,4 +1,4 @@
-"""What a run that goes on must share with its past, and the processes of a run with each other."""
+"""Fingerprints that a resumed run, and every rank of a run, must match: settings, text, code."""
 
 import hashlib
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ def deciding(config: RunConfig, corpus: Splits) -> dict[str, Any]:
 
 
 def check_same(now: Mapping[str, Any], before: Mapping[str, Any], folder: str | Path) -> None:
-    """Refuse to go on where something differs.
+    """Refuse to resume where a setting or the text differs.
 
     Raises:
         UserError: one line with every difference.
@@ -58,7 +58,7 @@ def check_same(now: Mapping[str, Any], before: Mapping[str, Any], folder: str | 
 
 
 def facts_of(config: RunConfig, resume: bool) -> dict[str, Any]:
-    """What all processes of a run must share: settings, versions, and the program to the letter."""
+    """Facts that every rank of a run must share: settings, versions, and a hash of the program's files."""
     settings = {key: value for key, value in asdict(config).items() if key not in ELSEWHERE}
     flat: dict[str, Any] = {}
     for key, value in settings.items():

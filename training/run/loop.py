@@ -28,7 +28,7 @@ Effects = tuple[tuple[int, Callable[[], object]], ...]  # (steps between two tim
 
 
 def run_steps(run: Run, state: TrainState, recorder: Recorder) -> tuple[TrainState, float, EarlyStop | None]:
-    """Make the steps that are left: the last state, the seconds of all training so far, why it ended early if it did.
+    """Make the remaining steps: last state, seconds of all training so far, and the reason of an early end.
 
     Time spent on scores, pictures and checkpoints is not training time. What `finish` does at the end, scores and
     pictures, is not due after the last step.
@@ -69,7 +69,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _effects(run: Run, checkpoints: "Checkpoints") -> Effects:
-    """What is done after a step, in this order; by processes other than the first, only what all must do together."""
+    """Effects that are due after a step, in this order; ranks other than the first join only the collective ones."""
     saves: Effects = ((run.config.checkpoint_every, checkpoints.save),)
     shows: Effects = ((ALARM_EVERY, _bell(run)), (run.config.picture_every, lambda: _draw(run)))
     return (*saves, *shows) if run.team.first else saves
@@ -78,7 +78,7 @@ def _effects(run: Run, checkpoints: "Checkpoints") -> Effects:
 def _step(
     run: Run, step_of: Program, batches: Batches, state: TrainState, asked: Callable[[], bool]
 ) -> tuple[TrainState, dict[str, Any], bool]:
-    """The next state, the step's record, and whether a process is asked to stop.
+    """Make one step: next state, its record, and True if a rank has been asked to stop.
 
     A step with bad numbers is kept as evidence and never becomes a state.
 
@@ -108,7 +108,7 @@ def _step(
 
 
 def _held_out(run: Run, state: TrainState) -> dict[str, float]:
-    """The score during the run, made by process 0 and told to all."""
+    """Held-out score during the run, computed by rank 0 and broadcast to all."""
     whole, scores = run.team.whole(state, run.config.model), {}
     if run.team.first:
         score = held_out_score(run, whole, run.config.eval_bytes)
@@ -130,7 +130,7 @@ class Checkpoints:
         self._saved = int(state.step) or None  # a state that has not made a step lies in no checkpoint
 
     def advance(self, state: TrainState, record: Mapping[str, Any]) -> None:
-        """A step is whole: its state, and its record, which may hold a score."""
+        """Take the state and the record, which may hold a score, of a completed step."""
         self.state, before = state, self.best
         self.best = better(before, record)
         if "held_out_nats" in record:
@@ -140,11 +140,11 @@ class Checkpoints:
 
     @property
     def is_over(self) -> bool:
-        """Whether the last `stop_when` held-out scores are no better than the best; the same on every rank."""
+        """True if the last `stop_when` held-out scores are no better than the best; the same on every rank."""
         return 0 < self._run.config.stop_when <= self._waited
 
     def early_stop(self) -> EarlyStop | None:
-        """Why there are no more steps, if some are left."""
+        """Reason for an end before the last step; None if no step is left, or the run goes on."""
         step = int(self.state.step)
         if not self.is_over or step >= self._run.config.steps:
             return None
@@ -152,7 +152,7 @@ class Checkpoints:
         return EarlyStop(step, f"{self._waited} held-out scores in a row no better than {best} (stop_when)")
 
     def save(self, *, at_end: bool = False) -> None:
-        """Save the state, unless it is saved: one in many parts as that, and at the end of the run a whole one."""
+        """Save the state unless it is saved: a sharded one as shards, and at the end of the run as a whole."""
         run, step, best = self._run, int(self.state.step), self.best and self.best.step
         in_parts = run.team.layout.is_sharded and step < run.config.steps and not at_end
         if step == self._saved and (in_parts or not run.team.layout.is_sharded):
@@ -170,7 +170,7 @@ class Checkpoints:
 
     @contextmanager
     def saved_on_error(self) -> Iterator["Checkpoints"]:
-        """Whatever ends the loop early, the state after the last whole step is saved before it is raised."""
+        """Save the state after the last whole step before an error that ends the loop is raised."""
         try:
             yield self
         except BaseException as error:
@@ -182,14 +182,14 @@ class Checkpoints:
 
 
 def _save(run: Run, recorder: Recorder, tensors: dict[str, Tensor], best: int | None) -> None:
-    """A checkpoint of this step, not before the records of its steps are on the disk."""
+    """Write a checkpoint of this step, once the records of its steps are on the disk."""
     recorder.sync()
     save_checkpoint(run.folder, tensors, keep=run.config.keep_checkpoints, best=best, **about_of(run))
     LOG.debug("checkpoint of step %d saved", int(tensors["step"]))
 
 
 def _bell(run: Run) -> Callable[[], None]:
-    """Prints the alarms when there are more than the last time."""
+    """Build the effect that logs the alarms when there are more than the last time."""
     known = 0
 
     def ring() -> None:
@@ -204,7 +204,7 @@ def _bell(run: Run) -> Callable[[], None]:
 
 
 def _draw(run: Run) -> None:
-    """The pictures so far; those after the last step are `finish`'s."""
+    """Draw the pictures so far; `finish` draws those after the last step."""
     if run.history[-1]["step"] < run.config.steps:
         draw(run)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill: at once where one process has the whole state, between two steps where many share it."""
+"""SIGINT and SIGTERM: stop at once if one process has the whole state, between two steps if it is sharded."""
 
 import ctypes
 import signal
@@ -17,7 +17,7 @@ POLITE = (signal.SIGINT, signal.SIGTERM)
 
 
 def stop_politely() -> None:
-    """Ctrl-C and a polite kill raise KeyboardInterrupt, of which a checkpoint is saved; the second leaves at once."""
+    """Turn SIGINT and SIGTERM into a KeyboardInterrupt, after which a checkpoint is saved; the second ends at once."""
 
     def stop(number: int, _: object) -> NoReturn:
         signal.signal(number, signal.SIG_DFL)
@@ -29,7 +29,7 @@ def stop_politely() -> None:
 
 @contextmanager
 def deferred_signals(wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Whether to stop has been asked, which raises nothing inside; at the end it does, if nobody has acted on it.
+    """Defer SIGINT and SIGTERM: yield a function that is True once one came; at the end raise KeyboardInterrupt if so.
 
     A process that left in the middle of a step would take its part of the state with it. The second signal does so.
 
@@ -57,7 +57,7 @@ _NEVER = -1
 
 
 def disable_heap_trimming() -> bool:
-    """Tell glibc to keep freed blocks instead of handing them to the kernel; whether it was done.
+    """Make glibc keep freed blocks instead of returning them to the kernel; True if it was done.
 
     By default every block above some hundred kilobytes goes back when it is freed, and the next step pays a page fault
     for each 4 KiB that it touches again. The process then stays as large as its largest step.

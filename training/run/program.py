@@ -1,4 +1,4 @@
-"""What the loop runs: a hyper step with the run's settings, and the batch of a step."""
+"""Program of the loop: a hyper step with the run's settings, and the batch of a step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -75,6 +75,6 @@ class Batches:
         return kept[1] if kept is not None and kept[0] == step else step_batch(self._run, step)
 
     def prepare(self, step: int) -> None:
-        """Begin to copy the batch of a step; nothing on the CPU, where there is nothing to do beside the step."""
+        """Begin to copy the batch of a step; does nothing on a CPU, where no copy can run beside the step."""
         if self._run.device.type != "cpu":
             self._next = step, step_batch(self._run, step)

@@ -1,4 +1,4 @@
-"""Which total of steps the learning rates were laid out for, from which step on: a resumed run may have a new one.
+"""Legs of a run: a resumed run may lay out its learning rates for another total of steps, from that step on.
 
 A cosine that ends at step 600 and one that ends at step 900 differ in every step. A run that is resumed with another
 `steps` follows the first one up to the checkpoint and the second one after it: it is neither a run of 600 steps nor one
@@ -30,7 +30,7 @@ class Leg(NamedTuple):
 
 
 def legs_from(values: object, steps: int) -> tuple[Leg, ...]:
-    """Legs as a file holds them, [[start, steps], ...]; one of the whole run where it holds none."""
+    """Legs as a file holds them, [[start, steps], ...]; a single leg of the whole run if it holds none."""
     if isinstance(values, Sequence) and values and all(_is_leg(value) for value in values):
         return tuple(Leg(*value) for value in values)
     return (Leg(0, steps),)
@@ -60,14 +60,14 @@ def legs_of(config: RunConfig, settings: Mapping[str, Any] | None, step: int) ->
 
 
 def _have_the_same_rates(config: RunConfig, other_steps: int, steps: range) -> bool:
-    """Whether a run of `other_steps` steps has had the run's learning rates in all of these steps."""
+    """True if a run of `other_steps` steps has the run's learning rates in all of these steps."""
     at = torch.arange(steps.start, steps.stop)
     ours, theirs = (rates(at, hyper_params(replace(config, steps=total))) for total in (config.steps, other_steps))
     return torch.equal(ours, theirs)
 
 
 def read_legs(home: Path, config: RunConfig) -> tuple[Leg, ...]:
-    """The legs of a run folder as its newest readable checkpoint has them."""
+    """Legs of a run folder, from its newest readable checkpoint."""
     for step, path in reversed(steps_in(home / "checkpoints")):
         try:
             settings = read_meta(path).get("settings")

@@ -33,7 +33,7 @@ KINDS = ("checkpoints", FOLDER)  # folders of whole checkpoints and of those in 
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Refuse a fresh start where a run is, and a resumed one where none is."""
+    """Refuse a fresh start in a folder with a run, and a resume in one without."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: expected a folder or a new name, got the file {folder}; name another one")
     begun = (folder / "config.yaml").exists()
@@ -52,7 +52,7 @@ def check_folder(folder: Path, resume: bool) -> None:
 
 
 def tokenizer_of(config: RunConfig, folder: Path, checkpoint: Checkpoint | None) -> Tokenizer:
-    """What the settings name; of a run that goes on, the copy in its folder, which the settings may not contradict."""
+    """Open the settings' tokenizer; a resumed run takes the copy in its folder, which they may not contradict."""
     if checkpoint is None:
         tokenizer = open_tokenizer(config.tokenizer)
     else:
@@ -65,7 +65,7 @@ def tokenizer_of(config: RunConfig, folder: Path, checkpoint: Checkpoint | None)
 
 
 def open_new(config: RunConfig, folder: Path, tokenizer: Tokenizer, team: Team = ALONE) -> Run:
-    """The run with its data, before its first step."""
+    """Open a run and its data, before its first step."""
     if config.replay:
         raise UserError(f"replay: expected 0 outside a study with tasks, got {config.replay:g}; leave it away")
     teacher = open_teacher(config, tokenizer)
@@ -82,7 +82,7 @@ def open_new(config: RunConfig, folder: Path, tokenizer: Tokenizer, team: Team =
 
 
 def fitting_prompt(corpus: Splits) -> str:
-    """What a sample of a run on this text had best continue; "" is the beginning of a document.
+    """Choose the prompt of samples of a run on this text; "" is the beginning of a document.
 
     A text of which something is only context is made of chats: a user asks, and the assistant's turn begins.
     """
@@ -94,7 +94,7 @@ def fitting_prompt(corpus: Splits) -> str:
 
 
 def begin(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> TrainState:
-    """This process's part of the state to go on from; process 0 makes the folder ready for what comes."""
+    """This rank's part of the first or resumed state; rank 0 prepares the folder for what follows."""
     config, folder, team = run.config, run.folder, run.team
     if checkpoint is not None and is_sharded(checkpoint):
         state = to_device(load_sharded(checkpoint, config.model, team.layout), run.device)
@@ -113,7 +113,7 @@ def begin(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> Trai
 
 
 def _whole(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> TrainState:
-    """The whole state on process 0, which tells the others; one of its shapes there."""
+    """Whole state on rank 0, which is broadcast; on the other ranks a state of the same shapes."""
     config, generator = run.config, torch.Generator().manual_seed(run.config.seed)
     if checkpoint is None and run.team.first:
         return first_state(config, tokenizer)
@@ -122,7 +122,7 @@ def _whole(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> Tra
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """What a run in the folder goes on from; None where it has no checkpoint."""
+    """Open the checkpoint that a run in the folder resumes from; None if there is none."""
     for kind in KINDS:
         clean(folder / kind)
     whole, sharded = (steps_in(folder / kind) for kind in KINDS)
@@ -132,7 +132,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def open_past(folder: str | Path) -> tuple[Run, TrainState]:
-    """A run from its folder, without its records, and its first state.
+    """Open a run from its folder, without its records, and its first state.
 
     Raises:
         UserError: there is no run, or its data, tokenizer or first weights cannot be used any more.

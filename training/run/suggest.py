@@ -1,4 +1,4 @@
-"""What an unknown name may have meant: the field's other words for a setting, and what there is none of."""
+"""Suggestions for an unknown name: the field's other words for a setting, and settings that do not exist."""
 
 import difflib
 from collections.abc import Callable, Collection
@@ -96,7 +96,7 @@ VERBS = {
 
 
 def suggestion(name: str, known: Collection[str]) -> str | None:
-    """The known name that an unknown one most likely means; None where nothing is near.
+    """Known name that an unknown one most likely means; None if no name is near.
 
     Dotted names are compared by their last part as well: `lr` and `hyper.learning_rate` both mean `hyper.lr`.
     """
@@ -117,7 +117,7 @@ def suggestion(name: str, known: Collection[str]) -> str | None:
 
 
 def advice(name: str, known: Collection[str], otherwise: str, spell: Callable[[str], str] = str) -> str:
-    """The end of a message about an unknown name: the one that is meant, that there is none, or `otherwise`.
+    """End of a message about an unknown name: the suggestion, the reason that there is none, or `otherwise`.
 
     Args:
         spell: writes a known name as the user would: a key, or a flag.

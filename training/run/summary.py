@@ -1,4 +1,4 @@
-"""What a run shows of itself: scores, pictures, alarms, a sample text, and the summary at the end."""
+"""End of a run: final score, pictures, sample text, alarms, summary.json."""
 
 import json
 import math
@@ -58,12 +58,12 @@ def finish(run: Run, state: TrainState, seconds: float, stopped: EarlyStop | Non
 
 
 def _sent_per_step(run: Run, step: int) -> dict[str, int]:
-    """Bytes that process 0 sent, by purpose; nothing where it is alone."""
+    """Bytes that rank 0 sent per step, by purpose; empty for a single process."""
     return {purpose: round(n / max(1, step - run.first_step)) for purpose, n in run.team.world.sent.items()}
 
 
 def held_out_score(run: Run, state: TrainState, max_bytes: int | None, *, show: bool = False) -> Score:
-    """The score on the first `max_bytes` of the held-out text."""
+    """Score on the first `max_bytes` of the held-out text."""
     config, corpus = run.config, run.corpus.held_out
     batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack)
 
@@ -86,7 +86,7 @@ def sample_text(run: Run, state: TrainState, tokens: int) -> str:
 
 
 def draw(run: Run) -> None:
-    """Both pictures, from all records so far."""
+    """Draw both pictures from all records so far."""
     lines = {name: bits * math.log(2) * run.bytes_per_token for name, bits in run.baselines.items()}
     title = f"{run.folder.name}: {run.config.data}"
     draw_core_metrics(run.history, run.folder / "core_metrics_latest.png", title=title, baselines=lines)
@@ -96,7 +96,7 @@ def draw(run: Run) -> None:
 
 
 def alarms(history: Sequence[Mapping[str, Any]], config: RunConfig) -> list[str]:
-    """What is wrong with the routing of the last records, in sentences."""
+    """Collapse alarms of the last records' routing, in sentences."""
     model, hyper = config.model, hyper_params(config)
     return collapse_alarms(
         history, model.num_experts, num_experts_per_tok=model.num_experts_per_tok,
@@ -111,7 +111,7 @@ def score_table(score: Score, baselines: Mapping[str, float], of: str = "held-ou
 
 
 def summary_table(summary: Mapping[str, Any], folder: str) -> str:
-    """The summary of a run: how good, how fast, how large, a sample, and where everything is."""
+    """Table of a run: score, speed, sizes, a sample, and the place of every file."""
     facts = {
         "held-out loss": f"{summary['nats_per_token']:.4f} nats per token",
         "experts per token": f"{summary['avg_k']:.2f}",

@@ -1,4 +1,4 @@
-"""Chance as a pure function of (seed, step): generators do not run under vmap; hashes of counters map and resume."""
+"""Counter-based random numbers: a pure function of (seed, step) runs under vmap and resumes, a generator does not."""
 
 import math
 from enum import IntEnum
@@ -13,7 +13,7 @@ from training.step.hyper_params import Number
 
 
 class Purpose(IntEnum):
-    """What a draw is for; streams of one seed and step have nothing in common."""
+    """Purpose of a draw; streams of one seed and step have nothing in common."""
 
     EXPLORE = 0
     SHUFFLE = 1

@@ -15,7 +15,7 @@ WATCHED = ("main_loss", "distill_loss", "router_loss", "balance_loss", "z_loss",
 
 
 def finite_runs(state: Any, *, stacked: bool = True) -> Bool[Tensor, " runs"]:
-    """Whether every number of a run is finite; leaves of `state` have a leading axis of runs, or there is one run."""
+    """True for each run of finite numbers; leaves of `state` have a leading axis of runs, or there is one run."""
     largest = [
         torch.linalg.vector_norm(leaf.flatten(1) if stacked else leaf.reshape(1, -1), torch.inf, dim=1)
         for leaf in leaves(state)
@@ -25,18 +25,18 @@ def finite_runs(state: Any, *, stacked: bool = True) -> Bool[Tensor, " runs"]:
 
 
 def bad_runs(metrics: Metrics, states: TrainState) -> Bool[Tensor, " runs"]:
-    """Whether a run's step has NaN or infinity in a loss, gradient, surprise, parameter or moment; all stacked."""
+    """True for each run with NaN or infinity in a loss, gradient, surprise, parameter or moment; all stacked."""
     watched = torch.stack([getattr(metrics, name) for name in WATCHED])
     return ~watched.isfinite().all(dim=0) | (metrics.nonfinite_surprise > 0) | ~finite_runs(states)
 
 
 def where_runs(chosen: Bool[Tensor, " runs"], there: TrainState, elsewhere: TrainState) -> TrainState:
-    """The first state of the chosen runs, the second of the others; all stacked."""
+    """Take the first state of the chosen runs, the second of the others; all stacked."""
     return tree_map(
         lambda a, b: torch.where(rearrange(chosen, f"r -> r {'1 ' * (a.ndim - 1)}"), a, b), there, elsewhere
     )
 
 
 def passed_over(state: TrainState) -> TrainState:
-    """The state after a step that was not taken: only the step's number moves on."""
+    """State after a skipped step: only the number of the step advances."""
     return state._replace(step=state.step + 1)

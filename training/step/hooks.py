@@ -146,7 +146,7 @@ class SurpriseHookManager:
 
 
 def _count_tokens(rows: Rows) -> int | None:
-    """How many tokens the rows are of: every token has some, if inactive ones; None where no value may be read."""
+    """Number of tokens behind the rows: every token has some, if inactive ones; None if no value may be read."""
     token = unwrap_all(rows.token)
     if is_traced(token) or token.device.type != "cpu" or not token.numel():
         return None

@@ -89,7 +89,7 @@ class HyperParams(NamedTuple):
 
 
 def field_texts(kind: type) -> dict[str, str]:
-    """Field -> the text that stands under it in the source of its class."""
+    """Map each field to the text below it in the source of its class."""
     body = getattr(ast.parse(inspect.getsource(kind)).body[0], "body", [])
     return {
         ast.unparse(field.target): ast.literal_eval(text.value)
@@ -141,5 +141,5 @@ def with_axes(values: tuple[Number, ...], runs: Sequence[int] = ()) -> str | Non
 
 
 def is_off(coefficient: Number) -> bool:
-    """Whether a coefficient is the Python number 0, which switches its term off for good."""
+    """True if a coefficient is the Python number 0, which switches its term off for good."""
     return isinstance(coefficient, float | int) and coefficient == 0

@@ -36,7 +36,7 @@ from training.step.surprise import SurpriseKind
 
 
 class TrainState(NamedTuple):
-    """All that a run carries from step to step."""
+    """State that a run carries from step to step."""
 
     params: Tree
     expert_opt: AdamWState  # over everything but the router
@@ -101,7 +101,7 @@ def _step(
     state: TrainState, batch: Batch, hyper: HyperParams, teacher_logits: Tensor | None, *, config: ModelConfig,
     options: StepOptions, rule: Rule,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
-    """Of one run, or of several, with an axis of runs in front of every tensor."""
+    """`hyper_step` of one run, or of several, with an axis of runs in front of every tensor."""
     fast, router = partition(state.params)
     result = run_pass(state, fast, router, batch, hyper, config, options, rule, teacher_logits)
     router_grads, loss = router_gradients(router, state.step, result, result.sums, hyper, config)
@@ -143,7 +143,7 @@ def run_pass(
     hooks_factory: HooksFactory = SurpriseHookManager,
     run_rule: RunRule = apply_rule,
 ) -> ShardResult:
-    """The step's one forward and one backward pass; the last three are for a process with some rows of a batch.
+    """Run the one forward and one backward pass; the last three arguments are for a rank with part of a batch.
 
     Raises:
         ValueError: `hyper.distill_alpha` asks for a teacher, and there is none.
@@ -163,7 +163,7 @@ def run_pass(
 def shard_result(
     grads: Tree, router_grads: Tree | None, observed: PassResult, targets: Targets, rule_state: Any, batch: Batch
 ) -> ShardResult:
-    """What a pass and its targets add up to."""
+    """Build the result of a pass from its gradients, observations and targets, with their sums."""
     real = rearrange(batch.attention_mask != 0, "... b s -> ... (b s)")
     sums = sums_of(observed, targets, real)
     return ShardResult(grads, router_grads, observed, targets, rule_state, real, sums)
@@ -263,7 +263,7 @@ def _while_learning(step: Tensor, hyper: HyperParams) -> Number:
 
 
 def _annealed(hyper: HyperParams, step: Tensor, dtype: torch.dtype) -> HyperParams:
-    """With the weight of surprise that this step has, as a tensor of that dtype where it changes."""
+    """HyperParams with this step's weight of surprise, as a tensor of that dtype where it changes."""
     if is_off(hyper.surprise_until):
         return hyper
     at = step.to(torch.float64)  # as Python's own numbers

@@ -37,7 +37,7 @@ class StepOptions(NamedTuple):
 
 
 class PassResult(NamedTuple):
-    """What one pass through the model yields beside the gradient."""
+    """Outputs of one pass through the model, beside the gradient."""
 
     lm: LanguageModelling
     trace: RouterTrace
@@ -47,14 +47,14 @@ class PassResult(NamedTuple):
 
 
 class BatchShard(NamedTuple):
-    """Which of the equal shards of a batch's rows these are: random draws are those of the whole batch."""
+    """Position of these rows among the equal shards of a batch: random draws are those of the whole batch."""
 
     place: int = 0
     of: int = 1
 
 
 class Hooks(Protocol):
-    """What records surprise during a pass: SurpriseHookManager, or one that moves rows between processes."""
+    """Recorder of surprise during a pass: SurpriseHookManager, or one that moves rows between ranks."""
 
     @property
     def per_token_surprise(self) -> Tensor:
@@ -84,7 +84,7 @@ def main_gradients(
     shard: BatchShard = WHOLE,
     hooks_factory: HooksFactory = SurpriseHookManager,
 ) -> tuple[tuple[Tree, Tree | None], PassResult]:
-    """Gradients of the summed main loss in (fast, router), and what the pass observed.
+    """Gradients of the summed main loss in (fast, router), and the other outputs of the pass.
 
     The router's is None unless `hyper.router_coupling` lets the main loss in.
     """
@@ -181,5 +181,5 @@ def gradients(objective: Objective, trees: tuple[Any, ...], inputs: Any = ()) ->
 
 
 def _is_followed(trees: Any) -> bool:
-    """Whether gradients of the gradients may be asked for: by a transform that is no vmap, or by autograd."""
+    """True if a transform other than vmap, or autograd, may ask for gradients of the gradients."""
     return not only_vmaps() or any(unwrap(leaf)[0].requires_grad for leaf in leaves(trees) if isinstance(leaf, Tensor))

@@ -60,7 +60,7 @@ def average_k(
 
 
 class Metrics(NamedTuple):
-    """What a step measured before its update; a number of each run unless a shape is given."""
+    """Measurements of a step before its update; one number of each run unless a shape is given."""
 
     main_loss: Tensor  # mean nats per target
     distill_loss: Tensor  # mean KL(teacher || student) per target, nats; 0 without a teacher

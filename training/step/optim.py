@@ -25,7 +25,7 @@ class AdamWState(NamedTuple):
 
 
 def adamw_init(params: Tree) -> AdamWState:
-    """No update made yet, moments zero."""
+    """State before the first update: moments zero."""
     leaf = leaves(params)[0]
     zeros = tree_map(torch.zeros_like, params)
     return AdamWState(leaf.new_zeros((), dtype=torch.int64), zeros, tree_map(torch.zeros_like, params))
@@ -89,7 +89,7 @@ Steps = dict[Kind, tuple[Number, ...]]  # scale, 1 - beta1, 1 - beta2, eps, deca
 def _update(
     p: Leaves, g: Leaves, mu: Leaves, nu: Leaves, kinds: dict[str, Kind], steps: Steps
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """The formula."""
+    """The AdamW update in PyTorch's operations."""
     new = {}
     for name, value in p.items():
         scale, into_mu, into_nu, eps, decay, step = (_for_leaf(number, value) for number in steps[kinds[name]])
@@ -102,7 +102,7 @@ def _update(
 def _native_update(
     p: Leaves, g: Leaves, mu: Leaves, nu: Leaves, kinds: dict[str, Kind], steps: Steps, runs: torch.Size
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """The same, each leaf read and written once."""
+    """The AdamW update by the kernel, each leaf read and written once."""
     numbers = {kind: _stacked(steps[kind], runs) for kind in set(kinds.values())}
     flat = ([t.reshape(runs.numel(), -1) for t in tree.values()] for tree in (p, {n: g[n] for n in p}, mu, nu))
     updated = step_kernels.adamw([numbers[kinds[name]] for name in p], *flat)
@@ -123,7 +123,7 @@ def _stacked(numbers: tuple[Number, ...], runs: torch.Size) -> Float[Tensor, "ru
 
 
 def _root(nu: Tensor) -> Tensor:
-    """sqrt, with a finite slope at 0, where an entry without gradient stays, for who differentiates a step."""
+    """sqrt with a finite slope at 0, where an entry without gradient stays: a step may be differentiated."""
     return nu.add(torch.finfo(nu.dtype).tiny).sqrt_()
 
 
@@ -133,12 +133,12 @@ def _for_leaf(number: Number, leaf: Tensor) -> Number:
 
 
 def has_decay(name: str) -> bool:
-    """Whether weight decay acts on the leaf of this dotted name."""
+    """True if weight decay acts on the leaf of this dotted name."""
     return not name.endswith("norm")
 
 
 def is_backbone(name: str) -> bool:
-    """Whether the leaf of this dotted name is neither an expert's nor the router's."""
+    """True if the leaf of this dotted name is neither an expert's nor the router's."""
     return ".moe." not in name and not name.startswith("router")
 
 

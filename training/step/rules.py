@@ -32,7 +32,7 @@ from training.step.surprise import divide_by_expert_mean
 
 
 class Targets(NamedTuple):
-    """What a rule asks of the router, token by token."""
+    """Training targets of the router, one a layer and token."""
 
     expert: Int[Tensor, "*runs layers tokens"]  # int64 in [0, experts) where the token teaches
     informative: Bool[Tensor, "*runs layers tokens"]  # True where the token teaches the router
@@ -120,7 +120,7 @@ def shuffled(targets: Targets, words: Int[Tensor, "*runs layers tokens"], switch
 
 
 class Rule(NamedTuple):
-    """A way to teach the router.
+    """Rule that turns a step's surprise into the router's targets.
 
     Args:
         init: (config) -> the rule's state, a tree of tensors.

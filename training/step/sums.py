@@ -46,7 +46,7 @@ def count_visits(
 
 
 def finite_sum(x: Float[Tensor, "..."], dim: int | None = None) -> tuple[Float[Tensor, "..."], Int[Tensor, "..."]]:
-    """(sum of the finite entries, how many they are), over all of x or one axis."""
+    """(sum, number) of the finite entries, over all of x or one axis."""
     kept, finite = _finite_or_zero(x), x.isfinite()
     return (kept.sum(), finite.sum()) if dim is None else (kept.sum(dim=dim), finite.sum(dim=dim))
 
@@ -86,7 +86,7 @@ class Sums(NamedTuple):
 
 
 def sums_of(observed: PassResult, targets: Targets, real: Bool[Tensor, "*runs tokens"]) -> Sums:
-    """What the step's objectives and metrics need of its tokens."""
+    """Sums over tokens that the step's objectives and metrics need."""
     lm, trace = observed.lm, observed.trace
     of_tokens = trace.router_logits, observed.per_token_surprise, trace.expert_ids, trace.active
     tied = torch.zeros_like(targets.informative) if targets.tied is None else targets.tied

@@ -33,7 +33,7 @@ def nonfinite_surprise(
     expert_ids: Int[Tensor, "*runs layers tokens slots"],
     active: Bool[Tensor, "*runs layers tokens slots"],
 ) -> Int[Tensor, "*runs"]:
-    """How many routed (layer, token, expert) have a surprise that is NaN or infinite; those not routed have none."""
+    """Number of routed (layer, token, expert) with a surprise of NaN or infinity; unrouted ones do not count."""
     routed = surprise.gather(-1, torch.where(active, expert_ids, 0))
     return (active & ~routed.isfinite()).sum(dim=(-3, -2, -1))
 
@@ -124,7 +124,7 @@ def divide_by_expert_mean(
 
 
 class HookPoint(NamedTuple):
-    """Where the backward pass of an expert is looked at, and what is measured there.
+    """Hook point in the backward pass of an expert, and the measure that is taken there.
 
     `place` is `output` (of w2), `gate_up` (both projections) or `input` (of each row). `measure` maps the saved tensor,
     the gradient at the place and the rows to a value of each row. `scatter` does the same and `scatter_rows` in one
@@ -178,7 +178,7 @@ MEASURED = tuple(kind for kind in KINDS if SURPRISE_KINDS[kind].points)  # by ho
 
 
 def kind_of(name: SurpriseKind) -> Kind:
-    """The table's entry.
+    """Look up a kind in the table.
 
     Raises:
         ValueError: no such kind.

@@ -9,7 +9,7 @@ from training.errors import UserError
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """The file appears whole or not at all, and what it replaces stays until then.
+    """Write a file whole or not at all; the file that it replaces stays until then.
 
     Raises:
         OSError: the disk refuses; no draft is left.
@@ -45,7 +45,7 @@ def flush(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What a write or a flush of an open file raises does not say which file it was."""
+    """Add the file's name to an error of a write or a flush, which lacks it."""
     try:
         yield
     except OSError as error:
@@ -54,7 +54,7 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """The folder and its parents, their names on the disk; nothing where it is already.
+    """Make a folder and its parents, their names flushed to the disk; does nothing if it is there.
 
     Raises:
         UserError: it, or a parent, is a file.
@@ -70,7 +70,7 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 def cache_folder() -> Path:
-    """Where lies what can be made again from texts and teachers: $TINY_ONN_CACHE, else ~/.cache/tiny-onn.
+    """Folder for files that can be made again from texts and teachers: $TINY_ONN_CACHE, else ~/.cache/tiny-onn.
 
     Raises:
         UserError: neither names one.

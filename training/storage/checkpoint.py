@@ -92,7 +92,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """What a `step_NNNNNN` folder, or the newest whole one of a run folder, holds; each damaged newer one is named.
+    """Open a `step_NNNNNN` folder, or the newest whole one of a run folder; each damaged newer one is named.
 
     Raises:
         UserError: no checkpoint, none that is whole, or one of another format.
@@ -115,7 +115,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_checkpoint(path: str | Path, like: Any = None) -> Any:
-    """The state in a checkpoint, bit for bit.
+    """Load the state of a checkpoint, bit for bit.
 
     Args:
         path: a `step_NNNNNN` folder, or a run folder, which means its newest checkpoint.
@@ -135,7 +135,7 @@ def load_state(checkpoint: Checkpoint, like: Any = None) -> Any:
 
 
 def load_params(path: str | Path) -> tuple[Tree, ModelConfig]:
-    """The parameters, on the CPU, and the sizes of the model in a checkpoint or in a run folder's newest one.
+    """Load the parameters, on the CPU, and the model's sizes of a checkpoint or of a run folder's newest one.
 
     Raises:
         UserError: as `load_checkpoint`, or the sizes in meta.json are none of a model.
@@ -153,7 +153,7 @@ def params_of(checkpoint: Checkpoint) -> tuple[Tree, ModelConfig]:
 
 
 def checkpoint_tokenizer(path: str | Path) -> str:
-    """The fingerprint of the tokenizer that a checkpoint, or a run folder's newest one, goes with.
+    """Fingerprint of the tokenizer that belongs to a checkpoint, or to a run folder's newest one.
 
     Raises:
         UserError: as `load_checkpoint`.

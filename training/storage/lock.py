@@ -1,4 +1,4 @@
-"""One process to a folder: the second is refused by name; a lock goes with its process, so none can be stale.
+"""Folder lock: a second process is refused by name. A lock ends with its process, so none can be stale.
 
 The lock is the kernel's, on FOLDER/.lock, and the file says whose it is. A process that dies, however it dies, holds
 nothing any more: a file without a living holder is no lock, and is taken over.
@@ -21,7 +21,7 @@ POLL = 0.2  # seconds
 
 @contextmanager
 def locked(folder: str | Path, *, patience: float = 0.0) -> Iterator[None]:
-    """Hold the folder, made if need be; a folder that was made here and is empty in the end is removed again.
+    """Hold a folder's lock, making the folder if need be; one that was made here and stays empty is removed again.
 
     Args:
         patience: seconds to wait for another process to end.
@@ -48,7 +48,7 @@ def locked(folder: str | Path, *, patience: float = 0.0) -> Iterator[None]:
 
 
 def holder(folder: str | Path) -> str | None:
-    """Who holds the folder now: "process 123 on host"; None where nobody does."""
+    """Name of the process that holds the folder: "process 123 on host"; None if none does."""
     try:
         descriptor = os.open(Path(folder) / LOCK, os.O_RDWR)
     except OSError:

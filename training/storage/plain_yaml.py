@@ -87,7 +87,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _values(node: yaml.Node, known: dict[int, float]) -> float:
-    """How many values a node stands for with its aliases written out; infinity where one holds itself."""
+    """Number of values that a node stands for with its aliases written out; infinity if one holds itself."""
     if id(node) not in known:
         known[id(node)] = float("inf")
         parts = [] if isinstance(node, yaml.ScalarNode) else node.value

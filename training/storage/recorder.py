@@ -45,7 +45,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def iter_history(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """The same, one by one."""
+    """The records of `read_history`, one by one."""
     path = Path(folder) / FILE
     torn = ""  # what is wrong with the last line, if something is
     try:
@@ -65,7 +65,7 @@ def iter_history(folder: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def torn_line(folder: str | Path) -> str | None:
-    """What is wrong with the last line of a record, as a killed process leaves it; None where it is whole."""
+    """Describe the torn last line of a record, as a killed process leaves it; None if it is whole."""
     last, number = b"", 0
     with open_regular(Path(folder) / FILE) as file:
         for at, line in enumerate(iter(partial(file.readline, MOST + 1), b""), 1):
@@ -80,7 +80,7 @@ def _torn(path: Path, number: int, line: bytes) -> str:
 
 
 def records_upto(folder: str | Path, step: int) -> Iterator[dict[str, Any]]:
-    """The records of a run folder up to and including a step; those that say no step and no seconds are passed over.
+    """Records of a run folder up to and including a step; those without a step or seconds are passed over.
 
     Raises:
         UserError: as `read_history`.
@@ -187,7 +187,7 @@ def open_recorder(folder: str | Path, *, resume_step: int | None = None) -> Reco
 
 
 def no_recorder() -> Recorder:
-    """Makes records and keeps none, as a process does whose records another one writes."""
+    """Recorder that keeps nothing, for a process whose records another process writes."""
     return Recorder(open(os.devnull, "a", encoding="ascii"), None)
 
 
@@ -196,7 +196,7 @@ def _is_upto(record: Mapping[str, Any], step: int) -> bool:
 
 
 def rewrite_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Leave these alone, in one move: a process killed here leaves the old record or the new one."""
+    """Replace all records by these in one move: a killed process leaves the old file or the new one."""
     lines = (json.dumps(record, separators=(",", ":")) + "\n" for record in records)
     write_text(folder / FILE, "".join(lines))
 

@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: opened only if they are regular, which no pipe, device or endless link is."""
+"""Read untrusted files: regular files only (no pipe, device or link loop), up to a size limit."""
 
 import errno
 import json

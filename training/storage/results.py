@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def pair_key(row: Mapping[str, Any]) -> str:
-    """What two rows of a pair have in common: the seed, and the order of the tasks where there is one."""
+    """Key that both rows of a pair share: the seed, and the order of the tasks if there is one."""
     return f"{row['seed']}, {row['order']}" if row.get("order") else str(row["seed"])
 
 

@@ -1,4 +1,4 @@
-"""Do the kinds of surprise say the same? All of them from one backward pass, and their rank agreement within tokens."""
+"""Agreement of the kinds of surprise: all kinds from one backward pass, and their rank agreement within tokens."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ VALUES = (*MEASURED, "weight")  # what `all_surprises` gives, the lower the bett
 def all_surprises(
     params: Mapping[str, Any], batch: Batch, config: ModelConfig, surprise_budget: Number
 ) -> tuple[Float[Tensor, "values layers tokens experts"], RouterTrace]:
-    """Every value of VALUES for every routed (layer, token, expert), +inf elsewhere, and what the routers did.
+    """Every value of VALUES for every routed (layer, token, expert), +inf elsewhere, and the routers' trace.
 
     One forward and one backward pass: each kind's hooks are wrapped around those of the one before. `weight` is the
     routing weight: the lowest one is what w2 would point at if all ||h|| were equal.
@@ -79,7 +79,7 @@ class Agreement(NamedTuple):
 def rank_agreement(
     values: Float[Tensor, "values layers tokens slots"], active: Bool[Tensor, "layers tokens slots"]
 ) -> Agreement:
-    """How alike the values rank the experts that a token visits, over tokens with two of them or more.
+    """Rank agreement of the values over the experts that a token visits, for tokens that visit two or more.
 
     tau-b = sum_{i<j} sign(a_i - a_j) sign(b_i - b_j) / sqrt(untied pairs of a * untied pairs of b) (Kendall 1945).
 

@@ -1,4 +1,4 @@
-"""StudyConfig: what a study compares, checked when it is made, and the list of runs that follows from it.
+"""StudyConfig: the definition of a study, checked when it is made, and the list of runs that follows from it.
 
     study = StudyConfig(
         "rates", margin=0.02, base=RunConfig(steps=200), seeds=(0, 1, 2),
@@ -63,7 +63,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What is asked, what is compared, and what would settle it.
+    """Question of a study, the runs that it compares, and the result that would settle it.
 
     Args:
         name: of the study.
@@ -317,7 +317,7 @@ def _refuse_doubles(values: Sequence[Any], key: str) -> None:
 
 
 def near(name: str, known: Collection[str]) -> str:
-    """What an unknown name may have meant, as the end of a message."""
+    """End of a message about an unknown name: the likely one, or all known names."""
     return advice(name, known, f"; known are {', '.join(known)}")
 
 

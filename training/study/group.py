@@ -47,17 +47,17 @@ from training.study.vmapped import vmapped_step
 
 @runtime_checkable
 class Bar(Protocol):
-    """What a group tells of its progress: of tqdm, all that it uses."""
+    """Progress bar of a group: the part of tqdm's interface that it uses."""
 
     def update(self, n: int) -> object:
-        """So many more steps of runs are made."""
+        """Advance by `n` steps of runs."""
 
     def set_postfix_str(self, s: str, refresh: bool) -> object:
-        """How it goes, in a few words."""
+        """Show the state of the group in a few words."""
 
 
 def run_group(study: StudyConfig, group: Group, folder: Path, bar: Bar) -> list[Row]:
-    """Train and score the runs of a group, from its checkpoint if there is one; their rows."""
+    """Train and score the runs of a group, from its checkpoint if there is one; returns their rows."""
     under_way, checkpoint = _open(study, group, folder)
     state = _first_state(under_way, checkpoint)
     bar.update(int(state.step) * len(group.runs))
@@ -71,7 +71,7 @@ def run_group(study: StudyConfig, group: Group, folder: Path, bar: Bar) -> list[
 
 
 def _open(study: StudyConfig, group: Group, folder: Path) -> tuple[GroupRun, Checkpoint | None]:
-    """The group with its texts, tokenizer and teacher, and what it goes on from."""
+    """Open a group with its texts, tokenizer and teacher, and the checkpoint that it resumes from."""
     config, home, first = group.runs[0].config, folder / "checkpoints" / group.name, folder / "runs" / group.runs[0].id
     clean(home / "checkpoints")
     checkpoint = open_checkpoint(home) if steps_in(home / "checkpoints") else None
@@ -100,7 +100,7 @@ def _first_state(group: GroupRun, checkpoint: Checkpoint | None) -> GroupState:
 
 
 def _train(group: GroupRun, state: GroupState, recorders: Sequence[Recorder], bar: Bar) -> GroupState:
-    """The steps that are left. Time spent on scores and checkpoints is not training time."""
+    """Make the remaining steps. Time spent on scores and checkpoints is not training time."""
     config, runs, saved = group.config, len(group.runs), int(state.step)
     step = vmapped_step(group.configs)
     with BackgroundSaver(partial(_save, group, recorders)) as saver:
@@ -134,7 +134,7 @@ def _step(group: GroupRun, step: Any, state: GroupState) -> tuple[GroupState, Me
 
 
 def _without_bad_numbers(state: GroupState, states: TrainState, metrics: Metrics, *, stop: bool) -> GroupState:
-    """After a step; runs whose numbers went wrong keep the state that they had, and end there if they are to stop."""
+    """State after a step; runs with bad numbers keep the one before, and end there with `stop`."""
     number = int(state.step) + 1
     bad = bad_runs(metrics, states)
     diverged_at = torch.where(bad & (state.diverged_at == 0), number, state.diverged_at) if stop else state.diverged_at
@@ -145,7 +145,7 @@ def _without_bad_numbers(state: GroupState, states: TrainState, metrics: Metrics
 
 
 def _score_ended(group: GroupRun, state: GroupState) -> GroupState:
-    """With the scores of all tasks, if a task has just ended; those after the last one are the final ones."""
+    """Add the scores of all tasks if a task has just ended; those after the last one are the final ones."""
     config, tasks = group.config, len(tasks_of(group.runs[0]))
     ended = task_that_ends(int(state.step), config.steps, tasks)
     if ended is None or ended == tasks - 1:
@@ -157,7 +157,7 @@ def _score_ended(group: GroupRun, state: GroupState) -> GroupState:
 
 
 def _save(group: GroupRun, recorders: Sequence[Recorder], tensors: dict[str, Tensor]) -> None:
-    """A checkpoint of the group, not before the records of its steps are on the disk."""
+    """Write a checkpoint of the group, once the records of its steps are on the disk."""
     for recorder in recorders:
         recorder.sync()
     save_checkpoint(
@@ -177,7 +177,7 @@ def _progress(metrics: Metrics, state: GroupState) -> str:
 
 
 def _finish(group: GroupRun, state: GroupState) -> list[Row]:
-    """Score the runs, look at their routers, and write what is left of them; their rows."""
+    """Score the runs, analyse their routers, and write their summaries; returns their rows."""
     scores = score_tasks(state.runs.params, group.runs, group.corpora, group.config.final_eval_bytes)
     facts, rows = _routing_facts(group, state), []
     for i, params in enumerate(unstack(state.runs.params)):
@@ -205,7 +205,7 @@ def _finite(score: Score) -> Score | None:
 
 
 def _routing_facts(group: GroupRun, state: GroupState) -> list[dict[str, Any] | None]:
-    """What the runs' routers do on held-out text, with the seconds that it took to find out."""
+    """Routing analysis of every run on held-out text, with the seconds that it took."""
     tokens = group.study.analysis_tokens
     if not tokens or bool((state.diverged_at > 0).all()):
         return [None] * len(group.runs)

@@ -1,4 +1,4 @@
-"""What the runs of a group share, and their stacked state."""
+"""State of a group of runs: the facts that its runs share, and their stacked TrainStates."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ from training.study.tasks import tasks_of
 
 
 class GroupRun(NamedTuple):
-    """A group that is under way."""
+    """A group in progress."""
 
     study: StudyConfig
     group: Group
@@ -42,12 +42,12 @@ class GroupRun(NamedTuple):
 
     @property
     def config(self) -> RunConfig:
-        """The first run's, whose static settings are those of all."""
+        """Configuration of the first run, whose static settings are those of all."""
         return self.group.runs[0].config
 
     @property
     def home(self) -> Path:
-        """Where the group's checkpoints lie."""
+        """Folder of the group's checkpoints."""
         return self.folder / "checkpoints" / self.group.name
 
     @property
@@ -57,12 +57,12 @@ class GroupRun(NamedTuple):
 
     @property
     def held_out(self) -> Corpus:
-        """Text on which routers are looked at: that of a stream's first named task."""
+        """Text of the routing analysis: that of a stream's first named task."""
         return next(iter(self.corpora.values())).held_out
 
 
 class GroupState(NamedTuple):
-    """R runs under way in one program; leaves of `runs` have a leading axis R."""
+    """State of R runs in one program; leaves of `runs` have a leading axis R."""
 
     step: Tensor  # () int64, steps made
     seconds: Tensor  # () float64, of all runs together
@@ -73,7 +73,7 @@ class GroupState(NamedTuple):
 
 
 def start_group(runs: Sequence[StudyRun], tokenizer: Tokenizer | None) -> GroupState:
-    """The runs before their first step; without a tokenizer, what a checkpoint of theirs looks like."""
+    """State before the first step; without a tokenizer, one of the shapes of the runs' checkpoints."""
     configs, tasks = [run.config for run in runs], len(tasks_of(runs[0]))
     if tokenizer is None:
         states = [init_state(config.model, torch.Generator().manual_seed(config.seed)) for config in configs]
@@ -94,5 +94,5 @@ def _first_states(configs: Sequence[RunConfig], tokenizer: Tokenizer) -> list[Tr
 
 
 def teacher_of(config: RunConfig, tokenizer: Tokenizer) -> Teacher | None:
-    """The teacher of a group, which keeps no logits on the disk: equal batches are asked for once anyway."""
+    """Teacher of a group. It caches no logits on the disk: equal batches are asked for once anyway."""
     return open_teacher(replace(config, teacher_cache=False), tokenizer)

@@ -21,7 +21,7 @@ NEEDED = ("arms", "against_baseline", "baseline", "margin", "question", "falsifi
 
 
 class Report(NamedTuple):
-    """What a report is."""
+    """Path of a written report, and its lines for the terminal."""
 
     path: Path
     text: str  # for the terminal

@@ -1,4 +1,4 @@
-"""What a finished run's router does on held-out text: regret, agreement, drift, co-activation, as plain values.
+"""Routing analysis of a finished run on held-out text: regret, agreement, drift, co-activation, as plain values.
 
 All runs of all arms are looked at on the same held-out tokens, so that their numbers are paired.
 """
@@ -31,7 +31,7 @@ Facts = dict[str, Any]
 
 
 class Sampled(NamedTuple):
-    """What is known of one run, on the analysis batch."""
+    """Values of VALUES, trace and oracle losses of one run on the analysis batch."""
 
     values: Float[Tensor, "values layers tokens experts"]
     trace: RouterTrace
@@ -79,14 +79,14 @@ def routing_facts(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, to
 
 
 class RouterSnapshot(NamedTuple):
-    """What the routers do with the analysis batch."""
+    """First choices and co-activation of the routers on the analysis batch."""
 
     first_choices: Int[Tensor, "runs layers tokens"]  # the expert that a router likes best; -1 on padding
     co_activation: Float[Tensor, "runs layers"]  # as `coactivation_excess` has it
 
 
 def router_snapshot(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, tokens: int) -> RouterSnapshot:
-    """A look at every run, cheap enough to be taken during the training."""
+    """Take a snapshot of every run's routers, cheap enough for use during the training."""
     config = configs[0]
     batch, sample = analysis_batch(corpus, config, tokens)
 
@@ -111,13 +111,13 @@ def router_snapshot(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, 
 def drift(
     before: Int[Tensor, "runs layers tokens"], after: Int[Tensor, "runs layers tokens"]
 ) -> Float[Tensor, "runs layers"]:
-    """Share of the real tokens whose first choice is another one than before."""
+    """Share of the real tokens whose first choice has changed."""
     real = after >= 0
     return ((before != after) & real).sum(dim=-1) / real.sum(dim=-1).clamp_min(1)
 
 
 def facts_of(run: Sampled, batch: Batch, sample: Tensor, model: ModelConfig) -> Facts:
-    """Plain values: `sampled` tokens a layer and the facts of regret, agreement and co-activation."""
+    """Facts of regret, agreement and co-activation as plain values, with `sampled` tokens a layer."""
     layers, rows, _ = sample.shape
     seq = batch.labels.shape[1]
     labelled = batch.labels.expand(layers, rows, seq).gather(-1, sample) != IGNORE_INDEX
@@ -145,7 +145,7 @@ def regret_facts(
     active: Bool[Tensor, "layers sampled slots"],
     keep: Bool[Tensor, "layers sampled"],
 ) -> Facts:
-    """Mean nats above the best expert, when a token is sent alone to what each rule points at.
+    """Mean nats above the best expert, for a token sent alone to the expert that each rule prefers.
 
     Over all experts: `router` (its first choice), `random`. Among those that the token visits: `visited random`,
     `visited best`, and the least of each value. `oracle_hits` is the share of tokens whose first choice is the best
@@ -174,7 +174,7 @@ def regret_facts(
 def agreement_facts(
     values: Float[Tensor, "kinds layers tokens slots"], active: Bool[Tensor, "layers tokens slots"]
 ) -> Facts:
-    """`kinds`, and their matrices `tau`, `top1` and `chance`; None where no token tells."""
+    """`kinds`, and their matrices `tau`, `top1` and `chance`; None where no token can be ranked."""
     agreement = rank_agreement(values, active)
     matrices = {
         name: [[_plain(x) for x in row] for row in getattr(agreement, name).tolist()] for name in agreement._fields[:3]

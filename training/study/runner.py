@@ -28,7 +28,7 @@ from training.terminal import LOG, progress
 
 
 class StudyResults(NamedTuple):
-    """What a study found; all of it is in its folder, too."""
+    """Results of a study; all of them are in its folder, too."""
 
     folder: Path
     rows: list[Row]  # of results.csv
@@ -147,12 +147,12 @@ def _begin(
 
 
 def _forget(folder: Path, group: Group) -> None:
-    """Remove what a group needed only to go on."""
+    """Remove the files that a group needed only for resuming."""
     rmtree(folder / "checkpoints" / group.name, ignore_errors=True)
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
-    """Refuse a fresh start where a study is, and a resumed one where none is."""
+    """Refuse a fresh start in a folder with a study, and a resume in one without."""
     begun = (folder / "study.yaml").exists()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: expected a folder or a new name, got the file {folder}; name another one")
@@ -167,6 +167,6 @@ def _check_folder(folder: Path, resume: bool) -> None:
 
 
 def _settled(study: StudyConfig) -> dict[str, Any]:
-    """What may not change when a study is resumed: all but its short version and the device."""
+    """Settings that may not change when a study is resumed: all but its short version and the device."""
     study = replace(study, base=replace(study.base, device="auto"))
     return {key: value for key, value in study_values(study).items() if key != "quick"}

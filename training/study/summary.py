@@ -1,4 +1,4 @@
-"""What a study leaves behind: results.csv, one row a run, and each run's summary.json."""
+"""Files of a finished study: results.csv, one row a run, and each run's summary.json."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from training.study.tasks import Continual, Matrix, continual_measures
 
 
 def empty_row(run: StudyRun) -> Row:
-    """The row of a run that has not been made."""
+    """Row of an unfinished run."""
     return {
         "run": run.id,
         "arm": run.arm,
@@ -36,7 +36,7 @@ def empty_row(run: StudyRun) -> Row:
 
 
 class Outcome(NamedTuple):
-    """What became of a run of a study."""
+    """Outcome of a run of a study."""
 
     run: StudyRun
     folder: Path
@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
 
 
 def finished_row(outcome: Outcome) -> Row:
-    """The row of a run that is done.
+    """Row of a finished or diverged run.
 
     max_vio, gating_acc, gating_trivial and load_entropy are means over the last WINDOW records; dead_experts counts the
     (layer, expert) pairs that got no token in any of them; avg_k is the held-out one; routing_drift is that of the last
@@ -78,7 +78,7 @@ def finished_row(outcome: Outcome) -> Row:
 
 
 def routing_columns(facts: Mapping[str, Any] | None) -> dict[str, float | None]:
-    """What results.csv keeps of a run's `training.study.routing_analysis`."""
+    """Columns of results.csv from a run's `training.study.routing_analysis`."""
     if facts is None:
         return {}
     of = facts["regret"]
@@ -87,7 +87,7 @@ def routing_columns(facts: Mapping[str, Any] | None) -> dict[str, float | None]:
 
 
 def write_summary(outcome: Outcome, row: Row) -> None:
-    """summary.json of a run: as after `tiny-onn train`, with the arm, what became of it, and its routing's facts."""
+    """Write a run's summary.json: as after `tiny-onn train`, with its arm, its outcome and its routing analysis."""
     run, score, steps, folder = outcome.run, outcome.score, outcome.steps, outcome.folder
     model, tokens = run.config.model, steps * run.config.batch_size * run.config.sequence_length
     summary = {

@@ -1,4 +1,4 @@
-"""A stream of tasks: the task of a step, batches with replay, the matrix of scores and what it says of forgetting.
+"""Stream of tasks: the task of a step, batches with replay, the matrix of scores and its measures of forgetting.
 
 A run goes through T tasks one after the other, each for steps / T steps. Written with the losses
 
@@ -46,7 +46,7 @@ Matrix = Sequence[Sequence[float]]  # R: R[i][j] in nats per token
 
 
 class Continual(NamedTuple):
-    """What a matrix of scores says, in nats per token."""
+    """Measures of a matrix of scores, in nats per token."""
 
     bwt: float
     forgetting: float
@@ -173,17 +173,17 @@ def corpora_of(study: StudyConfig, config: RunConfig, tokenizer: Tokenizer) -> d
 
 
 def fingerprints(corpora: Mapping[str, Splits]) -> dict[str, str]:
-    """Task -> what its text is known by."""
+    """Fingerprint of each task's text."""
     return {task: fingerprint(corpus) for task, corpus in corpora.items()}
 
 
 def save_texts(texts: Mapping[str, Mapping[str, str]], folder: Path) -> None:
-    """Write down what the groups of a study begin with."""
+    """Write the fingerprints of the texts of a study's groups."""
     write_text(folder / FILE, json.dumps(texts, indent=1) + "\n")
 
 
 def began_with(folder: Path, group: Group) -> dict[str, Any]:
-    """What `check_same` compares of a group; nothing in the folder of a version that did not write it down.
+    """Fingerprints of a group's texts, for `check_same`; empty in a folder of a version that did not write them.
 
     Raises:
         UserError: it is damaged.

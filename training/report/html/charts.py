@@ -53,7 +53,7 @@ def slot_class(slot: int) -> str:
 
 
 def legend(names: Sequence[tuple[object, int]]) -> Html:
-    """Which slot is which name."""
+    """Legend of a chart: line style and name of each slot."""
 
     def sample(slot: int) -> Html:
         line = element("line", x1=0, x2=26, y1=6, y2=6, class_=f"line {slot_class(slot)}")
@@ -106,7 +106,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _range(values: np.ndarray, levels: Sequence[float]) -> tuple[float, float, bool]:
-    """(low, high, whether values lie beyond); a few wild values do not flatten all others."""
+    """(low, high, True if values lie beyond); a few outliers do not flatten all other values."""
     values = values[np.isfinite(values)]
     low, usual, high = (float(v) for v in (values.min(), np.percentile(values, 95), values.max()))
     cut = high - low > OUTLIER * (usual - low) > 0

@@ -115,7 +115,7 @@ def paragraph(*parts: object, class_: str | None = None) -> Html:
 
 
 def warning(*parts: object) -> Html:
-    """What a reader must not miss."""
+    """Box with a warning."""
     return element("div", *parts, class_="warning", role="note")
 
 
@@ -151,7 +151,7 @@ def page(title: str, *parts: object) -> str:
 
 
 def versions() -> str:
-    """What wrote the page."""
+    """Versions of the packages, of Python and of the platform that wrote the page."""
     named = [f"{name} {_version(name)}" for name in ("tiny-onn-func", "torch", "numpy")]
     return ", ".join([*named, f"Python {platform.python_version()}", platform.platform(terse=True)])
 

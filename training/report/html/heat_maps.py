@@ -26,7 +26,7 @@ def last_tables(history: Records, key: str) -> Float[np.ndarray, "layers experts
 
 
 def load_map(title: object, load: Float[np.ndarray, "layers experts"] | None) -> Html:
-    """Who got the rows, in fair shares (1 = an even split over the experts of the layer)."""
+    """Heat map of rows per expert, in fair shares (1 = an even split over the experts of the layer)."""
     if load is None:
         return element("figure", element("figcaption", title), element("p", "no record", class_="note"))
     layers, experts = load.shape
@@ -118,7 +118,7 @@ def level_class(level: int, kind: str) -> str:
 
 
 def map_legend(names: Sequence[tuple[str, int]], kind: str) -> Html:
-    """Which colour is which level."""
+    """Legend of a heat map: colour and name of each level."""
 
     def sample(level: int) -> Html:
         cell = element("rect", width=16, height=12, class_=level_class(level, kind))

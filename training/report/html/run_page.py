@@ -31,7 +31,7 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
 
 
 class RunFiles(NamedTuple):
-    """What is read from a run's folder."""
+    """Contents of a run's folder that its page shows."""
 
     folder: str  # as the reader names it
     text: str  # of config.yaml

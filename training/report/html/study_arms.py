@@ -1,4 +1,4 @@
-"""A study as its page shows it: what is read from the folder, and every arm with its curves, its load, its alarms."""
+"""Data of a study's page: contents of the folder, and every arm with its curves, loads and alarms."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ CURVES = ("main_loss", "held_out_nats", "max_vio", "avg_k", "routing_drift")
 
 
 class Study(NamedTuple):
-    """What is read from a study's folder."""
+    """Contents of a study's folder that its page shows."""
 
     folder: str  # as the reader names it
     values: Mapping[str, Any]  # of study.yaml
@@ -90,7 +90,7 @@ def shared_end(labels: Sequence[str]) -> str:
 
 
 def _named_shortly(arm: ShownArm) -> ShownArm:
-    """With curves that are called as the arm is within its group."""
+    """Rename an arm's curves to its short name within the group."""
     return arm._replace(curves={key: curve._replace(name=arm.short) for key, curve in arm.curves.items()})
 
 

@@ -1,4 +1,4 @@
-"""The page of a study: the answer, what was fixed before, every arm beside its baseline, every run, the commands."""
+"""The page of a study: answer, plan, every arm beside its baseline, every run, commands."""
 
 import shlex
 from collections import Counter
@@ -46,7 +46,7 @@ def study_page(
 
 
 def _opening(study: Study, name: str) -> Html:
-    """The question, the answer, and how much stands behind it."""
+    """Question and answer, with the number of runs, arms, seeds and steps behind them."""
     states, rows, analysis = Counter(row["status"] for row in study.rows), study.rows, study.analysis
     seeds = len({row["seed"] for row in rows} - {str(seed) for seed in analysis.get("tuned_on", ())})
     base_steps = (study.values.get("base") or {}).get("steps", h.NOTHING)
@@ -81,7 +81,7 @@ def _opening(study: Study, name: str) -> Html:
 
 
 def _plan(study: Study) -> Html:
-    """What was fixed before the runs, and whether the results were judged by it."""
+    """Plan that was fixed before the runs, and a warning if study.yaml has changed since the results were judged."""
     analysis, values = study.analysis, study.values
     known = [
         ("margin of equivalence", f"± {analysis['margin']:g} nats per token"),
@@ -131,7 +131,7 @@ def _results(study: Study, groups: Sequence[Group]) -> Html:
 
 
 def _tuning(analysis: Mapping[str, Any], axes: str) -> str:
-    """By which runs the shown values of the tuned axes were chosen, and what follows."""
+    """Note on the runs that chose the values of the tuned axes, and on the bias that follows."""
     if note := analysis.get("note"):
         return str(note)
     if seeds := analysis.get("tuned_on"):
@@ -185,7 +185,7 @@ def _matched(matched: bool | None) -> str:
 
 
 def _settings(study: Study) -> Html:
-    """What each arm sets, and the axes that all go through."""
+    """Settings of each arm, and the axes that every arm takes."""
     rows: list[list[object]] = []
     for arm in study.values.get("arms") or ():
         changes = ", ".join(f"{key} = {value}" for key, value in flatten(arm.get("set") or {}).items())

@@ -1,4 +1,4 @@
-"""The part of a study's page about routers: regret, agreement of the kinds of surprise, who meets whom."""
+"""The part of a study's page about routers: regret, agreement of the kinds of surprise, co-activation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

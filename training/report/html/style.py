@@ -1,4 +1,4 @@
-"""How reports look: one style sheet for wide screens, phones and paper, by day and by night."""
+"""Style sheet of all reports: wide screens, phones and paper, by day and by night."""
 
 DAY = """
 --page:#fff; --ink:#1b1f24; --soft:#57606a; --line:#d5d9df; --panel:#f5f7f9; --band:#dfe8f5; --grid:#e6e9ed;

@@ -105,7 +105,7 @@ def _submit(ray: Any, place: Place, study: StudyConfig, group: Group) -> Any:
 
 
 def _rows(ray: Any, task: Any) -> list[Row] | None:
-    """What a finished task found; None if its workers were lost.
+    """Rows of a finished task; None if its workers were lost.
 
     Raises:
         Exception: what the group itself raised.
@@ -119,7 +119,7 @@ def _rows(ray: Any, task: Any) -> list[Row] | None:
 
 
 def _look(folder: Path, group: Group, steps_done: dict[str, int]) -> str:
-    """How a group that runs is going, its steps put on record; "" where it does not run yet."""
+    """Progress of a running group in words, its steps written into `steps_done`; "" before it runs."""
     progress = progress_of(folder, group.name)
     steps_done[group.name] = max(steps_done[group.name], progress.made)
     return progress.said
@@ -134,7 +134,7 @@ def _end(ray: Any, tasks: Sequence[Any]) -> None:
 
 
 def _check_nodes(ray: Any, place: Place) -> None:
-    """Every node must have our versions, and see the folder that this process holds, and the working folder."""
+    """Check that every node has the driver's versions, and sees its locked folder and working folder."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(check_place)

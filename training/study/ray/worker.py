@@ -1,4 +1,4 @@
-"""What a Ray worker does: look whether it is in the right place, train a group, and say how far it is."""
+"""Ray worker: check the node against the driver, train a group, report its progress."""
 
 import json
 import os
@@ -20,7 +20,7 @@ PROGRESS, EVERY = "progress.json", 0.5  # a group's file beside its checkpoints,
 
 
 class Place(NamedTuple):
-    """Where the driver works; plain values, which any version of this program can read."""
+    """Folders, lock and versions of the driver, as plain values that any version of this program can read."""
 
     folder: str  # absolute
     holder: str  # what the lock of the study's folder says
@@ -39,20 +39,20 @@ class Job(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a group is."""
+    """Progress of a group."""
 
     made: int = 0  # steps of all its runs together
     said: str = ""
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on all nodes."""
+    """Versions that must be the same on all nodes."""
     packages = {name: metadata.version(name) for name in ("tiny-onn-func", "torch", "numpy")}
     return {"python": platform.python_version(), **packages}
 
 
 def check_place(folder: str, holder: str, cwd: str, theirs: Mapping[str, str]) -> str | None:
-    """What is wrong with this node; None if it sees what the driver sees."""
+    """Describe the difference between this node and the driver; None if it sees the same."""
     for name, mine in versions().items():
         if mine != theirs[name]:
             return f"expected {name} {theirs[name]} as on the driver, got {mine}; install the same on every node"
@@ -90,7 +90,7 @@ def train_remotely(job: Job) -> list[Row]:
 
 
 def progress_of(folder: Path, name: str) -> Progress:
-    """The last that a group told of itself."""
+    """Last progress that a group has written."""
     try:
         progress = json.loads((folder / "checkpoints" / name / PROGRESS).read_text(encoding="utf-8"))
         return Progress(int(progress["made"]), str(progress["said"]))
@@ -99,7 +99,7 @@ def progress_of(folder: Path, name: str) -> Progress:
 
 
 class _Teller:
-    """A progress bar whose screen is a file."""
+    """Progress bar that writes into a file."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._path = folder / "checkpoints" / name / PROGRESS
