@@ -81,8 +81,7 @@ def _main(arguments: list[str]) -> int:
         package = str(error.name).partition(".")[0]
         if package in ("tiny_onn_func", "training"):
             raise
-        mend = "pip install 'tiny-onn-func[lab]'"
-        print(f"tiny-onn: {package}: expected this package, found none; {mend}", file=sys.stderr)
+        _log_error(f"{package}: expected this package, found none; pip install 'tiny-onn-func[lab]'")
         return 2
     except BrokenPipeError:  # whoever reads what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
 
-from tqdm import tqdm
-
 from training.errors import UserError
 
 LOG = logging.getLogger("tiny_onn")
@@ -24,8 +22,12 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError, ValueError):  # a closed stream stops no run
-            if sys.stderr is not None:
+            if "tqdm" in sys.modules:  # else there is no bar
+                from tqdm import tqdm
+
                 tqdm.write(self.format(record), file=sys.stderr)
+            elif sys.stderr is not None:
+                print(self.format(record), file=sys.stderr)
 
 
 if not LOG.handlers:
@@ -110,6 +112,8 @@ class PlainLines:
 
     def text(self) -> str:
         """The line: what, how many of how many, how it goes, time left."""
+        from tqdm import tqdm
+
         if self._unit_scale:
             counts = [f"{tqdm.format_sizeof(n)}{self._unit}" for n in (self.n, self._total) if n is not None]
         else:
@@ -146,6 +150,8 @@ def progress(
         return PlainLines(
             iterable, total=total, initial=initial, desc=desc, unit=unit, unit_scale=unit_scale, shown=shown
         )  # fmt: skip
+    from tqdm import tqdm  # of the laboratory; the log does without
+
     bar: Any = tqdm(
         iterable, total=total, initial=initial, desc=desc or None, unit=unit, unit_scale=unit_scale,
         dynamic_ncols=True, file=sys.stderr, **of_tqdm,

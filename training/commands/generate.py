@@ -62,6 +62,8 @@ def stream_run(
         raise UserError(f"--context: expected 0 (all tokens) or more, got {context}")
     if num_samples < 1:
         raise UserError(f"--num-samples: expected 1 or more, got {num_samples}")
+    sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty)
+    sampling.check()
     place, _ = choose_device(device, key="--device")
     model, params, tokenizer, trained_context, budget, own_prompt = open_writer(folder)
     params = to_device(params, place)
@@ -72,7 +74,7 @@ def stream_run(
         sampled = stream(
             params, ids, model, generator, max_new_tokens=tokens,
             context_length=trained_context if context is None else context or None,
-            sampling=SamplingParams(temperature, top_k, top_p, repetition_penalty),
+            sampling=sampling,
             stop_tokens=stop_tokens(tokenizer, stops, go_on=go_on), surprise_budget=budget,
             watch=partial(_note, read) if show_experts else None,
         )  # fmt: skip

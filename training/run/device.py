@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from training.errors import UserError
-from training.run.config import Precision, RunConfig
+from training.run.config import DEVICE, Precision, RunConfig
 
 
 class Placement(NamedTuple):
@@ -48,6 +48,8 @@ def choose_device(name: str, local_rank: int = 0, key: str = "device") -> tuple[
     Raises:
         UserError: it is not there; the message names `key`.
     """
+    if DEVICE.fullmatch(name) is None:
+        raise UserError(f"{key}: expected auto, cpu, cuda, cuda:N or mps, got {name!r}; name one of them")
     kind, _, index = name.partition(":")
     if kind == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -57,6 +57,10 @@ def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[st
         raise UserError(f"data: expected the text of rank 0 on every rank, got another on rank {team.world.rank}")
     settings, step = (checkpoint.settings, checkpoint.step) if checkpoint is not None else (None, 0)
     check_same(run.settings, settings or {}, folder)
+    if config.steps < step:
+        raise UserError(
+            f"steps: expected {step} or more, the steps that {folder} has made, got {config.steps}; raise it"
+        )
     run = run._replace(legs=legs_of(config, settings, step), device=placement.device)
     if team.first and len(run.legs) > 1:
         LOG.info("note: %s; the score will not be that of %d steps", bends_text(run.legs), config.steps)

@@ -152,3 +152,24 @@ def test_on_an_accelerator_the_next_batch_is_drawn_while_a_step_is_computed(monk
     here = Batches(tuple.__new__(Run, (None,) * len(Run._fields))._replace(device=torch.device("cpu")))
     here.prepare(6)
     assert 6 not in drawn
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu:3", "cuda:", ""])
+def test_what_is_no_device_is_refused_in_a_line_by_every_verb(name: str) -> None:
+    with pytest.raises(UserError, match="--device: expected auto, cpu, cuda, cuda:N or mps, got"):
+        choose_device(name, key="--device")
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_a_run_is_not_resumed_to_fewer_steps_than_it_has_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("a line of text\n" * 900, encoding="utf-8")
+    sizes = ("--model.hidden-size", "16", "--model.num-hidden-layers", "1", "--model.num-experts", "4")
+    assert main(["train", "--data", str(text), "--out", str(out), *SMALL, *sizes]) == 0
+    before = (out / "config.yaml").read_bytes()
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume", "--steps", "1"]) == 2
+    assert "steps: expected 2 or more, the steps that" in capsys.readouterr().err
+    assert (out / "config.yaml").read_bytes() == before
