@@ -194,7 +194,7 @@ def _evaluate(argv: Sequence[str]) -> None:
     if args.json:
         print(json.dumps({**evaluation._asdict(), "score": evaluation.score._asdict()}))
     else:
-        print(score_table(evaluation.score, evaluation.baselines, "bytes" if args.all else "held-out bytes"))
+        print(score_table(evaluation.score, evaluation.baselines, "held-out bytes" if evaluation.held_out else "bytes"))
 
 
 def _generate(argv: Sequence[str]) -> None:

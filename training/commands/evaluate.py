@@ -9,10 +9,15 @@ from training.data.baselines import baselines
 from training.data.batches import held_out_batches, scored_span
 from training.data.corpus import Splits, TooLittleText, open_corpus, whole
 from training.errors import UserError
+from training.run.config import RunConfig
 from training.run.device import choose_device
 from training.run.evaluate import Score, evaluate
 from training.run.finished import FinishedRun, open_run
-from training.terminal import progress
+from training.terminal import LOG, progress
+
+IN_TRAINING = (
+    "note: parted otherwise than in training, the run's own text may be one that it was trained on: no held-out score"
+)
 
 
 class Evaluation(NamedTuple):
@@ -22,6 +27,7 @@ class Evaluation(NamedTuple):
     baselines: dict[str, float]  # bits per byte on the same bytes; none where all of the text is scored
     data: str
     split: str  # document or tail; all
+    held_out: bool  # False where the run may have been trained on it
 
 
 def evaluate_run(
@@ -53,6 +59,9 @@ def evaluate_run(
     run = open_run(folder)
     config, source = run.config, data or run.config.data
     splits = _open(run, source, split, holdout, everything)
+    held_out = not everything and (source != config.data or is_held_out(config, split, holdout))
+    if not held_out and not everything:
+        LOG.warning(IN_TRAINING)
     corpus = whole(splits) if everything else splits.held_out
     batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack)
     num_bytes = scored_span(corpus, max_bytes).num_bytes
@@ -61,7 +70,12 @@ def evaluate_run(
     budget = config.hyper.pi_alpha
     score = evaluate(params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
     lines = {} if everything else baselines(splits.train, splits.held_out, max_bytes)
-    return Evaluation(score, lines, source, "all" if everything else splits.split)
+    return Evaluation(score, lines, source, "all" if everything else splits.split, held_out)
+
+
+def is_held_out(config: RunConfig, split: str | None, holdout: float | None) -> bool:
+    """True if the run's own data is parted as in training; None stands for what the run had."""
+    return split in (None, config.split) and holdout in (None, config.holdout)
 
 
 def _open(run: FinishedRun, source: str, split: str | None, holdout: float | None, everything: bool) -> Splits:

@@ -34,6 +34,8 @@ class Guards(NamedTuple):
     bias_speed: float = 0.0
     explore_prob: float = 0.0
     pi_alpha: float = 0.5
+    router_lr: float = 1e-3
+    freeze_step: int | float = 0
 
 
 UNGUARDED = Guards()
@@ -62,7 +64,8 @@ def collapse_alarms(
     fewest = min_experts_per_tok if dynamic else num_experts_per_tok
     most = (max_experts_per_tok or num_experts) if dynamic else num_experts_per_tok
     window = [record for record in history[-WINDOW:] if _is_past(record, guards.warmup_steps)]
-    load, mends = _loads(window, num_experts), _even_out(guards)
+    last = window[-1].get("step", 0) if window else 0
+    load, mends = _loads(window, num_experts), _even_out(guards, last)
     alarms = [
         _single_expert(history, window, _widen(guards)) if most > 1 else None,
         _dead(load, mends),
@@ -79,8 +82,13 @@ def _is_past(record: Mapping[str, Any], warmup_steps: int | float) -> bool:
 # Advice ---------------------------------------------------------------------------------------------------------------
 
 
-def _even_out(guards: Guards) -> str:
+def _even_out(guards: Guards, step: int | float) -> str:
     """Advice that spreads the load over the experts: the first setting that the run lacks is the best one."""
+    if 0 < guards.freeze_step <= step:
+        return f"The router does not learn after step {guards.freeze_step:g}: set --hyper.freeze-step higher, or 0."
+    if not guards.router_lr:
+        bias = " or " + _raise("bias_speed", guards.bias_speed, ENOUGH_BIAS) if guards.bias_speed < ENOUGH_BIAS else ""
+        return f"The router does not learn: set --hyper.router-lr 0.001{bias}."
     mends = []
     if guards.balance_weight < ENOUGH_BALANCE:
         mends.append(_raise("balance_weight", guards.balance_weight, ENOUGH_BALANCE))

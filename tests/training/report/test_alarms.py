@@ -68,6 +68,12 @@ DEAD = [[0.0] * 4 + [0.25] * 4, [1 / E] * E]
         (Guards(balance_weight=0.01), ["Set --hyper.balance-weight 1 (it is 0.01), or --hyper.bias-speed 0.01"], []),
         (Guards(bias_speed=0.001), ["balance-weight 1,", "--hyper.bias-speed 0.01 (it is 0.001)"], []),
         (Guards(balance_weight=1.0, bias_speed=0.01), ["Set --hyper.explore-prob 0.05."], ["balance", "bias-speed"]),
+        (
+            Guards(router_lr=0.0),
+            ["The router does not learn: set --hyper.router-lr 0.001 or --hyper.bias-s"],
+            ["balance"],
+        ),
+        (Guards(freeze_step=10), ["does not learn after step 10: set --hyper.freeze-step higher, or 0"], ["balance"]),
         (Guards(0, 2.0, 0.1, 0.1), ["Every guard is on", "--model.num-experts", "--hyper.router-lr"], ["Set "]),
     ],
 )

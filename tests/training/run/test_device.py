@@ -173,3 +173,19 @@ def test_a_run_is_not_resumed_to_fewer_steps_than_it_has_made(
     assert main(["train", "--out", str(out), "--resume", "--steps", "1"]) == 2
     assert "steps: expected 2 or more, the steps that" in capsys.readouterr().err
     assert (out / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_a_score_of_text_that_the_run_may_have_trained_on_is_not_called_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("a line of text\n" * 900, encoding="utf-8")
+    sizes = ("--model.hidden-size", "16", "--model.num-hidden-layers", "1", "--model.num-experts", "4")
+    assert main(["train", "--data", str(text), "--out", str(out), *SMALL, *sizes]) == 0
+    capsys.readouterr()
+    for flags, held_out in (([], True), (["--holdout", "0.1"], True), (["--holdout", "0.4"], False)):
+        assert main(["evaluate", str(out), "--bytes", "1000", *flags]) == 0
+        shown = capsys.readouterr()
+        assert ("held-out bytes" in shown.out) == held_out
+        assert ("may be one that it was trained on" in shown.err) != held_out
