@@ -71,7 +71,7 @@ def test_no_docstring_begins_with_a_pronoun() -> None:
     paths = [path for folder in DOCUMENTED for path in sorted((ROOT / folder).rglob("*.py"))]
     assert paths
     assert not {
-        str(path.relative_to(ROOT)): found for path in paths if (found := [*questions(path.read_text("utf-8"))])
+        str(path.relative_to(ROOT)): lines for path in paths if (lines := [*questions(path.read_text("utf-8"))])
     }
 
 

@@ -206,10 +206,10 @@ def test_an_unknown_and_a_missing_leaf_are_named() -> None:
         run_forward(params=fewer)
 
 
-def test_a_seam_that_knows_where_the_other_experts_are_may_hold_some_of_them() -> None:
-    some = tree_map(torch.clone, PARAMS)
+def test_a_hook_point_that_knows_where_the_other_experts_are_may_have_a_shard_of_them() -> None:
+    sharded = tree_map(torch.clone, PARAMS)
     for name in ("w1", "w3", "w2"):
-        some["layers"]["moe"][name] = some["layers"]["moe"][name][:, :2]
+        sharded["layers"]["moe"][name] = sharded["layers"]["moe"][name][:, :2]
     of_all = PARAMS["layers"]["moe"]
 
     def gate_and_up(layer: int, x: Tensor, w1: Tensor, w3: Tensor, rows: Any) -> tuple[Tensor, Tensor]:
@@ -218,9 +218,9 @@ def test_a_seam_that_knows_where_the_other_experts_are_may_hold_some_of_them() -
     def down(layer: int, hidden: Tensor, w2: Tensor, rows: Any) -> Tensor:
         return apply_w2(layer, hidden, of_all["w2"][layer], rows)
 
-    assert_same_bits(run_forward(params=some, apply_w13=gate_and_up, apply_w2=down)[0], run_forward()[0])
+    assert_same_bits(run_forward(params=sharded, apply_w13=gate_and_up, apply_w2=down)[0], run_forward()[0])
     with pytest.raises(ValueError, match=r"params.layers.moe.w1: expected shape \(2, 4, 8, 6\), got \(2, 2, 8, 6\)"):
-        run_forward(params=some)
+        run_forward(params=sharded)
 
 
 def test_a_mask_of_bool_is_the_mask_of_its_numbers(way: str) -> None:
