@@ -8,7 +8,7 @@ launcher. Rows come back as values, and the driver alone writes results.csv. Ray
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,8 @@ def _rows(ray: Any, task: Any) -> list[Row] | None:
     try:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, KeyboardInterrupt):  # Ctrl-C reached the worker first
+            raise KeyboardInterrupt from None
         raise (error.cause if isinstance(error.cause, UserError | OSError) else error) from None
     except ray.exceptions.RayError:
         return None
@@ -127,10 +129,11 @@ def _look(folder: Path, group: Group, steps_done: dict[str, int]) -> str:
 
 def _end(ray: Any, tasks: Sequence[Any]) -> None:
     """Interrupt what still runs, as Ctrl-C does here: it saves a checkpoint; what has not begun does not begin."""
-    for task in tasks:
-        ray.cancel(task)
-    if tasks:
-        ray.wait([*tasks], num_returns=len(tasks), timeout=GRACE)
+    with suppress(Exception):  # a cluster that is lost meanwhile must not hide why this ends
+        for task in tasks:
+            ray.cancel(task)
+        if tasks:
+            ray.wait([*tasks], num_returns=len(tasks), timeout=GRACE)
 
 
 def _check_nodes(ray: Any, place: Place) -> None:
