@@ -338,6 +338,7 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ('PARTS = {"output": 1, "gate_up": 2', 'PARTS = {"output": 1, "gate_up": 1'),
     ],
     "training/step/hyper_step.py": [
+        ("global_norm(result.grads, state.step.ndim)", "global_norm(result.grads)"),
         ("global_norm(router_grads, state.step.ndim)", "global_norm(router_grads)"),
         ("hyper.max_grad_norm) / sums.targets.clamp_min(1)", "hyper.max_grad_norm)"),
         ("weight_decay=0.0, hyper=hyper", "weight_decay=hyper.weight_decay, hyper=hyper"),
@@ -386,7 +387,7 @@ CHANGES: dict[str, list[tuple[str, str]]] = {
         ("chunk(parts, dim=-3)", "chunk(parts, dim=-2)"),
         ('"shares": -2}', '"shares": -1}'),
         ("first = tree_map(torch.add, first, other)", "first = other"),
-        ("global_norm(total.grads, state.step.ndim) / total", "global_norm(total.grads) / total"),
+        ("check_inputs(state, hyper, config)", "pass"),
         ("if kind_of(options.kind).losses is not None:", "if False:"),
         ("parts < 1 or rows % parts", "parts < 1"),
     ],

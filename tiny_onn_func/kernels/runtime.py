@@ -85,7 +85,7 @@ def typed(kernels: Any) -> Any:
 
 
 class _Threads:
-    """Of the kernels in this process, where they are not PyTorch's."""
+    """Number of threads of the kernels in this process; None: as many as PyTorch has."""
 
     number: int | None = None
 

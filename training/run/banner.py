@@ -13,7 +13,7 @@ from training.storage.checkpoint_files import version
 
 
 class BannerFacts(NamedTuple):
-    """All that the banner says."""
+    """Facts that the banner prints."""
 
     version: str
     torch_version: str

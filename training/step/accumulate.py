@@ -20,20 +20,19 @@ from tiny_onn_func.primitives.vmap import outside_vmap_tree
 from tiny_onn_func.tree import Tree, partition, tree_map
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
-from training.step.hyper_params import RANGES, HyperParams, out_of_range
+from training.step.hyper_params import HyperParams
 from training.step.hyper_step import (
     RunRule,
     ShardResult,
     TrainState,
+    check_inputs,
     router_gradients,
     run_pass,
     shard_result,
-    update_experts,
-    update_router,
+    update,
 )
 from training.step.main_pass import WHOLE, BatchShard, HooksFactory, PassResult, StepOptions, main_gradients
 from training.step.metrics import Metrics
-from training.step.optim import global_norm
 from training.step.router_loss import RouterLoss
 from training.step.rules import LEAST_SURPRISE, Rule, Targets, apply_rule
 from training.step.sums import Sums
@@ -57,21 +56,15 @@ def accumulated_step(
     Raises:
         ValueError: as `hyper_step`; rows that are no multiple of the parts; the oracle, which samples the whole batch.
     """
-    if wrong := out_of_range(hyper, RANGES):
-        raise ValueError(f"hyper.{wrong}")
+    check_inputs(state, hyper, config)
     options = StepOptions(kind, compute_dtype)
 
     def step(inputs: Any) -> tuple[TrainState, Metrics]:
         state, batch, hyper, teacher_logits = inputs
         fast, router = partition(state.params)
         total = run_parts(state, fast, router, batch, hyper, config, options, rule, teacher_logits, parts=parts)
-        router_grads, loss = router_gradients_of_parts(router, state.step, total, total.sums, hyper, config)
-        grad_norm = global_norm(total.grads, state.step.ndim) / total.sums.targets.clamp_min(1)
-        fast, expert_opt = update_experts(
-            fast, total.grads, state.expert_opt, grad_norm, total.sums, state.step, hyper
-        )  # fmt: skip
-        new = state._replace(expert_opt=expert_opt, rule=total.rule)
-        return update_router(new, fast, router, router_grads, loss, total.sums, grad_norm, hyper, config)
+        of_router = router_gradients_of_parts(router, state.step, total, total.sums, hyper, config)
+        return update(state, fast, router, total, *of_router, hyper, config)
 
     return outside_vmap_tree(step, (state, batch, hyper, teacher_logits))
 

@@ -88,10 +88,7 @@ def hyper_step(
         ValueError, IndexError: parameters that are not the configuration's, or a batch, a teacher, a kind or a
             coefficient that is out of range or has other axes; the message names it.
     """
-    runs = state.step.shape
-    if wrong := out_of_range(hyper, RANGES) or with_axes(hyper, runs):
-        raise ValueError(f"hyper.{wrong}")
-    check_params(state.params, config, runs)
+    check_inputs(state, hyper, config)
     options = StepOptions(kind, compute_dtype)
     inputs = state, batch, hyper, teacher_logits
     return outside_vmap_tree(lambda inputs: _step(*inputs, config=config, options=options, rule=rule), inputs)
@@ -104,7 +101,27 @@ def _step(
     """`hyper_step` of one run, or of several, with an axis of runs in front of every tensor."""
     fast, router = partition(state.params)
     result = run_pass(state, fast, router, batch, hyper, config, options, rule, teacher_logits)
-    router_grads, loss = router_gradients(router, state.step, result, result.sums, hyper, config)
+    of_router = router_gradients(router, state.step, result, result.sums, hyper, config)
+    return update(state, fast, router, result, *of_router, hyper, config)
+
+
+def check_inputs(state: TrainState, hyper: HyperParams, config: ModelConfig) -> None:
+    """Refuse coefficients out of range or with axes of their own, and parameters that are not the configuration's.
+
+    Raises:
+        ValueError: the message names the coefficient or the leaf.
+    """
+    runs = state.step.shape
+    if wrong := out_of_range(hyper, RANGES) or with_axes(hyper, runs):
+        raise ValueError(f"hyper.{wrong}")
+    check_params(state.params, config, runs)
+
+
+def update(
+    state: TrainState, fast: Tree, router: Tree, result: Any, router_grads: Tree, loss: RouterLoss, hyper: HyperParams,
+    config: ModelConfig,
+) -> tuple[TrainState, Metrics]:  # fmt: skip
+    """Clip and update experts and router from the gradients and sums of a whole batch (`result`)."""
     grad_norm = global_norm(result.grads, state.step.ndim) / result.sums.targets.clamp_min(1)
     fast, expert_opt = update_experts(fast, result.grads, state.expert_opt, grad_norm, result.sums, state.step, hyper)
     new = state._replace(expert_opt=expert_opt, rule=result.rule)

@@ -134,13 +134,13 @@ def version() -> str:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
+    """SHA-256 of a file's content, in hexadecimal digits."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(meta: Mapping[str, Any]) -> str:
-    """Of the values of a meta.json without its own checksum."""
+    """SHA-256 of the values of a meta.json without its own checksum."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 

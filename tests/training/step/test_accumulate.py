@@ -1,5 +1,6 @@
 """The step of a batch in parts is the step of the whole batch, whatever the router's rule."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -200,3 +201,12 @@ def test_the_oracle_and_bad_numbers_are_refused() -> None:
         accumulated_step(state, a_batch(0), hyper, config, parts=2, kind="oracle")
     with pytest.raises(ValueError, match=r"hyper\.lr: expected 0 or more, got -1"):
         accumulated_step(state, a_batch(0), hyper._replace(lr=-1), config, parts=2)
+
+
+def test_a_step_in_parts_refuses_what_a_whole_one_refuses() -> None:
+    config = tiny_config()
+    state = init_state(config, torch.Generator().manual_seed(0))
+    batch, hyper = tiny_batch(config, 4, 6, 0), HyperParams(balance_weight=torch.tensor([0.5, 0.5]))
+    for step in (hyper_step, partial(accumulated_step, parts=2)):
+        with pytest.raises(ValueError, match=r"hyper.balance_weight: "):
+            step(state, batch, hyper, config)

@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 class Job(NamedTuple):
-    """All that a group needs to be trained on another machine."""
+    """Inputs of a group that is trained on another machine."""
 
     study: StudyConfig
     group: Group
