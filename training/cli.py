@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from training.errors import UserError, is_out_of_memory, one_line
+from training.errors import UserError, flag, is_out_of_memory, one_line
 from training.run.process import stop_politely
-from training.run.suggest import VERBS, advice, suggestion
+from training.run.suggest import advice, suggestion
 from training.terminal import LOG, set_verbosity
 
 USAGE = """usage: tiny-onn VERB ...
@@ -30,6 +30,7 @@ USAGE = """usage: tiny-onn VERB ...
 
 `tiny-onn VERB --help` lists the flags of a verb. Every verb takes -q, --quiet (errors and the result alone) and -v,
 --verbose (details and tracebacks); `tiny-onn --version` prints the version."""
+QUICK = "--quick shows that the study works; its runs are too short and too few for its results to decide anything"
 DEVICES = "auto (an accelerator where there is one), cpu, cuda, cuda:N or mps"
 OLDEST_TORCH = (2, 11)  # as in pyproject.toml
 ALIASES = {"replay": "rerun"}  # former names of verbs
@@ -71,7 +72,7 @@ def _main(arguments: list[str]) -> int:
         check_versions()
         verb = ALIASES.get(arguments[0], arguments[0])
         if verb not in verbs:
-            meant = VERBS.get(verb) or suggestion(verb, verbs)
+            meant = suggestion(verb, verbs)
             mend = f"did you mean {meant}?" if meant else "`tiny-onn --help` explains them"
             raise UserError(f"{verb}: expected a verb ({', '.join(verbs)}); {mend}")
         return verbs[verb]([*before, *arguments[1:]]) or 0
@@ -153,9 +154,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         mend = f"; `{self.prog} --help` lists the flags"
-        if flag := re.search(r"unrecognized arguments: --([^\s=]+)", message):
+        if unknown := re.search(r"unrecognized arguments: --([^\s=]+)", message):
             known = [name.removeprefix("--").replace("-", "_") for name in self._option_string_actions]
-            mend = advice(flag[1].replace("-", "_"), known, mend, lambda key: "--" + key.replace("_", "-"))
+            mend = advice(unknown[1].replace("-", "_"), known, mend, flag)
         raise UserError(f"{message}{mend}")
 
 
@@ -307,9 +308,12 @@ def _study(argv: Sequence[str]) -> None:
     from training.study.ray.launcher import ray_launcher
     from training.study.runner import run_study
 
+    if args.quick:
+        LOG.info("note: %s", QUICK)
     launcher = ray_launcher(args.address) if args.launcher == "ray" else local_launcher
     results = run_study(study, out, resume=args.resume, runs_at_once=args.runs_at_once, launcher=launcher)
-    print(f"{results.table}\n\nstudy folder: {results.folder}\nreport: {results.folder / 'report.html'}")
+    note = f"\n{QUICK}\n" if args.quick else ""
+    print(f"{results.table}\n{note}\nstudy folder: {results.folder}\nreport: {results.folder / 'report.html'}")
 
 
 def _rerun(argv: Sequence[str]) -> None:

@@ -10,6 +10,11 @@ class UserError(ValueError):
         super().__init__(one_line(message))
 
 
+def flag(key: str) -> str:
+    """Spell a setting as the command line does: hyper.warmup_steps is --hyper.warmup-steps."""
+    return "--" + key.replace("_", "-")
+
+
 def one_line(message: object) -> str:
     """A message as a terminal may show it: line ends are spaces, control characters of a file are spelled, not sent."""
     text = " ".join(str(message).split())

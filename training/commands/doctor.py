@@ -20,9 +20,10 @@ from training.run.device import choose_device
 from training.run.nonfinite import EVIDENCE
 from training.run.schedule import bends_text, read_legs
 from training.run.settings import load_settings
-from training.storage.checkpoint_files import DRAFT, read_meta, steps_in
+from training.storage.checkpoint_files import ALONE, DRAFT, MEND, Damaged, read_meta, steps_in
 from training.storage.lock import holder
 from training.storage.recorder import FILE, read_history, torn_line, unbroken_upto
+from training.storage.regular_file import read_object
 
 PACKAGE = "tiny-onn-func"
 LITTLE = 1 << 30  # bytes free that a run should have at least
@@ -136,7 +137,14 @@ def _run(home: Path) -> Iterator[Finding]:
 
 
 def _unfinished(home: Path, runs: list[Path]) -> Iterator[Finding]:
-    """Report a run, or a study's runs, without a summary.json."""
+    """Report a run, or a study's runs, without a summary.json, and each summary.json that is broken."""
+    for path in (run / "summary.json" for run in runs):
+        try:
+            if path.exists() and "nats_per_token" not in read_object(path):
+                raise UserError(f"{path}: expected the key nats_per_token, got none; restore the file or remove it")
+        except UserError as error:
+            again = f"; `tiny-onn train --out {home} --resume` then writes it again" if runs == [home] else ""
+            yield Finding("summary", str(error).rpartition("; ")[0], f"restore the file, or remove it{again}")
     left = [run for run in runs if not (run / "summary.json").exists()]
     if left == [home]:
         saved_step = max((step for step, _ in steps_in(home / "checkpoints")), default=0)
@@ -175,10 +183,15 @@ def _of_error(subject: str, error: UserError) -> Finding:
 
 
 def _checkpoints(home: Path) -> Iterator[Finding]:
+    """Report every checkpoint; what to do about a damaged one depends on whether one before it is whole."""
+    whole = False
     for _, path in steps_in(home):
         try:
             meta = read_meta(path)
+            whole = True
             yield Finding("checkpoint", f"{path}: whole, SHA-256 {meta['sha256'][:12]}")
+        except Damaged as error:
+            yield _of_error("checkpoint", error if whole else UserError(str(error).replace(MEND, ALONE)))
         except UserError as error:
             yield _of_error("checkpoint", error)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tiny_onn_func.tree import to_device
 from training.data.baselines import baselines
-from training.data.batches import held_out_batches, scored_span
+from training.data.batches import count_held_out_batches, held_out_batches, scored_span
 from training.data.corpus import Splits, TooLittleText, open_corpus, whole
 from training.errors import UserError
 from training.run.config import RunConfig
@@ -55,6 +55,8 @@ def evaluate_run(
         raise UserError(f"--bytes: expected 1 or more, got {max_bytes}; leave it away for all of them")
     if everything and not (split is None and holdout is None):
         raise UserError("--all: expected no --split and no --holdout with it, which part a text; leave them away")
+    if holdout is not None and not 0 < holdout < 1:
+        raise UserError(f"--holdout: expected more than 0 and less than 1, got {holdout!r}")
     place, _ = choose_device(device, key="--device")
     run = open_run(folder)
     config, source = run.config, data or run.config.data
@@ -66,7 +68,8 @@ def evaluate_run(
     batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack)
     num_bytes = scored_span(corpus, max_bytes).num_bytes
     params = to_device(run.params, place)
-    bar = partial(progress, desc="held-out score", unit="batch", leave=False)
+    total = count_held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes)
+    bar = partial(progress, total=total, desc="held-out score", unit="batch", leave=False)
     budget = config.hyper.pi_alpha
     score = evaluate(params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
     lines = {} if everything else baselines(splits.train, splits.held_out, max_bytes)
@@ -81,13 +84,23 @@ def is_held_out(config: RunConfig, split: str | None, holdout: float | None) -> 
 def _open(run: FinishedRun, source: str, split: str | None, holdout: float | None, everything: bool) -> Splits:
     """The text in two sides; for all of it any two will do."""
     config = run.config
-    if everything:
-        return open_corpus(source, sequence_length=1, holdout=0.5, split="tail", tokenizer=run.tokenizer)
     try:
+        if everything:
+            return open_corpus(source, sequence_length=1, holdout=0.5, split="tail", tokenizer=run.tokenizer)
         return open_corpus(
             source, sequence_length=config.sequence_length, holdout=config.holdout if holdout is None else holdout,
             split=split or config.split, tokenizer=run.tokenizer,
         )  # fmt: skip
     except TooLittleText as error:
         text = str(error).rpartition("; ")[0]
-        raise UserError(f"{text}; try --split tail, a larger --holdout, or --all, which scores all of it") from None
+        raise UserError(f"{text}; {_mend(error, everything)}") from None
+
+
+def _mend(error: TooLittleText, everything: bool) -> str:
+    """Flags with which the text has enough on both sides, or the score that needs no sides."""
+    if everything:
+        return "give more text"
+    flags = (
+        "" if error.holdout is None else f"--split tail --holdout {error.holdout:g} has enough on each side, or use "
+    )
+    return f"{flags}--all, which scores all of it"

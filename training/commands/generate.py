@@ -14,7 +14,7 @@ from tiny_onn_func.inference.sampling import SamplingParams
 from tiny_onn_func.routing import Routing
 from tiny_onn_func.tree import to_device
 from training.data.tokenizer import BYTES, TURN_END, Tokenizer
-from training.errors import UserError
+from training.errors import UserError, flag
 from training.run.device import choose_device
 from training.run.finished import open_writer
 
@@ -55,15 +55,19 @@ def stream_run(
         device: auto, cpu, cuda, cuda:N or mps; sampled on the CPU in any case.
         num_samples: how many texts, one after the other, under a line with their number.
     """
-    for flag, value in (("--tokens", tokens), ("--seed", seed)):
+    for key, value in (("tokens", tokens), ("seed", seed)):
         if not 0 <= value < 2**63:
-            raise UserError(f"{flag}: expected 0 to 2**63 - 1, got {value}")
+            raise UserError(f"{flag(key)}: expected 0 to 2**63 - 1, got {value}")
     if context is not None and context < 0:
         raise UserError(f"--context: expected 0 (all tokens) or more, got {context}")
     if num_samples < 1:
         raise UserError(f"--num-samples: expected 1 or more, got {num_samples}")
     sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty)
-    sampling.check()
+    try:
+        sampling.check()
+    except ValueError as error:  # "top_k: expected ..."
+        key, _, text = str(error).partition(": ")
+        raise UserError(f"{flag(key)}: {text}") from None
     place, _ = choose_device(device, key="--device")
     model, params, tokenizer, trained_context, budget, own_prompt = open_writer(folder)
     params = to_device(params, place)

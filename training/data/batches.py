@@ -147,9 +147,7 @@ def held_out_batches(
     if not 1 <= stride <= sequence_length:
         raise UserError(f"stride: expected 1 to sequence_length ({sequence_length}), got {stride!r}")
     end = scored_span(corpus, max_bytes).end
-    # Window w begins at w * stride and is the first to see the targets from fresh[w] to fresh[w + 1].
-    fresh = np.r_[1, np.arange(sequence_length + 1, end, stride)]
-    kept = np.flatnonzero(np.maximum.reduceat(corpus.targets[:end], fresh))
+    fresh, kept = _scored_windows(corpus, sequence_length, end, stride)
     for begin in range(0, kept.size, batch_size):
         windows = kept[begin : begin + batch_size]
         spare = (0, batch_size - windows.size)
@@ -161,3 +159,20 @@ def held_out_batches(
         scored = real & (corpus.targets[following] != 0) & (following >= np.pad(fresh[windows], spare)[:, None])
         labels = np.where(scored, corpus.tokens[following].astype(np.int64), IGNORE_INDEX)
         yield _batch(ids, labels, _mask(ids, real.astype(np.int64), corpus, pack))
+
+
+def count_held_out_batches(corpus: Corpus, batch_size: int, sequence_length: int, max_bytes: int | None = None) -> int:
+    """Number of batches that `held_out_batches` yields."""
+    end = scored_span(corpus, max_bytes).end
+    return -(-_scored_windows(corpus, sequence_length, end, max(1, sequence_length // 2))[1].size // batch_size)
+
+
+def _scored_windows(
+    corpus: Corpus, sequence_length: int, end: int, stride: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(first target that each window is the first to see, windows with something to score).
+
+    Window w begins at w * stride and is the first to see the targets from fresh[w] to fresh[w + 1].
+    """
+    fresh = np.r_[1, np.arange(sequence_length + 1, end, stride)]
+    return fresh, np.flatnonzero(np.maximum.reduceat(corpus.targets[:end], fresh))

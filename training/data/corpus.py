@@ -104,7 +104,10 @@ def open_corpus(
     splits = _cached(files, home, holdout, split, progress, tokenizer)
     if split == "auto" and not (splits.train.num_targets and splits.held_out.num_targets):
         splits = _cached(files, home, holdout, "tail", progress, tokenizer)
-    _check_sides(splits, sequence_length)
+    if lack := _lack(splits, sequence_length):
+        tails = ((share, _cached(files, home, share, "tail", False, tokenizer)) for share in SHARES)
+        fits = (share for share, tail in tails if not _lack(tail, sequence_length))
+        raise TooLittleText(f"{splits.source}: {lack}", next(fits, None))
     return splits
 
 
@@ -122,24 +125,37 @@ def whole(splits: Splits) -> Corpus:
     )
 
 
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of a text, one of which parts it where any does
+
+
 class TooLittleText(UserError):
-    """A side of a text has no room for a sequence, or nothing to learn."""
+    """A side of a text has no room for a sequence, or nothing to learn.
+
+    Args:
+        holdout: with which `split: tail` leaves enough on each side; None if there is none.
+    """
+
+    def __init__(self, lack: str, holdout: float | None) -> None:
+        parted = "or a smaller sequence_length" if holdout is None else f"or split: tail and holdout: {holdout:g}"
+        super().__init__(f"{lack}; give more text, {parted}")
+        self.holdout = holdout
 
 
-def _check_sides(splits: Splits, sequence_length: int) -> None:
+def _lack(splits: Splits, sequence_length: int) -> str | None:
+    """Say what a side lacks; None if nothing."""
     train, held_out = splits.train, splits.held_out
-    mend = "give more text or a larger holdout" + (", or set split: tail" if splits.split == "document" else "")
     if min(train.tokens.size, held_out.tokens.size) < sequence_length + 1:
-        raise TooLittleText(
-            f"{splits.source}: expected at least {sequence_length + 1} tokens (sequence_length + 1) on each side, got "
+        return (
+            f"expected at least {sequence_length + 1} tokens (sequence_length + 1) on each side, got "
             f"{train.tokens.size} to train on and {held_out.tokens.size} held out, from a text of "
-            f"{train.num_bytes + held_out.num_bytes} bytes; {mend}, or a smaller sequence_length"
+            f"{train.num_bytes + held_out.num_bytes} bytes"
         )
     if not (train.num_targets and held_out.num_targets):
-        raise TooLittleText(
-            f"{splits.source}: expected assistant turns on each side, got {train.num_targets} tokens of them to train "
-            f"on and {held_out.num_targets} held out; {mend}"
+        return (
+            f"expected assistant turns on each side, got {train.num_targets} tokens of them to train on and "
+            f"{held_out.num_targets} held out"
         )
+    return None
 
 
 # Cache ----------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,11 @@ ONE_EXPERT = 1.1  # avg_k at or below this counts as one expert per token
 DEAD_SHARE = 0.1
 TAKEN_SHARE = 0.9
 TAKEN_OVER_FAIR = 1.5  # so that few experts with many slots each are no takeover
-ENOUGH_BALANCE, ENOUGH_BIAS, ENOUGH_EXPLORED = 1.0, 0.01, 0.05  # with which no expert of the default sizes was dead
+ENOUGH_BIAS = 0.01  # with which no expert of the default sizes was dead, and none took over
+ENOUGH_BALANCE, ENOUGH_EXPLORED = 1.0, 0.05  # with which none was dead
+STRONG_BALANCE = 3.0  # with which none took over where 1 left one for some fifty steps; exploring did not help
 ENOUGH_BUDGET = 0.9  # with which tokens kept 8 of 16 experts where 0.5 left one
+EXPORTED = " (which `tiny-onn export` refuses: Qwen3-MoE has no bias in its router)"
 SUSPICIOUS_GATING = 0.9  # gating accuracy that a reader could take for success
 
 Records = Sequence[Mapping[str, Any]]
@@ -65,11 +68,11 @@ def collapse_alarms(
     most = (max_experts_per_tok or num_experts) if dynamic else num_experts_per_tok
     window = [record for record in history[-WINDOW:] if _is_past(record, guards.warmup_steps)]
     last = window[-1].get("step", 0) if window else 0
-    load, mends = _loads(window, num_experts), _even_out(guards, last)
+    load = _loads(window, num_experts)
     alarms = [
         _single_expert(history, window, _widen(guards)) if most > 1 else None,
-        _dead(load, mends),
-        _taken_over(load, fewest, mends) if fewest < num_experts else None,
+        _dead(load, _even_out(guards, last, ENOUGH_BALANCE, ENOUGH_EXPLORED)),
+        _taken_over(load, fewest, dynamic, _even_out(guards, last, STRONG_BALANCE)) if fewest < num_experts else None,
     ]
     return [alarm for alarm in alarms if alarm is not None]
 
@@ -82,22 +85,26 @@ def _is_past(record: Mapping[str, Any], warmup_steps: int | float) -> bool:
 # Advice ---------------------------------------------------------------------------------------------------------------
 
 
-def _even_out(guards: Guards, step: int | float) -> str:
-    """Advice that spreads the load over the experts: the first setting that the run lacks is the best one."""
+def _even_out(guards: Guards, step: int | float, balance: float, explored: float = 0.0) -> str:
+    """Advice that spreads the load over the experts: the settings, up to what was seen to help, that the run lacks.
+
+    Args:
+        balance, explored: the balance weight and the share of exploration that help; 0 for one that does not.
+    """
     if 0 < guards.freeze_step <= step:
         return f"The router does not learn after step {guards.freeze_step:g}: set --hyper.freeze-step higher, or 0."
     if not guards.router_lr:
         bias = " or " + _raise("bias_speed", guards.bias_speed, ENOUGH_BIAS) if guards.bias_speed < ENOUGH_BIAS else ""
         return f"The router does not learn: set --hyper.router-lr 0.001{bias}."
     mends = []
-    if guards.balance_weight < ENOUGH_BALANCE:
-        mends.append(_raise("balance_weight", guards.balance_weight, ENOUGH_BALANCE))
+    if guards.balance_weight < balance:
+        mends.append(_raise("balance_weight", guards.balance_weight, balance))
     if guards.bias_speed < ENOUGH_BIAS:
-        mends.append(_raise("bias_speed", guards.bias_speed, ENOUGH_BIAS) + " (which Qwen3-MoE cannot express)")
-    if guards.explore_prob < ENOUGH_EXPLORED:
-        mends.append(_raise("explore_prob", guards.explore_prob, ENOUGH_EXPLORED))
+        mends.append(_raise("bias_speed", guards.bias_speed, ENOUGH_BIAS) + EXPORTED)
+    if guards.explore_prob < explored:
+        mends.append(_raise("explore_prob", guards.explore_prob, explored))
     if not mends:
-        return "Every guard is on: take fewer experts (--model.num-experts) or a lower --hyper.router-lr."
+        return "The run has every setting that is known to help; fewer experts (--model.num-experts) may."
     return f"Set {', or '.join(mends)}."
 
 
@@ -146,7 +153,7 @@ def _dead(load: np.ndarray | None, mends: str) -> str | None:
     )
 
 
-def _taken_over(load: np.ndarray | None, fewest: int, mends: str) -> str | None:
+def _taken_over(load: np.ndarray | None, fewest: int, dynamic: bool, mends: str) -> str | None:
     if load is None:
         return None
     mean = load.mean(axis=0)
@@ -157,10 +164,16 @@ def _taken_over(load: np.ndarray | None, fewest: int, mends: str) -> str | None:
         return None
     layers = int((mean.max(axis=1) > limit).sum())
     also = f"; {layers} of {len(mean)} layers are taken over so" if layers > 1 else ""
+    got = f"{share:.0%} of the layer's visits" if dynamic else f"{min(1, share * fewest):.0%} of the tokens"
     return (
-        f"One expert takes over: expert {expert} of layer {layer} gets {share:.0%} of the layer's routed rows "
-        f"(fair share {fair:.1%}){also}. {mends}"
+        f"One expert takes over: expert {expert} of layer {layer} gets {got} "
+        f"(a fair share is {fair * (1 if dynamic else fewest):.0%}){also}. {mends}"
     )
+
+
+def kind_of(alarm: str) -> str:
+    """Name of an alarm, the same as long as it is on: what stands before its colon."""
+    return alarm.partition(":")[0]
 
 
 def _numbers(records: Records, key: str) -> list[float]:

@@ -57,7 +57,7 @@ def choose_device(name: str, local_rank: int = 0, key: str = "device") -> tuple[
             return torch.device("cpu"), "no accelerator that torch can use"
         kind, reason = accelerator.type, "the accelerator of this machine"
     else:
-        reason = f"{key} {name}"
+        reason = "as set"
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
@@ -81,7 +81,7 @@ def choose_precision(name: Precision, device: torch.device) -> tuple[Precision, 
     if name == "bfloat16" and not has_bfloat16:
         raise UserError(f"precision: expected float32 on {device}, which has no bfloat16, got bfloat16; leave it away")
     if name != "auto":
-        return name, f"precision {name}"
+        return name, "as set"
     if device.type == "cuda" and has_bfloat16:
         return "bfloat16", "the device has it; router, surprise, parameters and moments stay float32"
     return "float32", "bfloat16 is not faster here" if has_bfloat16 else "the device has no bfloat16"

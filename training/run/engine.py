@@ -68,6 +68,8 @@ def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[st
     run = run._replace(first_step=int(state.step))
     if team.first:
         LOG.info("%s", banner(facts_of(run, placement)))
+        if run.first_step == config.steps:
+            LOG.info("note: the run has made all of its %d steps; go on with --resume and more --steps", config.steps)
     resume_step = int(state.step) if resume else None
     with open_recorder(folder, resume_step=resume_step) if team.first else no_recorder() as recorder:
         state, seconds, stopped = run_steps(run, state, recorder)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from training.distributed.sharded_checkpoint import save_sharded
+from training.report.alarms import kind_of
 from training.run.context import EarlyStop, Run, about_of, append_record, best_of, better, scores_since_best
 from training.run.nonfinite import NotFinite, bad_numbers, keep_evidence
 from training.run.process import deferred_signals
@@ -24,6 +25,7 @@ from training.storage.recorder import Recorder, iter_history, to_record
 from training.terminal import LOG, ProgressBar, progress
 
 ALARM_EVERY = 50  # steps between two looks at the router's health
+BAR = "{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # tqdm's own is cut at 110 columns
 Effects = tuple[tuple[int, Callable[[], object]], ...]  # (steps between two times, 0 for never; what is done then)
 
 
@@ -189,16 +191,16 @@ def _save(run: Run, recorder: Recorder, tensors: dict[str, Tensor], best: int | 
 
 
 def _bell(run: Run) -> Callable[[], None]:
-    """Build the effect that logs the alarms when there are more than the last time."""
-    known = 0
+    """Build the effect that logs each alarm when it begins, and from when to when it was on when it is over."""
+    since: dict[str, int] = {}
 
     def ring() -> None:
-        nonlocal known
-        now = alarms(run.history, run.config)
-        if len(now) > known:
-            for alarm in now:
-                LOG.warning("ALARM at step %d: %s", run.history[-1]["step"], alarm)
-        known = len(now)
+        step, now = run.history[-1]["step"], {kind_of(alarm): alarm for alarm in alarms(run.history, run.config)}
+        for kind in since.keys() - now.keys():
+            LOG.info("alarm over at step %d: %s (it was on from step %d on)", step, kind, since.pop(kind))
+        for kind in now.keys() - since.keys():
+            LOG.warning("ALARM at step %d: %s", step, now[kind])
+            since[kind] = step
 
     return ring
 
@@ -210,7 +212,9 @@ def _draw(run: Run) -> None:
 
 
 def _bar(run: Run, first: int) -> ProgressBar:
-    return progress(total=run.config.steps, initial=first, unit="step", mininterval=0.5, shown=run.team.first)
+    return progress(
+        total=run.config.steps, initial=first, unit="step", mininterval=0.5, bar_format=BAR, shown=run.team.first
+    )
 
 
 def _progress(run: Run, seconds: float) -> str:

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tiny_onn_func.config import ModelConfig
 from training.data.hf_tokenizer import vocab_follows
-from training.errors import UserError
+from training.errors import UserError, flag
 from training.presets.find import resolve_preset
 from training.run.config import DEFAULT_HYPER, HyperSettings, RunConfig, default_out
 from training.run.initial_state import sizes_follow
@@ -58,7 +58,7 @@ def parse_train_args(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         SystemExit: status 0, after --help.
     """
     flags, path, switches = _read_flags(argv)
-    config = _resolve(path, flags, _flag)
+    config = _resolve(path, flags, flag)
     if "help" in switches:
         _print_help(config)
     set_verbosity(quiet="quiet" in switches, verbose="verbose" in switches)
@@ -66,7 +66,7 @@ def parse_train_args(argv: Sequence[str]) -> tuple[RunConfig, bool]:
     saved = Path(out, "config.yaml")
     resume = "resume" in switches
     if resume and path is None and saved.is_file():
-        config = _resolve(str(saved), flags, _flag)
+        config = _resolve(str(saved), flags, flag)
     return replace(config, out=out), resume
 
 
@@ -159,10 +159,6 @@ def _name(key: object) -> str:
 # Command line ---------------------------------------------------------------------------------------------------------
 
 
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
-
-
 def _read_flags(argv: Sequence[str]) -> tuple[Values, str | None, set[str]]:
     """`--key value`, `--key=value` and switches -> ({dotted key: value}, the config file, the switches)."""
     types, values, switches = key_types() | {"config": str}, {}, set()
@@ -179,7 +175,7 @@ def _read_flags(argv: Sequence[str]) -> tuple[Values, str | None, set[str]]:
         if name in SWITCHES:
             raise UserError(f"{name}: expected no value, got {shown(text)}")
         if key not in types:
-            raise UserError(f"{_name(name)}: unknown flag{advice(key, [*types, *SWITCHES.values()], LISTED, _flag)}")
+            raise UserError(f"{_name(name)}: unknown flag{advice(key, [*types, *SWITCHES.values()], LISTED, flag)}")
         if not equals:
             if not words:
                 raise UserError(f"{name}: expected a value, got nothing")

@@ -1,7 +1,7 @@
-"""Suggestions for an unknown name: the field's other words for a setting, and settings that do not exist."""
+"""Suggestions for an unknown name: the field's other words for a setting, absent settings, and typos of all."""
 
-import difflib
 from collections.abc import Callable, Collection
+from difflib import SequenceMatcher
 
 # Last part of a name, as other programs call it -> the setting. The words are those of Hugging Face, nanoGPT, Megatron.
 SYNONYMS: dict[str, str] = {
@@ -10,7 +10,7 @@ SYNONYMS: dict[str, str] = {
         "hyper.lr": "learning_rate lrate eta max_lr peak_lr base_lr",
         "hyper.router_lr": "router_learning_rate gate_lr",
         "hyper.min_lr_ratio": "min_lr min_learning_rate lr_min",
-        "hyper.warmup_steps": "warmup warmup_iters warmup_ratio num_warmup_steps lr_warmup_iters",
+        "hyper.warmup_steps": "warmup warmup_iters warmup_ratio warmup_fraction num_warmup_steps lr_warmup_iters",
         "hyper.weight_decay": "wd decay",
         "hyper.beta1": "adam_beta1 betas momentum",
         "hyper.beta2": "adam_beta2",
@@ -60,6 +60,7 @@ ABSENT: dict[str, str] = {  # what there is none of -> why, or what to use
     "optimizer": "it is AdamW, whose numbers are hyper.lr, hyper.beta1, hyper.beta2 and hyper.weight_decay",
     "optim": "it is AdamW, whose numbers are hyper.lr, hyper.beta1, hyper.beta2 and hyper.weight_decay",
     "wandb": "the run folder has tensorboard/ and metrics.jsonl",
+    "wandb_project": "the run folder has tensorboard/ and metrics.jsonl",
     "report_to": "the run folder has tensorboard/ and metrics.jsonl",
     "bias": "as in Qwen3, no linear map has one",
 }
@@ -85,6 +86,19 @@ FLAGS: dict[str, tuple[str, ...]] = {  # of the other verbs; the first one that 
     "overwrite": ("force",),
     "f": ("force",),
 }
+UNITS: dict[str, str] = {  # words that count otherwise than the setting that they lead to -> how it counts
+    "warmup_ratio": "in steps, not a share of them",
+    "warmup_fraction": "in steps, not a share of them",
+    "epochs": "in batches, not passes over the text",
+    "num_epochs": "in batches, not passes over the text",
+    "num_train_epochs": "in batches, not passes over the text",
+    "min_lr": "a share of the peak",
+    "min_learning_rate": "a share of the peak",
+    "lr_min": "a share of the peak",
+    "lr_decay_iters": "a share of the steps",
+    "num_decay_steps": "a share of the steps",
+    "decay_steps": "a share of the steps",
+}
 VERBS = {
     "eval": "evaluate",
     "score": "evaluate",
@@ -94,26 +108,19 @@ VERBS = {
     "run": "train",
 }
 
+SIMILAR = 0.72  # ratio of equal letters in order, from which on a word passes for a typo of another
+MOST_SHORT = 1  # letters of words that nothing is a typo of
+
 
 def suggestion(name: str, known: Collection[str]) -> str | None:
     """Known name that an unknown one most likely means; None if no name is near.
 
-    Dotted names are compared by their last part as well: `lr` and `hyper.learning_rate` both mean `hyper.lr`.
+    Dotted names are compared by their last part: `lr` and `hyper.learning_rate` both mean `hyper.lr`. Without an equal
+    word the nearest one counts, so that `lerning_rate` does, too.
     """
-    word = _last(name)
-    by_end: dict[str, str] = {}
-    for key in known:
-        by_end.setdefault(_last(key), key)
-    if word in by_end:
-        return by_end[word]
-    meant = (*FLAGS.get(word, ()), *([SYNONYMS[word]] if word in SYNONYMS else []))
-    for key in meant:
-        if key in known:
-            return key
-    near = difflib.get_close_matches(name, known, n=1) or [
-        by_end[end] for end in difflib.get_close_matches(word, by_end, n=1, cutoff=0.7)
-    ]
-    return near[0] if near else None
+    words = _words(known)
+    word = _nearest(_last(name), words)
+    return None if word is None else words[word]
 
 
 def advice(name: str, known: Collection[str], otherwise: str, spell: Callable[[str], str] = str) -> str:
@@ -122,10 +129,35 @@ def advice(name: str, known: Collection[str], otherwise: str, spell: Callable[[s
     Args:
         spell: writes a known name as the user would: a key, or a flag.
     """
-    if (word := _last(name)) in ABSENT:
+    words = _words(known)
+    word = _nearest(_last(name), [*words, *ABSENT])
+    if word is None:
+        return otherwise
+    if word in ABSENT:
         return f"; there is none: {ABSENT[word]}"
-    meant = suggestion(name, known)
-    return otherwise if meant is None else f", did you mean {spell(meant)}?"
+    return f", did you mean {spell(words[word])}?" + (f" It is {UNITS[word]}" if word in UNITS else "")
+
+
+def _words(known: Collection[str]) -> dict[str, str]:
+    """Map words to the known names that they mean: last parts of these names first, then what others call them."""
+    words: dict[str, str] = {}
+    for key in known:
+        words.setdefault(_last(key), key)
+    others = [*FLAGS.items(), *((word, (key,)) for word, key in (SYNONYMS | VERBS).items())]
+    for word, keys in others:
+        for key in keys:
+            if key in known:
+                words.setdefault(word, key)
+    return words
+
+
+def _nearest(word: str, words: Collection[str]) -> str | None:
+    """The word itself, or the most similar one, of equally similar ones the first; None if none is similar."""
+    if word in words:
+        return word
+    similar = {other: SequenceMatcher(None, word, other).ratio() for other in words if len(other) > MOST_SHORT}
+    best = max(similar, key=similar.__getitem__, default=None)
+    return None if best is None or similar[best] < SIMILAR else best
 
 
 def _last(name: str) -> str:

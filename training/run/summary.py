@@ -10,7 +10,7 @@ import torch
 
 from tiny_onn_func.inference.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
-from training.data.batches import held_out_batches, scored_span
+from training.data.batches import count_held_out_batches, held_out_batches, scored_span
 from training.report.alarms import Guards, collapse_alarms
 from training.report.figures import draw_core_metrics, draw_expert_dashboard
 from training.run.config import RunConfig, hyper_params
@@ -19,7 +19,7 @@ from training.run.evaluate import Score, evaluate
 from training.run.schedule import LEGS
 from training.step.hyper_step import TrainState
 from training.storage.atomic import write_text
-from training.terminal import progress
+from training.terminal import LOG, progress
 
 
 def finish(run: Run, state: TrainState, seconds: float, stopped: EarlyStop | None = None) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def finish(run: Run, state: TrainState, seconds: float, stopped: EarlyStop | Non
         "held_out_tokens": score.tokens,
         "baselines": run.baselines,
         "alarms": alarms(run.history, config),
-        "sample": sample_text(run, state, config.sample_tokens) if config.sample_tokens else "",
+        "sample": _sample(run, state) if config.sample_tokens else "",
     }
     write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
@@ -66,10 +66,19 @@ def held_out_score(run: Run, state: TrainState, max_bytes: int | None, *, show: 
     """Score on the first `max_bytes` of the held-out text."""
     config, corpus = run.config, run.corpus.held_out
     batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack)
-
-    bar = partial(progress, desc="held-out score", unit="batch", leave=False, shown=show)
+    total = count_held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes)
+    bar = partial(progress, total=total, desc="held-out score", unit="batch", leave=False, shown=show)
     num_bytes, budget = scored_span(corpus, max_bytes).num_bytes, config.hyper.pi_alpha
     return evaluate(state.params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
+
+
+def _sample(run: Run, state: TrainState) -> str:
+    """The sample text; "" and a warning where the model can write none, so that the summary is written all the same."""
+    try:
+        return sample_text(run, state, run.config.sample_tokens)
+    except ValueError as error:
+        LOG.warning("warning: no sample text: %s", error)
+        return ""
 
 
 def sample_text(run: Run, state: TrainState, tokens: int) -> str:

@@ -14,6 +14,18 @@ from training.storage.plain_yaml import read_yaml, shown, write_yaml
 from training.study.config import QUICK_PARTS, Arm, StudyConfig, changed, near, quick_study, study_values
 
 KEYS = [field.name for field in fields(StudyConfig)]
+SHAPES = {  # key -> how it is written
+    "arms": "arms: [{name: low, set: {hyper.lr: 0.001}}, {name: high, set: {hyper.lr: 0.01}}]",
+    "axes": "axes: {hyper.router_lr: [0.001, 0.01]}",
+    "base": "base: {data: stdlib, steps: 100}",
+    "quick": "quick: {steps: 50, seeds: [0, 1]}",
+    "tasks": "tasks: {one: a.txt, two: b.txt}",
+    "orders": "orders: [[one, two], [two, one]]",
+    "tune": "tune: [hyper.router_lr]",
+    "tune_seeds": "tune_seeds: [10, 11]",
+    "seeds": "seeds: [0, 1, 2]",
+    "margin": "margin: 0.02",
+}
 KINDS = {str: "text", dict: "keys and values below it", list: "a list", int: "a whole number", float: "a number"}
 WANTED: dict[str, type] = (
     dict.fromkeys(("name", "question", "falsifier", "baseline", "combine"), str)
@@ -108,7 +120,7 @@ def _arm(entry: Any, number: int) -> Arm:
     _kind(entry, dict, place)
     for key in entry:
         if key not in ("name", "set"):
-            raise UserError(f"{place}.{key}: unknown key, an arm has `name` and `set`")
+            raise UserError(f"{place}.{key}: unknown key, an arm has `name` and `set`; write `{SHAPES['arms']}`")
     if not entry.get("name"):
         raise UserError(f"{place}.name: expected text, got none; name the arm")
     name = _kind(entry["name"], str, f"{place}.name")
@@ -133,6 +145,7 @@ def _kind(value: Any, kind: type, key: str) -> Any:
     if kind is float:
         fine = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
     if not fine:
-        mend = "; write it as [a, b]" if kind is list else ""
+        shape = SHAPES.get(key.partition("[")[0])
+        mend = f"; write `{shape}`" if shape else "; write it as [a, b]" if kind is list else ""
         raise UserError(f"{key}: expected {KINDS[kind]}, got {'none' if value is None else shown(value)}{mend}")
     return value

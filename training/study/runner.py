@@ -14,6 +14,7 @@ from training.run.device import choose_device, choose_precision
 from training.run.initial_state import first_state
 from training.run.process import disable_heap_trimming, use_threads
 from training.storage.atomic import make_folder
+from training.storage.checkpoint_files import version
 from training.storage.lock import locked
 from training.storage.results import UNFINISHED, Row, read_results, write_results
 from training.study.analysis import analyse, study_table
@@ -77,6 +78,7 @@ def _run_study(
 ) -> StudyResults:
     runs = expand(study)
     groups = _begin(study, runs, folder, resume, runs_at_once)
+    LOG.info("%s", banner(study, runs, len(groups), folder))
     rows = {run.id: empty_row(run) for run in runs} | {row["run"]: row for row in read_results(folder)}
     write_results([*rows.values()], folder)
     left = [group for group in groups if any(rows[run.id]["status"] == UNFINISHED for run in group.runs)]
@@ -97,6 +99,21 @@ def _run_study(
     analysis = analyse(folder)
     write_report(folder)
     return StudyResults(folder, [*rows.values()], analysis, study_table(analysis))
+
+
+def banner(study: StudyConfig, runs: Sequence[StudyRun], groups: int, folder: Path) -> str:
+    """What is about to be made, as aligned lines."""
+    arms = [*dict.fromkeys(run.arm for run in runs)]
+    data = ", ".join(f"{name} ({text})" for name, text in study.tasks.items()) or study.base.data
+    lines = {
+        "study": f"{study.name}{': ' if study.question else ''}{study.question}",
+        "arms": f"{len(arms)}: {', '.join(arms)}",
+        "runs": f"{len(runs)} of {study.base.steps:,} steps, in {groups} vmapped program{'s' if groups != 1 else ''}",
+        "data": data,
+        "device": f"{choose_device(study.base.device)[0]}, {study.base.precision}",
+        "folder": str(folder),
+    }
+    return "\n".join((f"tiny-onn {version()}", *(f"{name:<10}  {text}" for name, text in lines.items())))
 
 
 def _with_precision(study: StudyConfig, folder: Path, resume: bool) -> StudyConfig:

@@ -39,6 +39,16 @@ def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
+@pytest.fixture
+def run(tmp_path: Path, no_accelerator: None) -> Path:
+    """A finished run of two steps on the CPU."""
+    text, out = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("a line of text\n" * 900, encoding="utf-8")
+    sizes = ("--model.hidden-size", "16", "--model.num-hidden-layers", "1", "--model.num-experts", "4")
+    assert main(["train", "--data", str(text), "--out", str(out), *SMALL, *sizes]) == 0
+    return out
+
+
 def test_auto_takes_the_accelerator_and_bfloat16_where_it_has_that(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = FakeCuda(monkeypatch, 1)
     config, placement = place(RunConfig())
@@ -161,31 +171,21 @@ def test_what_is_no_device_is_refused_in_a_line_by_every_verb(name: str) -> None
 
 
 @pytest.mark.usefixtures("no_accelerator")
-def test_a_run_is_not_resumed_to_fewer_steps_than_it_has_made(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text, out = tmp_path / "text.txt", tmp_path / "run"
-    text.write_text("a line of text\n" * 900, encoding="utf-8")
-    sizes = ("--model.hidden-size", "16", "--model.num-hidden-layers", "1", "--model.num-experts", "4")
-    assert main(["train", "--data", str(text), "--out", str(out), *SMALL, *sizes]) == 0
-    before = (out / "config.yaml").read_bytes()
+def test_a_run_is_not_resumed_to_fewer_steps_than_it_has_made(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "config.yaml").read_bytes()
     capsys.readouterr()
-    assert main(["train", "--out", str(out), "--resume", "--steps", "1"]) == 2
+    assert main(["train", "--out", str(run), "--resume", "--steps", "1"]) == 2
     assert "steps: expected 2 or more, the steps that" in capsys.readouterr().err
-    assert (out / "config.yaml").read_bytes() == before
+    assert (run / "config.yaml").read_bytes() == before
 
 
 @pytest.mark.usefixtures("no_accelerator")
 def test_a_score_of_text_that_the_run_may_have_trained_on_is_not_called_held_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text, out = tmp_path / "text.txt", tmp_path / "run"
-    text.write_text("a line of text\n" * 900, encoding="utf-8")
-    sizes = ("--model.hidden-size", "16", "--model.num-hidden-layers", "1", "--model.num-experts", "4")
-    assert main(["train", "--data", str(text), "--out", str(out), *SMALL, *sizes]) == 0
     capsys.readouterr()
     for flags, held_out in (([], True), (["--holdout", "0.1"], True), (["--holdout", "0.4"], False)):
-        assert main(["evaluate", str(out), "--bytes", "1000", *flags]) == 0
+        assert main(["evaluate", str(run), "--bytes", "1000", *flags]) == 0
         shown = capsys.readouterr()
         assert ("held-out bytes" in shown.out) == held_out
         assert ("may be one that it was trained on" in shown.err) != held_out

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import assert_same_bits
-from tests.training.run.test_engine import TEXT, records, train
+from tests.training.run.test_engine import records, train
 from training.cli import main
 from training.run.context import scores_since_best
 from training.run.evaluate import Score
@@ -16,18 +16,8 @@ from training.run.summary import held_out_score
 from training.storage.checkpoint import load_checkpoint
 from training.storage.checkpoint_files import steps_in
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 EVERY_TWO = ("--steps=40", "--eval-every=2", "--sample-tokens=0", "--picture-every=0", "--checkpoint-every=0")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TINY_ONN_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return tmp_path / "text.txt"
 
 
 def scored(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:

@@ -115,7 +115,7 @@ def test_evaluate_parts_another_text_as_it_is_asked_to_or_scores_all_of_it(
     short.write_text(TEXT[:100], encoding="utf-8")
     assert main(["evaluate", str(run), "--data", str(short)]) == 2
     said = capsys.readouterr().err
-    assert "try --split tail, a larger --holdout, or --all, which scores all of it" in said
+    assert "--split tail --holdout 0.2 has enough on each side, or use --all, which scores all of it" in said
     scored = {}
     for flags in (
         ["--all"],

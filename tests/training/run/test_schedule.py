@@ -8,25 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import assert_same_bits
-from tests.training.run.test_engine import TEXT, train
+from tests.training.run.test_engine import train
 from training.cli import main
 from training.commands.doctor import examine
 from training.run.config import HyperSettings, RunConfig
 from training.run.schedule import Leg, bends_text, config_at, legs_from, legs_of, reproduction
 from training.storage.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 FEW = ("--eval-every=0", "--sample-tokens=0", "--picture-every=0", "--checkpoint-every=0")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TINY_ONN_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return tmp_path / "text.txt"
 
 
 def test_a_run_with_more_steps_than_it_began_with_has_two_legs_everywhere(
@@ -63,7 +53,7 @@ def test_a_run_that_goes_on_as_it_began_has_one_leg_and_nothing_is_said(
         assert train(text, out, *flags, *FEW) == 0
         capsys.readouterr()
         assert main(["train", "--out", str(out), "--resume", "--steps", "5"]) == 0
-        assert "note:" not in capsys.readouterr().err
+        assert "note: steps" not in capsys.readouterr().err
         assert json.loads((out / "summary.json").read_text(encoding="utf-8"))["legs"][1:] == []
         assert not [finding for finding in examine(out) if finding.subject == "schedule"]
 

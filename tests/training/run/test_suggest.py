@@ -5,7 +5,7 @@ import pytest
 from training.cli import main
 from training.errors import UserError
 from training.run.settings import key_types, load_settings, parse_train_args
-from training.run.suggest import ABSENT, SYNONYMS, suggestion
+from training.run.suggest import ABSENT, SYNONYMS, UNITS, suggestion
 
 FLAGS = {
     "--lr": "did you mean --hyper.lr?",
@@ -27,6 +27,19 @@ FLAGS = {
     "--dropout": "there is none",
     "--hyper.dropout": "there is none",
     "--wandb": "there is none",
+    "--hyper.learnin-rate": "did you mean --hyper.lr?",
+    "--lerning-rate": "did you mean --hyper.lr?",
+    "--learningrate": "did you mean --hyper.lr?",
+    "--warmup-ratio": "did you mean --hyper.warmup-steps? It is in steps, not a share of them",
+    "--warmup-raito": "did you mean --hyper.warmup-steps? It is in steps, not a share of them",
+    "--num-epochs": "did you mean --steps? It is in batches, not passes over the text",
+    "--min-lr": "did you mean --hyper.min-lr-ratio? It is a share of the peak",
+    "--batchsize": "did you mean --batch-size?",
+    "--grad-clp": "did you mean --hyper.max-grad-norm?",
+    "--momentun": "did you mean --hyper.beta1?",
+    "--max-lenght": "did you mean --sequence-length?",
+    "--droput": "there is none: the model has no dropout",
+    "--modle.hidden-size": "did you mean --model.hidden-size?",
     "--hlep": "did you mean --help?",
     "--zzzzzzz": "`tiny-onn train --help` lists them all",
 }
@@ -52,6 +65,7 @@ def test_every_synonym_leads_to_a_setting_and_is_none_itself() -> None:
     ends = {key.rpartition(".")[2] for key in known}
     assert set(SYNONYMS.values()) <= known.keys()
     assert not (SYNONYMS.keys() | ABSENT.keys()) & ends
+    assert UNITS.keys() <= SYNONYMS.keys()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +80,8 @@ def test_every_synonym_leads_to_a_setting_and_is_none_itself() -> None:
             ["surgery", "model", "--out", "x", "--num-experts", "2", "--top-k", "1"],
             "did you mean --num-experts-per-tok?",
         ),
+        (["generate", "run", "--max-new-tokns", "5"], "did you mean --tokens?"),
+        (["sampel"], "did you mean generate?"),
         (["trian"], "did you mean train?"),
         (["eval", "run"], "did you mean evaluate?"),
         (["sample", "run"], "did you mean generate?"),
