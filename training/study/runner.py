@@ -102,7 +102,7 @@ def _run_study(
 
 
 def banner(study: StudyConfig, runs: Sequence[StudyRun], groups: int, folder: Path) -> str:
-    """What is about to be made, as aligned lines."""
+    """Study, arms, runs, data, device and folder as aligned lines, before the first step."""
     arms = [*dict.fromkeys(run.arm for run in runs)]
     data = ", ".join(f"{name} ({text})" for name, text in study.tasks.items()) or study.base.data
     lines = {
