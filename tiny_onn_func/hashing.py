@@ -25,4 +25,4 @@ def hash_logits(
     """
     key = mix(mix(token_ids) + layer + 1)
     words = mix(key.unsqueeze(-1) + mix(torch.arange(num_experts, device=token_ids.device)))
-    return words.to(torch.float64).div(WORD).to(torch.float32)
+    return words.to(torch.float32) / WORD  # rounded once: WORD is a power of two

@@ -52,10 +52,24 @@ def unflatten(flat: Mapping[str, Tensor]) -> Tree:
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
-    """The tree with every tensor on a device; a copy from pinned memory to it does not wait. Other leaves stay."""
+    """The tree with every tensor on a device; a copy from pinned memory to it does not wait. Other leaves stay.
+
+    float64 becomes `number_dtype(device)`.
+    """
     device = torch.device(device)
-    ahead = device.type != "cpu"  # what comes to the CPU is read at once
-    return tree_map(lambda leaf: leaf.to(device, non_blocking=ahead) if isinstance(leaf, Tensor) else leaf, tree)
+    ahead, widest = device.type != "cpu", number_dtype(device)  # what comes to the CPU is read at once
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device, widest if leaf.dtype == torch.float64 else leaf.dtype, non_blocking=ahead)
+
+    return tree_map(moved, tree)
+
+
+def number_dtype(device: torch.device) -> torch.dtype:
+    """float64, as wide as Python's own numbers; float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def device_of(tree: Any) -> torch.device:

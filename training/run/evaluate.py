@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
-from tiny_onn_func.tree import Tree, device_of, leaves, to_device, tree_map
+from tiny_onn_func.tree import Tree, device_of, leaves, number_dtype, to_device, tree_map
 from training.data.batches import held_out_batches, scored_span
 from training.data.corpus import Splits
 from training.errors import UserError
@@ -80,12 +80,12 @@ def evaluate_runs(
         return lm.loss_sum, lm.correct, count_visits(trace.active, real)
 
     device = device_of(params)
-    budgets = torch.tensor(surprise_budgets, dtype=torch.float64, device=device)
+    budgets = torch.tensor(surprise_budgets, dtype=number_dtype(device), device=device)
     totals, targets, real_tokens = torch.zeros(3, len(surprise_budgets), dtype=torch.float64), 0, 0
     with torch.no_grad():
         for batch in map(without_padding_labels, progress(batches)):
             by_run = vmap(sums, in_dims=(0, 0, None))(params, budgets, to_device(batch, device))
-            totals += torch.stack([part.double() for part in by_run]).cpu()
+            totals += torch.stack([part.cpu().double() for part in by_run])
             targets += int((batch.labels != IGNORE_INDEX).sum())
             real_tokens += int((batch.attention_mask != 0).sum())
     if not (targets and num_bytes):

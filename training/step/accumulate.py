@@ -25,7 +25,7 @@ from training.step.hyper_step import (
     RunRule,
     ShardResult,
     TrainState,
-    check_inputs,
+    checked_numbers,
     router_gradients,
     run_pass,
     shard_result,
@@ -56,7 +56,7 @@ def accumulated_step(
     Raises:
         ValueError: as `hyper_step`; rows that are no multiple of the parts; the oracle, which samples the whole batch.
     """
-    check_inputs(state, hyper, config)
+    hyper = checked_numbers(state, hyper, config)
     options = StepOptions(kind, compute_dtype)
 
     def step(inputs: Any) -> tuple[TrainState, Metrics]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tiny_onn_func.hashing import WORD, mix
 from tiny_onn_func.ops import as_scalar, as_wide_as
+from tiny_onn_func.tree import number_dtype
 from training.step.hyper_params import Number
 
 
@@ -35,12 +36,12 @@ def random_exploration(
     """An expert to try for each (layer, token), -1 for none; each token tries with the given probability."""
     word = random_words(seed, step, Purpose.EXPLORE, 2, layers, tokens)
     chance, choice = word.unbind(-3)
-    tries = chance.to(torch.float64) / WORD < as_wide_as(chance, probability)
+    tries = chance.to(number_dtype(chance.device)) / WORD < as_wide_as(chance, probability)
     return torch.where(tries, choice * experts >> 32, -1)
 
 
 def random_normal(seed: Number, step: Tensor, stream: Purpose, *shape: int) -> Float[Tensor, "..."]:
-    """Standard normal numbers, float64 (Box and Muller 1958)."""
-    word = (random_words(seed, step, stream, 2, *shape).to(torch.float64) + 0.5) / WORD
+    """Standard normal numbers of `number_dtype` (Box and Muller 1958)."""
+    word = (random_words(seed, step, stream, 2, *shape).to(number_dtype(step.device)) + 0.5) / WORD
     size, turn = word.unbind(-1 - len(shape))
     return (-2 * size.log()).sqrt() * (2 * math.pi * turn).cos()

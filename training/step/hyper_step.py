@@ -13,7 +13,7 @@ from tiny_onn_func.moe import linear_router_logits
 from tiny_onn_func.ops import as_scalar, as_wide_as
 from tiny_onn_func.params import check_params, init_params
 from tiny_onn_func.primitives.vmap import outside_vmap_tree
-from tiny_onn_func.tree import Tree, leaves, merge, partition, tree_map
+from tiny_onn_func.tree import Tree, leaves, merge, number_dtype, partition, to_device, tree_map
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import RANGES, HyperParams, Number, is_off, out_of_range, with_axes
@@ -88,7 +88,7 @@ def hyper_step(
         ValueError, IndexError: parameters that are not the configuration's, or a batch, a teacher, a kind or a
             coefficient that is out of range or has other axes; the message names it.
     """
-    check_inputs(state, hyper, config)
+    hyper = checked_numbers(state, hyper, config)
     options = StepOptions(kind, compute_dtype)
     inputs = state, batch, hyper, teacher_logits
     return outside_vmap_tree(lambda inputs: _step(*inputs, config=config, options=options, rule=rule), inputs)
@@ -105,16 +105,24 @@ def _step(
     return update(state, fast, router, result, *of_router, hyper, config)
 
 
-def check_inputs(state: TrainState, hyper: HyperParams, config: ModelConfig) -> None:
-    """Refuse coefficients out of range or with axes of their own, and parameters that are not the configuration's.
+def checked_numbers(state: TrainState, hyper: HyperParams, config: ModelConfig) -> HyperParams:
+    """The coefficients on the device of the state, where those that are tensors of another are copied to.
 
     Raises:
-        ValueError: the message names the coefficient or the leaf.
+        ValueError: coefficients out of range or with axes of their own, or parameters that are not the
+            configuration's; the message names the coefficient or the leaf.
     """
     runs = state.step.shape
     if wrong := out_of_range(hyper, RANGES) or with_axes(hyper, runs):
         raise ValueError(f"hyper.{wrong}")
     check_params(state.params, config, runs)
+    device = state.step.device
+    away = {
+        name: to_device(number, device)
+        for name, number in zip(hyper._fields, hyper, strict=True)
+        if isinstance(number, Tensor) and number.device != device
+    }
+    return hyper._replace(**away) if away else hyper
 
 
 def update(
@@ -276,14 +284,14 @@ def _while_learning(step: Tensor, hyper: HyperParams) -> Number:
     if is_off(hyper.freeze_step):
         return 1.0
     last = as_scalar(hyper.freeze_step, step.device)
-    return ((step < last) | (last <= 0)).to(torch.float64)
+    return ((step < last) | (last <= 0)).to(number_dtype(step.device))
 
 
 def _annealed(hyper: HyperParams, step: Tensor, dtype: torch.dtype) -> HyperParams:
     """HyperParams with this step's weight of surprise, as a tensor of that dtype where it changes."""
     if is_off(hyper.surprise_until):
         return hyper
-    at = step.to(torch.float64)  # as Python's own numbers
+    at = step.to(number_dtype(step.device))  # as Python's own numbers
     until = as_scalar(hyper.surprise_until, at.device, at.dtype)
     share = torch.where(until > 0, (1 - at / until.clamp_min(1)).clamp_min(0), 1.0)
     return hyper._replace(surprise_weight=(hyper.surprise_weight * share).to(dtype))

@@ -12,7 +12,7 @@ from tiny_onn_func.kernels import runtime
 from tiny_onn_func.kernels import step as step_kernels
 from tiny_onn_func.ops import as_scalar, as_wide_as
 from tiny_onn_func.primitives.vmap import outside_vmap_tree
-from tiny_onn_func.tree import Tree, flatten, leaves, tree_map, unflatten
+from tiny_onn_func.tree import Tree, flatten, leaves, number_dtype, tree_map, unflatten
 from training.step.hyper_params import HyperParams, Number
 
 
@@ -60,7 +60,9 @@ def _updated(
     grad_scale: Number, backbone_scale: Number,
 ) -> tuple[Tree, AdamWState]:  # fmt: skip
     updates = state.updates + 1
-    t = updates.to(torch.float64)  # as Python's own numbers: in float32 the corrections would lose half of their digits
+    t = updates.to(
+        number_dtype(updates.device)
+    )  # as Python's own numbers: in float32 the corrections would lose half of their digits
     step_size = lr / (1 - hyper.beta1**t)
     root_correction = (1 - hyper.beta2**t).sqrt()
     # step / (sqrt(nu) / root + eps) = (step root) / (sqrt(nu) + eps root): one pass less over each leaf
@@ -162,7 +164,7 @@ def schedule(step: Int[Tensor, "*runs"], hyper: HyperParams) -> Float[Tensor, "*
     cosine after the warm-up, or with `decay_steps` a line over that many last steps, none of them the warm-up's
     (warmup-stable-decay: Hu et al. 2024, arXiv 2404.06395).
     """
-    at = step.to(torch.float64)  # as Python's own numbers
+    at = step.to(number_dtype(step.device))  # as Python's own numbers
     warmup, total, decay = (
         as_scalar(n, at.device, at.dtype) for n in (hyper.warmup_steps, hyper.total_steps, hyper.decay_steps)
     )

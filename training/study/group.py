@@ -102,7 +102,7 @@ def _first_state(group: GroupRun, checkpoint: Checkpoint | None) -> GroupState:
 def _train(group: GroupRun, state: GroupState, recorders: Sequence[Recorder], bar: Bar) -> GroupState:
     """Make the remaining steps. Time spent on scores and checkpoints is not training time."""
     config, runs, saved = group.config, len(group.runs), int(state.step)
-    step = vmapped_step(group.configs)
+    step = vmapped_step(group.configs, group.device)
     with BackgroundSaver(partial(_save, group, recorders)) as saver:
         try:
             for number in range(saved + 1, config.steps + 1):

@@ -16,7 +16,7 @@ from torch.func import vmap
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
 from tiny_onn_func.moe import RouterTrace
-from tiny_onn_func.tree import Tree, device_of, to_device, unstack
+from tiny_onn_func.tree import Tree, device_of, number_dtype, to_device, unstack
 from training.data.batches import batch_at, held_out_batches
 from training.data.corpus import Corpus
 from training.run.config import RunConfig
@@ -55,7 +55,7 @@ def routing_facts(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, to
     config = configs[0]
     batch, sample = analysis_batch(corpus, config, tokens)
     device = device_of(params)
-    budgets = _budgets(configs).to(device)
+    budgets = _budgets(configs, device)
 
     def surprises(params: Tree, budget: Tensor, part: Batch) -> tuple[Tensor, RouterTrace]:
         return all_surprises(params, part, config.model, budget)
@@ -99,7 +99,7 @@ def router_snapshot(params: Tree, configs: Sequence[RunConfig], corpus: Corpus, 
     with torch.no_grad():
         device = device_of(params)
         budgets, parts = (
-            _budgets(configs).to(device),
+            _budgets(configs, device),
             _parts(to_device(batch, device), sample.to(device), 2 * config.batch_size),
         )
         routed = [vmap(routes, in_dims=(0, 0, None))(params, budgets, part) for part, _ in parts]
@@ -202,14 +202,15 @@ def coactivation_excess(
     q is the share of the layer's pairs of visits, p the share that loads n give, p_ef ~ n_e n_f; 0: experts meet by
     chance. cosine[l, e, f] = tokens that visit both / sqrt(tokens that visit e * tokens that visit f).
     """
-    one_hot = torch.zeros(*ids.shape[:2], experts, dtype=torch.float64).scatter_add(-1, ids, active.double())
+    visits = active.to(number_dtype(ids.device))
+    one_hot = visits.new_zeros(*ids.shape[:2], experts).scatter_add(-1, ids, visits)
     both = one_hot.mT @ one_hot
     count = both.diagonal(dim1=-2, dim2=-1)
     expected = count.unsqueeze(-1) * count.unsqueeze(-2)
-    upper = torch.ones(experts, experts, dtype=torch.bool).triu(1)
-    q, p = (_shares(pairs[:, upper]) for pairs in (both, expected))
+    row, column = torch.triu_indices(experts, experts, 1, device=ids.device)
+    q, p = (_shares(pairs[:, row, column]) for pairs in (both, expected))
     excess = torch.where(q > 0, q * (q / p).log(), 0.0).sum(dim=-1)
-    met = both[:, upper].sum(dim=-1) > 0
+    met = both[:, row, column].sum(dim=-1) > 0
     return torch.where(met, excess, torch.nan), both / expected.sqrt().clamp_min(1)
 
 
@@ -219,8 +220,8 @@ def _parts(batch: Batch, sample: Tensor, rows: int) -> Iterator[tuple[Batch, Ten
         yield Batch(*(field[part] for field in batch)), sample[:, part]
 
 
-def _budgets(configs: Sequence[RunConfig]) -> Tensor:
-    return torch.tensor([config.hyper.pi_alpha for config in configs], dtype=torch.float64)
+def _budgets(configs: Sequence[RunConfig], device: torch.device) -> Tensor:
+    return torch.tensor([config.hyper.pi_alpha for config in configs], dtype=number_dtype(device), device=device)
 
 
 def _shares(x: Tensor) -> Tensor:

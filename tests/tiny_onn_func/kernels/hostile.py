@@ -119,6 +119,7 @@ def model(data: st.DataObject) -> None:
 
 
 def main() -> None:
+    build.TOO_LONG = 1200  # with the sanitizers, beside other work
     if build.library() is None:
         sys.exit("the kernels could not be made or loaded")
     kernels()

@@ -1,5 +1,7 @@
 """The whole step runs on a device that has no values: nothing is read back, no tensor is made on the host."""
 
+import sys
+from contextlib import nullcontext
 from typing import Any, get_args
 
 import pytest
@@ -42,6 +44,16 @@ class NothingFromTheHost(TorchDispatchMode):
         return outputs
 
 
+class NothingWide(TorchDispatchMode):
+    """Refuses a float64 tensor, as MPS does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        wide = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64]
+        assert not wide, f"{func}: made float64"
+        return outputs
+
+
 def a_state(config: ModelConfig, seed: int = 0) -> TrainState:
     return init_state(config, torch.Generator().manual_seed(seed))
 
@@ -73,6 +85,40 @@ def test_a_step_reads_nothing_back_and_mixes_no_devices(
     assert [leaf.dtype for leaf in tree_leaves(after)] == [leaf.dtype for leaf in tree_leaves(state)]
     assert [leaf.shape for leaf in tree_leaves(after)] == [leaf.shape for leaf in tree_leaves(state)]
     assert device_of(after) == torch.device("meta")
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_numbers_that_differ_between_runs_are_used_on_the_device_of_the_states(device: str) -> None:
+    config = model_of("router", -1)
+    batch = to_device(tiny_batch(config, 2, 8, 0, left=(0, 2)), "meta")
+    states = to_device(stack([a_state(config)] * 2), "meta")
+    numbers = HyperParams(*(torch.tensor([number, number]).to(device) for number in EVERY_RULE))
+    logits = torch.zeros(2, 8, 257, device="meta")  # a teacher's, as every term is computed
+    with NothingFromTheHost() if device == "meta" else nullcontext():
+        after, metrics = vmap(lambda state, hyper: hyper_step(state, batch, hyper, config, teacher_logits=logits))(
+            states, numbers
+        )
+    assert {leaf.device.type for leaf in tree_leaves((after, metrics))} == {"meta"}
+
+
+@pytest.mark.parametrize("runs", [0, 2], ids=["one run", "mapped"])
+@pytest.mark.parametrize("routing", ["router", "hash", "thresholds"])
+def test_a_step_on_mps_makes_no_float64(routing: str, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPS has none; the meta device stands in for it."""
+    for module in [module for name, module in sys.modules.items() if name.startswith(("tiny_onn_func", "training"))]:
+        if hasattr(module, "number_dtype"):
+            monkeypatch.setattr(module, "number_dtype", lambda device: torch.float32)
+    config = model_of(routing, -1)
+    batch = to_device(tiny_batch(config, 2, 8, 0, left=(0, 2)), "meta")
+    state = to_device(stack([a_state(config)] * 2) if runs else a_state(config), "meta")
+    lr = to_device(torch.tensor([1e-3, 2e-3], dtype=torch.float64), "meta")
+    with NothingWide():
+        if runs:
+            vmap(lambda state, lr: hyper_step(state, batch, EVERY_RULE._replace(lr=lr), config))(state, lr)
+        else:
+            hyper_step(state, batch, EVERY_RULE, config)
+    with pytest.raises(AssertionError, match="float64"), NothingWide():
+        torch.zeros(2, device="meta").double()
 
 
 def test_the_proof_sees_a_value_that_is_read_back_and_a_tensor_of_the_host() -> None:

@@ -23,7 +23,7 @@ from training.errors import UserError
 from training.storage.checkpoint_files import steps_in
 from training.study.config import StudyConfig
 from training.study.file import save_study
-from training.study.ray.launcher import ray_launcher
+from training.study.ray.launcher import gpus_of, ray_launcher
 from training.study.ray.session import _check_address, session
 from training.study.ray.worker import check_place, progress_of, versions
 from training.study.vmapped import vmapped_step
@@ -150,8 +150,8 @@ def test_ray_goes_on_with_what_the_local_launcher_began_and_a_mistake_in_a_group
 ) -> None:
     calls: list[int] = []
 
-    def counted(configs: Any) -> Any:
-        step = vmapped_step(configs)
+    def counted(*of: Any) -> Any:
+        step = vmapped_step(*of)
 
         def stepped(*args: Any) -> Any:
             calls.append(1)
@@ -281,6 +281,14 @@ def test_an_address_where_nobody_is_is_refused_before_anything_is_written(
     assert re.search(message, refused(capsys, *flags))
     assert time.monotonic() - start < 30
     assert not (home / "none").exists()
+
+
+def test_a_group_asks_for_a_gpu_where_it_computes_on_one() -> None:
+    assert [gpus_of(*case) for case in (("cpu", 4), ("auto", 0), ("auto", 2), ("cuda", 1))] == [0, 0, 1, 1]
+    with pytest.raises(UserError, match="no node of the Ray cluster has a GPU, got cuda"):
+        gpus_of("cuda", 0)
+    with pytest.raises(UserError, match="chooses the GPU of each group, got cuda:1"):
+        gpus_of("cuda:1", 2)
 
 
 @needs_ray

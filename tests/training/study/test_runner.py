@@ -183,8 +183,8 @@ def run_counted_study(
 ) -> int:
     calls = []
 
-    def counted(configs):
-        step = vmapped_step(configs)
+    def counted(*of):
+        step = vmapped_step(*of)
 
         def stepped(*args):
             if len(calls) == last:
@@ -227,11 +227,11 @@ def test_a_text_that_changed_is_noticed_before_any_group_goes_on(
     study = small_study(str(path), arms=(ARMS[0], ARMS[3]), seeds=(0,))
     groups: list[int] = []
 
-    def interrupted(configs: Any) -> Any:
+    def interrupted(*of: Any) -> Any:
         groups.append(1)
         if len(groups) > finished:
             raise RuntimeError("killed")
-        return vmapped_step(configs)
+        return vmapped_step(*of)
 
     with monkeypatch.context() as patch:
         patch.setattr("training.study.group.vmapped_step", interrupted)
@@ -249,7 +249,7 @@ def test_a_text_that_changed_is_noticed_before_any_group_goes_on(
 def test_a_finished_study_is_not_repeated(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.study.group.vmapped_step", lambda configs: pytest.fail("trained again"))
+    monkeypatch.setattr("training.study.group.vmapped_step", lambda *_: pytest.fail("trained again"))
     copy = tmp_path / "copy"
     shutil.copytree(done, copy)
     assert main(["study", "--resume", "--out", str(copy)]) == 0

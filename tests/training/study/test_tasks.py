@@ -199,8 +199,8 @@ def test_a_stream_that_is_stopped_behind_a_task_and_resumed_has_the_same_bits(
 ) -> None:
     out, calls = tmp_path / "killed", []
 
-    def counted(configs):
-        step = vmapped_step(configs)
+    def counted(*of):
+        step = vmapped_step(*of)
 
         def stepped(*args):
             if len(calls) == 3:  # one task is scored

@@ -86,7 +86,7 @@ def _launch(
 
 
 def _submit(ray: Any, place: Place, study: StudyConfig, group: Group) -> Any:
-    """The group as a task that asks for its threads and its memory."""
+    """The group as a task that asks for its threads, its memory, and a device where it computes on one."""
     config = group.runs[0].config
     threads = config.threads or 1  # groups, not threads, fill the processors
     need = PROCESS_MEMORY + len(group.runs) * memory_of_a_run(config)
@@ -98,10 +98,25 @@ def _submit(ray: Any, place: Place, study: StudyConfig, group: Group) -> Any:
             f"has {room / 2**30:.1f}; begin anew with a smaller --runs-at-once"
         )
     cpus = min(threads, max(node.get("CPU", 0) for node in nodes))
+    gpus = gpus_of(config.device, max(node.get("GPU", 0) for node in nodes))
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     job = Job(study, group, place, threads, kept)
     task = ray.remote(train_remotely)
-    return task.options(name=group.name, num_cpus=cpus, memory=need, max_retries=RETRIES).remote(job)
+    asked = {"num_cpus": cpus, "num_gpus": gpus, "memory": need, "max_retries": RETRIES}
+    return task.options(name=group.name, **asked).remote(job)
+
+
+def gpus_of(device: str, available: int | float) -> int:
+    """GPUs that a group asks Ray for: 1 for cuda, or for auto where a node has one; a group without sees none.
+
+    Raises:
+        UserError: cuda where no node has a GPU, or a numbered device, as Ray gives every group its own.
+    """
+    if device.startswith("cuda:"):
+        raise UserError(f"device: expected cuda with --launcher ray, which chooses the GPU of each group, got {device}")
+    if device == "cuda" and available < 1:
+        raise UserError("device: expected cpu or auto, as no node of the Ray cluster has a GPU, got cuda")
+    return int(device in ("auto", "cuda") and available >= 1)
 
 
 def _rows(ray: Any, task: Any) -> list[Row] | None:
