@@ -57,8 +57,14 @@ def field_comment(name: str) -> str:
     return found.group(1) if found else ""
 
 
-def process_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Event handler of autodoc, before napoleon's."""
+def after_napoleon(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Undo what napoleon reads into a field's text: the "AdamW" of "AdamW: decay" is no type."""
+    if lines and lines[-1].startswith(":type:"):
+        lines[:] = [f"{lines[-1].removeprefix(':type:').strip()}: {lines[0]}", *lines[1:-1]]
+
+
+def before_napoleon(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Event handler of autodoc."""
     if lines and lines[0].startswith("Alias for field number"):
         lines[:] = [field_comment(name)]
     lines[:] = as_restructured_text(lines)
@@ -72,4 +78,5 @@ def skip_member(app: Any, what: str, name: str, obj: Any, skip: bool, options: A
 def setup(app: Any) -> None:
     """Connect the handlers."""
     app.connect("autodoc-skip-member", skip_member)
-    app.connect("autodoc-process-docstring", process_docstring, priority=100)
+    app.connect("autodoc-process-docstring", before_napoleon, priority=100)
+    app.connect("autodoc-process-docstring", after_napoleon, priority=900)
