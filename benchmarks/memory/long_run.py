@@ -21,6 +21,7 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 
 from benchmarks.timing import machine
 
@@ -71,18 +72,16 @@ def watched(argv: list[str], out: Path) -> list[Sample]:
     """Run a command, and sample the memory and processor time of its process until it ends."""
     samples = []
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        home = Path(f"/proc/{process.pid}")
+        run = psutil.Process(process.pid)
         while process.poll() is None:
             time.sleep(EVERY)
             step = last_step(out / "metrics.jsonl")
             try:
-                pages = int((home / "statm").read_text().split()[1])
-                user, system = (home / "stat").read_text().rpartition(")")[2].split()[11:13]
-            except (FileNotFoundError, IndexError):
+                resident, times = run.memory_info().rss, run.cpu_times()
+            except psutil.NoSuchProcess:
                 continue
-            if step and pages:
-                busy = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-                samples.append(Sample(step, pages * os.sysconf("SC_PAGE_SIZE"), busy))
+            if step and resident:
+                samples.append(Sample(step, resident, times.user + times.system))
     if process.returncode:
         raise SystemExit(f"the run ended with status {process.returncode}")
     return samples

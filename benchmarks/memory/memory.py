@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 SUBJECTS = ("gradients without hooks", "gradients and surprise", "hyper step", "plain step of transformers")
@@ -71,8 +72,7 @@ def grown(subject: str, size: str, steps: int) -> float:
 
 def held() -> float:
     """MiB resident now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize() / 2**20
+    return psutil.Process().memory_info().rss / 2**20
 
 
 if __name__ == "__main__":

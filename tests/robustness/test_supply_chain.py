@@ -176,7 +176,7 @@ sys.meta_path.insert(0, Blocked())
 """
 MODULES_OF_EXTRAS = {
     "scipy", "pydantic", "yaml", "tyro", "tqdm", "matplotlib", "packaging", "tensorboard", "transformers", "tokenizers",
-    "pyarrow", "ray", "beartype", "hypothesis", "pytest",
+    "pyarrow", "ray", "beartype", "hypothesis", "pytest", "platformdirs", "psutil",
 }  # fmt: skip
 
 

@@ -45,7 +45,8 @@ def find_library() -> Path:
         OSError, subprocess.SubprocessError: no compiler, a compiler that refuses, a folder that others can write to.
         RuntimeError: the user has no home folder, and TINY_ONN_NATIVE_CACHE names none.
     """
-    home = Path(os.environ.get("TINY_ONN_NATIVE_CACHE") or "~/.cache/tiny-onn/native").expanduser().absolute()
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = Path(os.environ.get("TINY_ONN_NATIVE_CACHE") or f"{caches}/tiny-onn/native").expanduser().absolute()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_ours(home):
         raise PermissionError(errno.EPERM, "others can write to this folder: no kernel is taken from it", str(home))

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 from training.errors import UserError
 
 
@@ -70,13 +72,15 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 def cache_folder() -> Path:
-    """Folder for files that can be made again from texts and teachers: $TINY_ONN_CACHE, else ~/.cache/tiny-onn.
+    """Folder for files that can be made again from texts and teachers: $TINY_ONN_CACHE, else the system's own place.
+
+    On Linux that is $XDG_CACHE_HOME/tiny-onn, or ~/.cache/tiny-onn.
 
     Raises:
         UserError: neither names one.
     """
     try:
-        return Path(os.environ.get("TINY_ONN_CACHE") or "~/.cache/tiny-onn").expanduser()
+        return Path(os.environ.get("TINY_ONN_CACHE") or user_cache_path("tiny-onn", appauthor=False)).expanduser()
     except RuntimeError:
         raise UserError(
             "TINY_ONN_CACHE: expected a folder, got none, and this user has no home folder; set it"

@@ -1,21 +1,22 @@
 """Folder lock: a second process is refused by name. A lock ends with its process, so none can be stale.
 
-The lock is the kernel's, on FOLDER/.lock, and the file says whose it is. A process that dies, however it dies, holds
-nothing any more: a file without a living holder is no lock, and is taken over.
+The lock is the operating system's, by filelock on FOLDER/.lock; FOLDER/.lock-holder says whose it is. A process that
+dies, however it dies, holds nothing any more: files without a living holder are no lock, and are taken over.
 """
 
-import fcntl
 import os
 import socket
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from training.errors import UserError
 from training.storage.atomic import make_folder
+from training.storage.regular_file import read_small
 
-LOCK = ".lock"
+LOCK, HOLDER = ".lock", ".lock-holder"
 POLL = 0.2  # seconds
 
 
@@ -32,13 +33,22 @@ def locked(folder: str | Path, *, patience: float = 0.0) -> Iterator[None]:
     home = Path(folder)
     created = [path for path in (home, *home.parents) if not path.exists()]
     make_folder(home)
+    lock = _lock(home)
     try:
-        descriptor = _take(home, time.monotonic() + patience)
         try:
+            lock.acquire(timeout=patience, poll_interval=POLL)
+        except Timeout:
+            raise UserError(
+                f"{home}: expected a folder at rest, got one in use by {_name(home)}; end it or wait"
+            ) from None
+        try:
+            (home / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
             yield
         finally:
-            (home / LOCK).unlink(missing_ok=True)  # while it is held: nobody else's can be removed
-            os.close(descriptor)
+            for name in (HOLDER, LOCK):  # while it is held: none of another process can be removed
+                with suppress(OSError):  # Windows keeps a file that is open
+                    (home / name).unlink()
+            lock.release()
     finally:
         for path in created:
             try:
@@ -49,50 +59,24 @@ def locked(folder: str | Path, *, patience: float = 0.0) -> Iterator[None]:
 
 def holder(folder: str | Path) -> str | None:
     """Name of the process that holds the folder: "process 123 on host"; None if none does."""
+    home = Path(folder)
+    if not (home / LOCK).exists():
+        return None
     try:
-        descriptor = os.open(Path(folder) / LOCK, os.O_RDWR)
+        with _lock(home).acquire(timeout=0):
+            return None
+    except Timeout:
+        return _name(home)
     except OSError:
         return None
+
+
+def _lock(home: Path) -> FileLock:
+    return FileLock(home / LOCK, mode=0o644)
+
+
+def _name(home: Path) -> str:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _name_in(descriptor)
-    else:
-        return None
-    finally:
-        os.close(descriptor)
-
-
-def _name_in(descriptor: int) -> str:
-    return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-
-
-def _take(home: Path, until: float) -> int:
-    """A descriptor that holds the lock; another process may hold it `until` then."""
-    path = home / LOCK
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-                return descriptor
-        except BlockingIOError:
-            who = _name_in(descriptor)
-            os.close(descriptor)
-            if time.monotonic() < until:
-                time.sleep(POLL)
-                continue
-            raise UserError(f"{home}: expected a folder at rest, got one in use by {who}; end it or wait") from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # its holder removed the file between our opening and our locking: once more
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+        return read_small(home / HOLDER, 200).decode(errors="replace").strip() or "another process"
+    except OSError:
+        return "another process"

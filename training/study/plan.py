@@ -2,12 +2,13 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from tiny_onn_func.params import count_params
 from tiny_onn_func.tree import flatten
@@ -20,7 +21,6 @@ from training.study.config import StudyRun
 MOST_AT_ONCE = 64
 BUSY = 1 << 22  # tokens * width * layers of a step, beyond which more runs gain little (docs/benchmarks.md)
 MEMORY_SHARE = 0.5  # of what is available
-UNKNOWN_MEMORY = 4 << 30  # bytes, where the system does not say
 PLAN, NAME = "plan.json", re.compile(r"group_\d{3,}")  # a group's name is that of a folder, which goes in the end
 
 
@@ -118,20 +118,12 @@ def memory_of_a_run(config: RunConfig) -> int:
 
 def available_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its control group."""
-    available = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        available.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
-    except (OSError, StopIteration, ValueError, IndexError):
-        pass
+    available = psutil.virtual_memory().available
     try:
         limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
-        available.append(int(limit) - int(used))
-    except (OSError, ValueError):  # no control group, or one without a limit
-        pass
-    if not available and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        available.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return max(0, min(available, default=UNKNOWN_MEMORY))
+    except OSError:  # no control group
+        return available
+    return available if limit.strip() == "max" else max(0, min(available, int(limit) - int(used)))
 
 
 def _fitting(config: RunConfig) -> int:

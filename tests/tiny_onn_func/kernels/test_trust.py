@@ -81,11 +81,24 @@ def test_no_argument_chooses_what_is_loaded() -> None:
     assert not inspect.signature(build.library).parameters
 
 
+def test_kernels_lie_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = []
+    monkeypatch.setattr(build, "_compile", lambda path: made.append(path) or path.touch())
+    monkeypatch.setattr(build.ctypes, "CDLL", str)
+    monkeypatch.delenv("TINY_ONN_NATIVE_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build.find_library().parent == tmp_path / ".cache" / "tiny-onn" / "native"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert build.find_library().parent == tmp_path / "caches" / "tiny-onn" / "native"
+    assert len(made) == 2
+
+
 def test_a_user_without_a_home_has_no_kernels_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody(_: object) -> None:
         raise KeyError
 
-    for name in ("HOME", "TINY_ONN_NATIVE_CACHE", "TINY_ONN_NATIVE"):
+    for name in ("HOME", "TINY_ONN_NATIVE_CACHE", "TINY_ONN_NATIVE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     assert build.library.__wrapped__() is None

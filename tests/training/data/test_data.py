@@ -30,6 +30,7 @@ from training.data.tokenizer import BOUNDARY, VOCAB_SIZE
 from training.data.train_tokenizer import train_tokenizer
 from training.errors import UserError
 from training.step.batch import IGNORE_INDEX, Batch
+from training.storage.atomic import cache_folder
 
 
 @pytest.fixture(autouse=True)
@@ -499,11 +500,20 @@ def test_the_cache_folder_comes_from_the_environment(text: Path, tmp_path: Path,
     assert open_corpus(str(text), sequence_length=4).folder.parent == tmp_path / "elsewhere"
 
 
+def test_the_cache_folder_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TINY_ONN_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "tiny-onn"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert cache_folder() == tmp_path / "caches" / "tiny-onn"
+
+
 def test_a_user_without_a_home_is_told_to_name_a_cache_folder(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody(_: object) -> None:
         raise KeyError
 
-    for name in ("HOME", "TINY_ONN_CACHE"):
+    for name in ("HOME", "TINY_ONN_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", nobody)
     with pytest.raises(UserError, match="TINY_ONN_CACHE: expected a folder, got none"):

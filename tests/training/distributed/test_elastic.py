@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers import assert_same_bits
@@ -49,9 +50,9 @@ def steps_done(run: Path) -> int:
 def workers_of(process: "subprocess.Popen[str]") -> list[int]:
     """Processes that torchrun has begun, in the order of their ranks."""
     try:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"training" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    except FileNotFoundError:
+        children = psutil.Process(process.pid).children()
+        return [child.pid for child in children if any("training" in word for word in child.cmdline())]
+    except psutil.NoSuchProcess:
         return []
 
 

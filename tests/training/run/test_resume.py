@@ -25,7 +25,7 @@ from training.run.settings import load_settings, parse_train_args
 from training.storage.background_saver import BackgroundSaver
 from training.storage.checkpoint import latest_checkpoint, load_checkpoint, named_tensors, save_checkpoint
 from training.storage.checkpoint_files import clean
-from training.storage.lock import LOCK, holder, locked
+from training.storage.lock import HOLDER, LOCK, holder, locked
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +311,7 @@ def test_the_second_process_on_a_folder_is_refused_by_name_and_writes_nothing(
         assert capsys.readouterr().err.startswith(line)
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert not (run / LOCK).exists()
+    assert not (run / HOLDER).exists()
     assert resume(run) == 0
 
 
@@ -343,6 +344,31 @@ def test_a_folder_that_was_made_for_nothing_is_removed_again(tmp_path: Path) -> 
     with locked(tmp_path / "mine"):
         pass
     assert (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_a_look_at_the_holder_leaves_a_folder_as_it_was(tmp_path: Path, present: bool) -> None:
+    if present:
+        (tmp_path / LOCK).touch()
+    before = [*tmp_path.iterdir()]
+    assert holder(tmp_path) is None
+    assert [*tmp_path.iterdir()] == before
+
+
+def test_a_process_that_waits_takes_the_lock_when_the_holder_ends(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom training.storage.lock import locked\n"
+        "with locked(sys.argv[1]):\n print(1, flush=True)\n time.sleep(1)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"1\n"
+        with locked(tmp_path, patience=60.0):
+            assert (holder(tmp_path) or "").startswith(f"process {os.getpid()} on ")
+    finally:
+        child.communicate(timeout=60)
+    assert child.returncode == 0
 
 
 # In the background

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
-from training.storage.lock import LOCK
+from training.storage.lock import HOLDER
 from training.storage.results import Row
 from training.study.config import StudyConfig
 from training.study.launch import Finished, Launch, Launcher
@@ -45,7 +45,7 @@ def ray_launcher(address: str | None = None) -> Launcher:
     @contextmanager
     def launcher(folder: Path) -> Iterator[Launch]:
         with session(address or os.environ.get("RAY_ADDRESS") or None) as ray:
-            place = Place(str(folder.resolve()), (folder / LOCK).read_text(), os.getcwd(), versions())
+            place = Place(str(folder.resolve()), (folder / HOLDER).read_text(), os.getcwd(), versions())
             _check_nodes(ray, place)
             yield partial(_launch, ray, place)
 

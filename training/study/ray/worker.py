@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from training.errors import UserError
-from training.storage.lock import LOCK
+from training.storage.lock import HOLDER
 from training.storage.results import Row
 from training.study.config import StudyConfig
 from training.study.plan import Group
@@ -57,7 +57,7 @@ def check_place(folder: str, holder: str, cwd: str, theirs: Mapping[str, str]) -
         if mine != theirs[name]:
             return f"expected {name} {theirs[name]} as on the driver, got {mine}; install the same on every node"
     try:
-        shared = (Path(folder) / LOCK).read_text() == holder
+        shared = (Path(folder) / HOLDER).read_text() == holder
     except OSError:
         shared = False
     if not shared:
