@@ -236,7 +236,7 @@ def _export(argv: Sequence[str]) -> None:
     parser.add_argument("run", help="run folder")
     parser.add_argument("--out", required=True, help="new or empty folder")
     parser.add_argument("--num-experts-per-tok", type=int, metavar="K", help="experts a token visits; the run's own")
-    parser.add_argument("--from-sharded", action="store_true", help="the newest sharded checkpoint; trust the run")
+    parser.add_argument("--from-sharded", action="store_true", help="the newest sharded checkpoint")
     parser.add_argument("--force", action="store_true", help="replace an earlier export in --out")
     args = parser.parsed(argv)
     from training.commands.export import export_run

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from functools import partial
@@ -12,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import yaml
 
 from tests.robustness.fault_subjects import SIZES, TEXT
@@ -87,6 +89,7 @@ def readers(home: Path) -> dict[str, Reader]:
         "checkpoint, checksums right": Reader(
             _load_signed, run, [f"{STEP}/meta.json", f"{STEP}/state.safetensors", f"{STEP}/state.safetensors"]
         ),
+        **_shards(run, home / "sharded run"),
         "run folder": Reader(open_run, run, ["config.yaml", f"{STEP}/meta.json"]),
         "records": Reader(read_history, run, ["metrics.jsonl"]),
         "doctor": Reader(
@@ -168,6 +171,45 @@ def _load_signed(folder: Path) -> object:
             meta |= {"sha256": sha256(step / "state.safetensors")}
             (step / "meta.json").write_text(json.dumps(meta | {"checksum": digest(meta)}), encoding="utf-8")
     return load_params(folder / STEP)
+
+
+def _shards(run: Path, home: Path) -> dict[str, Reader]:
+    """A run's state as a sharded checkpoint, with its own checksums and with those of a forger."""
+    from dataclasses import asdict
+
+    from training.distributed.sharded_checkpoint import load_sharded, open_sharded, save_sharded
+    from training.distributed.team import ALONE
+    from training.run.settings import load_settings
+    from training.step.hyper_step import init_state
+    from training.storage.checkpoint import load_checkpoint
+    from training.storage.checkpoint_files import digest, sha256
+
+    config = load_settings(str(run / "config.yaml")).model
+    state = load_checkpoint(run / STEP, init_state(config, torch.Generator()))
+    about = {"config_dict": asdict(config), "tokenizer": "bytes", "settings": {}}
+    with warnings.catch_warnings():  # one process alone saves
+        warnings.simplefilter("ignore")
+        save_sharded(home, state, config, ALONE.layout, about, 1, None)
+    step = "sharded/step_000003"
+    targets = [f"{step}/meta.json", *(str(path.relative_to(home)) for path in (home / step).glob("*.safetensors"))]
+
+    def load(folder: Path) -> object:
+        return load_sharded(open_sharded(folder / step), config, ALONE.layout)
+
+    def load_signed(folder: Path) -> object:
+        with suppress(OSError, ValueError, RecursionError):
+            meta = json.loads(read_small(folder / step / "meta.json"))
+            if isinstance(meta, dict):
+                meta.pop("checksum", None)
+                meta |= {"sha256": {path.name: sha256(path) for path in (folder / step).glob("*.safetensors")}}
+                text = json.dumps(meta | {"checksum": digest(meta)})
+                (folder / step / "meta.json").write_text(text, encoding="utf-8")
+        return load(folder)
+
+    return {
+        "sharded checkpoint": Reader(load, home, targets),
+        "sharded checkpoint, checksums right": Reader(load_signed, home, [targets[0], *targets[1:] * 2]),
+    }
 
 
 def _sharded(folder: Path, out: Path) -> Path:

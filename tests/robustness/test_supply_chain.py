@@ -30,8 +30,8 @@ CALLS = {
 ARGUMENTS = {
     ("trust_remote_code", "True"), ("weights_only", "False"), ("allow_pickle", "True"), ("shell", "True"),
 }  # fmt: skip
-# The metadata of torch.distributed.checkpoint is a pickle: sharded runs alone use it, on folders that the user trusts.
-TRUSTED_FOLDERS_ONLY = "sharded_checkpoint.py"
+# By itself torch.distributed.checkpoint reads a pickle: one file uses it, with the reader of safetensors.
+READS_SHARDS = "sharded_checkpoint.py"
 # Calls whose argument no file and no setting can choose: the kernels, whose folder is this user's alone and whose name
 # is a hash of their source and the processor (tests/tiny_onn_func/kernels/test_trust.py); the C library of the process;
 # the two packages.
@@ -49,7 +49,7 @@ def problems(source: str, name: str = "some.py") -> Iterator[str]:
             base = getattr(node, "module", None)
             for module in [base, *(f"{base}.{member}" for member in named)] if base else named:
                 runs = module.split(".")[0] in MODULES or module.startswith("torch.distributed.checkpoint")
-                if runs and name != TRUSTED_FOLDERS_ONLY:
+                if runs and name != READS_SHARDS:
                     yield f"imports {module}"
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -57,6 +57,10 @@ def problems(source: str, name: str = "some.py") -> Iterator[str]:
                 yield f"calls {called}"
             if called == "yaml.load" and (len(node.args) < 2 or ast.unparse(node.args[1]) != "_Loader"):
                 yield "calls yaml.load without the safe loader"
+            if called == "dcp.load" and not any(keyword.arg == "storage_reader" for keyword in node.keywords):
+                yield "calls dcp.load without the reader of safetensors"
+            if called.endswith("FileSystemReader"):
+                yield "reads an index that is a pickle"
             for keyword in node.keywords:
                 value = ast.unparse(keyword.value)
                 if (keyword.arg, value) in ARGUMENTS:
@@ -76,7 +80,9 @@ def test_no_source_can_run_what_it_reads() -> None:
         "import yaml\nyaml.load(text, yaml.Loader)", "yaml.load(text)", "yaml.unsafe_load(text)",
         "AutoModel.from_pretrained(folder, trust_remote_code=True)", "np.load(path, allow_pickle=True)",
         "import torch.distributed.checkpoint as dcp", "from torch.distributed.checkpoint import load",
-        "from torch.distributed import checkpoint", "subprocess.run(text, shell=True)", "import joblib",
+        "from torch.distributed import checkpoint", "dcp.load(state, checkpoint_id=folder)",
+        "dcp.FileSystemReader(folder)",
+        "subprocess.run(text, shell=True)", "import joblib",
         "ctypes.CDLL(path)", "torch.ops.load_library(path)", "importlib.import_module(name)",
     ],
 )  # fmt: skip

@@ -1,19 +1,12 @@
 """Checkpoints of states that no process has whole: torch.distributed.checkpoint (DCP), each process writes its ranges.
 
-    RUN/sharded/step_000500/*.distcp     ranges of six vectors: parameters and both moments of `flat_params`
-    RUN/sharded/step_000500/.metadata    which range stands where, a pickle
-    RUN/sharded/step_000500/meta.json    format, step, sizes, settings, SHA-256 of every other file
+    RUN/sharded/step_000500/shard-*.safetensors   ranges of six vectors: parameters and both moments of `flat_params`,
+                                                  and the router's tensors, each with its place in the whole
+    RUN/sharded/step_000500/meta.json             format, step, sizes, settings, SHA-256 of every shard
 
 Ranges of vectors have no memory of how many processes wrote them: any number, one included, can go on.
-
-Only from folders that you trust: unpickling can run code. What `.metadata` names is looked at before torch reads it,
-and anything but the classes of DCP is refused, but a folder from a stranger is not what this format is for; what is
-given to others is the safetensors folder that `tiny-onn export` writes.
 """
 
-import json
-import os
-import pickle
 import shutil
 import sys
 import warnings
@@ -21,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
 from training.distributed.collectives import Group
@@ -29,23 +22,28 @@ from training.distributed.layout import Layout
 from training.distributed.sharded_state import as_stored, empty_state, from_stored
 from training.errors import UserError
 from training.step.hyper_step import TrainState
-from training.storage.atomic import flush, make_folder
-from training.storage.checkpoint import Checkpoint, save_checkpoint
-from training.storage.checkpoint_files import DRAFT, META, clean, digest, remove_steps, sha256, steps_in, version
+from training.step.rules import LEAST_SURPRISE, Rule
+from training.storage.atomic import make_folder
+from training.storage.checkpoint import Checkpoint, checkpoint_of, save_checkpoint, sizes_of
+from training.storage.checkpoint_files import (
+    DRAFT,
+    MEND,
+    STATE,
+    Damaged,
+    clean,
+    publish,
+    read_meta,
+    remove_steps,
+    sha256,
+    steps_in,
+    write_meta,
+)
 from training.storage.lock import locked
 from training.terminal import LOG
 
-FOLDER, INDEX, FORMAT = "sharded", ".metadata", 1
-TRUST = "its .metadata is a pickle, which can run code: only from folders that you trust"
-NAMED = {  # what an index is made of; whole names, as a dot would reach from any module into others
-    "pathlib.PosixPath", "pathlib.WindowsPath", "torch.Size", "torch.serialization._get_layout",
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
-    *(
-        f"torch.distributed.checkpoint.metadata.{name}"
-        for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-                     "StorageMeta", "_MEM_FORMAT_ENCODING")
-    ),
-}  # fmt: skip
+FOLDER, FORMAT, SHARDS = "sharded", 2, "*.safetensors"
+PICKLE = ".metadata"  # the index of format 1
+SIZES = "use the sizes in the run's own config.yaml"
 
 
 def save_sharded(
@@ -69,13 +67,18 @@ def save_sharded(
         draft.mkdir()
     layout.world.barrier()
     try:
-        dcp.save(as_stored(state, config, layout), checkpoint_id=draft)
+        writer = dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True)
+        dcp.save(as_stored(state, config, layout), storage_writer=writer)
         if layout.world.rank == 0:
-            _publish(draft, target, step, about)
+            hashes = {path.name: sha256(path) for path in sorted(draft.iterdir())}
+            said = {"model": about["config_dict"], "tokenizer": about["tokenizer"], "settings": about["settings"]}
+            write_meta(draft, {"format": FORMAT, "step": step, **said, "sha256": hashes})
+            publish(draft, target)
             older = [path for at, path in steps_in(folder) if at < step and at != best]
             remove_steps(older[: -(keep - 1) or None])
     except (OSError, dcp.CheckpointException) as error:
-        raise UserError(f"{target}: the disk refused it: {error}; free space or choose another --out") from error
+        reason = _reason(error)
+        raise UserError(f"{target}: the disk refused it: {reason}; free space or choose another --out") from error
     finally:
         if layout.world.rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
@@ -86,43 +89,41 @@ def open_sharded(folder: Path) -> Checkpoint:
     """Open a sharded checkpoint after a check of every file.
 
     Raises:
-        UserError: a file is missing or not what was written, or `.metadata` names what a checkpoint has no use for.
+        Damaged: a file is missing, not what was written, or a shard of another checkpoint.
+        UserError: another version of the program wrote it.
     """
-    try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        files = meta["files"]
-        fine = meta["format"] == FORMAT and meta.pop("checksum") == digest(meta)
-        fine = fine and all(sha256(folder / name) == wanted for name, wanted in files.items())
-        if not fine or INDEX not in files:
-            raise ValueError("other checksums")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    if (folder / PICKLE).exists():
         raise UserError(
-            f"{folder}: expected a whole sharded checkpoint, got: {error}; remove it to go on from the one before"
-        ) from None
-    _check_index(folder / INDEX)
-    return Checkpoint(folder, meta["step"], meta["model"], meta["tokenizer"], meta["settings"])
+            f"{folder}: expected shards in safetensors, got {PICKLE}, a pickle of an older version, never opened; "
+            "with that version run `tiny-onn export RUN --from-sharded --out DIR`, then --resume with this one"
+        )
+    return checkpoint_of(folder, read_meta(folder, [path.name for path in folder.glob(SHARDS)], FORMAT))
 
 
 def is_sharded(checkpoint: Checkpoint) -> bool:
     """True if the checkpoint is a sharded one."""
-    return (checkpoint.folder / INDEX).exists()
+    return not (checkpoint.folder / STATE).exists()
 
 
-def load_sharded(checkpoint: Checkpoint, config: ModelConfig, layout: Layout) -> TrainState:
+def load_sharded(
+    checkpoint: Checkpoint, config: ModelConfig, layout: Layout, rule: Rule = LEAST_SURPRISE
+) -> TrainState:
     """Load this rank's part of the state; all ranks must call.
 
     Raises:
+        Damaged: the shards are no safetensors, or lack a part of a tensor.
         UserError: it holds another model.
     """
-    dcp, like = _library(), empty_state(config, layout)
+    dcp, like = _library(), empty_state(config, layout, rule)
     stored = as_stored(like, config, layout)
+    _check_shards(checkpoint.folder, stored)
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint.folder))
     try:
         with warnings.catch_warnings():  # that one process alone reads is meant so
             warnings.simplefilter("ignore")
-            dcp.load(stored, checkpoint_id=checkpoint.folder, no_dist=layout.world.size == 1)
+            dcp.load(stored, storage_reader=reader, no_dist=layout.world.size == 1)
     except (dcp.CheckpointException, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{checkpoint.folder}: expected the model of config.yaml, got: {reason}") from None
+        raise Damaged(f"{checkpoint.folder}: expected shards, got: {_reason(error)}; {MEND}") from None
     return from_stored(stored, like, config, layout)
 
 
@@ -139,7 +140,7 @@ def gather_sharded(run: str | Path) -> Path:
     with locked(home):
         checkpoint = open_sharded(checkpoints[-1][1])
         alone = Layout(Group(), Group(), Group())
-        state = load_sharded(checkpoint, ModelConfig(**checkpoint.model), alone)
+        state = load_sharded(checkpoint, sizes_of(checkpoint), alone)
         return save_checkpoint(
             home, state, checkpoint.model, keep=sys.maxsize, tokenizer=checkpoint.tokenizer,
             settings=checkpoint.settings,
@@ -155,7 +156,7 @@ def check_whole(home: Path) -> None:
     sharded, whole = (steps_in(home / kind) for kind in (FOLDER, "checkpoints"))
     if not sharded or (whole and whole[-1][0] >= sharded[-1][0]):
         return
-    mend = f"make it whole with `tiny-onn export {home} --from-sharded --out DIR`; {TRUST}"
+    mend = f"make it whole with `tiny-onn export {home} --from-sharded --out DIR`"
     if not whole:
         raise UserError(f"{home}: expected a whole checkpoint, got {FOLDER}/{sharded[-1][1].name} alone; {mend}")
     LOG.warning("warning: %s/%s is newer than %s; %s", FOLDER, sharded[-1][1].name, whole[-1][1].name, mend)
@@ -168,35 +169,44 @@ def _library() -> Any:
     return checkpoint
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; DCP puts the tracebacks of all ranks into one exception."""
+    failures = getattr(error, "failures", None)
+    first = next(iter(failures.values()))[0] if failures else error
+    return str(first).strip().partition("\n")[0][:160] or type(first).__name__
 
 
-def _publish(draft: Path, target: Path, step: int, about: Mapping[str, Any]) -> None:
-    files = {path.name: sha256(path) for path in sorted(draft.iterdir())}
-    said = {"model": about["config_dict"], "tokenizer": about["tokenizer"], "settings": about["settings"]}
-    meta = {"format": FORMAT, "step": step, **said, "files": files, "version": version()}
-    meta["checksum"] = digest(json.loads(json.dumps(meta)))
-    (draft / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    for path in (*draft.iterdir(), draft):
-        flush(path)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(draft, target)
-    flush(target.parent)
+# Shards ---------------------------------------------------------------------------------------------------------------
 
 
-class _Looking(pickle.Unpickler):
-    """Unpickler that admits only the classes of a checkpoint's index."""
+def _check_shards(folder: Path, wanted: Mapping[str, Tensor]) -> None:
+    """Refuse shards that are not the tensors of this model, whole and nothing twice.
 
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if "." not in name and (is_dtype or f"{module}.{name}" in NAMED):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def _check_index(path: Path) -> None:
+    DCP would convert another dtype, and leave unwritten what no shard holds.
+    """
     try:
-        with path.open("rb") as file:
-            _Looking(file).load()
-    except Exception as error:  # whatever a broken pickle raises
-        raise UserError(f"{path}: expected the index of a sharded checkpoint, got: {error}; {TRUST}") from None
+        there = _library().HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever a broken header raises
+        raise Damaged(f"{folder}: expected safetensors with places of ranges, got: {_reason(error)}; {MEND}") from None
+    for name in sorted(wanted.keys() ^ there.keys()):
+        states = ("a tensor", "none") if name in wanted else ("no tensor", "one")
+        raise UserError(f"{folder}: expected {states[0]} called {name}, got {states[1]}; {SIZES}")
+    for name, tensor in wanted.items():
+        shape, dtype = tuple(there[name].size), there[name].properties.dtype
+        if (shape, dtype) != (tuple(tensor.shape), tensor.dtype):
+            wants = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise UserError(f"{folder}: {name}: expected {wants}, got {shape} {dtype}; {SIZES}")
+        if not _tiles([(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in there[name].chunks], shape):
+            raise Damaged(f"{folder}: {name}: expected every entry once, got a gap or one twice; {MEND}")
+
+
+def _tiles(chunks: list[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]) -> bool:
+    """True if the chunks (offsets, sizes) make a tensor: one that is all of it, or ranges of a vector."""
+    if len(shape) != 1:
+        return chunks == [((0,) * len(shape), shape)]
+    end = 0
+    for (start,), (size,) in sorted(chunks):
+        if start != end or (size == 0 and start < shape[0]):  # an empty one would hide the one that begins there
+            return False
+        end += size
+    return end == shape[0]

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.tree import Tree, flatten, merge, partition, tree_map, unflatten
+from tiny_onn_func.tree import Tree, flatten, merge, partition, tree_map, unflatten, walk
 from training.distributed.flat_params import Vectors, fast_shapes, from_vectors, joined_shares, named_shares, to_vectors
 from training.distributed.layout import Layout, gathered, shares
 from training.step.hyper_step import TrainState, init_state
 from training.step.optim import AdamWState
+from training.step.rules import LEAST_SURPRISE, Rule
 
 
 def as_stored(state: TrainState, config: ModelConfig, layout: Layout) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def as_stored(state: TrainState, config: ModelConfig, layout: Layout) -> dict[st
     stored |= {f"router.{name}": leaf for name, leaf in flatten(router).items()}
     for name, leaf in flatten(state.router_opt._asdict()).items():
         stored[f"router_opt.{name}"] = leaf
+    stored |= {f"rule.{name}": leaf for name, leaf in walk(state.rule)}
     vectors = to_vectors(fast, config)
     where = shares(vectors, layout)
 
@@ -71,18 +73,20 @@ def from_stored(stored: Mapping[str, Any], like: TrainState, config: ModelConfig
 
     router = unflatten({name[7:]: leaf for name, leaf in stored.items() if name.startswith("router.")})
     fast = from_vectors(gathered(mine("params"), own, layout), config, experts)
+    rule = iter([stored[f"rule.{name}"] for name, _ in walk(like.rule)])
     router_opt = unflatten({name[11:]: leaf for name, leaf in stored.items() if name.startswith("router_opt.")})
     return TrainState(
         tree_map(lambda _, leaf: leaf, like.params, merge(fast, router)),
         AdamWState(stored["updates"], moment("mu"), moment("nu")),
         AdamWState(**router_opt),
         stored["step"],
+        tree_map(lambda _: next(rule), like.rule),
     )
 
 
-def empty_state(config: ModelConfig, layout: Layout) -> TrainState:
+def empty_state(config: ModelConfig, layout: Layout, rule: Rule = LEAST_SURPRISE) -> TrainState:
     """A state of this process's shapes, of any content."""
-    fresh = init_state(config, torch.Generator().manual_seed(0))
+    fresh = init_state(config, torch.Generator().manual_seed(0), rule)
     router = partition(fresh.params)[1]
     own = unflatten(
         {name: torch.zeros(shape) for name, shape in fast_shapes(config, layout.own_experts(config)).items()}
@@ -93,4 +97,4 @@ def empty_state(config: ModelConfig, layout: Layout) -> TrainState:
     moment = named_shares(zeros, where[0].start, config) if layout.shard_optimizer else own
     params = tree_map(lambda _, leaf: leaf, fresh.params, merge(own, router))
     copies = (tree_map(torch.clone, moment) for _ in range(2))
-    return TrainState(params, AdamWState(fresh.expert_opt.updates, *copies), fresh.router_opt, fresh.step)
+    return TrainState(params, AdamWState(fresh.expert_opt.updates, *copies), fresh.router_opt, fresh.step, fresh.rule)

@@ -145,11 +145,20 @@ def load_params(path: str | Path) -> tuple[Tree, ModelConfig]:
 
 def params_of(checkpoint: Checkpoint) -> tuple[Tree, ModelConfig]:
     """The parameters and sizes in an opened checkpoint; as `load_params`."""
+    config = sizes_of(checkpoint)
+    return unflatten(read_tensors(checkpoint.folder, "params."))["params"], config
+
+
+def sizes_of(checkpoint: Checkpoint) -> ModelConfig:
+    """The model's sizes in an opened checkpoint.
+
+    Raises:
+        UserError: they are none of a model.
+    """
     try:
-        config = ModelConfig(**checkpoint.model)
+        return ModelConfig(**checkpoint.model)
     except (TypeError, ValueError) as error:
         raise UserError(f"{checkpoint.folder / META}: expected the sizes of a model, got: {error}; {MEND}") from None
-    return unflatten(read_tensors(checkpoint.folder, "params."))["params"], config
 
 
 def checkpoint_tokenizer(path: str | Path) -> str:
@@ -162,7 +171,11 @@ def checkpoint_tokenizer(path: str | Path) -> str:
 
 
 def _opened(folder: Path) -> Checkpoint:
-    meta = read_meta(folder)
+    return checkpoint_of(folder, read_meta(folder))
+
+
+def checkpoint_of(folder: Path, meta: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint that a checked meta.json describes."""
     settings = meta.get("settings")
     return Checkpoint(
         folder, meta["step"], meta["model"], str(meta.get("tokenizer", "bytes")),

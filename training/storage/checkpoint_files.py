@@ -46,7 +46,7 @@ def publish_step(home: Path, step: int, tensors: Mapping[str, Tensor], about: Ma
     draft, target = home / f"{DRAFT}step_{step:06d}", home / f"step_{step:06d}"
     try:
         _write(draft, tensors, step, about)
-        _publish(draft, target)
+        publish(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
@@ -76,8 +76,12 @@ def steps_in(home: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json, after a check of everything in it and of both checksums.
+def read_meta(folder: Path, files: Iterable[str] = (STATE,), wanted: int = FORMAT) -> dict[str, Any]:
+    """meta.json, after a check of everything in it and of all checksums.
+
+    Args:
+        files: names of the files that the checkpoint is made of, beside meta.json.
+        wanted: format that this program reads.
 
     Raises:
         Damaged: a file is missing or not what was written.
@@ -86,15 +90,15 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / META
     try:
         meta = json.loads(read_small(path, MOST_META))
-        actual = sha256(folder / STATE)
+        actual = {name: sha256(folder / name) for name in files}
     except OSError as error:
         raise Damaged(f"{error.filename}: expected a file of a checkpoint, got: {error.strerror}; {MEND}") from None
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path}: expected JSON, got: {error}; {MEND}") from None
     if not isinstance(meta, dict):
         raise Damaged(f"{path}: expected keys and values, got {type(meta).__name__}; {MEND}")
-    if meta.get("format") != FORMAT:
-        ours, theirs = f"format {FORMAT} of version {version()}", f"{meta.get('format')!r} of {meta.get('version')!r}"
+    if meta.get("format") != wanted:
+        ours, theirs = f"format {wanted} of version {version()}", f"{meta.get('format')!r} of {meta.get('version')!r}"
         raise UserError(f"{path}: expected {ours}, got {theirs}; load it with the version that wrote it")
     if meta.pop("checksum", None) != digest(meta):
         raise Damaged(f"{path}: expected the checksum of its content, got another: damaged; {MEND}")
@@ -103,8 +107,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     named = STEP_FOLDER.fullmatch(folder.name)  # a copy under another name is welcome
     if not isinstance(meta.get("step"), int) or (named and int(named[1]) != meta["step"]):
         raise Damaged(f"{path}: expected the step of the folder's name, got {meta.get('step')!r}; {MEND}")
-    if meta.get("sha256") != actual:
-        raise Damaged(f"{folder / STATE}: expected SHA-256 {meta.get('sha256')}, got {actual}: damaged; {MEND}")
+    written = meta.get("sha256")
+    said = written if isinstance(written, dict) else {STATE: written}
+    for name in sorted(said.keys() | actual.keys()):
+        wants, came = said.get(name), actual.get(name)
+        if wants != came:
+            raise Damaged(f"{folder / name}: expected SHA-256 {wants}, got {came or 'no file'}: damaged; {MEND}")
     return meta
 
 
@@ -147,14 +155,19 @@ def digest(meta: Mapping[str, Any]) -> str:
 def _write(draft: Path, tensors: Mapping[str, Tensor], step: int, about: Mapping[str, Any]) -> None:
     draft.mkdir()
     save_file(dict(tensors), draft / STATE, metadata={ORDER: json.dumps([*tensors])})  # the file itself sorts its names
-    meta = {"format": FORMAT, "step": step, **about, "sha256": sha256(draft / STATE), "version": version()}
+    write_meta(draft, {"format": FORMAT, "step": step, **about, "sha256": sha256(draft / STATE)})
+
+
+def write_meta(draft: Path, meta: dict[str, Any]) -> None:
+    """Write meta.json with its own checksum, and wait until everything in the folder is on the disk."""
+    meta |= {"version": version()}
     meta["checksum"] = digest(json.loads(json.dumps(meta)))
     (draft / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    for path in (draft / STATE, draft / META, draft):
+    for path in (*sorted(draft.iterdir(), reverse=True), draft):
         flush(path)
 
 
-def _publish(draft: Path, target: Path) -> None:
+def publish(draft: Path, target: Path) -> None:
     """Rename the draft; a checkpoint of the same step steps aside first, and comes back when the renaming fails."""
     aside = target.with_name(f"{DRAFT}aside-{target.name}")
     replaces = target.exists()

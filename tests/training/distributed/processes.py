@@ -53,6 +53,7 @@ CASES = {
     4: [("plain", layout) for layout in LAYOUTS] + [("budget, coupling, exploration", "both")],
 }  # fmt: skip
 STEPS, ROWS = 3, 4
+RULE = example("average_surprise_of_a_token").RULE
 SAVED = ("optimizer", "experts", "both")
 ABOUT: dict = {"config_dict": asdict(FIXED), "tokenizer": "bytes", "settings": {}}
 
@@ -118,6 +119,19 @@ def trained() -> TrainState:
     return state
 
 
+def with_a_rule() -> TrainState:
+    """The same with a rule that has a state of its own."""
+    rule = {name: torch.arange(table.numel()).reshape(table.shape) for name, table in RULE.init(FIXED).items()}
+    return trained()._replace(rule=rule | {"looks": torch.tensor(7, dtype=torch.int32), "on": torch.tensor(True)})
+
+
+def _rule_state(config: ModelConfig) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(leaf) for name, leaf in with_a_rule().rule.items()}
+
+
+SAVED_RULE = RULE._replace(init=_rule_state)
+
+
 def _train(step, state, rows) -> tuple[TrainState, list]:
     metrics = []
     for number in range(STEPS):
@@ -131,6 +145,10 @@ def main(folder: Path, rank: int, size: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    if size == 3:
+        _pass_on(folder, Group(dist.group.WORLD, size=size, rank=rank))
+        dist.destroy_process_group()
+        return
     for trick, layout in CASES[size]:
         world = Group(dist.group.WORLD, size=size, rank=rank)
         torch.save(together(trick, layout, world), folder / f"{trick} {layout} {rank}.pt")
@@ -139,6 +157,8 @@ def main(folder: Path, rank: int, size: int) -> None:
         layout = layout_of(world, zero, experts)
         if layout.is_sharded:
             save_sharded(folder / name, own_state(trained(), FIXED, layout), FIXED, layout, ABOUT, 2, None)
+    layout = layout_of(world, True, 2)
+    save_sharded(folder / "rule", own_state(with_a_rule(), FIXED, layout), FIXED, layout, ABOUT, 2, None)
     for name in SAVED if size == 4 else ():  # what two processes saved, read by four
         for other, (zero, experts) in LAYOUTS.items():
             layout = layout_of(world, zero, experts)
@@ -146,6 +166,15 @@ def main(folder: Path, rank: int, size: int) -> None:
             state = whole_state(load_sharded(there, FIXED, layout), FIXED, layout)
             torch.save(state, folder / f"{name} as {other} {rank}.pt")
     dist.destroy_process_group()
+
+
+def _pass_on(folder: Path, world: Group) -> None:
+    """Three processes load what two have saved, and save it again."""
+    layout = layout_of(world, True, 1)
+    for name in (*SAVED, "rule"):
+        there = open_sharded(folder.parent / "2" / name / "sharded" / f"step_{STEPS:06d}")
+        rule = SAVED_RULE if name == "rule" else LEAST_SURPRISE
+        save_sharded(folder / name, load_sharded(there, FIXED, layout, rule), FIXED, layout, ABOUT, 2, None)
 
 
 def ended(begun: "list[subprocess.Popen[str]]", seconds: float = 120.0) -> list[subprocess.CompletedProcess[str]]:
