@@ -10,6 +10,7 @@ from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
 from training.step.hyper_params import RANGES, HyperParams, Range, out_of_range
 from training.step.surprise import KINDS, SurpriseKind
+from training.storage.loggers import LOGGERS, NONE, logger_names
 
 BYTE_TOKENS = 257  # bytes 0 to 255 and the document boundary
 MOST_THREADS = 4096
@@ -34,6 +35,11 @@ RUN_RULES: tuple[Range, ...] = (
     ("auto, cpu, cuda, cuda:N or mps", lambda value: DEVICE.fullmatch(value) is not None, "device"),
     (", ".join(KINDS), lambda value: value in KINDS, "surprise_kind"),
     ("stop or skip", lambda value: value in ("stop", "skip"), "on_nonfinite"),
+    (
+        f"{NONE}, or some of {', '.join(LOGGERS)} with commas between",
+        lambda value: logger_names(value) is not None,
+        "log",
+    ),
     ("auto, document or tail", lambda value: value in ("auto", "document", "tail"), "split"),
 )
 
@@ -174,6 +180,8 @@ class RunConfig:
     prompt: str | None = None
     """What the sample text continues; by default what fits the data: a user's turn for chats, "def " for stdlib, else
     the beginning of a document."""
+    log: str = "tensorboard"
+    """Loggers of the records, beside metrics.jsonl: tensorboard, csv, trackio, wandb with commas between, or none."""
     threads: int = 0
     """Processor threads; 0 leaves the choice to torch."""
     device: str = "auto"

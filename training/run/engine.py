@@ -1,5 +1,6 @@
 """One training run: its folder and lock, its first state, the loop, the summary at the end."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from training.distributed.team import ALONE, Team
 from training.errors import UserError
 from training.run.banner import banner, facts_of
 from training.run.config import RunConfig
+from training.run.context import Run
 from training.run.device import place
 from training.run.identity import check_same
 from training.run.loop import run_steps
@@ -15,7 +17,8 @@ from training.run.schedule import bends_text, legs_of
 from training.run.start import begin, check_folder, newest_checkpoint, open_new, tokenizer_of
 from training.run.summary import finish
 from training.storage.lock import locked
-from training.storage.recorder import no_recorder, open_recorder
+from training.storage.loggers import check_installed, logger_names
+from training.storage.recorder import Recorder, no_recorder, open_recorder
 from training.terminal import LOG
 
 
@@ -27,7 +30,8 @@ def train(config: RunConfig, *, resume: bool = False, team: Team = ALONE) -> dic
 
     Raises:
         UserError: the data cannot be used, the folder holds a run and `resume` was not asked for (or the reverse), it
-            is in use, it began with other settings, or a number went wrong and `on_nonfinite` is `stop`.
+            is in use, it began with other settings, a logger's package is missing, or a number went wrong and
+            `on_nonfinite` is `stop`.
     """
     assert config.out is not None, "the command line fills it in"
     disable_heap_trimming()
@@ -35,6 +39,7 @@ def train(config: RunConfig, *, resume: bool = False, team: Team = ALONE) -> dic
     resume = team.world.broadcast_object(resume or (team.restarts > 0 and (folder / "config.yaml").exists()))
     if not team.first:
         return _train(config, folder, resume, team)
+    check_installed(logger_names(config.log) or ())
     check_folder(folder, resume)
     with locked(folder):
         check_folder(folder, resume)  # once more: another process may have come first
@@ -71,7 +76,7 @@ def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[st
         if run.first_step == config.steps:
             LOG.info("note: the run has made all of its %d steps; go on with --resume and more --steps", config.steps)
     resume_step = int(state.step) if resume else None
-    with open_recorder(folder, resume_step=resume_step) if team.first else no_recorder() as recorder:
+    with _recorder(run, resume_step) as recorder:
         state, seconds, stopped = run_steps(run, state, recorder)
     state = team.whole(state, config.model)
     if not team.first:
@@ -84,3 +89,11 @@ def _train(config: RunConfig, folder: Path, resume: bool, team: Team) -> dict[st
             stopped.reason,
         )
     return finish(run, state, seconds, stopped)
+
+
+def _recorder(run: Run, resume_step: int | None) -> Recorder:
+    """The recorder of rank 0, with the loggers of the settings; the other ranks record nothing."""
+    if not run.team.first:
+        return no_recorder()
+    names = logger_names(run.config.log) or ()
+    return open_recorder(run.folder, resume_step=resume_step, loggers=names, settings=asdict(run.config))

@@ -59,9 +59,9 @@ ABSENT: dict[str, str] = {  # what there is none of -> why, or what to use
     "label_smoothing": "the loss is the plain cross entropy",
     "optimizer": "it is AdamW, whose numbers are hyper.lr, hyper.beta1, hyper.beta2 and hyper.weight_decay",
     "optim": "it is AdamW, whose numbers are hyper.lr, hyper.beta1, hyper.beta2 and hyper.weight_decay",
-    "wandb": "the run folder has tensorboard/ and metrics.jsonl",
-    "wandb_project": "the run folder has tensorboard/ and metrics.jsonl",
-    "report_to": "the run folder has tensorboard/ and metrics.jsonl",
+    "wandb": "`log: wandb` sends the records there; the run folder has metrics.jsonl",
+    "wandb_project": "`log: wandb` sends the records to the project $WANDB_PROJECT",
+    "report_to": "`log` names the loggers: tensorboard, csv, trackio, wandb",
     "bias": "as in Qwen3, no linear map has one",
 }
 FLAGS: dict[str, tuple[str, ...]] = {  # of the other verbs; the first one that a verb has is meant

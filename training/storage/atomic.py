@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from training.errors import UserError
 
 
@@ -79,6 +77,8 @@ def cache_folder() -> Path:
     Raises:
         UserError: neither names one.
     """
+    from platformdirs import user_cache_path  # of the extra `lab`; the rest of this file does without
+
     try:
         return Path(os.environ.get("TINY_ONN_CACHE") or user_cache_path("tiny-onn", appauthor=False)).expanduser()
     except RuntimeError:

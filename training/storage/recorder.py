@@ -1,9 +1,9 @@
-"""The record of a run: `metrics.jsonl`, one JSON object a line, with TensorBoard scalars beside it."""
+"""The record of a run: `metrics.jsonl`, one JSON object a line, from which loggers show what they can."""
 
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from training.errors import UserError
 from training.storage.atomic import flush, make_folder, write_text
+from training.storage.logger import LoggedRun
+from training.storage.loggers import Loggers
 from training.storage.regular_file import MOST, open_regular
-from training.storage.tensorboard import TensorBoardLogger
-from training.terminal import LOG
 
 FILE = "metrics.jsonl"
 SCALAR_DIGITS, TABLE_DIGITS = 6, 4  # significant digits kept of scalars, and of entries of tensors with axes
@@ -110,9 +110,8 @@ def unbroken_upto(folder: str | Path, step: int) -> Iterator[dict[str, Any]]:
 class Recorder:
     """Appends records to an open run folder; made by `open_recorder`, used as a context manager or closed by hand."""
 
-    def __init__(self, file: Any, tensorboard_logger: TensorBoardLogger | None) -> None:
-        self._file = file
-        self._board = tensorboard_logger
+    def __init__(self, file: Any, loggers: Loggers | None = None) -> None:
+        self._file, self._loggers = file, loggers
 
     def write(self, step: int, tokens: int, seconds: float, metrics: Any) -> dict[str, Any]:
         """Append the record of one step and return it.
@@ -130,8 +129,8 @@ class Recorder:
             self._file.flush()  # a killed process loses no whole record
         except OSError as error:
             raise self._refused(error) from error
-        if self._board is not None:
-            self._board.add(_scalars(record), record["step"])
+        if self._loggers is not None:
+            self._loggers.log(record["step"], record)
         return record
 
     def sync(self) -> None:
@@ -149,11 +148,10 @@ class Recorder:
         return UserError(f"{self._file.name}: the disk refused it: {error.strerror}; free space, then --resume")
 
     def close(self) -> None:
-        """Close both records; closing twice does nothing."""
+        """Close the record, and wait for the loggers; closing twice does nothing."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        if self._loggers is not None:
+            self._loggers.finish()
 
     def __enter__(self) -> "Recorder":
         return self
@@ -162,13 +160,21 @@ class Recorder:
         self.close()
 
 
-def open_recorder(folder: str | Path, *, resume_step: int | None = None) -> Recorder:
+def open_recorder(
+    folder: str | Path,
+    *,
+    resume_step: int | None = None,
+    loggers: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Recorder:
     """Open the record of a run for appending.
 
     Args:
         folder: run folder, made if need be.
         resume_step: None starts a record; a number keeps the records up to and including that step and drops what
             came after it, so that a resumed run leaves no gap and nothing twice.
+        loggers: names of those of `training.storage.loggers` that see the records, too.
+        settings: of the run, for loggers that show them.
 
     Raises:
         UserError: a fresh record is asked for where one is already, or the old record cannot be read.
@@ -180,15 +186,14 @@ def open_recorder(folder: str | Path, *, resume_step: int | None = None) -> Reco
         raise UserError(f"{path}: expected no record of an earlier run, found one; use --resume or another --out")
     if resume_step is not None and path.exists():
         rewrite_records(folder, unbroken_upto(folder, resume_step))
-    purge_step = None if resume_step is None else resume_step + 1
     file = path.open("a", encoding="ascii")
     flush(folder)  # the name, too, must be there after a power cut
-    return Recorder(file, _open_board(folder / "tensorboard", purge_step))
+    return Recorder(file, Loggers(loggers, LoggedRun(folder, settings or {}, resume_step)) if loggers else None)
 
 
 def no_recorder() -> Recorder:
     """Recorder that keeps nothing, for a process whose records another process writes."""
-    return Recorder(open(os.devnull, "a", encoding="ascii"), None)
+    return Recorder(open(os.devnull, "a", encoding="ascii"))
 
 
 def _is_upto(record: Mapping[str, Any], step: int) -> bool:
@@ -224,15 +229,3 @@ def _plain(value: Any, digits: int) -> Any:
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return [_plain(item, TABLE_DIGITS) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _open_board(folder: Path, purge_step: int | None) -> TensorBoardLogger | None:
-    try:
-        return TensorBoardLogger(folder, purge_step)
-    except (ImportError, OSError) as error:
-        LOG.warning("warning: no TensorBoard record (%s); %s is kept all the same", error, FILE)
-        return None
-
-
-def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "tokens", "seconds")}

@@ -1,60 +1,52 @@
-"""A run's scalars for TensorBoard: an event a step, written at once, by the package's own record format."""
+"""A run's scalars and histograms for TensorBoard, by torch's SummaryWriter: one summary a step."""
 
-import os
-import socket
-import time
-from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
+import threading
 from typing import Any
 
-from training.terminal import LOG
+import numpy as np
+
+from training.storage.logger import LoggedRun, Record, arrays, scalars
+
+UNSHOWN = ("tokens", "seconds")  # which grow by the step
 
 
 class TensorBoardLogger:
-    """Appends events to a new file in a folder. When the disk refuses, it says so once and keeps still."""
+    """Logger that writes RUN/tensorboard; of steps that are made again TensorBoard hides the earlier ones."""
 
-    def __init__(self, folder: Path, purge_step: int | None) -> None:
+    def start(self, run: LoggedRun) -> None:
         """
-        Args:
-            folder: where TensorBoard looks, made if need be.
-            purge_step: the first step that is written; TensorBoard hides what earlier files say from there on.
-
         Raises:
             ImportError: the package tensorboard cannot be used.
             OSError: the disk refuses.
         """
-        from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[import-untyped]
-        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import histogram
 
-        self._event, self._summary = event_pb2, summary_pb2.Summary
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file: Any = (folder / name).open("wb")
-        self._records = RecordWriter(self._file)
-        self._write(file_version="brain.Event:2")
-        if purge_step is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(step=purge_step, session_log=start)
+        histogram_of: Any = histogram  # it has no types
+        self._summary, self._histogram, self._hook = Summary, histogram_of, threading.excepthook
+        threading.excepthook = self._silence
+        purge_step = None if run.resume_step is None else run.resume_step + 1
+        self._writer: Any = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge_step)
 
-    def add(self, scalars: Mapping[str, float], step: int) -> None:
-        """All scalars of a step as one event."""
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._write(step=step, summary=self._summary(value=values))
+    def log(self, step: int, record: Record) -> None:
+        """One summary of all scalars and, now and then, of the tables."""
+        shown = {name: value for name, value in scalars(record).items() if name not in UNSHOWN}
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in shown.items()]
+        for name, entries in arrays(step, record).items():
+            values.extend(self._histogram(name, np.array(entries), self._writer.default_bins).value)
+        self._writer.file_writer.add_summary(self._summary(value=values), step)
+        self._writer.flush()
 
-    def close(self) -> None:
-        """Close the file; closing twice does nothing."""
-        if self._file is not None:
-            with suppress(OSError):  # what the disk has refused already
-                self._file.close()
-            self._file = None
-
-    def _write(self, **content: Any) -> None:
-        if self._file is None:
-            return
+    def finish(self) -> None:
+        """Close the file."""
         try:
-            self._records.write(self._event.Event(wall_time=time.time(), **content).SerializeToString())
-            self._records.flush()
-        except OSError as error:
-            LOG.warning("warning: %s: %s; no more TensorBoard from here on", self._file.name, error.strerror)
-            self.close()
+            self._writer.close()
+        finally:
+            if threading.excepthook == self._silence:
+                threading.excepthook = self._hook
+
+    def _silence(self, args: threading.ExceptHookArgs) -> None:
+        """Print no traceback of TensorBoard's own thread: the next call raises the same error."""
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            self._hook(args)

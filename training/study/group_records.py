@@ -17,13 +17,13 @@ from training.study.tasks import overall, score_tasks
 
 
 def open_record(folder: Path, step: int) -> Recorder:
-    """The run's metrics.jsonl for appending, without what came after `step`. No TensorBoard: there may be hundreds."""
+    """The run's metrics.jsonl for appending, without what came after `step`. No loggers: there may be hundreds."""
     path = folder / FILE
     if path.exists():
         rewrite_records(folder, records_upto(folder, step))
     else:
         write_text(path, "")
-    return Recorder(path.open("a", encoding="ascii"), None)
+    return Recorder(path.open("a", encoding="ascii"))
 
 
 def snapshot(group: GroupRun, state: GroupState) -> RouterSnapshot | None:

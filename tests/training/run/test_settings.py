@@ -275,6 +275,7 @@ def test_every_setting_is_a_flag_of_its_dotted_name():
         hyper=HyperSettings(**CHANGED_HYPER), surprise_kind="input", precision="bfloat16", tokenizer="bpe",
         replay=0.5, init="weights", teacher="teacher", teacher_cache=True, compile=True, on_nonfinite="skip",
         shard_optimizer=True, shard_experts=3, device="cuda:1", accumulate=3, decay_share=0.25, stop_when=2,
+        log="csv,wandb",
     )  # fmt: skip
     argv = []
     for key in key_types():
