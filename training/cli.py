@@ -1,17 +1,20 @@
 """The command line: verbs, no logic. One line and exit status 2 for every mistake of the user."""
 
 import argparse
+import errno
 import json
 import os
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from typing import NoReturn
 
 from training.errors import UserError, flag, is_out_of_memory, one_line
-from training.run.process import stop_politely
 from training.run.suggest import advice, suggestion
 from training.terminal import LOG, set_verbosity
 
@@ -34,6 +37,7 @@ QUICK = "--quick shows that the study works; its runs are too short and too few 
 DEVICES = "auto (an accelerator where there is one), cpu, cuda, cuda:N or mps"
 OLDEST_TORCH = (2, 11)  # as in pyproject.toml
 ALIASES = {"replay": "rerun"}  # former names of verbs
+IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY)
 SWITCHES = ("-q", "--quiet", "-v", "--verbose")  # which may also stand in front of the verb
 
 
@@ -75,6 +79,8 @@ def _main(arguments: list[str]) -> int:
             meant = suggestion(verb, verbs)
             mend = f"did you mean {meant}?" if meant else "`tiny-onn --help` explains them"
             raise UserError(f"{verb}: expected a verb ({', '.join(verbs)}); {mend}")
+        with _ended_by_ctrl_c():
+            import torch  # noqa: F401  seconds of C++, which an exception would abort
         return verbs[verb]([*before, *arguments[1:]]) or 0
     except KeyboardInterrupt:
         return 130
@@ -100,9 +106,24 @@ def _main(arguments: list[str]) -> int:
         )
         return 2
     except OSError as error:
-        place = "" if error.filename is None else f"{error.filename}: "
-        _log_error(f"{place}{error.strerror or error}; make room or rights for it, or name another")
+        name = error.filename if error.filename2 is None else error.filename2  # of a renaming: not its draft
+        place = "" if name is None else f"{name}: "
+        mend = "move it away" if error.errno in IN_THE_WAY else "make room or rights for it"
+        _log_error(f"{place}{error.strerror or error}; {mend}, or name another")
         return 2
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """End the process at once, with status 130, when SIGINT comes: nothing is begun that an exception should undo."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _leading_switches(arguments: list[str]) -> list[str]:
@@ -165,10 +186,11 @@ def _train(argv: Sequence[str]) -> None:
     from training.run.settings import parse_train_args  # pydantic and tyro, wanted by this verb alone
 
     with open_team(lambda: parse_train_args(argv)) as (team, config, resume):
-        stop_politely()
         from training.run.engine import train
+        from training.run.process import stop_politely
         from training.run.summary import summary_table
 
+        stop_politely()
         summary = train(config, resume=resume, team=team)
         if team.first:
             print(summary_table(summary, str(config.out)))
@@ -303,11 +325,12 @@ def _study(argv: Sequence[str]) -> None:
 
     file, out = named_study(args.file, args.out, quick=args.quick, resume=args.resume)
     study = on_device(load_study(file, quick=args.quick), args.device)
-    stop_politely()
+    from training.run.process import stop_politely
     from training.study.launch import local_launcher
     from training.study.ray.launcher import ray_launcher
     from training.study.runner import run_study
 
+    stop_politely()
     if args.quick:
         LOG.info("note: %s", QUICK)
     launcher = ray_launcher(args.address) if args.launcher == "ray" else local_launcher
