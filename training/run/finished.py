@@ -44,7 +44,7 @@ def open_run(folder: str | Path) -> FinishedRun:
     home = path.parents[1] if STEP_FOLDER.fullmatch(path.name) and len(path.parents) > 1 else path
     settings = home / "config.yaml"
     if not settings.is_file():
-        raise UserError(f"{folder}: expected a run folder with a config.yaml, found none; `tiny-onn train` makes one")
+        raise no_run(folder)
     config = load_settings(str(settings))
     if path == home:
         check_whole(home)
@@ -55,6 +55,13 @@ def open_run(folder: str | Path) -> FinishedRun:
     _check_leaves(params, config, checkpoint.folder)
     tokenizer = run_tokenizer(home, config.tokenizer, checkpoint.tokenizer)
     return FinishedRun(config, params, tokenizer)
+
+
+def no_run(folder: str | Path) -> UserError:
+    """Error for a folder that is none of a run; a study's is told where its runs are."""
+    is_study = Path(folder, "study.yaml").exists()
+    mend = f"the runs of this study are in {Path(folder, 'runs')}" if is_study else "`tiny-onn train` makes one"
+    return UserError(f"{folder}: expected a run folder with a config.yaml, found none; {mend}")
 
 
 class Writer(NamedTuple):

@@ -19,6 +19,7 @@ from training.distributed.team import ALONE, Team
 from training.errors import UserError
 from training.run.config import RunConfig
 from training.run.context import Run, append_record
+from training.run.finished import no_run
 from training.run.identity import check_same, deciding
 from training.run.initial_state import first_state
 from training.run.schedule import read_legs
@@ -37,6 +38,14 @@ def check_folder(folder: Path, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: expected a folder or a new name, got the file {folder}; name another one")
     begun = (folder / "config.yaml").exists()
+    if begun and not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder / 'config.yaml'}: expected a file, got something else; move it away, or restore it")
+    if (folder / "study.yaml").exists():
+        mend = f"`tiny-onn study --out {folder} --resume` goes on with it" if resume else "name another one"
+        raise UserError(f"--out: expected a folder for a run, got {folder}, which holds a study; {mend}")
+    if not begun and any(steps_in(folder / kind) for kind in KINDS):
+        mend = "restore the file, or name another folder"
+        raise UserError(f"--out: expected a new folder, got {folder} with checkpoints and no config.yaml; {mend}")
     if resume and not begun:
         raise UserError(f"--resume: expected a run in {folder}, found none; leave --resume away")
     study = folder.absolute().parent.parent
@@ -45,10 +54,9 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise UserError(f"--resume: expected a run of its own, got {folder}, a part of the study in {study}; {whole}")
     if not resume and begun:
         raise UserError(f"--out: expected a new folder, got {folder}, which holds a run; add --resume, or name another")
-    if (folder / "study.yaml").exists():
-        raise UserError(f"--out: expected a folder for a run, got {folder}, which holds a study; name another one")
-    if not begun and any(steps_in(folder / kind) for kind in KINDS):
-        raise UserError(f"--out: expected a new folder, got {folder} with checkpoints and no config.yaml; name another")
+    for home in (folder / kind for kind in KINDS):
+        if home.exists() and not home.is_dir():
+            raise UserError(f"{home}: expected a folder of checkpoints, got a file; move it away")
 
 
 def tokenizer_of(config: RunConfig, folder: Path, checkpoint: Checkpoint | None) -> Tokenizer:
@@ -139,7 +147,7 @@ def open_past(folder: str | Path) -> tuple[Run, TrainState]:
     """
     home = Path(folder)
     if not (home / "config.yaml").is_file():
-        raise UserError(f"{home}: expected a run folder with a config.yaml, found none; `tiny-onn train` makes one")
+        raise no_run(folder)
     config = load_settings(str(home / "config.yaml"))
     checkpoint = open_checkpoint(home) if steps_in(home / "checkpoints") else None
     tokenizer = tokenizer_of(config, home, checkpoint)

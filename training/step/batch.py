@@ -26,8 +26,13 @@ def without_padding_labels(batch: Batch) -> Batch:
     """The batch with -100 as the label of every padded position: padding is excluded from the loss, too.
 
     Raises:
-        ValueError: labels that are not int64, or labels or a mask of another shape than the ids.
+        ValueError: no batch of tensors, labels that are not int64, or labels or a mask of another shape than the ids.
     """
+    if not isinstance(batch, Batch):
+        raise ValueError(f"batch: expected a Batch, got {type(batch).__name__}; Batch(input_ids, labels, mask) is one")
+    for name, part in zip(batch._fields, batch, strict=True):
+        if not isinstance(part, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(part).__name__}; make one with torch.tensor")
     check_dtype("labels", batch.labels, torch.int64)  # `where` would widen what is narrower
     check_shape("labels", batch.labels, batch.input_ids.shape)
     check_shape("attention_mask", batch.attention_mask, batch.input_ids.shape)

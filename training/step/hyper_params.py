@@ -4,6 +4,7 @@ import ast
 import inspect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -128,6 +129,16 @@ def out_of_range(values: object, ranges: tuple[Range, ...]) -> str | None:
             value = getattr(values, name)
             if value is not None and not isinstance(value, Tensor) and not fits(value):
                 return f"{name}: expected {wanted}, got {value!r}"
+    return None
+
+
+def not_a_number(values: object) -> str | None:
+    """The first coefficient that is neither a number nor a tensor, as "name: expected ..., got ..."."""
+    if not isinstance(values, HyperParams):
+        return f"expected HyperParams, got {type(values).__name__}; HyperParams(lr=1e-3) has all others, too"
+    for name, value in zip(values._fields, values, strict=True):
+        if not isinstance(value, Real | Tensor):
+            return f"{name}: expected a number or a 0-d tensor, got {value!r}"
     return None
 
 

@@ -16,7 +16,7 @@ from tiny_onn_func.primitives.vmap import outside_vmap_tree
 from tiny_onn_func.tree import Tree, leaves, merge, number_dtype, partition, to_device, tree_map
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
-from training.step.hyper_params import RANGES, HyperParams, Number, is_off, out_of_range, with_axes
+from training.step.hyper_params import RANGES, HyperParams, Number, is_off, not_a_number, out_of_range, with_axes
 from training.step.main_pass import (
     WHOLE,
     BatchShard,
@@ -113,6 +113,8 @@ def checked_numbers(state: TrainState, hyper: HyperParams, config: ModelConfig) 
             configuration's; the message names the coefficient or the leaf.
     """
     runs = state.step.shape
+    if wrong := not_a_number(hyper):
+        raise ValueError(f"hyper.{wrong}" if isinstance(hyper, HyperParams) else f"hyper: {wrong}")
     if wrong := out_of_range(hyper, RANGES) or with_axes(hyper, runs):
         raise ValueError(f"hyper.{wrong}")
     check_params(state.params, config, runs)

@@ -90,6 +90,9 @@ def main_gradients(
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("inference_mode: expected a step outside of it, as its tensors have no gradients; leave it")
+    dtype = options.compute_dtype
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"compute_dtype: expected a floating point torch.dtype or None, got {dtype!r}")
     batch = without_padding_labels(batch)
     if teacher_logits is not None:
         check_shape("teacher_logits", teacher_logits, (*batch.input_ids.shape, config.vocab_size))

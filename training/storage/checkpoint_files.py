@@ -28,7 +28,7 @@ STEP_FOLDER = re.compile(r"step_(\d{6,})")
 DRAFT = ".draft-"  # begins the names of folders that are being written or removed
 MOST_META, DEEPEST = 1 << 24, 32  # bytes of meta.json, dots in a leaf's name
 MEND = "remove this step's folder to go on from the one before"
-ALONE = "there is none before it: remove its folder, and --resume begins anew"
+ALONE = "none is whole: remove the folder checkpoints, and --resume begins anew"
 
 
 class Damaged(UserError):

@@ -13,7 +13,7 @@ from training.storage.atomic import write_text
 from training.storage.plain_yaml import read_yaml
 from training.storage.recorder import FILE, read_history
 from training.storage.regular_file import read_object, read_small
-from training.storage.results import UNFINISHED, Row, read_results
+from training.storage.results import RESULTS, UNFINISHED, Row, read_results
 
 REPORT = "report.html"
 ODD = (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)  # what a forged value of a file causes
@@ -55,7 +55,9 @@ def _study(name: str, home: Path) -> tuple[str, str]:
 
     rows = read_results(home)
     if not rows:
-        raise UserError(f"{home / 'results.csv'}: expected one row a run, found none; `tiny-onn study` writes it")
+        raise UserError(
+            f"{home / RESULTS}: expected one row a run, found none; `tiny-onn study --out {home} --resume` writes it"
+        )
     described = home / "study.yaml"
     analysis = _analysis(home, rows)
     study = Study(name, read_yaml(str(described)), _text(described), analysis, rows)

@@ -8,7 +8,7 @@ from shutil import rmtree
 from typing import Any, NamedTuple
 
 from training.data.hf_tokenizer import open_tokenizer
-from training.data.tokenizer import check_vocab, save_tokenizer
+from training.data.tokenizer import Tokenizer, check_vocab, save_tokenizer
 from training.errors import UserError
 from training.run.device import choose_device, choose_precision
 from training.run.initial_state import first_state
@@ -133,7 +133,6 @@ def _begin(
     study: StudyConfig, runs: Sequence[StudyRun], folder: Path, resume: bool, runs_at_once: int | None
 ) -> list[Group]:
     """The folder with the study's description in it, and the groups; a resumed study must be the same one."""
-    from training.run.settings import save_settings
     from training.study.file import load_study, save_study  # pydantic, which the package does without
 
     described, home = folder / "study.yaml", folder / "checkpoints"
@@ -142,6 +141,9 @@ def _begin(
             raise UserError(f"--resume: expected the study of {described}, got another one; name a new --out for it")
         if runs_at_once is not None:
             raise UserError("--runs-at-once: expected none with --resume, which keeps the groups; leave it away")
+        for run in runs:
+            if not (folder / "runs" / run.id).exists():  # removed by hand
+                _make_run_folder(run, folder, open_tokenizer(run.config.tokenizer))
         return load_plan([*runs], home)
     groups = plan_groups([*runs], runs_at_once)
     tokenizers = {run.config.tokenizer: open_tokenizer(run.config.tokenizer) for run in runs}
@@ -154,13 +156,20 @@ def _begin(
         teacher_of(config, tokenizers[config.tokenizer])
         texts[group.name] = fingerprints(corpora_of(study, config, tokenizers[config.tokenizer]))
     for run in runs:
-        make_folder(folder / "runs" / run.id)
-        save_tokenizer(tokenizers[run.config.tokenizer], folder / "runs" / run.id)
-        save_settings(run.config, folder / "runs" / run.id / "config.yaml")
+        _make_run_folder(run, folder, tokenizers[run.config.tokenizer])
     save_plan(groups, home)
     save_texts(texts, folder)
     save_study(study, described)
     return groups
+
+
+def _make_run_folder(run: StudyRun, folder: Path, tokenizer: Tokenizer) -> None:
+    from training.run.settings import save_settings  # pydantic
+
+    home = folder / "runs" / run.id
+    make_folder(home)
+    save_tokenizer(tokenizer, home)
+    save_settings(run.config, home / "config.yaml")
 
 
 def _forget(folder: Path, group: Group) -> None:

@@ -53,8 +53,8 @@ def test_a_run_whose_only_checkpoint_is_damaged_begins_anew_as_advised(run: Path
     shutil.rmtree(run / "checkpoints" / "step_000002")
     damage(run, 4)
     (fault,) = faults(run)
-    assert fault.advice == "there is none before it: remove its folder, and --resume begins anew"
-    shutil.rmtree(run / "checkpoints" / "step_000004")
+    assert fault.advice == "none is whole: remove the folder checkpoints, and --resume begins anew"
+    shutil.rmtree(run / "checkpoints")
     assert main(["train", "--out", str(run), "--resume"]) == 0
     assert faults(run) == []
 

@@ -104,7 +104,7 @@ def test_when_all_are_damaged_the_oldest_is_named_and_nothing_is_trained(
     assert resume(run) == 2
     said = capsys.readouterr().err.split("\n")[-2]
     assert said.startswith(f"tiny-onn: {run}/checkpoints/step_000002/state")
-    assert said.endswith("there is none before it: remove its folder, and --resume begins anew")
+    assert said.endswith("none is whole: remove the folder checkpoints, and --resume begins anew")
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
