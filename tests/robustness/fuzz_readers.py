@@ -1,10 +1,12 @@
 """What reads files that nobody vouches for, each with files that are right: tests/robustness/fuzz.py spoils those."""
 
+import csv
 import gzip
 import json
 import os
 import shutil
 import sys
+import tarfile
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
@@ -58,6 +60,11 @@ def readers(home: Path) -> dict[str, Reader]:
     (texts / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (texts / "chat.jsonl").write_text("\n".join(map(json.dumps, chat)), encoding="utf-8")
     (texts / "text.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
+    with tarfile.open(texts / "shard.tar", "w") as archive:
+        archive.add(texts / "text.txt", "a/0.txt")
+        archive.add(texts / "text.txt", "a/1.txt")
+    with (texts / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["id", "text"], *([row["text"][:1], row["text"]] for row in rows)])
     run, study = home / "run", home / "study"
     flags = [f"--model.{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
     few = ["--steps=3", "--batch-size=2", "--sequence-length=16", "--eval-every=2", "--final-eval-bytes=60"]
@@ -83,6 +90,8 @@ def readers(home: Path) -> dict[str, Reader]:
         "text": Reader(partial(_open_text, "text.txt"), texts, ["text.txt"]),
         "text, compressed": Reader(partial(_open_text, "text.txt.gz"), texts, ["text.txt.gz"]),
         "rows": Reader(partial(_open_text, "rows.jsonl"), texts, ["rows.jsonl"]),
+        "table": Reader(partial(_open_text, "table.csv"), texts, ["table.csv"]),
+        "archive": Reader(partial(_open_text, "shard.tar"), texts, ["shard.tar"]),
         "chats": Reader(partial(_open_text, "chat.jsonl"), texts, ["chat.jsonl"]),
         "checkpoint": Reader(partial(_load_same, run), run, [f"{STEP}/meta.json", f"{STEP}/state.safetensors"]),
         "checkpoints of a run": Reader(load_checkpoint, run, [f"{STEP}/meta.json", f"{STEP}/state.safetensors"]),
@@ -124,11 +133,16 @@ def _load_plan(folder: Path) -> object:
 def _parquet(texts: Path, rows: list[dict[str, str]]) -> dict[str, Reader]:
     """Where pyarrow is there."""
     try:
-        from pyarrow import Table, parquet
+        from pyarrow import CompressedOutputStream, Table, parquet
     except ImportError:
         return {}
     parquet.write_table(Table.from_pylist(rows), texts / "rows.parquet")
-    return {"Parquet": Reader(partial(_open_text, "rows.parquet"), texts, ["rows.parquet"])}
+    with CompressedOutputStream(str(texts / "text.txt.zst"), "zstd") as file:
+        file.write(TEXT.encode())
+    return {
+        "Parquet": Reader(partial(_open_text, "rows.parquet"), texts, ["rows.parquet"]),
+        "text, zst": Reader(partial(_open_text, "text.txt.zst"), texts, ["text.txt.zst"]),
+    }
 
 
 def _words(path: Path) -> list[str]:

@@ -78,6 +78,10 @@ READERS: dict[str, Callable[[Path], object]] = {
     "results.csv": lambda path: read_results(path.parent),
     "text.txt": lambda path: open_corpus(str(path), sequence_length=8, cache_dir=path.parent / "cache"),
     "rows.jsonl": lambda path: open_corpus(str(path), sequence_length=8, cache_dir=path.parent / "cache"),
+    **dict.fromkeys(
+        ("rows.csv", "shard.tar", "text.txt.zst"),
+        lambda path: open_corpus(str(path), sequence_length=8, cache_dir=path.parent / "cache"),
+    ),
     "text.txt.gz": lambda path: open_corpus(str(path), sequence_length=8, cache_dir=path.parent / "cache"),
 }
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from training.data.corpus import Corpus
+from training.data.mixture import draw_parts
 from training.data.streams import CHUNK
 from training.data.tokenizer import Tokens
 from training.errors import UserError
@@ -41,35 +42,48 @@ def batch_at(corpus: Corpus, seed: int, step: int, batch_size: int, sequence_len
     Raises:
         UserError: the corpus is too short for one window, or has no target.
     """
-    starts_count = corpus.tokens.size - sequence_length
-    if starts_count < 1 or not corpus.num_targets:
+    if corpus.tokens.size <= sequence_length or not corpus.num_targets:
         raise UserError(
             f"sequence_length: expected a text of at least {sequence_length + 1} tokens (sequence_length + 1) with a "
             f"target, got {corpus.tokens.size} tokens and {corpus.num_targets} targets; make it smaller"
         )
-    starts = _draw_starts(corpus, seed, step, batch_size, sequence_length)
+    stream = np.random.Philox(key=int(seed), counter=int(step) << 64)
+    if corpus.parts:
+        starts = _draw_mixed(corpus, stream, batch_size, sequence_length)
+    else:
+        starts = _draw_starts(corpus.targets, stream, batch_size, sequence_length)
     index = starts[:, None] + np.arange(sequence_length + 1)
     window = corpus.tokens[index].astype(np.int64)
     labels = np.where(corpus.targets[index[:, 1:]] != 0, window[:, 1:], IGNORE_INDEX)
     return _batch(window[:, :-1], labels, _mask(window[:, :-1], np.ones_like(labels), corpus, pack))
 
 
-def _draw_starts(corpus: Corpus, seed: int, step: int, rows: int, length: int) -> Array:
+def _draw_mixed(corpus: Corpus, stream: np.random.Philox, rows: int, length: int) -> Array:
+    """(rows,) places, each in a part that is drawn by its weight."""
+    chosen = draw_parts([part.weight for part in corpus.parts], stream.random_raw(rows))
+    starts = np.empty(rows, np.int64)
+    for index, (begin, end, _) in enumerate(corpus.parts):
+        at = np.flatnonzero(chosen == index)
+        if at.size:
+            starts[at] = begin + _draw_starts(corpus.targets[begin:end], stream, at.size, length)
+    return starts
+
+
+def _draw_starts(flags: npt.NDArray[np.uint8], stream: np.random.Philox, rows: int, length: int) -> Array:
     """(rows,) places where windows with a target begin; all such windows are equally likely, unless hardly any has one.
 
     Counter-based: the raw outputs of Philox with key `seed`, the same in all versions of numpy; each step has 2**64
     counters of its own.
     """
-    stream = np.random.Philox(key=int(seed), counter=int(step) << 64)
-    count = corpus.tokens.size - length
+    count = flags.size - length
     starts = (stream.random_raw(rows) % np.uint64(count)).astype(np.int64)
     labelled = np.arange(1, length + 1)
     for _ in range(REDRAWS):
-        bare = np.flatnonzero(~corpus.targets[starts[:, None] + labelled].any(axis=1))
+        bare = np.flatnonzero(~flags[starts[:, None] + labelled].any(axis=1))
         if not bare.size:
             return starts
         starts[bare] = (stream.random_raw(bare.size) % np.uint64(count)).astype(np.int64)
-    targets = np.flatnonzero(corpus.targets[1:]) + 1
+    targets = np.flatnonzero(flags[1:]) + 1
     chosen = targets[stream.random_raw(bare.size) % np.uint64(targets.size)]
     before = (stream.random_raw(bare.size) % np.uint64(length)).astype(np.int64) + 1
     starts[bare] = np.clip(chosen - before, 0, count - 1)

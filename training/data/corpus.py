@@ -8,36 +8,41 @@ The split is fixed by document, so that no held-out text is ever trained on:
 - `auto`: `tail` for a single document, and where all documents with something to learn would be on one side, as can
   happen with few; else `document`.
 
-A cache entry is a folder that appears whole or not at all. Its name hashes all that the tokens depend on: the files'
-paths, sizes and times, the Python version (stdlib), the split, the tokenizer. Entries are never deleted, only left
-unused: clear the cache by deleting its folder.
+Of a mixture (`training.data.mixture`) each source is split by itself.
+
+The name of a cache entry (`training.data.cache`) hashes all that the tokens depend on: the files' paths, sizes and
+times, the Python version (stdlib), a data set's version, the split, the tokenizer. Entries are never deleted, only
+left unused: clear the cache by deleting its folder.
 """
 
 import hashlib
-import json
 import os
-import shutil
+import re
 import sys
-import uuid
-from collections.abc import Mapping
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from training.data.cache import digest, load_entry, make_entry
+from training.data.hub import Unreachable
+from training.data.mixture import Part, Stream, Weighted, parse_mixture, taking_turns, write_side
 from training.data.readers import printable, refuse
 from training.data.sources import Source, documents, find_source
-from training.data.streams import CHUNK, SIDES, resolve_split, write_streams
+from training.data.streams import resolve_split, write_streams
 from training.data.tokenizer import BYTES, Tokenizer, Tokens
 from training.errors import UserError
-from training.storage.atomic import cache_folder
+from training.storage.atomic import cache_folder, write_text
+from training.storage.regular_file import read_small
 from training.terminal import LOG
 from training.terminal import progress as progress_bar
 
 FORMAT = 1  # of the cache; a new number forgets the entries of the old one
-RECORD = "entry.json"
 NEW_KINDS = (".gz", ".parquet")  # files that folders passed over as binary when FORMAT was chosen
+LATER_KINDS = (".csv", ".tsv", ".tar", ".zst")  # read as texts or passed over before these readers were there
 
 
 class Corpus(NamedTuple):
@@ -49,6 +54,7 @@ class Corpus(NamedTuple):
     num_targets: targets that have a token before them, so can be predicted.
     num_documents: documents that end here.
     tokenizer: what the tokens mean.
+    parts: of the training side of a mixture, where each source is, and its weight.
     """
 
     tokens: Tokens
@@ -57,6 +63,7 @@ class Corpus(NamedTuple):
     num_targets: int
     num_documents: int
     tokenizer: Tokenizer = BYTES
+    parts: tuple[Part, ...] = ()
 
 
 class Splits(NamedTuple):
@@ -82,7 +89,8 @@ def open_corpus(
     """The tokens of a source, from the cache or made now.
 
     Args:
-        source: what `training.data.sources` knows: stdlib, a text file, a folder, a glob, .jsonl, .parquet, .gz.
+        source: what `training.data.sources` knows: stdlib, a text file, a folder, a glob, .jsonl, .parquet, .csv, .tar,
+            .gz, .zst, hf:NAME; or several with weights: a.txt:0.7,b.jsonl:0.3.
         sequence_length: tokens of a training sequence; each side must have room for one and its last target.
         holdout: share that is held out, in (0, 1): of the documents, or of the text with `tail`.
         split: `auto`, `document` or `tail`.
@@ -100,7 +108,21 @@ def open_corpus(
     if sequence_length < 1:
         raise UserError(f"sequence_length: expected 1 or more, got {sequence_length!r}")
     home = Path(os.path.expanduser(cache_dir)) if cache_dir else cache_folder()
-    files = find_source(source)
+    parts = parse_mixture(source)
+    splits = [_open_one(name, home, sequence_length, holdout, split, progress, tokenizer) for name, _ in parts]
+    return splits[0] if len(parts) == 1 else _mixed(printable(source), parts, splits, home)
+
+
+def _open_one(
+    source: str, home: Path, sequence_length: int, holdout: float, split: str, progress: bool, tokenizer: Tokenizer
+) -> Splits:
+    try:
+        files = find_source(source)
+    except Unreachable:
+        known = _load_known(source, home, holdout, split, tokenizer)
+        if known is None or _lack(known, sequence_length):
+            raise
+        return known
     splits = _cached(files, home, holdout, split, progress, tokenizer)
     if split == "auto" and not (splits.train.num_targets and splits.held_out.num_targets):
         splits = _cached(files, home, holdout, "tail", progress, tokenizer)
@@ -108,6 +130,8 @@ def open_corpus(
         tails = ((share, _cached(files, home, share, "tail", False, tokenizer)) for share in SHARES)
         fits = (share for share, tail in tails if not _lack(tail, sequence_length))
         raise TooLittleText(f"{splits.source}: {lack}", next(fits, None))
+    if files.hub is not None:
+        write_text(_known(source, home, holdout, split, tokenizer), splits.folder.name)
     return splits
 
 
@@ -169,7 +193,13 @@ def _cached(
     splits = _load(entry, source.name, tokenizer)
     if splits is None:
         _build(source, entry, holdout, split, progress, tokenizer)
-        splits = _load(entry, source.name, tokenizer)
+        splits = _loaded(entry, source.name, tokenizer)
+    return splits
+
+
+def _loaded(entry: Path, source: str, tokenizer: Tokenizer) -> Splits:
+    """An entry that was just written."""
+    splits = _load(entry, source, tokenizer)
     if splits is None:
         raise UserError(f"{printable(entry)}: expected the tokens just written, got something else; is the disk full?")
     return splits
@@ -181,12 +211,15 @@ def _key(source: Source, holdout: float, split: str, tokenizer: Tokenizer) -> st
     files = [(folders[file.parent], file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
     version = sys.version if source.name == "stdlib" else None
     parts: list[Any] = [FORMAT, version, source.read.__name__, split, holdout, files]
+    if source.hub is not None:
+        parts.append([source.name, source.hub.version])
+    if any(suffix.lower() in LATER_KINDS for file in source.files for suffix in file.suffixes[-2:]):
+        parts.append("tables")
     if any(file.suffix.lower() in NEW_KINDS for file in source.files):
         parts.append("unpacked")
     if tokenizer is not BYTES:  # the entries of the bytes keep their names
         parts.append(tokenizer.fingerprint)
-    identity = json.dumps(parts)
-    return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+    return digest(parts)
 
 
 def _stat(file: Path) -> os.stat_result:
@@ -196,78 +229,76 @@ def _stat(file: Path) -> os.stat_result:
         refuse(printable(file), error)
 
 
-def _load(entry: Path, source: str, tokenizer: Tokenizer = BYTES) -> Splits | None:
-    """An entry of the cache; None if it is not there, or its files are not of the lengths that its record names."""
-    try:
-        record = json.loads((entry / RECORD).read_text(encoding="utf-8"))
-        train, held_out = (_open_side(entry, side, record[side], tokenizer) for side in SIDES)
-        return Splits(train, held_out, source, str(record["split"]), entry)
-    except (OSError, ValueError, LookupError, TypeError):
+def _load(entry: Path, source: str, tokenizer: Tokenizer) -> Splits | None:
+    found = load_entry(entry)
+    if found is None:
         return None
-
-
-def _open_side(entry: Path, side: str, record: Mapping[str, Any], tokenizer: Tokenizer) -> Corpus:
-    tokens = _map(entry / f"{side}.tokens", np.dtype(record.get("dtype", "uint16")).type)
-    targets = _map(entry / f"{side}.targets", np.uint8)
-    if not tokens.size == targets.size == record["tokens"]:
-        raise ValueError(f"expected {record['tokens']} tokens, got {tokens.size} and {targets.size} flags")
-    return Corpus(tokens, targets, int(record["bytes"]), int(record["targets"]), int(record["documents"]), tokenizer)
-
-
-def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    if path.stat().st_size == 0:  # cannot be mapped
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, mode="r")
+    train, held_out = (Corpus(*side, tokenizer) for side in found.sides)
+    return Splits(train._replace(parts=found.parts), held_out, source, found.split, entry)
 
 
 def _build(source: Source, entry: Path, holdout: float, split: str, progress: bool, tokenizer: Tokenizer) -> None:
-    """Tokenize into a draft beside the entry, then move it there."""
-    draft = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}")
-    try:
-        draft.mkdir(parents=True)
-        split, docs = resolve_split(split, documents(source))
+    """Tokenize a source into an entry."""
+
+    def write(draft: Path) -> dict[str, Any]:
+        how, docs = resolve_split(split, documents(source))
         size, desc = sum(_stat(file).st_size for file in source.files), f"tokenizing {source.name}"
-        with progress_bar(total=size, desc=desc, unit="B", unit_scale=True, delay=1.0, shown=progress) as bar:
-            write_streams(draft, docs, holdout, split, bar, tokenizer)
+        with progress_bar(total=size or None, desc=desc, unit="B", unit_scale=True, delay=1.0, shown=progress) as bar:
+            write_streams(draft, docs, holdout, how, bar, tokenizer)
             bar.update(max(0, size - bar.n))  # JSON lines have more bytes than their text
-        record = {"split": split} | {side: _measure(draft, side, tokenizer) for side in SIDES}
-        (draft / RECORD).write_text(json.dumps(record), encoding="utf-8")
-        _publish(draft, entry)
-        LOG.debug("tokens of %s kept in %s", source.name, entry)
-    except OSError as error:
-        name, came = printable(entry.parent), error.strerror or error
-        raise UserError(
-            f"{name}: expected a folder to cache tokens in, got: {came}; name another in TINY_ONN_CACHE"
-        ) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        return {"split": how}
+
+    make_entry(entry, write, tokenizer)
+    LOG.debug("tokens of %s kept in %s", source.name, entry)
 
 
-def _measure(folder: Path, side: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    tokens, targets = _map(folder / f"{side}.tokens", tokenizer.dtype), _map(folder / f"{side}.targets", np.uint8)
-    chunks = [tokens[start : start + CHUNK] for start in range(0, tokens.size, CHUNK)]
-    wide = {} if tokens.dtype == np.uint16 else {"dtype": tokens.dtype.name}
-    return wide | {
-        "tokens": tokens.size,
-        "bytes": sum(int(tokenizer.lengths[chunk].sum(dtype=np.int64)) for chunk in chunks),
-        "targets": int(np.count_nonzero(targets[1:])),
-        "documents": sum(int(np.count_nonzero(chunk == tokenizer.boundary)) for chunk in chunks),
-    }
+# Data sets of the Hub without the Hub ---------------------------------------------------------------------------------
 
 
-def _publish(draft: Path, entry: Path) -> None:
-    """Make a draft the entry, in one step and on disk; an entry that is already there and whole is as good."""
-    for path in draft.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut leaves files of the right length, full of zeros
-    if _load(entry, "") is None:
-        shutil.rmtree(entry, ignore_errors=True)
-        entry.unlink(missing_ok=True)  # if it is no folder
+def _known(source: str, home: Path, holdout: float, split: str, tokenizer: Tokenizer) -> Path:
+    """File with the name of the newest entry of a data set, for a machine that cannot ask which one is the newest."""
+    return home / f"{digest(['newest', source, holdout, split, tokenizer.fingerprint])}.txt"
+
+
+def _load_known(source: str, home: Path, holdout: float, split: str, tokenizer: Tokenizer) -> Splits | None:
     try:
-        os.replace(draft, entry)
-    except OSError:
-        if _load(entry, "") is None:
-            raise
+        name = read_small(_known(source, home, holdout, split, tokenizer)).decode("ascii")
+    except (OSError, ValueError):
+        return None
+    if re.fullmatch("[0-9a-f]{32}", name) is None:
+        return None
+    splits = _load(home / name, printable(source), tokenizer)
+    if splits is not None:
+        LOG.info("note: %s: the Hub does not answer; its tokens are those that the cache has", splits.source)
+    return splits
+
+
+# Mixtures -------------------------------------------------------------------------------------------------------------
+
+
+def _mixed(name: str, parts: Sequence[Weighted], splits: Sequence[Splits], home: Path) -> Splits:
+    """The entry of a mixture, made of those of its sources if it is not there."""
+    tokenizer, weights = splits[0].train.tokenizer, [weight for _, weight in parts]
+    entry = home / digest([FORMAT, "mixture", [part.folder.name for part in splits], weights])
+    known = _load(entry, name, tokenizer)
+    if known is not None:
+        return known
+
+    def write(draft: Path) -> dict[str, Any]:
+        trains, held_outs = (
+            [Stream(side.tokens, side.targets) for side in sides]
+            for sides in zip(*(s[:2] for s in splits), strict=True)
+        )
+        write_side(draft, "train", trains)
+        write_side(draft, "held_out", taking_turns(held_outs, weights, tokenizer.boundary))
+        ends = [0, *accumulate(stream.tokens.size for stream in trains)]
+        return {
+            "split": ", ".join(sorted({part.split for part in splits})),
+            "parts": [[*ends[i : i + 2], weight] for i, weight in enumerate(weights)],
+        }
+
+    make_entry(entry, write, tokenizer)
+    return _loaded(entry, name, tokenizer)
 
 
 WINDOWS, WINDOW = 256, 65_536  # of a text that are looked at, and tokens of each
@@ -276,6 +307,8 @@ WINDOWS, WINDOW = 256, 65_536  # of a text that are looked at, and tokens of eac
 def fingerprint(corpus: Splits) -> str:
     """Of both sides' tokens: all of them up to 16 million, of longer texts evenly spaced windows, and their number."""
     digest = hashlib.blake2b(digest_size=16)
+    for part in corpus.train.parts:
+        digest.update(f"{part.start} {part.stop} {part.weight!r} ".encode())
     for side in (corpus.train, corpus.held_out):
         total = len(side.tokens)
         digest.update(f"{total} {side.num_documents} {side.tokens.dtype} ".encode())

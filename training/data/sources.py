@@ -9,10 +9,13 @@
 | a folder | all below it but hidden names, links to folders and binary files       | a line where the |
 | a glob   | the files that match; `**` stands for all folders below                | file is `.jsonl`,|
 |          |                                                                        | a row: `.parquet`|
+|          |                                                                        | `.csv`, `.tsv`, a|
+|          |                                                                        | sample: `.tar`   |
+| `hf:NAME`| a data set of the Hugging Face Hub (`training.data.hub`)               | a row            |
 
-A row of a Parquet file is its column `text` or `messages`. What ends in `.gz` (`.txt.gz`, `.jsonl.gz`) is unpacked as
-it is read. Lines and rows are read one by one, row group by row group, and a long text piece by piece, so a file may be
-larger than memory.
+A row of a table is its column `text`, of a Parquet file or a data set also `messages`. What ends in `.gz` or `.zst`
+(`.txt.gz`, `.jsonl.zst`) is unpacked as it is read. Lines and rows are read one by one, row group by row group, and a
+long text piece by piece, so a file may be larger than memory.
 
 Text is UTF-8. A byte that is no UTF-8 is kept as it is: it travels as a lone surrogate (Python's `surrogateescape`) and
 is that byte again when encoded. So files in Latin-1 work, and no byte is lost. A file with NUL bytes is no text.
@@ -28,7 +31,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from training.data.readers import Document, _read_file, _read_member, _read_module, printable, refuse
+from training.data.hub import PREFIX, HubRows, find_hub
+from training.data.readers import Document, Segment, printable, refuse, text_document
+from training.data.rows import rows
 from training.errors import UserError
 
 NO_MODULES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -36,17 +41,19 @@ STDLIB = "stdlib"
 
 
 class Source(NamedTuple):
-    """The files behind a spec, in the order in which they are read, and how to read one of them."""
+    """The files behind a spec, in the order in which they are read, and how to read one of them; or a data set."""
 
     name: str
     files: tuple[Path, ...]
     read: Callable[[Path], Iterable[Document]]
+    hub: HubRows | None = None
 
 
 def find_source(spec: str) -> Source:
     """The files that a spec names; a file that exists is never taken for a glob.
 
-    A file called `stdlib` is `./stdlib`, and `./stdlib:a` is one called `stdlib:a`.
+    A file called `stdlib` is `./stdlib`, and `./stdlib:a` is one called `stdlib:a`. What begins with `hf:` is a data
+    set, unless there is a file of that name.
 
     Raises:
         UserError: nothing there, nothing that is text, or nothing that may be read.
@@ -55,6 +62,8 @@ def find_source(spec: str) -> Source:
         pattern = spec.partition(":")[2] if ":" in spec else "**"
         return Source(printable(spec), _stdlib_files(pattern, printable(spec)), _read_module)
     path, name = Path(os.path.expanduser(spec)), printable(spec)
+    if spec.startswith(PREFIX) and not os.path.exists(spec.replace("\0", "")):
+        return Source(name, (), _read_file, find_hub(spec))
     try:
         if spec and path.is_dir():
             if path.suffix.lower() == ".jsonl":
@@ -81,18 +90,57 @@ def documents(source: Source) -> Iterator[Document]:
             no text in any of the files.
     """
     has_text = False
-    for file in source.files:
-        try:
-            for document in source.read(file):
-                if any(part.text or part.role is not None for part in document):
-                    has_text = True
-                    yield document
-        except (OSError, EOFError, zlib.error) as error:  # the last two: packed data that is cut short or damaged
-            refuse(printable(file), error)
+    for document in _all_documents(source):
+        if any(part.text or part.role is not None for part in document):
+            has_text = True
+            yield document
     if not has_text:
+        if source.hub is not None:
+            raise UserError(f"{source.name}: expected text, got none in its rows; name a split that has some")
         sizes = [file.stat().st_size for file in source.files]
         came = "an empty file" if sizes == [0] else f"none in {len(sizes)} file(s)"
         raise UserError(f"{source.name}: expected text, got {came}; name a file or folder that has some")
+
+
+def _all_documents(source: Source) -> Iterator[Document]:
+    if source.hub is not None:
+        yield from source.hub
+    for file in source.files:
+        try:
+            yield from source.read(file)
+        except (OSError, EOFError, zlib.error) as error:  # the last two: packed data that is cut short or damaged
+            refuse(printable(file), error)
+
+
+# One file; the names of these three are a part of the cache's keys ---------------------------------------------------
+
+
+def _read_module(path: Path) -> Iterator[Document]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return
+    yield (Segment(text.replace("\r\n", "\n"), True),)  # line ends differ between platforms, the text does not
+
+
+def _read_member(path: Path) -> Iterator[Document]:
+    """A file of a folder: like a file that is named, but binary ones are passed over."""
+    if (documents := rows(path)) is not None:
+        yield from documents
+    elif (text := text_document(path)) is not None:
+        yield text
+
+
+def _read_file(path: Path) -> Iterator[Document]:
+    name = printable(path)
+    if not path.is_file():
+        raise UserError(f"{name}: expected a regular file, got a pipe or a device; save it to a file first")
+    if (documents := rows(path)) is not None:
+        yield from documents
+    elif (text := text_document(path)) is None:
+        raise UserError(f"{name}: expected a text file, got a binary one (it has NUL bytes); save its text as UTF-8")
+    else:
+        yield text
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from training.data.hf_tokenizer import library, open_tokenizer
+from training.data.mixture import parse_mixture
 from training.data.readers import Document, Segment, printable
 from training.data.sources import Source, documents, find_source
 from training.data.streams import has_both_sides, is_held_out, resolve_split, seamless
@@ -31,7 +33,7 @@ def train_tokenizer(data: str, out: str | Path, vocab_size: int, *, holdout: flo
     `<|endoftext|>`, `<|im_start|>` and `<|im_end|>`, then come the 256 bytes, then the pairs, most frequent first.
 
     Args:
-        data: what `--data` takes.
+        data: what `--data` takes; of a mixture all sources in full, whatever their weights.
         out: a new or empty folder; it appears whole or not at all.
         vocab_size: tokens in all, from 259 to 16777215. A short text may not have so many pairs.
         holdout, split: as in a run; what is held out there is not looked at here.
@@ -56,7 +58,8 @@ def train_tokenizer(data: str, out: str | Path, vocab_size: int, *, holdout: flo
         vocab_size=vocab_size, special_tokens=[*MARKS], initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )  # fmt: skip
-    inner.train_from_iterator(_texts(data, holdout, split), trainer)
+    texts = chain.from_iterable(_texts(source, holdout, split) for source, _ in parse_mixture(data))
+    inner.train_from_iterator(texts, trainer)
     if inner.get_vocab_size() < vocab_size:
         came = inner.get_vocab_size()
         raise UserError(f"--vocab-size: expected at most {came}, all that {data} has pairs for, got {vocab_size}")

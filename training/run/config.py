@@ -124,7 +124,8 @@ class RunConfig:
 
     data: str = "stdlib"
     """What to train on: stdlib (the source of Python's standard library), stdlib:GLOB (a part of it), a text file, a
-    folder, a glob, .jsonl, .parquet; .txt.gz and .jsonl.gz, too."""
+    folder, a glob, .jsonl, .parquet, .csv, .tsv, a WebDataset (.tar); .txt.gz and .jsonl.zst, too; a data set of the
+    Hub (hf:OWNER/NAME[:SPLIT]); or several with weights (a.txt:0.7,b.jsonl:0.3)."""
     tokenizer: str = "bytes"
     """Text -> tokens: bytes, a Hugging Face tokenizer.json, or a folder that holds one; byte-level ones only."""
     pack: bool = False

@@ -473,7 +473,7 @@ def test_an_interrupted_build_leaves_nothing(text: Path, tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.data.corpus._publish", interrupt)
+        patch.setattr("training.data.cache.publish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             opened(text, tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -481,16 +481,16 @@ def test_an_interrupted_build_leaves_nothing(text: Path, tmp_path: Path, monkeyp
 
 
 def test_two_builders_of_one_entry_agree(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import training.data.corpus
+    import training.data.cache
 
-    publish = training.data.corpus._publish
+    publish = training.data.cache.publish
 
     def overtaken(draft: Path, entry: Path) -> None:
-        monkeypatch.setattr("training.data.corpus._publish", publish)
+        monkeypatch.setattr("training.data.cache.publish", publish)
         opened(text, tmp_path)  # somebody else is first
         publish(draft, entry)
 
-    monkeypatch.setattr("training.data.corpus._publish", overtaken)
+    monkeypatch.setattr("training.data.cache.publish", overtaken)
     assert opened(text, tmp_path).train.num_bytes == 810
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -522,7 +522,7 @@ def test_a_user_without_a_home_is_told_to_name_a_cache_folder(text: Path, monkey
 
 def test_documents_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write_jsonl(tmp_path / "big.jsonl", [{"text": f"{i} " + "x" * 100_000} for i in range(60)])  # 6 MB
-    monkeypatch.setattr("training.data.corpus.CHUNK", 1 << 16)
+    monkeypatch.setattr("training.data.cache.CHUNK", 1 << 16)
     tracemalloc.start()
     opened(path, tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
@@ -544,7 +544,7 @@ def test_a_long_text_is_read_piece_by_piece_into_the_same_tokens(
         monkeypatch.setattr("training.data.readers.PIECE", piece)
         monkeypatch.setattr("training.data.readers.LONG", 1 << 16)
         monkeypatch.setattr("training.data.streams.CHUNK", 1 << 16)
-        monkeypatch.setattr("training.data.corpus.CHUNK", 1 << 16)
+        monkeypatch.setattr("training.data.cache.CHUNK", 1 << 16)
         tracemalloc.start()
         pieces = open_corpus(str(path), sequence_length=4, cache_dir=tmp_path / f"other{piece}")
         peak = tracemalloc.get_traced_memory()[1]
