@@ -260,6 +260,7 @@ def _export(argv: Sequence[str]) -> None:
     parser.add_argument("--num-experts-per-tok", type=int, metavar="K", help="experts a token visits; the run's own")
     parser.add_argument("--from-sharded", action="store_true", help="the newest sharded checkpoint")
     parser.add_argument("--force", action="store_true", help="replace an earlier export in --out")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face Hub, too")
     args = parser.parsed(argv)
     from training.commands.export import export_run
 
@@ -267,7 +268,11 @@ def _export(argv: Sequence[str]) -> None:
         from training.distributed.sharded_checkpoint import gather_sharded
 
         gather_sharded(args.run)
-    print(export_run(args.run, args.out, num_experts_per_tok=args.num_experts_per_tok, force=args.force))
+    print(
+        export_run(
+            args.run, args.out, num_experts_per_tok=args.num_experts_per_tok, force=args.force, push=args.push
+        )
+    )  # fmt: skip
 
 
 def _tokenizer(argv: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 SHARD_NAME = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 OURS = re.compile(  # what a folder that was written here consists of
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_|tokenizer_)?config\.json"
-    r"|tokenizer\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|chat_template\.jinja"
+    r"|tokenizer\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt|chat_template\.jinja|README\.md"
 )
 
 

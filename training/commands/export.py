@@ -1,4 +1,4 @@
-"""A run -> a folder that Hugging Face's tools open: weights, configuration, tokenizer, generation settings."""
+"""A run -> a folder that Hugging Face's tools open: weights, configuration, tokenizer, generation settings, card."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tiny_onn_func.config import DYNAMIC_K
 from tiny_onn_func.huggingface.pretrained import inexpressible, save_model
+from training.commands.model_card import model_card
+from training.commands.push import open_hub, push_folder
 from training.commands.target import check_out
 from training.data.hf_tokenizer import byte_alphabet, library
 from training.data.tokenizer import BOUNDARY, BOUNDARY_TEXT, BYTES, FILE, SETTINGS, TURN_END, Tokenizer
@@ -14,23 +16,34 @@ from training.data.train_tokenizer import tokenizer_settings
 from training.errors import UserError
 from training.run.finished import open_run
 from training.storage.regular_file import read_object
+from training.terminal import LOG
+
+CARD = "README.md"
 
 
 def export_run(
-    run: str | Path, out: str | Path, *, num_experts_per_tok: int | None = None, force: bool = False
+    run: str | Path,
+    out: str | Path,
+    *,
+    num_experts_per_tok: int | None = None,
+    force: bool = False,
+    push: str | None = None,
 ) -> Path:
-    """Write the newest checkpoint of a run as a Qwen3-MoE folder; returns its absolute path.
+    """Write the newest checkpoint of a run as a Qwen3-MoE folder with a model card; returns its absolute path.
 
     Args:
         out: a new or empty folder.
         num_experts_per_tok: experts of a token (K) from now on; by default the run's own, where that is a number.
         force: replace an earlier export in `out`.
+        push: OWNER/NAME of a model of the Hugging Face Hub to which the folder is uploaded, too.
 
     Raises:
-        UserError: no run, a model that Qwen3-MoE cannot express, a K out of range, an earlier export in `out`.
+        UserError: no run, a model that Qwen3-MoE cannot express, a K out of range, an earlier export in `out`; the Hub
+            refuses, after the folder was written.
         ValueError: `out` holds something else, or the disk refuses.
     """
     check_out(out, force=force)
+    hub = None if push is None else open_hub(push)
     config, params, tokenizer = open_run(run)
     model = config.model
     if num_experts_per_tok is not None:
@@ -44,7 +57,11 @@ def export_run(
         raise UserError(f"{run}: Qwen3-MoE has no name for {reason}; {_advice(run, model.num_experts_per_tok)}")
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.boundary, "pad_token_id": tokenizer.boundary}
     extra = {"max_position_embeddings": config.sequence_length, **ids}
-    return save_model(params, model, out, extra=extra, files=tokenizer_files(tokenizer, config.sequence_length))
+    files = {**tokenizer_files(tokenizer, config.sequence_length), CARD: model_card(run, config, model).encode()}
+    folder = save_model(params, model, out, extra=extra, files=files)
+    if hub is not None and push is not None:
+        LOG.info("pushed: %s", push_folder(hub, folder, push))
+    return folder
 
 
 def tokenizer_files(tokenizer: Tokenizer, model_max_length: int) -> dict[str, bytes]:
