@@ -18,7 +18,7 @@ def open_hub(name: str) -> Any:
     try:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in __all__ (1.23)
     except ImportError:
         raise UserError("--push: wants the package huggingface_hub; pip install tiny-onn-func[hf]") from None
     try:
