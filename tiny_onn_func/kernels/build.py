@@ -53,7 +53,7 @@ def find_library() -> Path:
     path = home / f"kernels-{_fingerprint()}.so"
     if not (path.is_file() and _is_ours(path)):
         _compile(path)
-    ctypes.CDLL(str(path))  # whether it loads
+    ctypes.CDLL(str(path))  # noqa: TID251 - whether it loads; named by a hash, in a folder of this user alone
     return path
 
 

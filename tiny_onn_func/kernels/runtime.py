@@ -53,7 +53,7 @@ SIZE, POINTER, INT, FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctype
 @cache
 def loaded() -> Any:
     """The library of this processor, which `native.library` has made."""
-    return typed(ctypes.CDLL(str(library())))
+    return typed(ctypes.CDLL(str(library())))  # noqa: TID251 - find_library has made sure of its owner
 
 
 def typed(kernels: Any) -> Any:

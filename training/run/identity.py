@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import import_module
+from importlib import import_module  # noqa: TID251 - of PACKAGES alone
 from pathlib import Path
 from typing import Any
 

@@ -65,7 +65,7 @@ def disable_heap_trimming() -> bool:
     if sys.platform != "linux":
         return False
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        mallopt = ctypes.CDLL(None).mallopt  # noqa: TID251 - the C library of this process
     except (AttributeError, OSError):  # another C library
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))

@@ -34,7 +34,7 @@ def read_yaml(path: str) -> dict[Any, Any]:
         UserError: the file cannot be read, is no YAML, gives a key twice, or holds no mapping.
     """
     try:
-        document = yaml.load(read_small(path, MOST_BYTES).decode("utf-8"), _Loader)
+        document = yaml.load(read_small(path, MOST_BYTES).decode("utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise UserError(f"{path}: expected a YAML file, got: {error.strerror}") from None
     except UnicodeDecodeError as error:
