@@ -1,129 +1,117 @@
-"""Files that are right, spoilt: bytes flipped, cut, doubled; values replaced; pipes and links put where they were."""
+"""Strategies of right files, spoilt: bytes changed, cut, doubled; values replaced; pipes and links in their place."""
 
 import json
 import os
-import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hypothesis import strategies as st
 
 NUMBERS = [0, -1, 2**31, 2**63, 2**64, 10**400, 1e308, -1e308, 5e-324, float("nan"), float("inf"), 0.5, True]
+KEYS = ["", " ", "\x00", "\n", "a\nb", "\x1b[31m", "\u202e", "\ud800", "💥" * 9, "x" * 70_000, "../../x", "/etc/passwd"]
 TEXTS = [
-    "", " ", "\x00", "\n", "a\nb", "\x1b[31m", "\u202e", "\ud800", "💥" * 9, "x" * 70_000, "../../x", "/etc/passwd",
-    "~", "NaN", "null", "{}", "[]", "%s%n", "{0.__class__}", "<script>alert(1)</script>", "!!python/object:os.system",
-    "*a", "&a",
+    *KEYS, "~", "NaN", "null", "{}", "[]", "%s%n", "{0.__class__}", "<script>alert(1)</script>",
+    "!!python/object:os.system", "*a", "&a",
 ]  # fmt: skip
-INSERTS = (b"\x00", b"\xff\xfe", b"\n", b"\xef\xbb\xbf", b"{", b"[" * 3000, b"9" * 400)
 NAMES = [
-    "../escaped",
-    "/tmp/escaped",
-    "a/../../b",
-    "con",
-    ".",
-    "..",
-    "",
-    "x" * 300,
-    "\x00",
-    "model.safetensors/..",
-    "~root",
-]
+    "../escaped", "/tmp/escaped", "a/../../b", "con", ".", "..", "", "x" * 300, "\x00", "model.safetensors/..", "~root",
+]  # fmt: skip
+INSERTS = [b"\x00", b"\xff\xfe", b"\n", b"\xef\xbb\xbf", b"{", b"[" * 3000, b"9" * 400]
+SPECIAL: dict[str, Callable[[Path], object]] = {  # no regular files, and links to others
+    "pipe": os.mkfifo,
+    "loop": lambda path: path.symlink_to(path),
+    "endless": lambda path: path.symlink_to("/dev/zero"),
+    "folder": Path.mkdir,
+    "another file": lambda path: path.symlink_to("/etc/passwd"),
+    "another folder": lambda path: path.symlink_to(path.parent),
+    "nothing": lambda path: None,
+}
+
+names = st.sampled_from(KEYS + NAMES) | st.text(max_size=8)
+scalars = st.none() | st.sampled_from([*NUMBERS, *TEXTS, *NAMES]) | st.integers() | st.floats() | st.text(max_size=20)
+values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(names, v, max_size=2), max_leaves=6)
 
 
-def spoil_bytes(data: bytes, draw: random.Random) -> bytes:
-    """One to four small faults."""
-    for _ in range(draw.choice((1, 1, 2, 4))):
-        at, length = draw.randrange(len(data) + 1), min(len(data), draw.choice((1, 2, 8, 64, 1024)))
-        part = data[at : at + length]
-        data = draw.choice((
-            data[:at] + bytes(draw.randrange(256) for _ in part[:16]) + data[at + len(part[:16]) :],
-            data[:at],
-            data[:at] + data[at + length :],
-            data[:at] + part * draw.choice((2, 50)) + data[at:],
-            data[:at] + draw.choice(INSERTS) + data[at:],
-            bytes(data[:at][::-1]) + data[at:],
-        ))  # fmt: skip
+@st.composite
+def spoilt_files(draw: st.DrawFn, path: Path) -> bytes | str:
+    """Bytes for a file, or a name of `SPECIAL`."""
+    data = path.read_bytes()
+    kind = draw(st.sampled_from(["special", *["values"] * 12, *["bytes"] * 12]))
+    if kind == "special":
+        return draw(st.sampled_from([*SPECIAL]))
+    if kind == "values" and path.suffix in (".json", ".jsonl", ".yaml"):
+        return draw(spoilt_texts(path.suffix, data))
+    if kind == "values" and path.suffix == ".safetensors":
+        return draw(spoilt_headers(data))
+    for _ in range(draw(st.sampled_from((1, 1, 2, 4)))):
+        data = draw(spoilt_bytes(data))
     return data
 
 
-def hostile(draw: random.Random, depth: int = 0) -> Any:
-    """A value that nobody expects."""
-    kind = draw.randrange(8)
-    if kind < 2:
-        return draw.choice(NUMBERS)
-    if kind < 4:
-        return draw.choice(TEXTS)
-    if kind == 4:
-        return None
-    if kind == 5:
-        return draw.choice(NAMES)
-    if depth > 2:
-        return []
-    if kind == 6:
-        return [hostile(draw, depth + 1) for _ in range(draw.randrange(4))]
-    return {draw.choice(TEXTS[:10] + NAMES): hostile(draw, depth + 1) for _ in range(draw.randrange(3))}
-
-
-def spoil_values(value: Any, draw: random.Random) -> Any:
-    """The same nest with one place changed: a value, a key, one more, one less, or two swapped."""
-    if isinstance(value, dict) and value and draw.random() < 0.85:
-        key = draw.choice([*value])
-        what = draw.randrange(10)
-        if what < 6:
-            return value | {key: spoil_values(value[key], draw)}
-        if what == 6:
-            return {k: v for k, v in value.items() if k != key}
-        if what == 7:
-            return {draw.choice(TEXTS[:8] + NAMES) if k == key else k: v for k, v in value.items()}
-        if what == 8:
-            return value | {key: value[draw.choice([*value])]}
-        return value | {f"{key}{draw.choice(TEXTS[:6])}x": hostile(draw)}
-    if isinstance(value, list) and value and draw.random() < 0.8:
-        at = draw.randrange(len(value))
-        return draw.choice((
-            [*value[:at], spoil_values(value[at], draw), *value[at + 1 :]], value[:at], value * 3,
-            [*value, hostile(draw)],
-        ))  # fmt: skip
-    return hostile(draw)
-
-
-def spoil_file(path: Path, draw: random.Random) -> None:
-    """Put something else where a file is."""
-    kind = draw.random()
-    data = path.read_bytes()
-    if kind < 0.04:
-        path.unlink()
-        draw.choice((
-            path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to(path), lambda: path.symlink_to("/etc/passwd"),
-            lambda: path.symlink_to("/dev/zero"), lambda: path.symlink_to(path.parent), lambda: None,
-        ))()  # fmt: skip
-    elif kind < 0.5 and path.suffix in (".json", ".jsonl", ".yaml", ".index.json"):
-        path.write_bytes(_spoilt_text(path.suffix, data, draw))
-    elif kind < 0.75 and path.suffix == ".safetensors":
-        path.write_bytes(_spoilt_header(data, draw))
+def put(path: Path, spoilt: bytes | str) -> None:
+    """Put what `spoilt_files` drew in the place of a file."""
+    if isinstance(spoilt, bytes):
+        path.write_bytes(spoilt)
     else:
-        path.write_bytes(spoil_bytes(data, draw))
+        path.unlink()
+        SPECIAL[spoilt](path)
 
 
-def _spoilt_text(suffix: str, data: bytes, draw: random.Random) -> bytes:
+@st.composite
+def spoilt_bytes(draw: st.DrawFn, data: bytes) -> bytes:
+    """One small fault."""
+    at, length = draw(st.integers(0, len(data))), draw(st.sampled_from((1, 2, 8, 64, 1024)))
+    before, part, after = data[:at], data[at : at + length], data[at:]
+    cut = st.sampled_from([before, before + after[length:], before[::-1] + after])
+    doubled = st.sampled_from([2, 50]).map(lambda times: before + part * times + after)
+    inserted = st.sampled_from(INSERTS).map(lambda new: before + new + after)
+    return draw(cut | doubled | inserted | st.binary(max_size=16).map(lambda new: before + new + after[len(new) :]))
+
+
+@st.composite
+def spoilt_values(draw: st.DrawFn, value: Any) -> Any:
+    """The same nest with one place changed: a value, a key, one more, one less, or two alike."""
+    if isinstance(value, dict) and value:
+        key, other = draw(st.sampled_from([*value])), draw(st.sampled_from([*value]))
+        deeper = spoilt_values(value[key]).map(lambda inner: value | {key: inner})
+        less = st.just({k: v for k, v in value.items() if k != key})
+        renamed = names.map(lambda name: {name if k == key else k: v for k, v in value.items()})
+        alike = st.just(value | {key: value[other]})
+        more = st.tuples(names, values).map(lambda item: value | {f"{key}{item[0][:9]}x": item[1]})
+        return draw(st.one_of(deeper, deeper, deeper, deeper, less, renamed, alike, more, values))
+    if isinstance(value, list) and value:
+        at = draw(st.integers(0, len(value) - 1))
+        deeper = spoilt_values(value[at]).map(lambda inner: [*value[:at], inner, *value[at + 1 :]])
+        more = values.map(lambda one: [*value, one])
+        return draw(st.one_of(deeper, st.sampled_from([value[:at], value * 3]), more, values))
+    return draw(values)
+
+
+@st.composite
+def spoilt_texts(draw: st.DrawFn, suffix: str, data: bytes) -> bytes:
+    """JSON or YAML with one place changed; of lines, one of them."""
     text = data.decode()
     if suffix == ".jsonl":
         lines = text.splitlines()
-        at = draw.randrange(len(lines))
-        lines[at] = json.dumps(spoil_values(json.loads(lines[at]), draw))
+        at = draw(st.integers(0, len(lines) - 1))
+        lines[at] = json.dumps(draw(spoilt_values(json.loads(lines[at]))))
         return "\n".join(lines).encode("utf-8", "surrogatepass")
-    values = spoil_values(yaml.safe_load(text) if suffix == ".yaml" else json.loads(text), draw)
+    new = draw(spoilt_values(yaml.safe_load(text) if suffix == ".yaml" else json.loads(text)))
+    raw = draw(st.booleans())
     if suffix == ".json":
-        return json.dumps(values, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
+        return json.dumps(new, ensure_ascii=raw).encode("utf-8", "surrogatepass")
     try:
-        return yaml.dump(values, allow_unicode=draw.random() < 0.5, sort_keys=False).encode("utf-8", "surrogatepass")
+        return yaml.dump(new, allow_unicode=raw, sort_keys=False).encode("utf-8", "surrogatepass")
     except (yaml.YAMLError, UnicodeError):
-        return json.dumps(values).encode()
+        return json.dumps(new).encode()
 
 
-def _spoilt_header(data: bytes, draw: random.Random) -> bytes:
+@st.composite
+def spoilt_headers(draw: st.DrawFn, data: bytes) -> bytes:
     """safetensors: eight bytes of length, JSON, tensors; a header that lies."""
     size = int.from_bytes(data[:8], "little")
-    header = json.dumps(spoil_values(json.loads(data[8 : 8 + size]), draw)).encode("utf-8", "surrogatepass")
-    length = draw.choice((len(header), len(header), len(header), size, 2**63, 0, len(data)))
+    header = json.dumps(draw(spoilt_values(json.loads(data[8 : 8 + size])))).encode("utf-8", "surrogatepass")
+    length = draw(st.sampled_from((len(header), len(header), len(header), size, 2**63, 0, len(data))))
     return length.to_bytes(8, "little") + header + data[8 + size :]

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from tests.helpers import ROOT
 from tests.robustness.fault_subjects import SIZES, TEXT
+from tests.robustness.hostile import SPECIAL
 from training.cli import main
 from training.data.corpus import open_corpus
 from training.data.readers import LINE
@@ -61,16 +62,6 @@ def test_ten_thousand_hostile_inputs_to_every_reader(tmp_path: Path) -> None:
 # Files that are none --------------------------------------------------------------------------------------------------
 
 
-def special(path: Path, kind: str) -> None:
-    """Put a pipe, a link to itself, an endless device or a folder at a path."""
-    {
-        "pipe": lambda: os.mkfifo(path),
-        "loop": lambda: path.symlink_to(path),
-        "endless": lambda: path.symlink_to("/dev/zero"),
-        "folder": path.mkdir,
-    }[kind]()
-
-
 READERS: dict[str, Callable[[Path], object]] = {
     "config.yaml": lambda path: read_yaml(str(path)),
     "metrics.jsonl": lambda path: read_history(path.parent),
@@ -89,7 +80,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("kind", ["pipe", "loop", "endless", "folder"])
 @pytest.mark.parametrize("name", READERS)
 def test_what_is_no_regular_file_is_refused_at_once(name: str, kind: str, tmp_path: Path) -> None:
-    special(tmp_path / name, kind)
+    SPECIAL[kind](tmp_path / name)
     start = time.perf_counter()
     if (name, kind) == ("results.csv", "loop"):
         assert read_results(tmp_path) == []  # nothing is there
