@@ -1,6 +1,8 @@
-"""Test other versions than those of constraints.txt: `pip install nox`, then `nox -l` lists the sessions.
+"""Longer checks, and other versions than those of constraints.txt: `pip install nox`, then `nox -l` lists the sessions.
 
-    nox -s lint                                  # ruff, mypy, import-linter
+    nox -s lint                                  # ruff, typos, mypy, import-linter
+    nox -s coverage                              # lines and branches that the suite runs, in twice its time
+    nox -s mutation -- FOLDER [--language c]     # tests/mutation/run.py, hours
     nox -s "tests-3.12(torch='2.11.0')"          # the suite on one pair of versions
     nox -s constraints                           # write constraints.txt anew
 
@@ -30,11 +32,26 @@ def tests(session: nox.Session, torch: str) -> None:
 
 
 @nox.session(python="3.11")
+def coverage(session: nox.Session) -> None:
+    """The share of lines and branches that the default run meets; programs that tests start are not counted."""
+    session.install("-e", EXTRAS, "-c", "constraints.txt")
+    session.run("pytest", "-n", "2", "--cov", "--cov-report=term:skip-covered", *session.posargs)
+
+
+@nox.session(python="3.11")
+def mutation(session: nox.Session) -> None:
+    """The share of a seeded sample of faults that the suite notices."""
+    session.install("-e", EXTRAS, "-c", "constraints.txt")
+    session.run("python", "-m", "tests.mutation.run", *session.posargs)
+
+
+@nox.session(python="3.11")
 def lint(session: nox.Session) -> None:
     """What `.ci/run` checks beside the tests."""
     session.install("-e", EXTRAS, "-c", "constraints.txt")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("typos")
     session.run("mypy", "tiny_onn_func", "training", "benchmarks", "examples")
     session.run("lint-imports")
 

@@ -19,6 +19,7 @@ settings.register_profile("slow", settings.get_profile("default"), max_examples=
 settings.register_profile(
     "mutation",
     settings.get_profile("default"),
+    max_examples=10,
     phases=[Phase.explicit, Phase.generate],  # no time for shrinking
 )
 
@@ -76,3 +77,5 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     is_property = hasattr(getattr(item, "obj", None), "hypothesis")
     if is_property and item.config.getoption("markexpr") == "slow":
         item.add_marker(pytest.mark.slow)
+    if item.get_closest_marker("slow") is not None:
+        item.add_marker(pytest.mark.timeout(4 * 3600))

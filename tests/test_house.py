@@ -2,12 +2,9 @@
 
 import ast
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -105,24 +102,3 @@ def test_a_room_shows_few_entries(place: str) -> None:
 def test_the_training_package_does_not_import_the_studies_until_they_are_asked_for() -> None:
     program = "import sys, training; assert 'training.study.runner' not in sys.modules; training.run_study"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
-
-
-def test_a_wheel_carries_sub_packages_kernels_presets_and_types(tmp_path: Path) -> None:
-    copy = tmp_path / "copy"  # a build leaves files beside what it builds
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(copy)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {str(path.relative_to(ROOT)) for path in SOURCES}
-    data = {
-        str(path.relative_to(ROOT))
-        for pattern in ("tiny_onn_func/kernels/csrc/*", "training/presets/**/*.yaml", "*/py.typed")
-        for path in ROOT.glob(pattern)
-    }
-    assert sources | data <= names
-    assert {"training/presets/small.yaml", "training/presets/studies/routers.yaml"} <= names
-    assert not [name for name in names if name.startswith(("tests", "benchmarks", "examples"))]
