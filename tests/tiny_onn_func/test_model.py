@@ -156,6 +156,7 @@ def test_counts_equal_a_count_by_hand(tied: bool) -> None:
     assert count_active_params(config, 2.0) == outside + 3 * (layer + 2 * expert)
     assert count_active_params(config, 6.0) == count_params(config)
     assert count_active_params(config, 1.5) == outside + 3 * (layer + 1.5 * expert)
+    assert count_active_params(config, 1 + 1 / 1024) == outside + 3 * (layer + (1 + 1 / 1024) * expert)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tie_word_embeddings": False}, {"routing": "hash"}], ids=str)
@@ -209,8 +210,9 @@ def test_every_dtype_starts_from_the_same_draw(dtype: torch.dtype) -> None:
         (lambda flat: flat.pop("norm"), r"params\.norm: expected shape \(8,\), got no such leaf"),
         (lambda flat: flat.update({"layers.extra": torch.ones(3)}), r"params\.layers\.extra: expected no such leaf"),
         (lambda flat: flat.update({"layers.moe.w2": torch.ones(2)}), r"params\.layers\.moe\.w2: .*, got \(2,\)"),
+        (lambda flat: flat.update({"layers.moe.w2": torch.ones(99, 2)}), r"params\.layers\.moe\.w2: .*, got \(99, 2\)"),
     ],
-    ids=["missing", "unknown", "misshapen"],
+    ids=["missing", "unknown", "too small", "too large"],
 )
 def test_foreign_parameters_are_refused_by_the_name_of_the_leaf(spoil: Any, said: str) -> None:
     flat = flatten(init_params(TINY, seeded(0)))

@@ -388,6 +388,11 @@ def test_a_bad_argument_of_generate_is_refused_by_its_name(key: str, how: dict[s
         state(**how)
 
 
+def test_a_stop_token_out_of_range_is_refused_with_the_range() -> None:
+    with pytest.raises(ValueError, match=r"^stop_tokens: expected tokens from 0 to 12, got 13"):
+        state(stop_tokens=(13,))
+
+
 def test_a_mask_of_bool_writes_the_text_of_its_numbers() -> None:
     mask = torch.tensor([[0, 0, 1], [1, 1, 1]])
     assert torch.equal(state(attention_mask=mask.bool()), state(attention_mask=mask))

@@ -125,7 +125,7 @@ def test_more_slots_than_experts_and_odd_heads_are_refused() -> None:
     with pytest.raises(ValueError, match=r"choose: expected slots in \[0, 3\], got 4"):
         forward.choose(**CALLS["choose"].tensors, slots=4, least=1, dynamic=True)
     tensors = {name: t[..., :5] for name, t in CALLS["split_heads"].tensors.items()}
-    with pytest.raises(ValueError, match="even dim, got 3 and 5"):
+    with pytest.raises(ValueError, match="split_heads: expected 2 to 4 norms and an even dim, got 3 and 5"):
         forward.split_heads(**tensors, eps=1e-6)
 
 

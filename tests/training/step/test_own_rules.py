@@ -116,7 +116,7 @@ def test_the_shipped_rule_written_from_outside_makes_the_same_step() -> None:
     ("update", "message"),
     [
         (lambda s, x, *_: (s, Targets(x.argmin(-1)[..., :-1], x.isfinite().any(-1))), "rule: expected expert of shape"),
-        (lambda s, x, *_: ((x,), Targets(x.argmin(-1), x.isfinite().any(-1))), "rule: expected a state of the form of"),
+        (lambda s, x, *_: ((x,), Targets(x.argmin(-1), x.isfinite().any(-1))), r"init's, \{\}, got \{'0': "),
     ],
 )
 @BOTH_KINDS
