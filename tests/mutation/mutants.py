@@ -1,630 +1,92 @@
-"""Mutants: changes of one line, each of which some test must notice (`python -m tests.mutation.run`)."""
+"""Draw faults by seed: cosmic-ray's of Python, universalmutator's of C."""
 
+import ast
+import contextlib
+import io
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
+
+SOURCES = ("tiny_onn_func", "training/step")
 
 
 class Mutant(NamedTuple):
-    """`old` stands exactly once in the file; with `new` in its place the suite must fail."""
+    """A file with one fault in it."""
 
     file: str
-    old: str
-    new: str
+    line: int
+    change: str
+    source: str
 
 
-CHANGES: dict[str, list[tuple[str, str]]] = {
-    "tiny_onn_func/attention.py": [
-        ("rotary[0].ndim == 2", "True"),
-        ("turned = rotate(qk, cosines, sines)", "turned = qk"),
-        ("rms_norm(qk, None, eps)", "qk"),
-        ("t.flatten(0, -3)[0]", "t.flatten(0, -3)[-1] * 1.01"),
-        ("bias.masked_fill(hidden, -torch.inf)", "bias"),
-        ("torch.where(hidden, torch.where(sees,", "torch.where(hidden & (scores < 0), torch.where(sees,"),
-        ("k, v = (_without_padding(t, hidden) for t in (k, v))", "pass"),
-        ("v, sees = _without_padding(v, hidden),", "sees ="),
-        ('share i dim") * sees', 'share i dim")'),
-        (".masked_fill(~sees, 0.0)", ""),
-    ],
-    "tiny_onn_func/checks.py": [
-        ("torch.where(plain == ignore, low, plain)", "plain"),
-        ("lowest < low or highest >= high:", "lowest < low:"),
-        ("lowest < low or highest >= high:", "highest >= high:"),
-        ("highest >= high:", "highest > high:"),
-        ("if t.dtype != dtype:", "if False:"),
-        ("plain = unwrap_all(t)\n    if not _has_values(plain):\n        return\n    kept", "plain = t\n    kept"),
-        ("(lowest := int(plain.amin())) < 0", "(lowest := int(plain.amin())) < -1"),
-        ("if t.dtype != torch.int64:", "if False:"),
-    ],
-    "tiny_onn_func/decoder.py": [
-        ('check_indices("input_ids", input_ids, 0, config.vocab_size)', "pass"),
-        ("check_params(params, config, runs, is_spread=apply_w13 is not plain_apply_w13)", "pass"),
-        ("is_spread=apply_w13 is not plain_apply_w13", "is_spread=False"),
-        ("check_indices(name, experts, -1, config.num_experts, shape=shape)", "pass"),
-    ],
-    "tiny_onn_func/experts.py": [
-        ("torch.where(active, expert_ids, num_experts)", "expert_ids"),
-        ("sort(stable=True)", "sort(stable=True, descending=True)"),
-        ("counts[..., :num_experts].cumsum", "counts[..., 1:].cumsum"),
-        ("Rows(order // routing", "Rows(order % routing"),
-        ("gate, up = apply", "up, gate = apply"),
-        ("routing.weights.to(y.dtype)", "routing.active.to(y.dtype)"),
-        ("torch.zeros_like(order).scatter(-1, order, positions)", "order"),
-        ("rows._replace(order=number, inverse=number)", "rows._replace(order=number)"),
-        ("rows.order // (rows.order.shape[-1] // x.shape[-2])", "rows.token"),
-        ('check_shape("apply_w2: output", y, (*rows.token.shape, x.shape[-1]))', "pass"),
-        ('check_shape("apply_w13: up", up, gate.shape)', "pass"),
-    ],
-    "tiny_onn_func/kernels/csrc/adamw.c": [
-        ("params[i] * decay", "params[i]"),
-        ("grads[i] * scale", "grads[i]"),
-        ("numbers[leaf] + 6 * run", "numbers[leaf]"),
-        ("int64_t at = run * count + start,", "int64_t at = run * count,"),
-        ("int64_t at = run * count + start,", "int64_t at = start,"),
-    ],
-    "tiny_onn_func/kernels/csrc/attention.c": [
-        ("p[r * row + j] == 1 ? 0 : slope", "slope"),
-        ("either(bias <= -FLT_MAX,", "either((bias <= -FLT_MAX) & (x == x),"),
-        ("int whole = are_finite(seq * dim, v + t * seq * dim);", "int whole = 1;"),
-        ("p[r * row + j] * (s[r * row + j] - mean)", "p[r * row + j] * s[r * row + j]"),
-        ("log_sums + i, known);", "log_sums + first, known);"),
-        ("int how = h > t * share ? MORE : NEW;", "int how = NEW;"),
-        ("(h / heads * seq + i) * heads + h % heads", "(h / heads * seq + i) * heads"),
-        ("x = either(places() < (int)(n - j), x, (vec){0});", ";"),
-        ("most = either(most > x, most, x);", "most = x;"),
-        ("known ? *from : largest_of(most)", "largest_of(most)"),
-        ("*from = least + logf(all);", "*from = logf(all);"),
-        ("*(vec *)(p + j) *= share;", ";"),
-        (
-            "bias + t / groups % masks * seq * seq;\n        turn(seq, dim, k + t * seq * dim, keys);\n        turn",
-            "bias;\n        turn(seq, dim, k + t * seq * dim, keys);\n        turn",
-        ),
-    ],
-    "tiny_onn_func/kernels/csrc/choices.c": [
-        ("(logits[j] > logit) | ((logits[j] == logit) & (place > j))", "(place > j)"),
-        ("& (place > j)", "& (place < j)"),
-        ("(scores[j] > score) | equal", "(scores[j] > score)"),
-        ("(score == best[at - 1] && logits[place] > logits[ids[at - 1]])", "0"),
-        ("score > best[at - 1] || ", "score >= best[at - 1] || "),
-        ("== (int)k - 1, most", "== (int)k - 2, most"),
-        ("best[k - 1] : least", "best[0] : least"),
-        ("sum += last;", ";"),
-        ("mass < budgets[i / n]", "mass <= budgets[i / n]"),
-        ("m < least ||", "m <= least ||"),
-        ("budgets[i / n] >= 1 ||", ""),
-        ("bias + i / n * experts", "bias"),
-        ("weight[m] / all + (sum - sum)", "weight[m] / all"),
-        ("kept[m] = real[i] && (", "kept[m] = ("),
-        ("mass += p[chosen[m]];", "mass += p[m];"),
-        ("double mass = 0;", "float mass = 0;"),
-        ("if (kept[m] && x[chosen[m]] > most) most = x[chosen[m]];", ";"),
-        ("(score == score) & (places() < some)", "places() < some"),
-        ("if (expert[i] == experts) continue;", ";"),
-        ("surface[i * experts + e] = INFINITY;", "surface[i * experts + e] = 0;"),
-        ("sqrtf(dot(left_dim, x, x)) *", ""),
-        ("(i / n * tokens + token[i])", "token[i]"),
-        ("count >= least[run]", "count > least[run]"),
-        (" && count >= 1;", ";"),
-        ("eligible && !tied[i]", "eligible"),
-        ("real[run * tokens + i % tokens]", "real[i % tokens]"),
-        ("(most - x[target[i]]) + above;", "log_sum - x[target[i]];"),
-        ("(most - x[target[i]]) + above;", "log_sum;"),
-        ("square += (double)log_sum * log_sum;", "square += log_sum;"),
-        ("if (!is_real) continue;", ";"),
-        ("part / layers * tokens + t];", "t];"),
-        ("2 * (most + logf(sum)) * grad_squares[part]", "(most + logf(sum)) * grad_squares[part]"),
-        ("- dot(experts, to, pull)", ""),
-        ("if (teaches) to[target[i]] -= cross;", ";"),
-        ("part / layers * tokens + i % tokens", "i % tokens"),
-        ("if (real[part / layers * tokens + t]) visits += open;", "visits += open;"),
-        ("1.0 / (open ? open : 1)", "1.0 / slots"),
-        ("finite ? value : 0", "value"),
-        ("ties += tied[i];", ";"),
-        ("if (!informative[i]) continue;", ";"),
-    ],
-    "tiny_onn_func/kernels/csrc/grouped.c": [
-        ("int64_t start = group % experts ?", "int64_t start = group ?"),
-        ("rows + task.row / n * tokens * in", "rows"),
-        ("if (transposed && group != task.group)", "if (transposed && group == -1)"),
-        ("? rows + group / experts * tokens * in :", "? rows :"),
-        ("outer_of(some, out, depth, a + from,", "outer_of(some, out, depth, a,"),
-        (
-            "task.group / experts * apart + task.group % experts * size;\n                if",
-            "task.group * size;\n                if",
-        ),
-        (
-            "sums + j * LANES, LANES,\n                    term ? MORE : NEW",
-            "sums + j * LANES, LANES,\n                    NEW",
-        ),
-    ],
-    "tiny_onn_func/kernels/csrc/losses.c": [
-        ("log_sums[i] - sums[1] / sums[0]", "log_sums[i]"),
-        ("(most - x[labels[i]]) + log_sums[i]", "(most + log_sums[i]) - x[labels[i]]"),
-        ("(x[j] - most) - log_sum", "x[j] - (most + log_sum)"),
-        (" && is_index(best[i], vocab)", ""),
-        ("to[labels[i]] -= grad;", ";"),
-    ],
-    "tiny_onn_func/kernels/csrc/norms.c": [
-        ("t / n * dim", "0"),
-        ("weight + run * dim", "weight"),
-        ("for (int64_t part = 1; part < parts;", "for (int64_t part = 2; part < parts;"),
-    ],
-    "tiny_onn_func/kernels/csrc/products.h": [
-        ("int now = k ? MORE : depth > NEAR ? NEW : how;", "int now = how;"),
-        ("terms + k, b + k * m", "terms, b + k * m"),
-        ("a + k * width, 1, NULL, width, NULL, b + k * m", "a + k * width, 1, NULL, width, NULL, b"),
-        ("int some = wide ? left : left + LANES;", "int some = wide ? 0 : left + LANES;"),
-        ("how == MORE ? part(c + i * ldc, count) : (vec){0}", "(vec){0}"),
-        ("(order ? order[i + r] : i + r)", "(i + r)"),
-        ("j = i < whole_n ? whole_m : 0", "j = whole_m"),
-    ],
-    "tiny_onn_func/kernels/csrc/rows.c": [
-        ("last = start;", ";"),
-        ("order[i] / slots * dim", "order[i] % slots * dim"),
-        ("int64_t at = active[i] ? ends[ids[i]]++ : last++;", "int64_t at = ends[ids[i]]++;"),
-        ("inverse[i] = at;", "inverse[first + at] = i - first;"),
-        ("expert[first + at] = active[i] ? ids[i] : experts;", "expert[first + at] = ids[i];"),
-    ],
-    "tiny_onn_func/kernels/csrc/vectors.h": [
-        ("places() ^ half", "places() ^ 1"),
-        ("{ return (vec)(((lanes)a & yes)", "{ return (vec)(((lanes)a)"),
-    ],
-    "tiny_onn_func/kernels/forward.py": [
-        ("inputs = [t.contiguous() for t in (x, weights, order)]", "inputs = [x, weights, order]"),
-        ("return grad_x, partial[:, 0]", "return grad_x, partial[:, -1]"),
-        ("grad_qkv, grad_norms.sum(dim=1)", "grad_qkv, grad_norms[:, 0]"),
-        ("bias.shape[0], *rest", "1, *rest"),
-        ("inputs = [t.contiguous() for t in (logits, bias, budgets, real)]", "inputs = [logits, bias, budgets, real]"),
-    ],
-    "tiny_onn_func/kernels/runtime.py": [
-        ("(records and t.requires_grad)", "False"),
-        ("t.dtype is not torch.float32 or", ""),
-        ("or is_functorch_wrapped_tensor(t)", ""),
-    ],
-    "tiny_onn_func/kernels/step.py": [
-        ("[[t.contiguous() for t in leaves] for leaves in", "[list(leaves) for leaves in"),
-        ("inputs = [t.contiguous() for t in (left, right, token, expert)]", "inputs = [left, right, token, expert]"),
-        ("inputs = [t.contiguous() for t in (surprise, real, least, sign)]", "inputs = [surprise, real, least, sign]"),
-        ("[t.contiguous() for t in (logits, target, informative, real)]", "[logits, target, informative, real]"),
-        (
-            "[t.contiguous() for t in (logits, target, informative, real, *grads)]",
-            "[logits.contiguous(), target, informative, real, *grads]",
-        ),
-    ],
-    "tiny_onn_func/moe.py": [
-        ('    if config.routing != "token":\n        return x\n', "    return x\n"),
-        ('if config.routing == "hash":', "if False:"),
-    ],
-    "tiny_onn_func/ops.py": [
-        ("number[(..., *(None,) * (x.ndim - number.ndim))]", "number"),
-        ("* (ids.ndim - 1)) * vocab", "* (ids.ndim - 1)) * 0"),
-        ("))].to(x.device) if", "))] if"),
-        ("return x.detach() + scale * (x - x.detach())", "return scale * x"),
-        ("weight.reshape(*weight.shape[:-1], *ones, -1)", "weight.reshape(-1, weight.shape[-1])[-1]"),
-        ("ones = (1,) * (x.ndim - weight.ndim)", "ones = (1,) * (x.ndim - weight.ndim - 1)"),
-    ],
-    "tiny_onn_func/primitives/dispatch.py": [
-        ("(torch.arange(runs, device=index.device) * rows,", "(torch.arange(runs, device=index.device) * 0,"),
-        ("rows.new_ones(", "rows.new_zeros("),
-        (
-            "weights.flatten(0, -2), _fold_index(order), _fold_index(inverse)",
-            "weights.flatten(0, -2), _fold_index(inverse), _fold_index(order)",
-        ),
-        ("x.index_select(0, order // slots)", "x.index_select(0, order % x.shape[0])"),
-        ("reduce(y * rows", "reduce(rows * rows"),
-        ('1").index_select(0, order)', '1").index_select(0, inverse)'),
-    ],
-    "tiny_onn_func/primitives/fused.py": [
-        ("return out, (0,) * len(out)", "return out, (0,) + (None,) * (len(out) - 1)"),
-        ("tuple(map(unwrap_if_dead, ctx.saved_tensors))", "ctx.saved_tensors"),
-        ("if runtime.usable_now(*slopes, *inputs[: op.floats]):", "if runtime.supports(*slopes):"),
-        ("return *push_forward(dots[: op.floats]),", "return *pull_back(tuple(out)),"),
-        ("else tuple(t.clone() for t in outputs)", "else outputs"),
-        ("ctx.mark_non_differentiable(*output[op.smooth :])", "pass"),
-        ("return shape[: len(shape) - dims]", "return shape[:0]"),
-        ("else t.view(runs +", "else t.view(runs[::-1] +"),
-    ],
-    "tiny_onn_func/primitives/gate_up.py": [
-        ("offsets), matmul_kernel(rows, w3", "offsets), matmul_kernel(rows, w1"),
-        ("undo_dispatch(grad_rows, order, inverse,", "undo_dispatch(grad_rows, order, order,"),
-        ("if runtime.usable_now(x, gate, up):", "if runtime.supports(x, gate, up):"),
-        ("GroupedSum.apply(gate, w1.mT, up, w3.mT, offsets)", "GroupedSum.apply(gate, w1.mT, up, w1.mT, offsets)"),
-        ("GroupedOuter.apply(rows, up, offsets)", "GroupedOuter.apply(rows, gate, offsets)"),
-    ],
-    "tiny_onn_func/primitives/grouped.py": [
-        (
-            "grad_rows = GroupedMatmul.apply(grad, weights.mT,",
-            "grad_rows = GroupedMatmul.apply(grad, weights.mT.detach(),",
-        ),
-        ("GroupedOuter.apply(rows, grad, offsets) if ctx", "GroupedOuter.apply(rows, grad.detach(), offsets) if ctx"),
-        ("out[int(offsets[-1]) :] = 0", "pass"),
-        (".masked_fill(behind.unsqueeze(-1), 0)", ""),
-        ("% 16 == 0", "% 4 == 0"),
-        ("in (torch.float32, torch.bfloat16)", "in (torch.float32, torch.bfloat16, torch.float64)"),
-        ("[:, :-1]\n", "[:, 1:]\n"),
-        ("dim=1) + starts * rows)", "dim=1) + starts)"),
-        ("return first + second", "return first"),
-        ("return first + more[0] if more else first", "return first"),
-        ("GroupedMatmul.apply(grads, grad.mT, offsets)", "GroupedMatmul.apply(grads, -grad.mT, offsets)"),
-        ("grad_grads = GroupedMatmul.apply(rows, grad,", "grad_grads = GroupedMatmul.apply(rows, 2 * grad,"),
-        ("apply(grad, other_weights.mT, offsets)", "apply(grad, other_weights.mT.detach(), offsets)"),
-        ("GroupedOuter.apply(others, grad, offsets)", "GroupedOuter.apply(rows, grad, offsets)"),
-        ("return inner == 1 and all(", "return all("),
-        ("x.shape[:-2] == weights.shape[:-2] and ", ""),
-        (" and x.shape[-1] == weights.shape[-2]", ""),
-        ("device=x.device) * x.shape[-2]", "device=x.device) * (x.shape[-2] - 1)"),
-    ],
-    "tiny_onn_func/primitives/vmap.py": [
-        ("if level not in mapped:", "if True:"),
-        ("or not only_vmaps():\n        return function", "or False:\n        return function"),
-        ("t for t in inputs]\n    with temporarily_clear_interpreter_stack():", "t for t in inputs]\n    if True:"),
-        ("t = functorch._add_batch_dim(t, 0, level)", "t = functorch._add_batch_dim(t, -1, level)"),
-        ("t if dim == 0 else t.movedim(dim, 0)", "t"),
-        ("for level, _ in levels:", "for level, _ in reversed(levels):"),
-        (
-            "t.unsqueeze(place).expand(*t.shape[:place], runs, *t.shape[place:])",
-            "t.unsqueeze(0).expand(runs, *t.shape)",
-        ),
-        ("for dim, level in reversed(axes):", "for dim, level in axes:"),
-        ("each_run(function, run, axes - 1)", "function(run)"),
-        ("0 if isinstance(leaf, Tensor) else None", "-1 if isinstance(leaf, Tensor) and leaf.ndim == axes else 0"),
-        (
-            "with temporarily_clear_interpreter_stack():\n            return function",
-            "if True:\n            return function",
-        ),
-        ("shapes.append(shape)", "shapes.append(structure)"),
-    ],
-    "tiny_onn_func/routing.py": [
-        ("(mass_before < budget)", "(mass_before <= budget)"),
-        (" | (budget >= 1)", ""),
-        ("(budget >= 1) | (torch.arange(slots, device=p.device) < least)", "(budget >= 1)"),
-        ("> 0) | (torch.arange(slots, device=above.device) < least)", "> 0)"),
-        ("1 + soft - soft.detach()", "soft"),
-        ("_by_thresholds(logits + bias", "_by_thresholds(logits.softmax(dim=-1) + bias"),
-        ("(torch.arange(slots, device=p.device) < least)", "(torch.arange(slots, device=p.device) <= least)"),
-        ("[..., :-1], (1, 0))", "[..., 1:], (0, 1))"),
-        (
-            "active = kept & real.unsqueeze(-1)\n    return _weights",
-            "active = kept | real.unsqueeze(-1)\n    return _weights",
-        ),
-        ("active = kept & real.unsqueeze(-1)\n        elsewhere", "active = kept\n        elsewhere"),
-        ("return _weights(logits, expert_ids", "return _weights(logits + bias.unsqueeze(-2), expert_ids"),
-        ("masked_fill(~active, torch.finfo(logits.dtype).min)", "clone()"),
-        ("(wanted >= 0)", "(wanted > 0)"),
-        ("clamp_max(rank.shape[0] - 1)", "clamp_max(max(rank.shape[0] - 2, 0))"),
-        ("torch.where(expert_ids == wanted, displaced, expert_ids)", "expert_ids"),
-        ("kept | (new & (rank == slot))", "kept"),
-        ("router_logits.to(wide_dtype(router_logits.dtype))", "router_logits"),
-        ("bias.to(logits.dtype).expand(*runs, experts)", "bias.to(logits.dtype)"),
-        ("((expert_ids != routed[0]) | (active != routed[1]))", "(expert_ids != routed[0])"),
-        ("torch.where(elsewhere, _weights(logits, expert_ids, active), weights)", "weights"),
-        ("torch.where(routing.expert_ids == wanted, first, routing.expert_ids)", "routing.expert_ids"),
-        ("slot_0 & real.unsqueeze(-1))", "slot_0)"),
-        ("active.sum(dim=-1, keepdim=True).clamp_min(1)", "active.sum(dim=-1, keepdim=True)"),
-        ("((expert_ids == wanted) & kept).any", "(expert_ids == wanted).any"),
-        (
-            "return torch.where(active, kept.softmax(dim=-1) + _zero_or_nan(logits), 0.0)",
-            "return kept.softmax(dim=-1) + _zero_or_nan(logits)",
-        ),
-        ("kept.softmax(dim=-1) + _zero_or_nan(logits)", "kept.softmax(dim=-1)"),
-        ("weights + _zero_or_nan(above)", "weights"),
-        ("logit.argsort(dim=-1, descending=True, stable=True)", "logit.argsort(dim=-1)"),
-        ("score.gather(-1, by_logit)", "score"),
-        ("above.detach().argsort(dim=-1, descending=True", "above.detach().argsort(dim=-1, descending=False"),
-        ("slots=slots, least=least, dynamic=dynamic", "slots=slots, least=1, dynamic=dynamic"),
-        ("if not is_untracked(logits):", "if False:"),
-        ("CHOOSE(logits.detach(), bias.detach()", "CHOOSE(logits.detach(), 0 * bias.detach()"),
-    ],
-    "training/step/counter_rng.py": [
-        ("mix(key + int(stream))", "key"),
-        ("key[(..., *(None,) * len(shape))]", "key.flatten()[0]"),
-        ("word.unbind(-1 - len(shape))", "word.unbind(0)"),
-        ("as_wide_as(chance, probability)", "probability"),
-        ("torch.where(tries, choice * experts >> 32, -1)", "torch.where(tries, choice * (experts - 1) >> 32, -1)"),
-    ],
-    "training/step/hooks.py": [
-        ("handle.remove()", "pass"),
-        ("saved.clear()", "pass"),
-        ("if inside.requires_grad:", "if True:"),
-        ("x, rows = spread(x, rows)", "spread(x, rows)"),
-        ("self._handles.clear()", "pass"),
-        ("rewrap(grad.detach(), axes)", "rewrap(grad, axes)"),
-        ("total = total.hypot(part)", "total = total"),
-        ("if len(values) == self._parts:", "if len(values) == 1:"),
-        ('hidden if point.saves == "hidden" else y', "hidden"),
-        ("saved.detach(), rows", "saved, rows"),
-        ("if (name, layer) in self._applied:", "if False:"),
-        ("(*runs, experts) == rows.offsets.shape", "True"),
-        ("count in (None, tokens)", "True"),
-        ("not per_token_surprise.is_floating_point() or ", ""),
-        ('PARTS = {"output": 1, "gate_up": 2', 'PARTS = {"output": 1, "gate_up": 1'),
-    ],
-    "training/step/hyper_step.py": [
-        ("global_norm(result.grads, state.step.ndim)", "global_norm(result.grads)"),
-        ("global_norm(router_grads, state.step.ndim)", "global_norm(router_grads)"),
-        ("hyper.max_grad_norm) / sums.targets.clamp_min(1)", "hyper.max_grad_norm)"),
-        ("weight_decay=0.0, hyper=hyper", "weight_decay=hyper.weight_decay, hyper=hyper"),
-        ("lr=hyper.router_lr * rate * learning", "lr=hyper.router_lr * learning"),
-        ("lr=hyper.lr * schedule(step, hyper), weight", "lr=hyper.lr, weight"),
-        ("rearrange(batch.attention_mask != 0", "rearrange(batch.attention_mask == 0"),
-        (
-            '("router", "router_bias") if config.routing == "thresholds"',
-            '("router",) if config.routing == "thresholds"',
-        ),
-        ("hyper.bias_speed * learning", "hyper.bias_speed"),
-        ("(1 - at / until.clamp_min(1))", "(1 - (at + 1) / until.clamp_min(1))"),
-        ("(step < last)", "(step <= last)"),
-        ("grad_scale=clip_factor(router_grad_norm, hyper.max_grad_norm)", "grad_scale=1.0"),
-        ("lr=hyper.router_lr * rate * learning", "lr=hyper.router_lr * rate"),
-        ("backbone_scale=hyper.backbone_lr_scale", "backbone_scale=1.0"),
-        ("until.clamp_min(1)).clamp_min(0)", "until.clamp_min(1))"),
-        ("(step < last) | (last <= 0)", "step < last"),
-        (
-            "global_norm(result.grads, state.step.ndim) / result.sums.targets.clamp_min(1)",
-            "global_norm(result.grads, state.step.ndim)",
-        ),
-        ("global_norm(result.grads, state.step.ndim)", "global_norm(result.grads)"),
-        ("(as_wide_as(above, speed) * above)", "(as_wide_as(above, speed) * -above)"),
-        ("(as_wide_as(above, speed) * above)", "(speed * above)"),
-        (
-            "(routed.sum(dim=-1, keepdim=True) - routed * routed.shape[-1]).sign()",
-            "routed.sum(dim=-1, keepdim=True) - routed * routed.shape[-1]",
-        ),
-        ("router_opt=router_opt, step=state.step + 1", "router_opt=router_opt, step=state.step"),
-        ("main[name] / as_wide_as(grad, count)", "main[name]"),
-        ("shares(sums.routed, trace.router_logits.dtype)", "shares(sums.routed, torch.float32)"),
-        ("result.real,\n        annealed", "torch.ones_like(result.real),\n        annealed"),
-        ("if teacher_logits is None and not isinstance", "if False and not isinstance"),
-        ("check_params(state.params, config, runs)", "pass"),
-        ("expert_opt=expert_opt, rule=result.rule", "expert_opt=expert_opt"),
-        ('if config.routing == "hash":', "if False:"),
-        ("if wrong := out_of_range(hyper, RANGES) or with_axes(hyper, runs):", "if wrong := None:"),
-        ("out_of_range(hyper, RANGES) or with_axes(hyper, runs)", "out_of_range(hyper, RANGES)"),
-        ("router_learns=hyper.router_lr * learning", "router_learns=1.0"),
-    ],
-    "training/step/accumulate.py": [
-        ("shard.place * parts + place", "shard.place + place"),
-        ("shard.of * parts)", "shard.of)"),
-        ("tree_map(torch.add, grads, part_grads) if passes", "part_grads if passes"),
-        ("chunk(parts, dim=-3)", "chunk(parts, dim=-2)"),
-        ('"shares": -2}', '"shares": -1}'),
-        ("first = tree_map(torch.add, first, other)", "first = other"),
-        ("check_inputs(state, hyper, config)", "pass"),
-        ("if kind_of(options.kind).losses is not None:", "if False:"),
-        ("parts < 1 or rows % parts", "parts < 1"),
-    ],
-    "training/step/batch.py": [
-        ('check_shape("labels", batch.labels, batch.input_ids.shape)', "pass"),
-        ('check_dtype("labels", batch.labels, torch.int64)', "pass"),
-        ("torch.where(batch.attention_mask != 0, batch.labels, IGNORE_INDEX)", "batch.labels"),
-    ],
-    "training/step/losses.py": [
-        ("is_target = labels != IGNORE_INDEX", "is_target = labels != -101"),
-        ("for x in (-picked, entropy))", "for x in (-picked, picked))"),
-        ("-reduce(detached.exp() * detached", "-reduce(detached"),
-        ("detached.argmax(dim=-1)", "detached.argmin(dim=-1)"),
-        ("losses, labels != IGNORE_INDEX,", "losses, labels != -101,"),
-        ("best == labels,", "best != labels,"),
-        ("where(labels != IGNORE_INDEX, kl", "where(labels != -101, kl"),
-        ("(x / temperature).log_softmax", "x.log_softmax"),
-        ("(teacher_logits.to(logits.dtype), logits)", "(logits, teacher_logits.to(logits.dtype))"),
-        ("t.sum(dim=(-2, -1)) for t in summed", "t.double().mean(dim=(-2, -1)) for t in summed"),
-        ("best == labels, entropies.detach()", "best == labels, losses.detach()"),
-        ("main_loss / tau.clamp", "main_loss * tau.clamp"),
-        ("+ pi_gamma * surprise))\n", "- pi_gamma * surprise))\n"),
-        ("log_p.clamp_min(torch.finfo(log_p.dtype).min)", "log_p"),
-        ("tau.clamp_min(torch.finfo(tau.dtype).tiny)", "tau"),
-        ("*inputs, *outputs[2:]", "*inputs, outputs[2], outputs[0]"),
-    ],
-    "training/step/main_pass.py": [
-        ("surprise_budget=hyper.pi_alpha", "surprise_budget=0.5"),
-        ("router_coupling=hyper.router_coupling,", "router_coupling=0.0,"),
-        ("hyper._replace(explore_prob=0.0)", "hyper"),
-        ("(1 - alpha) * total + alpha", "total + alpha"),
-        ("hyper.distill_temperature**2 * kl", "kl"),
-        ("return not only_vmaps() or any", "return any"),
-        ("tree_map(lambda leaf: leaf.detach(), aux)", "aux"),
-        ("create_graph=True", "create_graph=False"),
-        ("leaf.detach().requires_grad_(), trees)", "leaf.requires_grad_(), trees)"),
-        ("if kind.divide_by_weight:", "if False:"),
-        ("losses(run, config), run, step.ndim)", "losses(run, config), run, min(step.ndim, 0))"),
-        ("drawn[..., tokens * shard.place : tokens * (shard.place + 1)]", "drawn[..., :tokens]"),
-        ("nonfinite = surprise.isnan().sum(dim=(-3, -2, -1))", "nonfinite = torch.zeros_like(lm.targets)"),
-        ("return not only_vmaps() or any(unwrap(leaf)[0].requires_grad", "return not only_vmaps() or any(False"),
-    ],
-    "training/step/metrics.py": [
-        ("(highest - mean) / torch", "highest / torch"),
-        ("(load == 0).sum(dim=(-2, -1))", "(load <= 0.1).sum(dim=(-2, -1))"),
-        ("return visits / (active.shape[0] * real.sum())", "return visits / (real.sum())"),
-        ("(sums.real * layers).clamp_min(1)", "sums.real.clamp_min(1)"),
-    ],
-    "training/step/optim.py": [
-        ("(1 - hyper.beta1**t)", "(1 - hyper.beta1)"),
-        ("1 - lr * share * weight_decay", "1 - share * weight_decay"),
-        ("grad.square()", "grad.abs()"),
-        ("weight_decay if decays else 1.0", "weight_decay"),
-        (".clamp_max(1.0)\n\n\ndef schedule", "\n\n\ndef schedule"),
-        ("((at + 1) / warmup", "(at / warmup"),
-        ("0.5 * (1 + torch.cos", "0.5 * (1 - torch.cos"),
-        ("torch.maximum(total - decay, warmup)", "total - decay"),
-        ("torch.where(is_linear, 1 - progress,", "torch.where(is_linear, progress,"),
-        ("hyper.min_lr_ratio + (1 - hyper.min_lr_ratio) * left", "left"),
-        ("torch.finfo(nu.dtype).tiny", "0.0"),
-        ('endswith("norm")', 'endswith("q_norm")'),
-        ("grad = g[name] * scale", "grad = g[name]"),
-        ("strict=True)] for leaves in updated)", "strict=True)] for leaves in (updated[0], updated[0], updated[2]))"),
-        ("(is_backbone(name), has_decay(name)) for", "(False, has_decay(name)) for"),
-        ("torch.where(total > 0, decayed, 1.0)", "decayed"),
-        ("hyper.eps * root_correction", "hyper.eps"),
-        ("step_size * share * root_correction", "step_size * root_correction"),
-        (".clamp(0.0, 1.0)", ".clamp(0.0, 2.0)"),
-        ("dim=tuple(range(axes, g.ndim))", "dim=tuple(range(g.ndim))"),
-        ("{n: g[n] for n in p}", "g"),
-        ("dtype=torch.float64).expand(runs)", "dtype=torch.float64).flatten()[0].expand(runs)"),
-        ("(most / (norm + tiny)).clamp_max(1.0)", "most / (norm + tiny)"),
-    ],
-    "training/step/regenerate.py": [
-        ("squares < floor", "squares <= floor * 1e6"),
-        ("* (1 - hyper.beta2) > 1", "* (1 - hyper.beta2) > 0"),
-        ("load.argmax", "load.argmin"),
-        (" & others", ""),
-        ("mu=replaced(expert_opt.mu, 0.0)", "mu=replaced(expert_opt.mu, 1.0)"),
-        ("nu=replaced(expert_opt.nu, 1.0)", "nu=replaced(expert_opt.nu, 0.0)"),
-        ("+ noise * size", "+ 0 * noise * size"),
-        ("mean(dim=(-3, -2, -1), keepdim=True).sqrt()", "mean().sqrt()"),
-        ("(squares < floor) & as_wide_as(squares, step", "(squares < floor) & (step"),
-        ("starved.unsqueeze(-2) & as_wide_as(router, learns)", "starved.unsqueeze(-2)"),
-    ],
-    "training/step/router_loss.py": [
-        ("balance = experts * (load", "balance = (load"),
-        ("(load * mass).sum(dim=(-2, -1)) / (tokens * layers)", "(load * mass).sum(dim=(-2, -1)) / tokens"),
-        ("torch.where(is_real.unsqueeze(-1), log_p.exp(), 0.0)", "log_p.exp()"),
-        ("informative.sum(dim=(-2, -1)) if informative is None else informative", "informative.sum(dim=(-2, -1))"),
-        ("log_sum.square()", "log_sum"),
-        (" + logits.detach().amax(dim=-1) * 0", ""),
-        ("torch.where((is_real | informative).unsqueeze(-1), logits, 0.0)", "logits"),
-        ("/ informative.clamp_min(1)", "/ targets.informative.numel()"),
-        ("hyper.z_weight * z", "hyper.z_weight * balance"),
-    ],
-    "training/step/rules.py": [
-        ("per_token_surprise * as_wide_as(finite, sign)", "per_token_surprise"),
-        ("candidates >= least[..., None, None]", "candidates > least[..., None, None]"),
-        ("eligible = real.unsqueeze(-2) & ", "eligible = "),
-        ("eligible & ~tied, tied", "eligible, tied"),
-        ("eligible & (candidates > 1) & ", "eligible & "),
-        ("signed.argmin(dim=-1)", "signed.argmax(dim=-1)"),
-        ("signed.amin(dim=-1, keepdim=True) - signed", "signed - signed.amin(dim=-1, keepdim=True)"),
-        ("below / width.unsqueeze(-1)", "below"),
-        ("temperature.to(size.dtype) if isinstance(temperature, Tensor) else temperature", "temperature"),
-        ("real = real.expand(*runs, -1)", "pass"),
-        ("runs, numbers = per_token_surprise.shape[:-3],", "runs, numbers = real.shape[:-1],"),
-        ("scatter(-1, to_place, targets", "scatter(-1, from_place, targets"),
-        ("torch.where(targets.informative, words, places + behind)", "torch.where(targets.informative, words, places)"),
-        ("behind = 1 << 33", "behind = 1 << 10"),
-        (" & (candidates >= 1)", ""),
-        ("torch.where(finite, signed, -torch.inf)", "torch.where(finite, signed, 0.0)"),
-        (
-            "surprise, real, hyper.min_candidates, hyper.surprise_sign, hyper.target_temperature",
-            "surprise, real, hyper.min_candidates, hyper.surprise_sign",
-        ),
-        ("size * sign[..., None, None, None]", "size"),
-        ("(highest - lowest <= gap)", "(highest < lowest)"),
-        ("(highest - lowest <= gap)", "(highest == lowest)"),
-        ("rule.update(*inputs) if rule.takes_runs else", "rule.update(*inputs) if True else"),
-        ("if value.dtype != dtype:", "if False:"),
-        ("torch.where(targets.informative, targets.expert, 0)", "targets.expert"),
-        ('check_indices("rule: expert", expert, 0, surprise.shape[-1])', "pass"),
-        ("if value.shape != shape:", "if False:"),
-        ("if shapes[0] != shapes[1]:", "if False:"),
-    ],
-    "training/step/sums.py": [
-        ("index = torch.where(counted, index, bins)", "index = index"),
-        ("kept, finite = _finite_or_zero(x), x.isfinite()", "kept, finite = _finite_or_zero(x), torch.ones_like(x)"),
-        ("(logits.argmax(dim=-1) == target) & informative", "logits.argmax(dim=-1) == target"),
-        ("1 / active.sum(dim=-1).clamp_min(1)", "1 / active.shape[-1]"),
-        ("surprised=sized.sum(dim=(-2, -1))", "surprised=sized.sum()"),
-        ("totals = by_layer.sum", "totals = 0 * by_layer.sum"),
-        ("return *totals, chance.sum(dim=-1), routed", "return *totals[::-1], chance.sum(dim=-1), routed"),
-    ],
-    "training/step/surprise.py": [
-        ("row_norm(x).gather(-1, input_of(x, rows)) * row_norm(grad)", "row_norm(grad)"),
-        ("return row_norm(x) * row_norm(grad)", "return row_norm(grad)"),
-        ("return row_norm(x) * row_norm(grad)", "return row_norm(x) + row_norm(grad)"),
-        ("tokens * spare), torch.inf)", "tokens * spare), 0.0)"),
-        ("token * spare + expert", "token * experts + expert"),
-        ("[..., :experts]", "[..., 1:]"),
-        ("row_dot(left, grad) if is_signed else outer_norm", "outer_norm(left, grad) if is_signed else outer_norm"),
-        ("dtype=torch.promote_types(x.dtype, torch.float32)", "dtype=x.dtype"),
-        ("return surprise / ones", "return surprise * ones"),
-        ("surprise.abs(), 0.0)", "surprise, 0.0)"),
-        ("** as_wide_as(mean, exponent)", "** 1"),
-        ("active & (weights > 0)", "active"),
-        ("torch.where(mean > 0, mean, 1.0)", "mean"),
-        ("(x.to(wide) * grad.to(wide))", "(x * grad)"),
-        ("tokens, experts, is_signed=True)", "tokens, experts)"),
-        ('"experts": Kind((W2, W13))', '"experts": Kind((W13,))'),
-    ],
-}
-MUTANTS = [Mutant(file, old, new) for file, changes in CHANGES.items() for old, new in changes]
+def draw_python(tree: Path, count: int, seed: int) -> list[Mutant]:
+    """Of all that cosmic-ray can do, but to annotations, whose faults end every import, and what is no Python."""
+    from cosmic_ray.commands.init import _all_work_items  # its public way is a data base of the same
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
 
-# Test files that are likely to notice a mutant of a file, the likeliest and cheapest first.
-TESTS = {
-    "tiny_onn_func/attention.py": ("fused", "attend", "parity", "oracle"),
-    "tiny_onn_func/checks.py": ("wall", "walls", "hyper_step", "dynmoe", "own_rules"),
-    "tiny_onn_func/decoder.py": ("wall", "model", "dynmoe"),
-    "tiny_onn_func/experts.py": ("dynmoe", "surprise_calculation", "agreement", "rules"),
-    "tiny_onn_func/kernels/csrc/adamw.c": ("kernels", "transforms"),
-    "tiny_onn_func/kernels/csrc/attention.c": ("fused", "attend", "exactness"),
-    "tiny_onn_func/kernels/csrc/choices.c": ("step_kernels", "fused", "dynmoe", "exactness"),
-    "tiny_onn_func/kernels/csrc/grouped.c": ("kernels",),
-    "tiny_onn_func/kernels/csrc/losses.c": ("fused", "exactness", "walls"),
-    "tiny_onn_func/kernels/csrc/norms.c": ("fused",),
-    "tiny_onn_func/kernels/csrc/products.h": ("kernels", "attend"),
-    "tiny_onn_func/kernels/csrc/rows.c": ("kernels", "fused"),
-    "tiny_onn_func/kernels/csrc/vectors.h": ("fused", "step_kernels"),
-    "tiny_onn_func/kernels/forward.py": ("kernels", "fused", "attend", "transforms"),
-    "tiny_onn_func/kernels/runtime.py": ("kernels", "fused", "transforms"),
-    "tiny_onn_func/kernels/step.py": ("step_kernels", "kernels", "fused", "rules"),
-    "tiny_onn_func/moe.py": ("rules", "generate"),
-    "tiny_onn_func/ops.py": ("fused", "step_kernels", "rules", "transforms"),
-    "tiny_onn_func/primitives/dispatch.py": ("grouped", "kernels", "transforms"),
-    "tiny_onn_func/primitives/fused.py": ("fused", "attend", "transforms"),
-    "tiny_onn_func/primitives/gate_up.py": ("grouped", "kernels", "rules", "transforms"),
-    "tiny_onn_func/primitives/grouped.py": ("grouped", "kernels", "transforms"),
-    "tiny_onn_func/primitives/vmap.py": ("transforms", "fused", "grouped", "oracle", "rules"),
-    "tiny_onn_func/routing.py": (
-        "dynmoe",
-        "step_kernels",
-        "rules",
-        "oracle",
-        "surprise_calculation",
-        "transforms",
-        "reference_step",
-    ),
-    "training/step/accumulate.py": ("accumulate",),
-    "training/step/batch.py": ("hyper_step", "wall"),
-    "training/step/counter_rng.py": ("rules", "dynmoe", "transforms"),
-    "training/step/hooks.py": ("rules", "surprise_calculation", "isolation", "reference_step"),
-    "training/step/hyper_step.py": (
-        "hyper_step",
-        "rules",
-        "isolation",
-        "dynmoe",
-        "optim",
-        "metrics",
-        "init",
-        "surprise_calculation",
-        "transforms",
-        "reference_step",
-    ),
-    "training/step/losses.py": ("fused", "optim", "hyper_step", "distill", "metrics"),
-    "training/step/main_pass.py": (
-        "hyper_step",
-        "rules",
-        "distill",
-        "surprise_calculation",
-        "isolation",
-        "dynmoe",
-        "oracle",
-        "distributed",
-    ),
-    "training/step/metrics.py": ("metrics",),
-    "training/step/optim.py": ("optim", "kernels", "init", "hyper_step", "transforms", "isolation"),
-    "training/step/regenerate.py": ("rules", "transforms"),
-    "training/step/router_loss.py": (
-        "optim",
-        "step_kernels",
-        "rules",
-        "hyper_step",
-        "surprise_calculation",
-        "isolation",
-    ),
-    "training/step/rules.py": ("own_rules", "optim", "step_kernels", "rules", "surprise_calculation", "reference_step"),
-    "training/step/sums.py": ("step_kernels", "hyper_step", "metrics", "surprise_calculation", "transforms"),
-    "training/step/surprise.py": (
-        "rules",
-        "step_kernels",
-        "surprise_calculation",
-        "agreement",
-        "dynmoe",
-        "reference_step",
-    ),
-}
+    found = []
+    for path in sorted(path for folder in SOURCES for path in (tree / folder).rglob("*.py")):
+        text = path.read_text("utf-8")
+        parts = [getattr(n, name, None) for n in ast.walk(ast.parse(text)) for name in ("annotation", "returns")]
+        spans = [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in parts if n is not None]
+        mutations = (item.mutations[0] for item in _all_work_items([path], {}))
+        found += [(path, text, m) for m in mutations if not any(a <= m.start_pos < b for a, b in spans)]
+    print(f"{len(found):,} mutants of Python", flush=True)
+    random.Random(seed).shuffle(found)
+    drawn = list[Mutant]()
+    while len(drawn) < count and found:
+        path, text, mutation = found.pop()
+        source = mutate_code(text, get_operator(mutation.operator_name)(), mutation.occurrence)
+        with contextlib.suppress(SyntaxError):
+            if any(getattr(node, "posonlyargs", ()) for node in ast.walk(ast.parse(source))):
+                continue  # the star of a signature is no product
+            change = f"{mutation.operator_name.rpartition('/')[2]} {mutation.start_pos} in {mutation.definition_name}"
+            drawn.append(Mutant(str(path.relative_to(tree)), mutation.start_pos[0], change, source))
+    return drawn
+
+
+def draw_c(tree: Path, count: int, seed: int) -> list[Mutant]:
+    """Of all that universalmutator's rules for C can do to the kernels, if a compiler makes another library of it."""
+    found = [mutant for path in sorted((tree / "tiny_onn_func/kernels/csrc").iterdir()) for mutant in c_mutants(path)]
+    print(f"{len(found):,} mutants of C", flush=True)
+    random.Random(seed).shuffle(found)
+    right, drawn = library(tree), list[Mutant]()
+    while len(drawn) < count and found:
+        mutant = found.pop()
+        path = Path(mutant.file)
+        text = path.read_text("utf-8")
+        path.write_text(mutant.source, "utf-8")
+        if library(tree) not in (b"", right):
+            drawn.append(mutant._replace(file=str(path.relative_to(tree))))
+        path.write_text(text, "utf-8")
+    return drawn
+
+
+def c_mutants(path: Path) -> Iterator[Mutant]:
+    from universalmutator.mutator import mutants_regexp
+
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        rules = ["universal.rules", "c_like.rules", "c.rules"]
+        made = {(number, new) for number, new, *_ in mutants_regexp(lines, ruleFiles=rules, ignorePatterns=[])}
+    for number, new in sorted(made):
+        change = f"{lines[number - 1].strip()} -> {new.strip()}"
+        yield Mutant(str(path), number, change, "".join([*lines[: number - 1], new, *lines[number:]]))
+
+
+def library(tree: Path) -> bytes:
+    """The compiled kernels; nothing if they do not compile."""
+    program = "from tiny_onn_func.kernels.build import find_library as find; print(find().read_bytes().hex())"
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"TINY_ONN_NATIVE_CACHE": folder, "PYTHONPATH": str(tree)}
+        ended = subprocess.run([sys.executable, "-c", program], cwd=tree, env=environment, capture_output=True)
+    return bytes.fromhex(ended.stdout.decode())
+
+
+DRAW: dict[str, Callable[[Path, int, int], list[Mutant]]] = {"python": draw_python, "c": draw_c}

@@ -1,66 +1,112 @@
-"""Does the suite notice a fault? `python -m tests.mutation.run [--only TEXT] [--jobs N] [--seconds S]`
+"""Score the suite on a seeded random sample of faults: `python -m tests.mutation.run FOLDER [--language python|c]`
 
-A copy of the project gets one mutant at a time, and the tests that should notice it run until the first failure. A
-mutant that no test notices has survived; a run that outlasts the limit counts as noticed, since it would hang in CI.
-The heavy libraries are imported once and every run is a fork, so that a mutant costs seconds.
+FOLDER gets a copy of the project, the sample, and the tests of each line by pytest-cov; a second call goes on where the
+first ended. A mutant meets the tests that run its line until one fails: of its own room first, quick ones before slow
+ones. One process at a time, a fork with the heavy libraries imported.
 """
 
 import argparse
-import contextlib
-import io
+import json
 import os
+import resource
 import shutil
 import signal
+import subprocess
 import sys
-import tempfile
 import time
-import traceback
-from collections.abc import Iterator
-from importlib import import_module
+from collections import Counter, defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from xml.etree import ElementTree
 
-from tests.helpers import ROOT
-from tests.mutation.mutants import MUTANTS, TESTS, Mutant
+import coverage
 
-LEAST_KILLED = 0.95
-BROKEN = 70  # exit status of a run that could not even start
-# a failing example is not shrunk, and asserts of modules that are imported already cannot be rewritten
-OPTIONS = ["-x", "-q", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist"]
+from tests.mutation.mutants import DRAW, SOURCES, Mutant
 
-
-class Outcome(NamedTuple):
-    mutant: Mutant
-    killed_by: str | None
-    seconds: float
+ROOT = Path(__file__).parents[2]
+MEASURE = ["tests/tiny_onn_func", "tests/training/step", *(f"--cov={name}" for name in SOURCES), "--cov-context=test"]
+CALLERS = ("tiny_onn_func/kernels/forward.py", "tiny_onn_func/kernels/step.py")  # of the functions in C
+OPTIONS = ["-x", "-q", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov"]
+Lines = dict[str, dict[int, set[str]]]  # file -> line -> names of tests
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="mutants whose file or text holds this")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--seconds", type=float, default=600, help="limit of one run")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--language", choices=DRAW, default="python")
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--only", default="", help="of the sample the mutants whose file has this in its path")
+    parser.add_argument("--seconds", type=float, default=60, help="of tests that a mutant meets at most")
     args = parser.parse_args()
+    folder = args.folder.resolve()
+    lines, seconds = measure(folder / "tree")
+    sample, outcomes = (folder / f"{args.language}-{args.count}-{args.seed}{end}.jsonl" for end in ("", "-outcomes"))
+    if not sample.exists():
+        drawn = DRAW[args.language](folder / "tree", args.count, args.seed)
+        sample.write_text("".join(json.dumps(mutant) + "\n" for mutant in drawn), "utf-8")
+    mutants = [Mutant(*json.loads(line)) for line in sample.read_text("utf-8").splitlines()]
+    known = {
+        n: verdict for n, *verdict in map(json.loads, outcomes.read_text().splitlines() if outcomes.exists() else [])
+    }
     import_heavy_libraries()
-    chosen = [m for m in MUTANTS if args.only in f"{m.file} {m.old} -> {m.new}"]
-    outcomes = []
-    for outcome in run_all(chosen, args.jobs, args.seconds):
-        outcomes.append(outcome)
-        print(
-            f"{outcome.seconds:6.0f} s  {describe(outcome.mutant)}\n          {outcome.killed_by or 'SURVIVED'}",
-            flush=True,
-        )
-    killed = sum(outcome.killed_by is not None for outcome in outcomes)
-    print(f"\n{killed} of {len(outcomes)} mutants killed ({killed / max(len(outcomes), 1):.1%})")
-    for outcome in outcomes:
-        if outcome.killed_by is None:
-            print(f"survived: {describe(outcome.mutant)}")
-    return 0 if killed >= LEAST_KILLED * len(outcomes) else 1
+    for number, mutant in enumerate(mutants):
+        if number not in known and args.only in mutant.file:
+            begin, names = time.monotonic(), chosen(mutant, lines, seconds, args.seconds)
+            known[number] = verdict(folder, mutant, names, 60 + 10 * sum(seconds[name] for name in names))
+            with outcomes.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([number, *known[number]]) + "\n")
+            took = f"{time.monotonic() - begin:4.0f} s"
+            print(took, *known[number], f"{mutant.file}:{mutant.line}", mutant.change, flush=True)
+    killers = {by.removeprefix("FAILED ").partition(" - ")[0] for _, by in known.values() if by.startswith("FAILED ")}
+    if killers:
+        right = mutants[0]._replace(source=(folder / "tree" / mutants[0].file).read_text("utf-8"))
+        fails, by = verdict(folder, right, sorted(killers), 3600)
+        print(f"without a fault the tests that noticed one {'FAIL, and no score holds: ' + by if fails else 'pass'}")
+    report([(mutants[number], killed) for number, (killed, _) in sorted(known.items())])
+    return 0
+
+
+def measure(tree: Path) -> tuple[Lines, dict[str, float]]:
+    """Tests by the lines that they run, and their seconds, measured once in a copy of the project."""
+    if not (tree / "tests.xml").exists():
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info"))
+        command = [sys.executable, "-m", "pytest", "-q", "--cov-report=", "--junitxml=tests.xml", *MEASURE]
+        environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        subprocess.run(command, cwd=tree, env=environment | {"HYPOTHESIS_PROFILE": "mutation"}, check=False)
+    passed = [case for case in ElementTree.parse(tree / "tests.xml").iter("testcase") if not [*case]]
+    seconds = {
+        f"{c.attrib['classname'].replace('.', '/')}.py::{c.attrib['name']}": float(c.attrib["time"]) for c in passed
+    }
+    data, lines = coverage.CoverageData(str(tree / ".coverage")), defaultdict[str, dict[int, set[str]]](dict)
+    data.read()
+    for path in data.measured_files():
+        for line, contexts in data.contexts_by_lineno(path).items():
+            names = {context.rpartition("|")[0] for context in contexts}
+            lines[str(Path(path).relative_to(tree))][line] = names & seconds.keys()
+    return lines, seconds
+
+
+def chosen(mutant: Mutant, lines: Lines, seconds: dict[str, float], most: float) -> list[str]:
+    """The tests that run a line: those of its own file, of its room, all others; quick ones first."""
+    path = Path(mutant.file)
+    if path.suffix == ".py":
+        before = sorted((line for line, names in lines[mutant.file].items() if names and line <= mutant.line))
+        names = lines[mutant.file][before[-1]] if before else set().union(*lines[mutant.file].values())
+    else:
+        names = set().union(*(tests for caller in CALLERS for tests in lines[caller].values()))
+    room = f"tests/{path.parent}".removesuffix("/csrc")
+    ranks = (f"{room}/test_{path.stem}.py", f"{room}/", "tests/")
+    rank = {name: next(i for i, start in enumerate(ranks) if name.startswith(start)) for name in names}
+    taken: list[str] = []
+    for name in sorted(names, key=lambda name: (rank[name], seconds[name], name)):
+        if sum(seconds[other] for other in taken) < most:
+            taken.append(name)
+    return taken
 
 
 def import_heavy_libraries() -> None:
     """All that the tests import, but the project itself; a fork must not inherit threads at work."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "mutation", "PYTHONDONTWRITEBYTECODE": "1"}
     import beartype  # noqa: F401
     import einops  # noqa: F401
     import hypothesis.strategies  # noqa: F401
@@ -73,95 +119,54 @@ def import_heavy_libraries() -> None:
     torch.func.grad(torch.sum)(torch.ones(2))  # imports what torch imports late
 
 
-def run_all(mutants: list[Mutant], jobs: int, limit: float) -> Iterator[Outcome]:
-    """Every mutant's outcome, in the order in which they end."""
-    waiting = list(reversed(mutants))
-    running: dict[int, tuple[Mutant, Path, float]] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            mutant, folder = waiting.pop(), Path(tempfile.mkdtemp(prefix="mutant-"))
-            running[start(mutant, folder)] = (mutant, folder, time.monotonic())
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        for late, (_, _, begin) in running.items():
-            if time.monotonic() - begin > limit:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(late, signal.SIGKILL)
-        if pid == 0:
-            time.sleep(0.2)
-            continue
-        mutant, folder, begin = running.pop(pid)
-        yield Outcome(mutant, verdict(folder, status), time.monotonic() - begin)
-        shutil.rmtree(folder)
-
-
-def start(mutant: Mutant, folder: Path) -> int:
-    """The process that runs the tests of a mutant, in a private copy of the project."""
-    for name in ("tiny_onn_func", "training", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, folder / name)
-    source = folder / mutant.file
-    source.write_text(apply(mutant, source.read_text()))
+def verdict(folder: Path, mutant: Mutant, names: list[str], limit: float) -> tuple[bool, str]:
+    """True if a test noticed the fault, and which."""
+    mutated, said = folder / "mutated", folder / "said.txt"
+    shutil.rmtree(mutated, ignore_errors=True)
+    shutil.copytree(folder / "tree", mutated, copy_function=os.link, ignore=shutil.ignore_patterns("__pycache__"))
+    (mutated / mutant.file).unlink()
+    (mutated / mutant.file).write_text(mutant.source, "utf-8")
     pid = os.fork()
     if pid == 0:
-        status = BROKEN
-        is_native = not mutant.file.endswith(".py")
-        if is_native:
-            os.environ["TINY_ONN_NATIVE_CACHE"] = str(folder / "native")  # compiled for this run alone
-        try:
-            status = run_tests(folder, [test_file(name) for name in TESTS[mutant.file]], is_native)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return pid
+        os._exit(run_tests(mutated, names, said, int(limit)))
+    end, ended = time.monotonic() + 10 * limit, (0, 0)
+    while ended[0] == 0:
+        time.sleep(0.1)
+        ended = os.waitpid(pid, os.WNOHANG)
+        if ended[0] == 0 and time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+    if os.WIFSIGNALED(ended[1]):
+        return True, f"signal {os.WTERMSIG(ended[1])}: a crash, or {limit:.0f} s were over"
+    failed = [line for line in said.read_text("utf-8", "replace").splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return (False, f"{len(names)} tests passed") if ended[1] == 0 else (True, [*failed, "no test failed"][0])
 
 
-def test_file(name: str) -> str:
-    """Path of the test file of that name, relative to the project."""
-    (path,) = (ROOT / "tests").rglob(f"test_{name}.py")
-    return str(path.relative_to(ROOT))
-
-
-def run_tests(folder: Path, files: list[str], is_native: bool) -> int:
-    """Pytest in this process, on the project in `folder`; its output goes to a file there."""
+def run_tests(tree: Path, names: list[str], said: Path, limit: int) -> int:
+    """Pytest in this process, on a copy of the project; what it prints goes to a file."""
     import pytest
 
-    os.environ["HYPOTHESIS_PROFILE"] = "mutation"
-    os.chdir(folder)
-    sys.path.insert(0, str(folder))
-    for name in [n for n in sys.modules if n.split(".")[0] in ("tests", "training", "tiny_onn_func")]:
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": str(tree), "TINY_ONN_NATIVE_CACHE": str(tree.parent / "native")}
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "training", "tiny_onn_func")]:
         del sys.modules[name]
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = pytest.main([*OPTIONS, *files])
-    (folder / "output.txt").write_text(output.getvalue())
-    if is_native:  # a mutant that does not compile leaves the kernels out, and would count as survived
-        import_module("tiny_onn_func.kernels.build").find_library()
-    return int(status)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))  # a machine may be busy: its seconds are not the test's
+    status = int(pytest.main([*OPTIONS, *names]))
+    sys.stdout.flush()
+    return status
 
 
-def verdict(folder: Path, status: int) -> str | None:
-    """What noticed the mutant; None if nothing did."""
-    if os.WIFSIGNALED(status):
-        return f"signal {os.WTERMSIG(status)}: a crash, or the limit of time"
-    if os.WEXITSTATUS(status) == 0:
-        return None
-    if os.WEXITSTATUS(status) == BROKEN:
-        raise RuntimeError("pytest itself failed; what it printed stands above")
-    lines = (folder / "output.txt").read_text().splitlines()
-    return next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-1] if lines else "no output")
-
-
-def apply(mutant: Mutant, source: str) -> str:
-    """The source with the fault in it."""
-    if source.count(mutant.old) != 1:
-        raise ValueError(f"{mutant.file}: expected {mutant.old!r} once, got it {source.count(mutant.old)} times")
-    return source.replace(mutant.old, mutant.new)
-
-
-def describe(mutant: Mutant) -> str:
-    return f"{mutant.file}: {mutant.old!r} -> {mutant.new!r}"
+def report(outcomes: list[tuple[Mutant, bool]]) -> None:
+    """Print the score by file, and the survivors."""
+    for file, count in sorted(Counter(mutant.file for mutant, _ in outcomes).items()):
+        print(f"{sum(killed for mutant, killed in outcomes if mutant.file == file):4} of {count:3} killed  {file}")
+    print(f"{sum(killed for _, killed in outcomes)} of {len(outcomes)} killed")
+    for mutant in (mutant for mutant, killed in outcomes if not killed):
+        print(f"SURVIVED  {mutant.file}:{mutant.line}  {mutant.change}")
 
 
 if __name__ == "__main__":
