@@ -1,6 +1,6 @@
 """The mathematics of Tiny-ONN: pure functions over nested dicts of tensors."""
 
-from importlib import import_module
+from importlib import import_module  # noqa: TID251 - of the homes below alone
 from typing import TYPE_CHECKING, Any
 
 import tiny_onn_func.kernels.waiting  # noqa: F401  before anything imports torch

@@ -1,6 +1,6 @@
 """The laboratory: state in, state out; effects only at its edge."""
 
-from importlib import import_module
+from importlib import import_module  # noqa: TID251 - of the homes below alone
 from typing import TYPE_CHECKING, Any
 
 import tiny_onn_func  # noqa: F401  before torch: it bounds how long OpenMP's threads spin

@@ -136,7 +136,7 @@ def step_of_many(experts: int, shard_optimizer: bool) -> Found:
     tokens = torch.randint(256, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     rows = tokens[world.rank * own : (world.rank + 1) * own]
     batch = Batch(rows[:, :-1], rows[:, 1:], torch.ones_like(rows[:, 1:]))
-    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)  # noqa: TID251 - the C library; what is freed goes back
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)  # what is freed goes back at once, and is not counted
     hyper_step(init_state(TINY, torch.Generator()), batch, hyper, TINY)  # what is loaded when first needed
     before = _of_status("VmRSS")
     state = own_state(init_state(MODEL, torch.Generator().manual_seed(0)), MODEL, layout)
