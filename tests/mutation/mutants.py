@@ -69,6 +69,7 @@ def draw_c(tree: Path, count: int, seed: int) -> list[Mutant]:
 
 
 def c_mutants(path: Path) -> Iterator[Mutant]:
+    """Every change that the rules make to a line of the file; wants `pip install universalmutator`."""
     from universalmutator.mutator import mutants_regexp
 
     lines = path.read_text("utf-8").splitlines(keepends=True)
