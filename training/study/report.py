@@ -1,17 +1,18 @@
 """`tiny-onn report`: the folder of a study or of a run -> report.html in it, and a few lines for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.errors import UserError
+from training.report.digest import Digest, empty_digest, extend
+from training.report.html.page import Page
 from training.report.html.run_page import RunFiles, run_page
 from training.report.html.study_arms import Study
 from training.report.html.study_page import study_page
-from training.report.series import Records
 from training.storage.atomic import write_text
+from training.storage.cursor import Cursor, follow
 from training.storage.plain_yaml import read_yaml
-from training.storage.recorder import FILE, read_history
 from training.storage.regular_file import read_object, read_small
 from training.storage.results import RESULTS, UNFINISHED, Row, read_results
 
@@ -33,24 +34,53 @@ def write_report(folder: str | Path) -> Report:
     Raises:
         UserError: the folder holds neither, or a file in it is damaged.
     """
-    home = Path(folder)
-    make = _study if (home / "study.yaml").is_file() else _run if (home / "config.yaml").is_file() else None
-    if make is None:
-        raise UserError(
-            f"{folder}: expected the folder of a study (study.yaml) or of a run (config.yaml), found neither; "
-            "`tiny-onn study` and `tiny-onn train` make them"
-        )
-    try:
-        page, text = make(str(folder), home)
-    except ODD as error:
-        came = f"values that they do not write ({type(error).__name__}: {error})"
-        wanted = "results, summaries and records as `tiny-onn study` and `tiny-onn train` write them"
-        raise UserError(f"{folder}: expected {wanted}, got {came}; restore or remove those files") from error
-    write_text(home / REPORT, page)
-    return Report(home / REPORT, text)
+    page, text = FolderReader(folder).read()
+    path = Path(folder) / REPORT
+    write_text(path, page.html())
+    return Report(path, text)
 
 
-def _study(name: str, home: Path) -> tuple[str, str]:
+class FolderReader:
+    """The folder of a study or of a run, read again and again while it grows: every record once.
+
+    Raises:
+        UserError: the folder holds neither.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.name, self.home = str(folder), Path(folder)
+        self.records: dict[Path, tuple[Cursor, Digest]] = {}  # run folder -> end of what was read, and what it says
+        study, run = (self.home / "study.yaml").is_file(), (self.home / "config.yaml").is_file()
+        if not study and not run:
+            raise UserError(
+                f"{folder}: expected the folder of a study (study.yaml) or of a run (config.yaml), found neither; "
+                "`tiny-onn study` and `tiny-onn train` make them"
+            )
+        self._make = _study if study else _run
+
+    def read(self) -> tuple[Page, str]:
+        """The page as it is now, and the lines for the terminal.
+
+        Raises:
+            UserError: a file in the folder is damaged.
+        """
+        try:
+            return self._make(self.name, self.home, self.digest)
+        except ODD as error:
+            came = f"values that they do not write ({type(error).__name__}: {error})"
+            wanted = "results, summaries and records as `tiny-onn study` and `tiny-onn train` write them"
+            raise UserError(f"{self.name}: expected {wanted}, got {came}; restore or remove those files") from error
+
+    def digest(self, folder: Path) -> Digest:
+        """The records of a run, of which the new ones alone are read; of none where it has not begun."""
+        cursor, digest = self.records.get(folder, (Cursor(), empty_digest()))
+        for batch in follow(folder, cursor):
+            digest = extend(empty_digest() if batch.restarted else digest, batch.records)
+            self.records[folder] = (batch.cursor, digest)
+        return digest
+
+
+def _study(name: str, home: Path, digest_of: Callable[[Path], Digest]) -> tuple[Page, str]:
     from training.study.analysis import study_table
 
     rows = read_results(home)
@@ -62,7 +92,7 @@ def _study(name: str, home: Path) -> tuple[str, str]:
     analysis = _analysis(home, rows)
     study = Study(name, read_yaml(str(described)), _text(described), analysis, rows)
     runs = home / "runs"
-    page = study_page(study, lambda run: _history(runs / run), lambda run: _summary(runs / run))
+    page = study_page(study, lambda run: digest_of(runs / run), lambda run: _summary(runs / run))
     return page, study_table(analysis)
 
 
@@ -84,7 +114,7 @@ def _analysis(home: Path, rows: list[Row]) -> Mapping[str, Any]:
     return analysis
 
 
-def _run(name: str, home: Path) -> tuple[str, str]:
+def _run(name: str, home: Path, digest_of: Callable[[Path], Digest]) -> tuple[Page, str]:
     from training.run.schedule import Leg, read_legs, reproduction
     from training.run.settings import load_settings
     from training.run.summary import summary_table
@@ -95,15 +125,10 @@ def _run(name: str, home: Path) -> tuple[str, str]:
     except UserError:  # shown as it is
         legs = (Leg(0, 0),)
     commands = reproduction(legs, str(described), f"{name.rstrip('/')}-again")
-    run = RunFiles(name, _text(described), read_yaml(str(described)), _summary(home), _history(home), commands)
+    run = RunFiles(name, _text(described), read_yaml(str(described)), _summary(home), digest_of(home), commands)
     if run.summary.get("nats_per_token") is None:
-        return run_page(run), f"{name}: no score{'' if run.summary else ' yet'}, {len(run.history)} records"
+        return run_page(run), f"{name}: no score{'' if run.summary else ' yet'}, {run.digest.records} records"
     return run_page(run), summary_table({"baselines": {}, "sample": "", "alarms": []} | dict(run.summary), name)
-
-
-def _history(folder: Path) -> Records:
-    """The records of a run; none where it has not begun."""
-    return read_history(folder) if (folder / FILE).exists() else []
 
 
 def _summary(folder: Path) -> dict[str, Any]:
