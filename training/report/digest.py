@@ -122,6 +122,28 @@ def mean_curves(digests: Sequence[Digest], most: int) -> dict[str, Curve]:
     return curves
 
 
+def surprise_shares(arms: Sequence[Sequence[Digest]], bins: int = 24) -> list[Curve]:
+    """Share of each layer's last rows by the mean surprise of the expert that they went to, over the surprise in nats.
+
+    One curve for the digests of each arm, all over the same bins, which are evenly spaced by the logarithm.
+    """
+    windows = [d.window[[TABLES.index("expert_surprise"), TABLES.index("expert_load")]] for of in arms for d in of]
+    known = np.concatenate([nats[np.nan_to_num(nats) > 0] for nats, _ in windows] or [np.zeros(0)])
+    if not known.size:
+        return [Curve(known, known, known)] * len(arms)
+    low, high, layers = float(known.min()), float(known.max()), max(window.shape[2] for window in windows)
+    edges = np.geomspace(low, high, bins + 1) if high > low else np.array([low / 2, low * 2])
+    middle, curves, rest = np.sqrt(edges[1:] * edges[:-1]), [], iter(windows)
+    for of in arms:
+        rows = np.zeros((layers, len(middle)))
+        for nats, load in (next(rest) for _ in of):
+            for layer in range(nats.shape[1]):
+                at = (np.nan_to_num(nats[:, layer]) > 0) & np.isfinite(load[:, layer])
+                rows[layer] += np.histogram(nats[:, layer][at].clip(low, high), edges, weights=load[:, layer][at])[0]
+        curves.append(Curve(middle, middle, rows / np.maximum(rows.sum(axis=1, keepdims=True), 1e-30)))
+    return curves
+
+
 def _means(values: Float[np.ndarray, "rows records"], where: Int[np.ndarray, " records"], steps: int) -> np.ndarray:
     """Mean of the known values of each step, NaN where there is none."""
     out = np.full((len(values), steps), np.nan)

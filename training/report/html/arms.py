@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from training.report.digest import Curve, Digest, mean_curves
+from training.report.digest import Curve, Digest, mean_curves, surprise_shares
 from training.report.html.charts import Chart, Line, curve_chart, surprise_histograms
 
 POINTS, LAYER_POINTS = 250, 80  # most points of a curve, and of one of a layer
@@ -52,7 +52,8 @@ def layer_charts(arms: Sequence[Arm]) -> list[Chart]:
     points = max(12, min(LAYER_POINTS, NUMBERS // (len(drawn) * max(arm.layers for arm in drawn) * len(LAYER_CHARTS))))
     thin = [arm._replace(curves=mean_curves(arm.digests, points)) for arm in drawn]
     charts = [curve_chart(title, unit, [line_of(arm, key) for arm in thin]) for key, title, unit in LAYER_CHARTS]
-    lines = [(Line(arm.label, arm.short, arm.slot, None), arm.digests) for arm in drawn]
+    shares = surprise_shares([arm.digests for arm in drawn])
+    lines = [Line(arm.label, arm.short, arm.slot, share) for arm, share in zip(drawn, shares, strict=True)]
     return [*(chart for chart in charts if chart.spec), surprise_histograms("Surprise of the experts' rows", lines)]
 
 

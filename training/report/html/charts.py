@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training.report.digest import TABLES, Curve, Digest
+from training.report.digest import Curve
 from training.report.html.wording import NOTHING, bounds, level_note, number, plural, printable
+from training.report.series import LARGEST
 
 COLOURS, DASHES = 7, ("solid", "dash", "dot", "longdashdot")
 FEW = 25  # points of a curve that are marked one by one
 OUTLIER = 10.0  # values this many times the range of 95 % of the others are cut off
-LOAD, SURPRISE = TABLES.index("expert_load"), TABLES.index("expert_surprise")
 ROW = 46  # pixels of a row of a forest plot
-NAME = 30  # most characters of a name within a figure
+NAME = 24  # most characters of a name within a figure
 Head = Sequence[str]
 Rows = Sequence[Sequence[str]]
 
@@ -75,14 +75,9 @@ def text_of(value: object, most: int = 60) -> str:
 
 def rounded(values: np.ndarray, digits: int = 5) -> list[Any]:
     """Nested lists of numbers with so many significant digits, None for what is unknown."""
-    values = np.asarray(values, dtype=float)
-    known = np.isfinite(values)
-    with np.errstate(divide="ignore"):
-        power = digits - 1 - np.floor(np.log10(np.abs(np.where(known & (values != 0), values, 1.0))))
-    scale = 10.0 ** np.minimum(power, 300.0)
-    short = np.where(known, np.round(np.where(known, values, 0.0) * scale) / scale, 0.0)
-    out: list[Any] = np.where(known, short.astype(object), np.array(None)).tolist()
-    return out
+    if values.ndim > 1:
+        return [rounded(row, digits) for row in values]
+    return [float(f"{v:.{digits}g}") if abs(v) < LARGEST else None for v in values.tolist()]
 
 
 # Curves ---------------------------------------------------------------------------------------------------------------
@@ -101,7 +96,9 @@ def curve_chart(
     window, cut = _range(np.concatenate(ys), list((levels or {}).values()))
     layout: dict[str, Any] = {
         "yaxis": {"range": window} if window else {},
-        "shapes": [_level(*level) for level in (levels or {}).items()],
+        "shapes": [
+            _level(*level, place) for place, level in enumerate(sorted((levels or {}).items(), key=lambda of: of[1]))
+        ],
     }
     rows = [[line.name, *(number(v, ".4g") for v in (curve.y[0], curve.y.min(), curve.y[-1]))] for line, curve in known]
     rows += [[name, NOTHING, NOTHING, number(value, ".4g")] for name, value in (levels or {}).items()]
@@ -124,45 +121,23 @@ def _layered(title: str, unit: str, known: Sequence[tuple[Line, Curve]]) -> Char
     return Chart(title, unit, said, spec, ("at the end", *(f"layer {i}" for i in range(layers))), rows)
 
 
-def surprise_histograms(title: str, of: Sequence[tuple[Line, Sequence[Digest]]], bins: int = 24) -> Chart:
+def surprise_histograms(title: str, lines: Sequence[Line]) -> Chart:
     """Share of each layer's last rows by the mean surprise of the expert that they went to; a frame a layer."""
     unit = "share of the layer's last rows"
-    known = np.concatenate([_known(d.window[SURPRISE]) for _, digests in of for d in digests] or [np.zeros(0)])
-    if not known.size:
+    known = [(line, line.curve) for line in lines if line.curve is not None and line.curve.y.size]
+    if not known:
         return Chart(title, unit, "no surprise is on record", {}, (), ())
-    low, high = float(known.min()), float(known.max())
-    edges = np.geomspace(low, high, bins + 1) if high > low else np.array([low / 2, low * 2])
-    middle = np.sqrt(edges[1:] * edges[:-1])
-    layers = max(d.window.shape[2] for _, digests in of for d in digests)
-    lines = []
-    for line, digests in of:
-        counts = np.zeros((layers, len(middle)))
-        for d in digests:
-            for layer in range(d.window.shape[2]):
-                values, rows = d.window[SURPRISE, :, layer], d.window[LOAD, :, layer]
-                at = (np.nan_to_num(values) > 0) & np.isfinite(rows)
-                counts[layer] += np.histogram(values[at].clip(low, high), edges, weights=rows[at])[0]
-        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1e-30)
-        lines.append((line, Curve(middle, middle, share)))
-    chart = _layered(title, unit, lines)
-    for trace in chart.spec["data"]:
-        trace |= {
-            "mode": "lines",
-            "line": {**trace["line"], "shape": "hvh"},
-            "fill": "tozeroy" if len(of) == 1 else "none",
-        }
-    rows = []
-    for line, curve in lines:
-        tops = curve.step[curve.y.argmax(axis=1)]
-        rows.append([line.name, *(number(float(top), ".3g") for top in tops)])
-    head = ("most rows at, nats", *(f"layer {i}" for i in range(layers)))
+    chart = _layered(title, unit, known)
+    shape = {"mode": "lines", "fill": "tozeroy" if len(lines) == 1 else "none"}
+    data = [trace | shape | {"line": {**trace["line"], "shape": "hvh"}} for trace in chart.spec["data"]]
+    layout = {"xaxis": {"type": "log", "title": {"text": "surprise, nats"}}}
+    tops = [curve.step[curve.y.argmax(axis=1)].tolist() for _, curve in known]
+    rows = [
+        [line.name, *(number(top, ".3g") for top in of_line)] for (line, _), of_line in zip(known, tops, strict=True)
+    ]
     said = f"{title}: most rows lie at, in nats; " + "; ".join(f"{name} {', '.join(values)}" for name, *values in rows)
-    axis = {"xaxis": {"type": "log", "dtick": "D2", "title": {"text": "surprise, nats"}}}
-    return chart._replace(spec={**chart.spec, "layout": axis, "over": ""}, head=head, rows=rows, said=said)
-
-
-def _known(surprise: np.ndarray) -> np.ndarray:
-    return surprise[np.nan_to_num(surprise) > 0]
+    spec = {"data": data, "layout": layout, "frames": chart.spec["frames"], "over": ""}
+    return chart._replace(spec=spec, head=("most rows at, nats", *chart.head[1:]), rows=rows, said=said)
 
 
 def _trace(line: Line, curve: Curve, y: list[Any]) -> dict[str, Any]:
@@ -175,10 +150,11 @@ def _trace(line: Line, curve: Curve, y: list[Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _level(name: str, value: float) -> dict[str, Any]:
+def _level(name: str, value: float, place: int) -> dict[str, Any]:
+    """A horizontal line; neighbours have their names in different places."""
     label = {
         "text": text_of(f"{name} {value:.3g}"),
-        "textposition": "start",
+        "textposition": ("start", "middle", "end")[place % 3],
         "yanchor": "bottom",
         "font": {"color": "var(--soft)"},
     }
@@ -207,44 +183,24 @@ def _range(values: np.ndarray, levels: Sequence[float]) -> tuple[list[float] | N
 def forest(baseline: str, rows: Sequence[Difference], margin: float) -> Chart:
     """Differences with their intervals, one row an arm, around zero; the band is the margin of equivalence."""
     limit = reach(rows, margin)
-    data: list[dict[str, Any]] = []
-    notes: list[dict[str, Any]] = []
-    for place, row in enumerate(rows):
-        y, value = len(rows) - place, _in_words(row.pair)
-        notes += [
-            _beside(row, text_of(row.name, NAME), y, 0),
-            _beside(row, value if row.pair["difference"] is not None else "no pair of runs", y, 1),
-        ]
-        if row.pair["difference"] is not None:
-            data += _whisker(row, y, limit, value)
+    data, notes = [], []
+    for y, row in zip(range(len(rows), 0, -1), rows, strict=True):
+        data += _whisker(row, y, limit) if row.pair["difference"] is not None else []
+        notes += [_beside(row, row.name, y, 0), _beside(row, _in_words(row.pair), y, 1)]
     band = {
-        "type": "rect",
-        "yref": "paper",
-        "x0": -margin,
-        "x1": margin,
-        "y0": 0,
-        "y1": 1,
-        "layer": "below",
-        "line": {"width": 0},
-        "fillcolor": "var(--band)",
-    }
-    title = "\u25c2 better &nbsp; nats per token &nbsp; worse \u25b8"
+        "type": "rect", "yref": "paper", "x0": -margin, "x1": margin, "y0": 0, "y1": 1, "layer": "below",
+        "line": {"width": 0}, "fillcolor": "var(--band)",
+    }  # fmt: skip
+    title = {"text": "\u25c2 better &nbsp; nats per token &nbsp; worse \u25b8"}
     layout = {
         "height": ROW * len(rows) + 60, "shapes": [band], "annotations": notes, "hovermode": "closest",
-        "xaxis": {"range": [-1.04 * limit, 1.04 * limit], "title": {"text": title}, "zeroline": True},
-        "yaxis": {"range": [0.4, len(rows) + 0.6], "visible": False, "fixedrange": True},
-        "margin": {"l": 6, "r": 6},
+        "xaxis": {"range": [-1.04 * limit, 1.04 * limit], "title": title, "zeroline": True},
+        "yaxis": {"range": [0.4, len(rows) + 0.6], "visible": False, "fixedrange": True}, "margin": {"l": 6, "r": 6},
     }  # fmt: skip
     table = [[row.name, row.pair["verdict"], *_numbers(row.pair)] for row in rows]
-    said = "; ".join(f"{name}: {verdict}, {mean}" for name, verdict, mean, _ in table)
-    return Chart(
-        f"compared with {baseline}",
-        "",
-        f"differences to {baseline}: {said}",
-        {"data": data, "layout": layout},
-        ("arm", "verdict", "difference", "interval"),
-        table,
-    )
+    said = f"differences to {baseline}: " + "; ".join(f"{name}: {verdict}, {mean}" for name, verdict, mean, _ in table)
+    head = ("arm", "verdict", "difference", "interval")
+    return Chart(f"compared with {baseline}", "", said, {"data": data, "layout": layout}, head, table)
 
 
 def reach(rows: Sequence[Difference], margin: float) -> float:
@@ -255,63 +211,42 @@ def reach(rows: Sequence[Difference], margin: float) -> float:
 
 
 def _numbers(pair: Mapping[str, Any]) -> tuple[str, str]:
-    interval = bounds(pair["low"], pair["high"], "+.4f") + level_note(pair) or "no interval"
+    interval = bounds(pair["low"], pair["high"], "+.4f") + level_note(pair)
+    interval = interval or ("no pair of runs" if pair["difference"] is None else "no interval")
     return number(pair["difference"], "+.4f"), interval
 
 
 def _in_words(pair: Mapping[str, Any]) -> str:
-    return f"{number(pair['difference'], '+.4f')} {pair['verdict']}"
+    known = pair["difference"] is not None
+    return f"{number(pair['difference'], '+.4f')} {pair['verdict']}" if known else "no pair of runs"
 
 
 def _beside(row: Difference, text: str, y: int, side: int) -> dict[str, Any]:
     """Text above a row, at its left (0) or right (1) end."""
-    colour = "var(--ink)" if side == 0 else f"var(--{row.pair['verdict']})"
+    colour = f"var(--{row.pair['verdict']})" if side else "var(--ink)"
     return {
-        "name": row.arm, "text": text, "xref": "paper", "x": side, "y": y + 0.24, "showarrow": False,
-        "xanchor": "right" if side else "left", "yanchor": "middle", "font": {"color": colour},
+        "name": row.arm, "text": text_of(text, NAME), "xref": "paper", "x": side, "y": y + 0.24, "showarrow": False,
+        "xanchor": ("left", "right")[side], "align": ("left", "right")[side], "font": {"color": colour},
     }  # fmt: skip
 
 
-def _whisker(row: Difference, y: int, limit: float, value: str) -> list[dict[str, Any]]:
+def _whisker(row: Difference, y: int, limit: float) -> list[dict[str, Any]]:
     """Mean with its interval, which ends in an arrow where it goes on beyond the frame; every pair below it."""
     mean, low, high = (row.pair[key] for key in ("difference", "low", "high"))
-    colour, meta = f"var(--c{_look(row.slot)[0]})", {"arm": row.arm}
-    hover = f"{text_of(row.name)}: {value}, {_numbers(row.pair)[1]}<extra></extra>"
-    traces = []
+    colour = f"var(--c{_look(row.slot)[0]})"
+
+    def marks(x: Sequence[float], down: float, size: int, texts: list[str], **more: Any) -> dict[str, Any]:
+        marker = {"size": size, "color": colour, **more.pop("marker", {})}
+        shown = {"x": np.clip(x, -limit, limit).tolist(), "y": [y - down] * len(x), "marker": marker}
+        said = {"hoverinfo": "text", "text": [text_of(text, 200) for text in texts], "meta": {"arm": row.arm}}
+        return {"type": "scatter", "mode": "markers", **shown, **said, **more}
+
+    said = f"{row.name}: {_in_words(row.pair)}, {_numbers(row.pair)[1]}"
+    traces = [marks([mean], 0.08, 11, [said])]
     if low is not None and high is not None:
-        ends = [max(low, -limit), min(high, limit)]
-        marks = ["line-ns" if low >= -limit else "triangle-left", "line-ns" if high <= limit else "triangle-right"]
-        marker = {"symbol": marks, "size": 9, "color": colour, "line": {"width": 2, "color": colour}}
-        traces.append(
-            {
-                "mode": "lines+markers",
-                "x": ends,
-                "y": [y - 0.08] * 2,
-                "marker": marker,
-                "line": {"color": colour, "width": 2},
-            }
-        )
-    traces.append(
-        {
-            "mode": "markers",
-            "x": [min(max(mean, -limit), limit)],
-            "y": [y - 0.08],
-            "marker": {"size": 11, "color": colour},
-        }
-    )
-    out = [{"type": "scatter", "meta": meta, "hovertemplate": hover, **trace} for trace in traces]
-    pairs = {
-        "mode": "markers",
-        "x": [*row.each],
-        "y": [y - 0.3] * len(row.each),
-        "marker": {"size": 5, "color": colour, "opacity": 0.7},
-    }
-    return [
-        *out,
-        {
-            "type": "scatter",
-            "meta": meta,
-            "hovertemplate": f"{text_of(row.name)}, one pair: %{{x:+.4f}}<extra></extra>",
-            **pairs,
-        },
-    ]
+        ends = ["line-ns" if low >= -limit else "triangle-left", "line-ns" if high <= limit else "triangle-right"]
+        line = {"width": 2, "color": colour}
+        marker = {"symbol": ends, "line": line}
+        traces.append(marks([low, high], 0.08, 9, [said] * 2, mode="lines+markers", line=line, marker=marker))
+    pairs = [f"{row.name}, one pair: {number(value, '+.4f')}" for value in row.each]
+    return [*traces, *([marks(row.each, 0.3, 5, pairs, opacity=0.7)] if pairs else [])]

@@ -146,7 +146,8 @@ def level_map(
     ticks = {"tickvals": [*range(rows)], "ticktext": [text_of(name, 12) for name in names]} if names else {}
     down = ticks or {"dtick": -(-rows // 6)}
     if digits:
-        trace |= {"texttemplate": f"%{{customdata:.{digits}f}}"}
+        text = [[f"{value:.{digits}f}" for value in row] for row in frames[-1][2].tolist()]
+        trace |= {"text": text, "texttemplate": "%{text}"}
     layout = {
         "height": rows * height + 48, "plot_bgcolor": GREY, "hovermode": "closest",
         "xaxis": {"title": {"text": axes[1]}, **ticks},

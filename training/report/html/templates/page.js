@@ -8,6 +8,7 @@
   const coarse = matchMedia("(pointer: coarse)").matches;
   const CONFIG = {displaylogo: false, displayModeBar: coarse ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
   const NAMES = {step: "step", seconds: "seconds of training"};
+  const MANY = 9;  // curves beyond which one alone is named where the pointer is
   let specs = {};
 
   // Colours are the style sheet's, by day, by night and on paper.
@@ -32,7 +33,7 @@
     const data = spec.data.map((trace, i) => {
       const drawn = {...trace, ...frame?.data[i], visible: !hidden.has(trace.meta?.arm)};
       if (over === "seconds") drawn.x = trace.meta.seconds;
-      if (over) drawn.hovertemplate = `${NAMES[over]} %{x:,}: %{y:.5~g}`;
+      if (over) drawn.hovertemplate = spec.data.length > MANY ? `${NAMES[over]} %{x:,}: %{y:.5~g}` : "%{y:.5~g}";
       return drawn;
     });
     const axis = {gridcolor: "var(--grid)", zerolinecolor: "var(--soft)", zeroline: false, linecolor: "var(--line)", automargin: true,
@@ -40,20 +41,28 @@
     const asked = spec.layout, top = spec.map ? 4 : 8;
     const layout = {
       height: 230, ...asked, width, margin: {t: top, b: 40, l: 48, r: 12, ...asked.margin}, showlegend: false, autosize: false,
-      hovermode: asked.hovermode ?? (data.length > 8 ? "closest" : "x unified"), dragmode: coarse ? false : "zoom",
-      uirevision: `${state.over} ${state.scale}`, font: {family: "inherit", size: 12, color: "var(--soft)"},
+      hovermode: asked.hovermode ?? (data.length > MANY ? "closest" : "x unified"), dragmode: coarse ? false : "zoom",
+      uirevision: `${state.over} ${state.scale}`, font: {family: getComputedStyle(document.body).fontFamily, size: 12, color: "var(--soft)"},
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: asked.plot_bgcolor ?? "rgba(0,0,0,0)",
       modebar: {bgcolor: "rgba(0,0,0,0)", color: "var(--soft)", activecolor: "var(--ink)"},
       hoverlabel: {bgcolor: "var(--panel)", bordercolor: "var(--line)", font: {color: "var(--ink)", size: 12}, namelength: 40},
-      xaxis: {...axis, ...(over ? {title: {text: NAMES[over]}} : {}), ...(spec.map ? {showgrid: false, constrain: "domain"} : {}), ...asked.xaxis},
-      yaxis: {...axis, ...(spec.map ? {showgrid: false} : {}), ...asked.yaxis, ...(log ? {type: "log", range: undefined, dtick: "D2"} : {})},
+      xaxis: {...axis, ...(over ? {title: {text: NAMES[over]}, unifiedhovertitle: {text: `${NAMES[over]} %{x:,}`}} : {}), ...(spec.map ? {showgrid: false, constrain: "domain"} : {}), ...asked.xaxis},
+      yaxis: {...axis, ...(spec.map ? {showgrid: false} : {}), ...asked.yaxis, ...(log ? {type: "log", range: undefined} : {})},
       annotations: (asked.annotations ?? []).map((note) => ({...note, visible: !hidden.has(note.name)})),
     };
-    if (over && !narrow && data.length <= 9) label(data, layout, log);
+    for (const [key, letter] of [["xaxis", "x"], ["yaxis", "y"]])
+      if (layout[key].type === "log") layout[key].dtick = powers(data.flatMap((trace) => trace[letter]));
+    if (over && !narrow && data.length <= MANY) label(data, layout, log);
     const css = getComputedStyle(document.documentElement);
     Plotly.react(plot, coloured(data, css), coloured(layout, css), CONFIG);
     plot.removeAttribute("style");
     for (const svg of all("svg", plot)) svg.setAttribute("aria-hidden", "true");
+  }
+
+  // Distance of a logarithmic axis's ticks: 1, 2, 5 where few powers of ten are shown, else so many powers.
+  function powers(values) {
+    const known = values.filter((value) => value > 0), range = Math.log10(Math.max(...known) / Math.min(...known));
+    return range < 2 ? "D2" : Math.ceil(range / 5);
   }
 
   // Names at the ends of the curves, pushed apart where they would lie on each other.
