@@ -5,6 +5,7 @@ each later one comes after one more record of every run, and must not read the o
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -51,17 +52,19 @@ def main() -> None:
         save_study(study, folder / "study.yaml")
         write_results([empty_row(run) | {"status": UNFINISHED} for run in runs], folder)
         files = [folder / "runs" / run.id / FILE for run in runs]
+        texts = itertools.cycle(["".join(next(lines(s + 1, 1, drawn)) for s in range(args.records)) for _ in range(4)])
         for file in files:
             file.parent.mkdir(parents=True)
-            file.write_text("".join(next(lines(step, 1, drawn)) for step in range(1, args.records + 1)))
+            file.write_text(next(texts))
         size = sum(file.stat().st_size for file in files)
-        print(f"{len(runs)} runs of {args.records:,} records, {size / 2**20:,.0f} MiB")
+        print(f"{len(runs)} runs of {args.records:,} records, {size / 2**20:,.0f} MiB", flush=True)
         reader = FolderReader(folder)
         for refresh in range(args.refreshes + 1):
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             page = reader.read()[0]
-            seconds = time.perf_counter() - start
-            print(f"{'first page' if not refresh else 'refresh'}: {seconds:.2f} s, {len(page.main) / 2**20:.1f} MiB")
+            seconds, used = time.perf_counter() - start, time.process_time() - used
+            name, size = "refresh" if refresh else "first page", len(page.main) / 2**20
+            print(f"{name}: {seconds:.2f} s, {used:.2f} s of the processor, {size:.1f} MiB", flush=True)
             for file, line in zip(files, lines(args.records + 1 + refresh, len(files), drawn), strict=True):
                 with file.open("a") as open_file:
                     open_file.write(line)

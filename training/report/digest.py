@@ -11,7 +11,7 @@ With p the shares of a layer's routed rows that its E experts got:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,24 +101,38 @@ class Curve(NamedTuple):
     y: Float[np.ndarray, "*layers points"]
 
 
-def mean_curves(digests: Sequence[Digest], most: int) -> dict[str, Curve]:
-    """Means over runs, key of SCALARS or measure of LAYERED -> curve of at most `most` points; no point where no run
-    has a value."""
-    scalars = np.concatenate([d.scalars for d in digests], axis=1) if digests else np.zeros((len(SCALARS), 0))
-    at = np.isfinite(scalars[0])
-    step, where = np.unique(scalars[0, at], return_inverse=True)
-    (seconds,) = _means(scalars[SCALARS.index("seconds"), at][None], where, len(step))
-    curves = {}
-    for key, values in zip(SCALARS, scalars[:, at], strict=True):
-        curves[key] = _thinned(step, seconds, _means(values[None], where, len(step)), most)
-    curves = {key: curve._replace(y=curve.y[0]) for key, curve in curves.items()}
-    layers = max((d.layered.shape[2] for d in digests), default=0)
-    alike = [
-        np.pad(d.layered, ((0, 0), (0, 0), (0, layers - d.layered.shape[2])), constant_values=np.nan) for d in digests
-    ]
-    for index, name in enumerate(LAYERED if layers else ()):
-        values = np.concatenate([layered[index] for layered in alike])[at].T
-        curves[name] = _thinned(step, seconds, _means(values, where, len(step)), most)
+def mean_curves(digests: Sequence[Digest], most: int, keys: Sequence[str] = SCALARS) -> dict[str, Curve]:
+    """Means over runs: key of SCALARS -> curve of at most `most` points, none of a step where no run has a value."""
+    scalars = np.concatenate([digest.scalars for digest in digests] or [empty_digest().scalars], axis=1)
+    curves = _curves(digests, scalars[[SCALARS.index(key) for key in keys], None], most)
+    return {key: curve._replace(y=curve.y[0]) for key, curve in zip(keys, curves, strict=True)}
+
+
+def layer_curves(digests: Sequence[Digest], most: int) -> dict[str, Curve]:
+    """`mean_curves` of the measures of LAYERED in every layer."""
+    layers = max((digest.layered.shape[2] for digest in digests), default=0)
+    alike = [np.full((len(LAYERED), digest.records, layers), np.nan) for digest in digests]
+    for digest, layered in zip(digests, alike, strict=True):
+        layered[..., : digest.layered.shape[2]] = digest.layered
+    values = np.concatenate(alike, axis=1).swapaxes(1, 2) if layers else ()
+    return dict(zip(LAYERED, _curves(digests, values, most), strict=False))
+
+
+def _curves(digests: Sequence[Digest], rows: Iterable[Float[np.ndarray, "rows records"]], most: int) -> list[Curve]:
+    """A curve of each mean over runs; `rows` have the records of all digests, one after another."""
+    step, seconds = (
+        np.concatenate([d.scalars[SCALARS.index(k)] for d in digests] or [[]]) for k in ("step", "seconds")
+    )
+    at = np.isfinite(step)
+    steps, where = np.unique(step[at], return_inverse=True)
+    (seconds,) = _means(seconds[None, at], where, len(steps))
+    curves = []
+    for values in rows:
+        means = _means(values[:, at], where, len(steps))
+        known = np.isfinite(means).any(axis=0)
+        columns = columns_of(steps[known], most)
+        y = gather(means[:, known].T, columns.starts).T
+        curves.append(Curve(columns.x, gather(seconds[known], columns.starts), y))
     return curves
 
 
@@ -152,13 +166,6 @@ def _means(values: Float[np.ndarray, "rows records"], where: Int[np.ndarray, " r
         counts = np.bincount(where[known], minlength=steps)
         np.divide(np.bincount(where[known], row[known], steps), counts, out=mean, where=counts > 0)
     return out
-
-
-def _thinned(step: np.ndarray, seconds: np.ndarray, values: Float[np.ndarray, "rows steps"], most: int) -> Curve:
-    known = np.isfinite(values).any(axis=0)
-    at = columns_of(step[known], most)
-    y = gather(values[:, known].T, at.starts).T
-    return Curve(at.x, gather(seconds[known], at.starts), y)
 
 
 # Tables of experts ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """`tiny-onn report`: the folder of a study or of a run -> report.html in it, and a few lines for the terminal."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ class FolderReader:
                 "`tiny-onn study` and `tiny-onn train` make them"
             )
         self._make = _study if study else _run
+        self._judged: tuple[object, Mapping[str, Any]] = (None, {})  # results and study.yaml -> their analysis
 
     def read(self) -> tuple[Page, str]:
         """The page as it is now, and the lines for the terminal.
@@ -65,7 +66,7 @@ class FolderReader:
             UserError: a file in the folder is damaged.
         """
         try:
-            return self._make(self.name, self.home, self.digest)
+            return self._make(self)
         except ODD as error:
             came = f"values that they do not write ({type(error).__name__}: {error})"
             wanted = "results, summaries and records as `tiny-onn study` and `tiny-onn train` write them"
@@ -79,31 +80,37 @@ class FolderReader:
             self.records[folder] = (batch.cursor, digest)
         return digest
 
+    def analysis(self, rows: list[Row], text: str) -> Mapping[str, Any]:
+        """analysis.json, which is made if there is none; that of a study under way is not written."""
+        if all(row["status"] != UNFINISHED for row in rows):
+            return _analysis(self.home)
+        if self._judged[0] != (rows, text):
+            from training.study.analysis import analyse_rows
+            from training.study.file import load_study
 
-def _study(name: str, home: Path, digest_of: Callable[[Path], Digest]) -> tuple[Page, str]:
+            self._judged = (rows, text), analyse_rows(load_study(self.home / "study.yaml"), rows)
+        return self._judged[1]
+
+
+def _study(reader: FolderReader) -> tuple[Page, str]:
     from training.study.analysis import study_table
 
+    home = reader.home
     rows = read_results(home)
     if not rows:
         raise UserError(
             f"{home / RESULTS}: expected one row a run, found none; `tiny-onn study --out {home} --resume` writes it"
         )
-    described = home / "study.yaml"
-    analysis = _analysis(home, rows)
-    study = Study(name, read_yaml(str(described)), _text(described), analysis, rows)
+    text = _text(home / "study.yaml")
+    analysis = reader.analysis(rows, text)
+    study = Study(reader.name, read_yaml(str(home / "study.yaml")), text, analysis, rows)
     runs = home / "runs"
-    page = study_page(study, lambda run: digest_of(runs / run), lambda run: _summary(runs / run))
+    page = study_page(study, lambda run: reader.digest(runs / run), lambda run: _summary(runs / run))
     return page, study_table(analysis)
 
 
-def _analysis(home: Path, rows: list[Row]) -> Mapping[str, Any]:
-    """analysis.json, which is made if there is none; that of a study under way is made afresh and not written."""
+def _analysis(home: Path) -> Mapping[str, Any]:
     path = home / "analysis.json"
-    if any(row["status"] == UNFINISHED for row in rows):
-        from training.study.analysis import analyse_rows
-        from training.study.file import load_study
-
-        return analyse_rows(load_study(home / "study.yaml"), rows)
     if not path.exists():
         from training.study.analysis import analyse
 
@@ -114,18 +121,19 @@ def _analysis(home: Path, rows: list[Row]) -> Mapping[str, Any]:
     return analysis
 
 
-def _run(name: str, home: Path, digest_of: Callable[[Path], Digest]) -> tuple[Page, str]:
+def _run(reader: FolderReader) -> tuple[Page, str]:
     from training.run.schedule import Leg, read_legs, reproduction
     from training.run.settings import load_settings
     from training.run.summary import summary_table
 
+    name, home = reader.name, reader.home
     described = home / "config.yaml"
     try:
         legs = read_legs(home, load_settings(str(described)))
     except UserError:  # shown as it is
         legs = (Leg(0, 0),)
     commands = reproduction(legs, str(described), f"{name.rstrip('/')}-again")
-    run = RunFiles(name, _text(described), read_yaml(str(described)), _summary(home), digest_of(home), commands)
+    run = RunFiles(name, _text(described), read_yaml(str(described)), _summary(home), reader.digest(home), commands)
     if run.summary.get("nats_per_token") is None:
         return run_page(run), f"{name}: no score{'' if run.summary else ' yet'}, {run.digest.records} records"
     return run_page(run), summary_table({"baselines": {}, "sample": "", "alarms": []} | dict(run.summary), name)

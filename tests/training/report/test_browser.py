@@ -1,5 +1,6 @@
 """Reports in a real Chromium: nothing is cut off or asked for on a phone, a desk and paper, and figures answer back."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
+from tests.training.commands.test_watch import watched
 from tests.training.report.test_html_pages import HOSTILE, LONG, fake_run, fake_study, many_arms, odd_status
 from tests.training.study.test_runner import small_study
+from training.storage.recorder import FILE
 from training.study.config import StudyConfig
 from training.study.report import write_report
 
@@ -271,6 +274,23 @@ def test_a_table_is_sorted_by_a_click_or_a_key_and_unknown_values_come_last(stud
     assert head.get_attribute("aria-sort") == "descending"
     assert [text[:7] for text in column.all_inner_texts()] == [*rising[-2::-1], "\u2013"]
     assert table.locator("[aria-sort]").count() == 1
+
+
+def test_a_live_page_shows_what_is_new_and_keeps_what_was_switched(browser: Browser, tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run")
+    page = browser.new_page()
+    with watched(folder) as server:
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        page.locator("button", has_text="held out").click()
+        page.get_by_role("button", name="logarithmic").first.click()
+        last = json.loads((folder / FILE).read_text(encoding="ascii").splitlines()[-1])
+        with (folder / FILE).open("a", encoding="ascii") as file:
+            file.write(json.dumps(last | {"step": 31}) + "\n")
+        expect(page.locator(".answer")).to_contain_text("step 31", timeout=30_000)
+        expect(page.locator(".live")).to_contain_text("live, ")
+        assert [(trace["visible"], trace["x"][-1]) for trace in shown(page, "Loss")] == [(True, 31), (False, 31)]
+        assert page.evaluate("id => document.getElementById(id).layout.yaxis.type", figure(page, "Loss")) == "log"
+    expect(page.locator(".live")).to_have_text("The server has ended; this is what it showed last.", timeout=30_000)
 
 
 # Without a script, and against one ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from training.report.digest import (
     Digest,
     empty_digest,
     extend,
+    layer_curves,
     mean_curves,
     measures,
     surprise_shares,
@@ -115,7 +116,7 @@ def test_measures_of_a_layer_are_those_of_plain_loops() -> None:
 
 def test_layers_have_their_own_curves() -> None:
     history = [{"step": 3, "expert_load": [[1.0, 0.0], [0.5, 0.5]]}, {"step": 4, "co_activation_layers": [0.25, None]}]
-    curves = mean_curves([digest_of(history)], 9)
+    curves = layer_curves([digest_of(history)], 9)
     assert (curves["MaxVio"].step.tolist(), curves["MaxVio"].y.tolist()) == ([3], [[1], [0]])
     assert curves["co-activation"].y == pytest.approx(np.array([[0.25], [np.nan]]), nan_ok=True)
 

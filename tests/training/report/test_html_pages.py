@@ -511,6 +511,16 @@ def test_damaged_files_are_named_in_one_line(studied: Path, tmp_path: Path, caps
         assert said.count("\n") == 1
 
 
+def test_values_of_another_form_are_one_line(studied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(studied, tmp_path / "odd")
+    for odd in ("base: text\n", "base: [1]\n", "arms: 3\n", "axes: text\n"):
+        (folder / "study.yaml").write_text(odd, encoding="utf-8")
+        assert main(["report", str(folder)]) == 2, odd
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{folder}: expected results, summaries and records" in said
+
+
 # Pieces ---------------------------------------------------------------------------------------------------------------
 
 

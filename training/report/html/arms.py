@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from training.report.digest import Curve, Digest, mean_curves, surprise_shares
+from training.report.digest import Curve, Digest, layer_curves, surprise_shares
 from training.report.html.charts import Chart, Line, curve_chart, surprise_histograms
 
 POINTS, LAYER_POINTS = 250, 80  # most points of a curve, and of one of a layer
-NUMBERS = 200_000  # most entries of all maps of a page, and of all its curves of layers
+NUMBERS = 40_000  # most entries of all maps of a page, and of all its curves of layers
 FRAMES = 24  # most tables of a map's slider
 LAYER_CHARTS = (
     ("load entropy", "Load entropy", "share of log E"),
@@ -50,7 +50,7 @@ def layer_charts(arms: Sequence[Arm]) -> list[Chart]:
     if not drawn:
         return []
     points = max(12, min(LAYER_POINTS, NUMBERS // (len(drawn) * max(arm.layers for arm in drawn) * len(LAYER_CHARTS))))
-    thin = [arm._replace(curves=mean_curves(arm.digests, points)) for arm in drawn]
+    thin = [arm._replace(curves=layer_curves(arm.digests, points)) for arm in drawn]
     charts = [curve_chart(title, unit, [line_of(arm, key) for arm in thin]) for key, title, unit in LAYER_CHARTS]
     shares = surprise_shares([arm.digests for arm in drawn])
     lines = [Line(arm.label, arm.short, arm.slot, share) for arm, share in zip(drawn, shares, strict=True)]

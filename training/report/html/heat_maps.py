@@ -132,7 +132,10 @@ def level_map(
     at = np.arange(0, columns, per)
     parts = [
         {
-            "z": rounded(np.fmax.reduceat(levels, at, axis=1), 3),
+            "z": [
+                [None if v != v else v for v in row]
+                for row in np.round(np.fmax.reduceat(levels, at, axis=1), 2).tolist()
+            ],
             "customdata": rounded(np.fmax.reduceat(values, at, axis=1), 4),
         }
         for _, levels, values in frames

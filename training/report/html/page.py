@@ -11,7 +11,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from training.report.html.charts import COLOURS, slot_class
@@ -62,8 +62,15 @@ class Figures:
 
 
 def render(title: str, template: str, **values: Any) -> Page:
-    """A page of a template."""
-    main = _environment().get_template(template).render(figures=Figures(), versions=versions(), **values)
+    """A page of a template.
+
+    Raises:
+        LookupError: a value is not of the form that the template wants.
+    """
+    try:
+        main = _environment().get_template(template).render(figures=Figures(), versions=versions(), **values)
+    except UndefinedError as error:
+        raise LookupError(str(error)) from error
     return Page(printable(title), main)
 
 

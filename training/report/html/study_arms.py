@@ -11,6 +11,7 @@ from training.report.digest import Digest, mean_curves
 from training.report.html.arms import POINTS, Arm
 from training.storage.results import DIVERGED, FINISHED, Row, pair_key
 
+CURVES = ("main_loss", "held_out_nats", "max_vio", "avg_k", "routing_drift")
 DigestOf = Callable[[str], Digest]  # run -> its records
 SummaryOf = Callable[[str], Mapping[str, Any]]  # run -> its summary.json
 
@@ -85,7 +86,7 @@ def _arm(study: Study, label: str, short: str, slot: int, digest_of: DigestOf, s
     alarms = [summary.get("alarms") or [] for summary in summaries.values()]
     pair = study.analysis["against_baseline"].get(label)
     note = f"({len(ends)} diverged, at step {lost}; then the mean of those left)" if ends else ""
-    curves = mean_curves([*digests.values()], POINTS)
+    curves = mean_curves([*digests.values()], POINTS, CURVES)
     shown = digests.get(run)
     return Arm(label, short, slot, [*digests.values()], curves, shown, run, result, pair, together, alarms, note)
 

@@ -100,7 +100,7 @@ def _warnings(study: Study) -> list[str]:
 
 
 def _changed(study: Study) -> str:
-    """What was changed in study.yaml since the results were judged."""
+    """Keys of study.yaml that were changed since the results were judged."""
     analysis, values = study.analysis, study.values
     return ", ".join(k for k in ("margin", "falsifier", "question") if k in values and values[k] != analysis[k])
 
