@@ -30,6 +30,7 @@ USAGE = """usage: tiny-onn VERB ...
   rerun      make one step again            tiny-onn rerun RUN --step N
   doctor     is all well here?              tiny-onn doctor [RUN]
   report     a web page of what was found   tiny-onn report DIR
+  watch      the same, while it goes on     tiny-onn watch DIR [--port N]
 
 `tiny-onn VERB --help` lists the flags of a verb. Every verb takes -q, --quiet (errors and the result alone) and -v,
 --verbose (details and tracebacks); `tiny-onn --version` prints the version."""
@@ -62,6 +63,7 @@ def _main(arguments: list[str]) -> int:
         "rerun": _rerun,
         "doctor": _doctor,
         "report": _report,
+        "watch": _watch,
     }
     try:
         before = _leading_switches(arguments)
@@ -371,3 +373,17 @@ def _report(argv: Sequence[str]) -> None:
 
     report = write_report(args.folder)
     print(f"{report.text}\n\nreport: {report.path}")
+
+
+def _watch(argv: Sequence[str]) -> None:
+    parser = _Parser("tiny-onn watch", description="Serve the report of a run or study that goes on; Ctrl-C ends it.")
+    parser.add_argument("folder", metavar="DIR", help="what `tiny-onn study` or `tiny-onn train` makes")
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="of 127.0.0.1; any free one by default")
+    args = parser.parsed(argv)
+    from training.commands.watch import open_server
+    from training.study.report import FolderReader
+
+    reader = FolderReader(args.folder)
+    with open_server(lambda: reader.read()[0], args.port) as server:
+        print(f"http://127.0.0.1:{server.server_port}/ shows {args.folder}; Ctrl-C ends it", flush=True)
+        server.serve_forever()

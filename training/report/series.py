@@ -22,9 +22,12 @@ class Columns(NamedTuple):
 
 def columns(history: Records, most: int) -> Columns:
     """At most `most` columns of as equal size as can be; x counts records where steps are absent or do not rise."""
-    count = len(history)
-    step = numbers(history, "step")
-    name = "step"
+    return columns_of(numbers(history, "step"), most)
+
+
+def columns_of(step: Float[np.ndarray, " records"], most: int) -> Columns:
+    """`columns` of records of these steps."""
+    count, name = len(step), "step"
     if not (np.isfinite(step).all() and (np.abs(step) < 1e15).all() and (np.diff(step) > 0).all()):
         step, name = np.arange(1.0, count + 1), "record"
     starts = np.unique(np.linspace(0, count, min(count, most) + 1).astype(np.int64)[:-1])

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from training.report.html.elements import level_note
+from training.report.html.wording import level_note
 from training.storage.atomic import write_text
 from training.storage.regular_file import read_object
 from training.storage.results import DIVERGED, FINISHED, Row, read_results

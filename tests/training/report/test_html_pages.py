@@ -1,5 +1,8 @@
-"""Reports say what the analysis says, show every arm, fetch and execute nothing, and never fail on odd studies."""
+"""Reports say what the analysis says, show every arm, fetch nothing, run nothing but their own script, and never fail
+on odd studies."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -11,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.training.study.test_runner import small_study
 from training.cli import main
-from training.report.html.charts import Curve, Difference, line_chart, reach, ticks
-from training.report.html.elements import MINUS, NOTHING, VOID, element, level_note, number, versions
-from training.report.html.heat_maps import NONE, UNKNOWN, heat_map, load_levels
-from training.report.html.study_arms import scores_by_seed, shared_end
-from training.report.html.study_layers import by_layer, layer_key, measures
+from training.report.digest import Curve, empty_digest, extend
+from training.report.html.charts import Difference, Line, curve_chart, forest, reach, rounded, text_of
+from training.report.html.heat_maps import MOST_EXPERTS, NO_ROW, TOP, level_map, load_levels, shades
+from training.report.html.page import versions
+from training.report.html.study_arms import Study, read_groups, scores_by_seed, shared_end
+from training.report.html.wording import MINUS, NOTHING, level_note, number, printable
 from training.run.settings import save_settings
 from training.storage.results import DIVERGED, FINISHED, UNFINISHED, read_results, write_results
 from training.study.analysis import analyse, study_table
@@ -114,24 +121,34 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """Tags, links, tables and text of a page; fails on tags that do not match."""
+    """Tags, tables, scripts, figures and text of a page as one without scripts shows it; fails on unmatched tags."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str]] = []
         self.tables: dict[str, list[list[str]]] = {}
-        self.text = ""
+        self.scripts: list[str] = []
+        self.policy = self.text = ""
         self._open: list[str] = []
         self._region = ""
         self.feed(text)
         assert not self._open, f"never closed: {self._open}"
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Id -> what plotly draws there."""
+        return json.loads(self.scripts[0])
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in VOID:
+        if tag not in ("meta", "link", "input", "line", "rect"):
             self._open.append(tag)
+        if dict(attrs).get("http-equiv") == "Content-Security-Policy":
+            self.policy = str(dict(attrs)["content"])
+        if tag == "script":
+            self.scripts.append("")
         if dict(attrs).get("role") == "region":
             self._region = str(dict(attrs)["aria-label"])
             self.tables[self._region] = []
@@ -140,16 +157,22 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self.tables[self._region][-1].append("")
 
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in ("line", "rect"), tag
+        self.handle_starttag(tag, attrs)
+
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" in self._open:
-            return
-        self.text += data
-        if {"td", "th"} & {*self._open}:
-            gap = " " if self._open[-1] == "small" else ""
-            self.tables[self._region][-1][-1] += gap + data
+        if "script" in self._open:
+            self.scripts[-1] += data
+        elif "style" not in self._open:
+            self.text += data
+            if {"td", "th"} & {*self._open}:
+                gap = " " if self._open[-1] == "small" else ""
+                cell = (self.tables[self._region][-1][-1] + gap + data).replace("  ", " ")
+                self.tables[self._region][-1][-1] = cell.lstrip()
 
 
 def read_page(folder: Path) -> Page:
@@ -157,13 +180,20 @@ def read_page(folder: Path) -> Page:
 
 
 def assert_safe(page: Page) -> None:
-    """Nothing is executed, nothing is fetched."""
-    assert not {"script", "iframe", "object", "embed", "img", "base", "form"} & {*page.tags}
+    """Nothing is fetched, and only the two scripts run that the policy names; the first script is data."""
+    assert not {"iframe", "object", "embed", "img", "base", "form"} & {*page.tags}
     for name, value in page.attributes:
         assert not name.startswith("on"), (name, value)
-        if name in ("href", "src", "xlink:href", "style", "action"):
-            assert value == "data:,", (name, value)
-    assert not re.search(r"url\(|@import", (page.rawdata + "".join(dict(page.attributes).values())))
+        assert name not in ("style", "xlink:href", "action"), (name, value)
+        assert name not in ("href", "src") or value == "data:,", (name, value)
+    assert not re.search(r"url\(|@import", "".join(dict(page.attributes).values()))
+    assert len(page.scripts) == 3
+    assert ("type", "application/json") in page.attributes
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts[1:]]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    wanted = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
+    assert page.policy == wanted
+    assert "plotly.js" in page.scripts[1][:200]
 
 
 # The page of a study --------------------------------------------------------------------------------------------------
@@ -201,7 +231,7 @@ def test_the_page_holds_the_answer_the_plan_the_file_and_the_commands(studied: P
     for wanted in (
         analysis["answer"], "Which?", "± 0.02 nats per token", "Set before the runs", versions(),
         (studied / "study.yaml").read_text(encoding="utf-8"), f"tiny-onn study {studied}/study.yaml --out ",
-        "hyper.surprise_weight = 0.0", "dead experts in 3 of 3 runs", "Load entropy, layer 1", "Dead experts, layer 0",
+        "hyper.surprise_weight = 0.0", "dead experts in 3 of 3 runs", "Load entropy", "Dead experts", "layer 1",
     ):  # fmt: skip
         assert wanted in page.text
     assert_safe(page)
@@ -358,7 +388,7 @@ def test_two_data_sets_are_two_groups_with_their_own_baselines(tmp_path: Path) -
         "the head says the rest"
     )
     assert len(page.tables["Every run"]) == 1 + 40
-    assert page.attributes.count(("class", "forest")) == 2
+    assert sum("compared with" in label for label in page.tables) == 2, "a forest plot each"
     assert report.text == study_table(json.loads((folder / "analysis.json").read_text(encoding="utf-8")))
 
 
@@ -370,8 +400,6 @@ def test_what_all_labels_of_a_group_end_with_is_said_once() -> None:
 
 
 def test_curves_are_means_over_seeds(tmp_path: Path) -> None:
-    from training.report.html.study_arms import Study, read_groups
-
     folder = fake_study(tmp_path / "means", small_study(arms=(), baseline=""))
     histories = {
         "small-seed0": [{"step": 1, "main_loss": 4.0}, {"step": 2, "main_loss": 3.0}, {"step": 3, "main_loss": 1.0}],
@@ -380,9 +408,44 @@ def test_curves_are_means_over_seeds(tmp_path: Path) -> None:
     analysis = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
     rows = [{"run": run, "seed": i, "nats_per_token": i + 1.5, "status": FINISHED} for i, run in enumerate(histories)]
     study = Study("x", {}, "", analysis, rows)
-    ((arm,),) = (group.arms for group in read_groups(study, histories.__getitem__, lambda run: {}))
-    assert (arm.curves["main_loss"].x.tolist(), arm.curves["main_loss"].y.tolist()) == ([1, 2, 3], [3, 3, 1])
+    digests = {run: extend(empty_digest(), records) for run, records in histories.items()}
+    ((arm,),) = (group.arms for group in read_groups(study, digests.__getitem__, lambda run: {}))
+    assert (arm.curves["main_loss"].step.tolist(), arm.curves["main_loss"].y.tolist()) == ([1, 2, 3], [3, 3, 1])
     assert scores_by_seed(study, arm) == {"0": 1.5, "1": 2.5}
+
+
+def test_every_figure_is_one_that_plotly_knows_and_has_words_and_numbers_beside_it(studied: Path) -> None:
+    page = read_page(studied)
+    ids = [value for name, value in page.attributes if name == "id" and value != "figures"]
+    assert ids == [*page.figures]
+    assert page.attributes.count(("role", "img")) == page.tags.count("noscript") == len(ids) > 10
+    for figure in page.figures.values():
+        plotly.graph_objects.Figure(figure["data"], figure["layout"])  # raises on what it does not know
+        for frame in figure.get("frames", ()):
+            merged = [trace | part for trace, part in zip(figure["data"], frame["data"], strict=True)]
+            plotly.graph_objects.Figure(merged, figure["layout"])
+    last = {row[0]: row[-1] for row in page.tables["Training loss"][1:]}
+    drawn = [
+        {t["name"]: f"{t['y'][-1]:.4g}" for t in f["data"] if t["y"]} for f in page.figures.values() if "over" in f
+    ]
+    assert last in drawn
+
+
+def test_an_arm_has_one_colour_in_every_figure(studied: Path) -> None:
+    colours: dict[str, set[str]] = {}
+    for figure in read_page(studied).figures.values():
+        for trace in figure["data"]:
+            if trace["type"] == "scatter":
+                shown = [trace[key]["color"] for key in ("line", "marker") if "color" in trace.get(key, {})]
+                colours.setdefault(trace["meta"]["arm"], set()).update(shown)
+    assert len(colours) == 4
+    assert len(set.union(*colours.values())) == sum(map(len, colours.values())) == 4
+
+
+def test_the_same_folder_is_the_same_page_to_the_byte(studied: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(studied, tmp_path / "copy")
+    pages = [write_report(folder).path.read_bytes() for _ in range(2)]
+    assert pages[0] == pages[1]
 
 
 # The page of a run ----------------------------------------------------------------------------------------------------
@@ -448,102 +511,110 @@ def test_damaged_files_are_named_in_one_line(studied: Path, tmp_path: Path, caps
         assert said.count("\n") == 1
 
 
-# Layers ---------------------------------------------------------------------------------------------------------------
-
-
-def test_measures_of_a_layer_are_those_of_plain_loops() -> None:
-    load = np.random.default_rng(0).dirichlet(np.full(8, 0.5), 3)
-    load[1] = [0.5, 0.5, 0, 0, 0, 0, 0, 0]
-    load[2] = 1 / 8
-    columns = measures(load)
-    for layer, shares in enumerate(load.tolist()):
-        entropy = -sum(p * math.log(p) for p in shares if p) / math.log(8)
-        wanted = [entropy, max(shares) / (sum(shares) / 8) - 1, sum(p == 0 for p in shares)]
-        assert [values[layer] for values in columns.values()] == pytest.approx(wanted)
-    assert [values[2] for values in columns.values()] == pytest.approx([1, 0, 0])
-    assert measures(np.ones((1, 1))) == {"load entropy": [1.0], "MaxVio": [0.0], "dead experts": [0.0]}
-    assert [values[0] for values in measures(np.full((1, 4), np.nan)).values()] == [None] * 3
-
-
-def test_records_become_numbers_of_every_layer() -> None:
-    history = [{"step": 3, "expert_load": [[1.0, 0.0], [0.5, 0.5]]}, {"step": 4, "co_activation_layers": [0.25, None]}]
-    first, second = by_layer(history)
-    assert first["step"] == 3
-    assert first[layer_key("MaxVio", 0)] == 1.0
-    assert first[layer_key("co-activation", 0)] is None
-    assert (second["step"], second[layer_key("MaxVio", 0)]) == (4, None)
-    assert [second[layer_key("co-activation", layer)] for layer in range(2)] == [0.25, None]
-    assert by_layer([{"step": 1}]) == []
+def test_values_of_another_form_are_one_line(studied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(studied, tmp_path / "odd")
+    for odd in ("base: text\n", "base: [1]\n", "arms: 3\n", "axes: text\n"):
+        (folder / "study.yaml").write_text(odd, encoding="utf-8")
+        assert main(["report", str(folder)]) == 2, odd
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{folder}: expected results, summaries and records" in said
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------------
 
 
-def test_text_is_escaped_wherever_it_enters() -> None:
-    html = element("p", "<b>", element("i", "&"), title='"<\x00\ud800', data_x=None)
-    assert html == '<p title="&quot;&lt;\ufffd\ufffd">&lt;b&gt;<i>&amp;</i></p>'
-    assert html.encode()
+def test_text_that_no_page_may_hold_is_replaced_and_markup_within_figures_is_text() -> None:
+    assert printable("<\x00\ud800>") == "<\ufffd\ufffd>"
+    assert text_of("<b>&</b>") == "&lt;b&gt;&amp;&lt;/b&gt;"
+    assert text_of("x" * 99, 5) == "xxxx\u2026"
 
 
 def test_numbers_that_are_unknown_are_dashes() -> None:
-    assert [number(v) for v in (None, math.nan, math.inf, "1", -0.5)] == [
-        NOTHING,
-        NOTHING,
-        NOTHING,
-        NOTHING,
-        f"{MINUS}0.5000",
-    ]
+    assert [number(v) for v in (None, math.nan, math.inf, "1", -0.5)] == [*[NOTHING] * 4, f"{MINUS}0.5000"]
     assert [number(v, "+.4f") for v in (-0.00001, 0.0, 0.25)] == ["0.0000", "0.0000", "+0.2500"]
 
 
-def test_ticks_are_round_and_within() -> None:
-    assert ticks(0.13, 5.7, 5) == [2, 4]
-    assert ticks(-0.1, 0.1, 4) == [-0.1, -0.05, 0, 0.05, 0.1]
-    assert all(1 <= len(ticks(0.0, width, 5)) <= 6 for width in (1e-9, 0.3, 7.0, 123456.7))
+@given(st.lists(st.floats(), max_size=5))
+def test_rounded_numbers_have_five_digits_and_unknown_ones_are_none(values: list[float]) -> None:
+    for value, short in zip(values, rounded(np.array(values)), strict=True):
+        if not math.isfinite(value):
+            assert short is None
+        elif abs(value) < 1e30:
+            assert short == pytest.approx(value, rel=1e-4, abs=1e-300)
+
+
+def drawn(*lines: tuple[str, Any, int], **levels: float) -> Any:
+    """Chart of curves over steps 1, 2, ..."""
+    steps = [np.arange(1.0, 1 + np.shape(y)[-1]) for _, y, _ in lines]
+    named = [
+        Line(name, name, slot, Curve(x, x / 10, np.asarray(y))) for x, (name, y, slot) in zip(steps, lines, strict=True)
+    ]
+    return curve_chart("loss", "nats", named, levels=levels, empty="nothing here")
 
 
 def test_a_wild_value_does_not_flatten_a_chart() -> None:
-    x = np.arange(100.0)
     calm = np.linspace(5, 3, 100)
-    assert "cut off" not in line_chart("loss", "nats", [Curve("a", x, calm, 1)])
+    assert "range" not in drawn(("a", calm, 1)).spec["layout"]["yaxis"]
+    assert drawn(("a", calm, 1), gzip=7.0).spec["layout"]["yaxis"]["range"][1] > 7
     calm[50] = 1e9
-    chart = line_chart("loss", "nats", [Curve("a", x, calm, 1)])
-    assert "cut off" in chart
-    assert "1e+09" not in chart
+    chart = drawn(("a", calm, 1))
+    assert "cut off" in chart.note
+    assert chart.spec["layout"]["yaxis"]["range"][1] < 10
 
 
-def test_a_gap_in_a_curve_is_a_gap_and_no_data_is_said() -> None:
-    y = np.array([1.0, 2.0, math.nan, 4.0, 5.0])
-    chart = line_chart("k", "", [Curve("a", np.arange(5.0), y, 9)])
-    assert re.search(r' d="M[^M]*L[^M]*M[^M]*L[^ML]*"', chart)
-    assert chart.count("<circle") == 4
-    assert 'class="line c2 d1"' in chart
-    assert "nothing here" in line_chart("k", "", [Curve("a", x := np.zeros(0), x, 0)], empty="nothing here")
+def test_a_curve_is_drawn_over_steps_and_over_wall_time_and_no_data_is_said() -> None:
+    chart = drawn(("a", [4.0, 2.0, 3.0], 9))
+    (trace,) = chart.spec["data"]
+    assert (trace["x"], trace["y"], trace["meta"]["seconds"]) == ([1, 2, 3], [4, 2, 3], [0.1, 0.2, 0.3])
+    assert (trace["mode"], trace["line"]) == ("lines+markers", {"color": "var(--c2)", "dash": "dash"})
+    assert chart.rows == [["a", "4", "2", "3"]]
+    assert chart.said == "loss, nats: a from 4 to 3"
+    assert drawn(("a", [], 1)).said == "nothing here"
+
+
+def test_a_chart_of_layers_has_a_frame_for_each() -> None:
+    chart = drawn(("a", [[1.0, 2.0], [3.0, math.nan]], 1))
+    assert [(frame["name"], frame["data"][0]["y"]) for frame in chart.spec["frames"]] == [
+        ("layer 0", [1, 2]),
+        ("layer 1", [3, None]),
+    ]
+    assert chart.rows == [["a", "2", NOTHING]]
+
+
+def row(half: float, mean: float = 0.0) -> Difference:
+    pair = {"difference": mean, "low": mean - half, "high": mean + half, "verdict": "undecided"}
+    return Difference("b", "b", 1, pair, [])
 
 
 def test_one_very_wide_interval_does_not_squash_the_others() -> None:
-    def row(half: float) -> Difference:
-        return Difference(element("b"), 0.0, -half, half, [], "undecided", element("b"))
-
     assert reach([row(0.1), row(0.2), row(0.15)], 0.02) == 0.2
     assert reach([row(0.1), row(0.2), row(0.15), row(90.0)], 0.02) == pytest.approx(0.7)
     assert reach([], 0.02) == pytest.approx(0.06)
 
 
+def test_an_interval_that_leaves_the_frame_ends_in_an_arrow_and_its_numbers_are_whole() -> None:
+    chart = forest("a", [row(0.1), row(0.2), row(0.15), row(90.0)], 0.02)
+    whisker = next(trace for trace in chart.spec["data"] if max(map(abs, trace["x"])) > 0.5)
+    assert whisker["marker"]["symbol"] == ["triangle-left", "triangle-right"]
+    assert whisker["x"] == pytest.approx([-0.7, 0.7])
+    assert "\u221290.0000 to +90.0000" in whisker["text"][0]
+    assert chart.rows[-1] == ["b", "undecided", "0.0000", "\u221290.0000 to +90.0000"]
+
+
 def test_levels_of_load_are_octaves_of_the_fair_share() -> None:
-    load = np.array([[0.5, 0.25, 0.125, 0.125], [1.0, 0.0, np.nan, 0.25 / 32]])
-    assert load_levels(load).tolist() == [[4, 3, 2, 2], [5, NONE, UNKNOWN, 0]]
+    fair = np.array([[2.0, 1.0, 0.5, 0.125], [64.0, 0.0, np.nan, 0.01]])
+    assert load_levels(fair) == pytest.approx(np.array([[4, 3, 2, 0], [TOP, NO_ROW, np.nan, 0]]), nan_ok=True)
 
 
-def test_every_cell_of_a_map_is_drawn_once_and_neighbours_share_where_there_are_many() -> None:
-    levels = np.random.default_rng(0).integers(-2, 7, (3, 10))
-    drawn = heat_map(levels, "h", "x")
-    painted = np.full((3, 10), -9)
-    for path, kind in re.findall(r'd="([^"]*)" class="(\w+)"', drawn):
-        level = {"none": NONE, "unknown": UNKNOWN}.get(kind) if kind[0] != "h" else int(kind[1:])
-        for x, y, width in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\d+z", path):
-            cells = painted[int(y), int(x) : int(x) + int(width)]
-            assert (cells == -9).all()
-            cells[:] = level
-    assert painted.tolist() == levels.tolist()
-    assert 'viewBox="0 0 128 1"' in heat_map(np.zeros((1, 256), dtype=np.int64), "h", "x")
+def test_shades_of_surprise_are_spaced_by_the_logarithm_where_they_span_much() -> None:
+    assert shades(np.array([1.0, 2.0, 3.0, 0.0]), (1.0, 3.0)).tolist() == [0, 3, TOP, NO_ROW]
+    assert shades(np.array([1.0, 10.0, 100.0]), (1.0, 100.0)) == pytest.approx([0, 3, TOP])
+
+
+def test_neighbours_share_a_cell_of_a_map_where_there_are_many() -> None:
+    levels = np.arange(2.0 * 256).reshape(1, -1) % 7
+    (trace,) = level_map([("", levels, levels)], "h", "x", ("layer", "expert"))["data"]
+    assert len(trace["z"][0]) == MOST_EXPERTS
+    assert trace["z"][0][:2] == [3, 6]
+    assert trace["dx"] == 4

@@ -20,7 +20,7 @@ from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import open_corpus
 from training.data.sources import find_source
 from training.errors import UserError
-from training.report.html.elements import bounds
+from training.report.html.wording import bounds
 from training.run.config import HyperSettings, RunConfig, hyper_params
 from training.run.engine import train
 from training.run.evaluate import evaluate

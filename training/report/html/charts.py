@@ -1,257 +1,252 @@
-"""Charts as inline SVG: curves, and differences with intervals. As wide as the page, text never scaled.
+"""Charts of a page: specifications for plotly, the same in words, and the numbers for a reader without scripts.
 
-Horizontal places are percentages and curves lie in a nested drawing that stretches, so that a chart fits a phone and
-its text keeps its size. Colours are classes of the style sheet: slot 0 is grey, slots 1 to 7 are colours, later ones
-are the same colours dashed.
+Colours stand as var(--name) of the style sheet, which the page's script looks up by day and by night. Slot 0 is grey,
+slots 1 to 7 are colours, later ones are the same colours dashed. Frames are what a panel's slider chooses among.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
-from training.report.html.elements import Html, element, join, number
+from training.report.digest import Curve
+from training.report.html.wording import NOTHING, bounds, level_note, number, plural, printable
+from training.report.series import LARGEST
 
-HEIGHT = 190  # pixels of a chart's field
-SCALE = 52  # pixels of the numbers on its left
-INNER = 1000  # both sides of the nested drawing
-COLOURS, DASHES = 7, 4
+COLOURS, DASHES = 7, ("solid", "dash", "dot", "longdashdot")
 FEW = 25  # points of a curve that are marked one by one
 OUTLIER = 10.0  # values this many times the range of 95 % of the others are cut off
+ROW = 46  # pixels of a row of a forest plot
+NAME = 24  # most characters of a name within a figure
+Head = Sequence[str]
+Rows = Sequence[Sequence[str]]
 
 
-Place = Callable[[float], float]  # a value's place in the frame
+class Chart(NamedTuple):
+    """One figure of a page."""
+
+    title: str
+    unit: str
+    said: str  # text alternative
+    spec: Mapping[str, Any]  # data and layout of plotly, frames; {} where nothing can be drawn
+    head: Head  # of the table that stands in for the figure
+    rows: Rows
+    note: str = ""
+    arm: str = ""  # that the figure is of, if it is of one alone
+    slot: int | None = None  # of that arm
+    legend: Sequence[tuple[str, str, int, str]] = ()  # label, name, slot and note of its lines, where the page has none
 
 
-class Curve(NamedTuple):
+class Line(NamedTuple):
     """One line of a chart."""
 
+    arm: str
     name: str
-    x: Float[np.ndarray, " points"]
-    y: Float[np.ndarray, " points"]  # NaN where nothing is known
-    slot: int  # of colour and dashes
+    slot: int
+    curve: Curve | None
 
 
 class Difference(NamedTuple):
-    """One row of a forest plot; bounds may be unknown."""
+    """One row of a forest plot."""
 
-    name: Html
-    mean: float | None
-    low: float | None
-    high: float | None
-    each: Sequence[float]  # of every pair
-    verdict: str
-    value: Html  # the numbers in words
+    arm: str
+    name: str
+    slot: int
+    pair: Mapping[str, Any]  # of analysis["against_baseline"]
+    each: Sequence[float]  # of every pair of runs
 
 
 def slot_class(slot: int) -> str:
     """Classes of a slot's colour and dashes."""
-    colour, dash = (0, 0) if slot == 0 else ((slot - 1) % COLOURS + 1, (slot - 1) // COLOURS % DASHES)
+    colour, dash = _look(slot)
     return f"c{colour} d{dash}" if dash else f"c{colour}"
 
 
-def legend(names: Sequence[tuple[object, int]]) -> Html:
-    """Legend of a chart: line style and name of each slot."""
+def _look(slot: int) -> tuple[int, int]:
+    return (0, 0) if slot == 0 else ((slot - 1) % COLOURS + 1, (slot - 1) // COLOURS % len(DASHES))
 
-    def sample(slot: int) -> Html:
-        line = element("line", x1=0, x2=26, y1=6, y2=6, class_=f"line {slot_class(slot)}")
-        return element("svg", line, width=26, height=12, aria_hidden="true")
 
-    return element("ul", *(element("li", sample(slot), element("span", name)) for name, slot in names), class_="legend")
+def text_of(value: object, most: int = 60) -> str:
+    """Text as plotly shows it, which reads markup: escaped, and cut where it is long."""
+    text = printable(value)
+    return html.escape(text if len(text) <= most else f"{text[: most - 1]}\u2026")
+
+
+def rounded(values: np.ndarray, digits: int = 5) -> list[Any]:
+    """Nested lists of numbers with so many significant digits, None for what is unknown."""
+    if values.ndim > 1:
+        return [rounded(row, digits) for row in values]
+    return [float(f"{v:.{digits}g}") if abs(v) < LARGEST else None for v in values.tolist()]
 
 
 # Curves ---------------------------------------------------------------------------------------------------------------
 
 
-def line_chart(
-    title: str, unit: str, curves: Sequence[Curve], *, empty: str = "no data", levels: Mapping[str, float] | None = None
-) -> Html:
-    """Curves over steps in one frame; `levels` are named horizontal lines."""
-    known = [curve for curve in curves if np.isfinite(curve.y).any()]
-    caption = element("figcaption", title, element("small", unit))
+def curve_chart(
+    title: str, unit: str, lines: Sequence[Line], *, empty: str = "no data", levels: Mapping[str, float] | None = None
+) -> Chart:
+    """Curves over steps; `levels` are named horizontal lines. Curves of many layers get a frame a layer."""
+    known = [(line, line.curve) for line in lines if line.curve is not None and line.curve.y.size]
     if not known:
-        return element("figure", caption, element("div", element("div", empty, class_="empty"), class_="plot"))
-    left, right = min(float(c.x.min()) for c in known), max(float(c.x.max()) for c in known)
-    left, right = (left, right) if right > left else (left - 1, right + 1)
-    low, high, cut = _range(np.concatenate([curve.y for curve in known]), list((levels or {}).values()))
-    places = ticks(low, high, 5)
-
-    def down(value: float) -> float:
-        return HEIGHT * (high - value) / (high - low)
-
-    scale = [element("text", _tick(v, places), x=SCALE - 8, y=f"{down(v) + 4:.1f}", text_anchor="end") for v in places]
-    lines = [element("line", x1=0, x2="100%", y1=f"{down(v):.1f}", y2=f"{down(v):.1f}", class_="grid") for v in places]
-    steps = [_under(value, (value - left) / (right - left)) for value in ticks(left, right, 4) if value == int(value)]
-    field = join((
-        *lines, *(_level(name, down(value)) for name, value in (levels or {}).items()),
-        _stretched(known, (left, right), (low, high)), *_dots(known, (left, right), down), *steps,
-    ))  # fmt: skip
-    said = f"{title}, {unit}: " + "; ".join(f"{c.name} {_course(c.y)}" for c in known)
-    drawn = join((
-        element("svg", *scale, class_="scale", width=SCALE, height=HEIGHT + 20, aria_hidden="true"),
-        element("svg", field, class_="field", height=HEIGHT + 20, role="img", aria_label=said),
-    ))  # fmt: skip
-    note = element("p", "Values beyond the frame are cut off.", class_="note") if cut else ""
-    return element("figure", caption, element("div", drawn, class_="plot"), note)
+        return Chart(title, unit, empty, {}, (), ())
+    if known[0][1].y.ndim == 2:
+        return _layered(title, unit, known)
+    ys = [curve.y for _, curve in known]
+    window, cut = _range(np.concatenate(ys), list((levels or {}).values()))
+    layout: dict[str, Any] = {
+        "yaxis": {"range": window} if window else {},
+        "shapes": [
+            _level(*level, place) for place, level in enumerate(sorted((levels or {}).items(), key=lambda of: of[1]))
+        ],
+    }
+    rows = [[line.name, *(number(v, ".4g") for v in (curve.y[0], curve.y.min(), curve.y[-1]))] for line, curve in known]
+    rows += [[name, NOTHING, NOTHING, number(value, ".4g")] for name, value in (levels or {}).items()]
+    said = f"{title}, {unit}: " + "; ".join(f"{row[0]} from {row[1]} to {row[3]}" for row in rows[: len(known)])
+    note = "Values beyond the frame are cut off; a double click shows all." if cut else ""
+    spec = {"data": [_trace(line, curve, rounded(curve.y)) for line, curve in known], "layout": layout, "over": "step"}
+    return Chart(title, unit, said, spec, ("", "first", "lowest", "last"), rows, note)
 
 
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two, at most about `most`."""
-    raw = (high - low) / max(most, 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    size = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    return [round(i * size, 12) for i in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)]
+def _layered(title: str, unit: str, known: Sequence[tuple[Line, Curve]]) -> Chart:
+    """The same chart of every layer."""
+    layers = max(len(curve.y) for _, curve in known)
+    ys = [[*rounded(curve.y), *[[]] * (layers - len(curve.y))] for _, curve in known]
+    frames = [{"name": f"layer {i}", "data": [{"y": y[i]} for y in ys]} for i in range(layers)]
+    rows = [[line.name, *(number(y[-1], ".4g") for y in curve.y)] for line, curve in known]
+    said = f"{title}, {unit}, of {plural(layers, 'layer')}; at the end: "
+    said += "; ".join(f"{name} {', '.join(values)}" for name, *values in rows)
+    data = [_trace(line, curve, []) for line, curve in known]
+    spec = {"data": data, "layout": {}, "frames": frames, "over": "step"}
+    return Chart(title, unit, said, spec, ("at the end", *(f"layer {i}" for i in range(layers))), rows)
 
 
-def _range(values: np.ndarray, levels: Sequence[float]) -> tuple[float, float, bool]:
-    """(low, high, True if values lie beyond); a few outliers do not flatten all other values."""
-    values = values[np.isfinite(values)]
+def surprise_histograms(title: str, lines: Sequence[Line]) -> Chart:
+    """Share of each layer's last rows by the mean surprise of the expert that they went to; a frame a layer."""
+    unit = "share of the layer's last rows"
+    known = [(line, line.curve) for line in lines if line.curve is not None and line.curve.y.size]
+    if not known:
+        return Chart(title, unit, "no surprise is on record", {}, (), ())
+    chart = _layered(title, unit, known)
+    shape = {"mode": "lines", "fill": "tozeroy" if len(lines) == 1 else "none"}
+    data = [trace | shape | {"line": {**trace["line"], "shape": "hvh"}} for trace in chart.spec["data"]]
+    layout = {"xaxis": {"type": "log", "title": {"text": "surprise, nats"}}}
+    tops = [curve.step[curve.y.argmax(axis=1)].tolist() for _, curve in known]
+    rows = [
+        [line.name, *(number(top, ".3g") for top in of_line)] for (line, _), of_line in zip(known, tops, strict=True)
+    ]
+    said = f"{title}: most rows lie at, in nats; " + "; ".join(f"{name} {', '.join(values)}" for name, *values in rows)
+    spec = {"data": data, "layout": layout, "frames": chart.spec["frames"], "over": ""}
+    return chart._replace(spec=spec, head=("most rows at, nats", *chart.head[1:]), rows=rows, said=said)
+
+
+def _trace(line: Line, curve: Curve, y: list[Any]) -> dict[str, Any]:
+    colour, dash = _look(line.slot)
+    few = curve.y.shape[-1] <= FEW
+    return {
+        "type": "scatter", "mode": "lines+markers" if few else "lines", "name": text_of(line.name),
+        "x": rounded(curve.step, 9), "y": y, "line": {"color": f"var(--c{colour})", "dash": DASHES[dash]},
+        "meta": {"arm": line.arm, "seconds": rounded(curve.seconds), "label": text_of(line.name, NAME)},
+    }  # fmt: skip
+
+
+def _level(name: str, value: float, place: int) -> dict[str, Any]:
+    """A horizontal line; neighbours have their names in different places."""
+    label = {
+        "text": text_of(f"{name} {value:.3g}"),
+        "textposition": ("start", "middle", "end")[place % 3],
+        "yanchor": "bottom",
+        "font": {"color": "var(--soft)"},
+    }
+    line = {"color": "var(--soft)", "width": 1, "dash": "dot"}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value, "line": line, "label": label}
+
+
+def _range(values: np.ndarray, levels: Sequence[float]) -> tuple[list[float] | None, bool]:
+    """Range of the vertical axis and True if values lie beyond it: a few outliers do not flatten all other values.
+
+    None leaves the range to plotly, which does not see to the names of levels.
+    """
     low, usual, high = (float(v) for v in (values.min(), np.percentile(values, 95), values.max()))
     cut = high - low > OUTLIER * (usual - low) > 0
-    if cut:
-        high = low + 1.2 * (usual - low)
+    if not cut and not levels:
+        return None, False
+    high = low + 1.2 * (usual - low) if cut else high
     low, high = min([low, *levels]), max([high, *levels])
-    room = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
-    return (0.0 if 0 <= low < room else low - room), high + room, cut
-
-
-def _tick(value: float, places: Sequence[float]) -> str:
-    """All ticks of a scale with as many decimals as their distance needs."""
-    gap = abs(places[1] - places[0]) if len(places) > 1 else 1.0
-    if max(abs(v) for v in places) >= 1e5:
-        return number(value, ".3g")
-    return number(value, f".{max(0, min(6, -math.floor(math.log10(gap) + 1e-9)))}f")
-
-
-def _under(value: float, share: float) -> Html:
-    """A number below the field, kept within it."""
-    anchor = "start" if share < 0.05 else "end" if share > 0.95 else "middle"
-    return element("text", f"{value:,.0f}", x=f"{100 * share:.2f}%", y=HEIGHT + 16, text_anchor=anchor)
-
-
-def _level(name: str, y: float) -> Html:
-    line = element("line", x1=0, x2="100%", y1=f"{y:.1f}", y2=f"{y:.1f}", class_="level")
-    return join((line, element("text", name, x="100%", y=f"{y - 4:.1f}", text_anchor="end")))
-
-
-def _stretched(curves: Sequence[Curve], across: tuple[float, float], up: tuple[float, float]) -> Html:
-    """The lines, in a drawing whose sides are stretched to the field's."""
-    paths = []
-    for curve in curves:
-        x = INNER * (curve.x - across[0]) / (across[1] - across[0])
-        y = np.clip(INNER * (up[1] - curve.y) / (up[1] - up[0]), -10 * INNER, 10 * INNER)
-        path, pen = [], "M"
-        for a, b in zip(x.tolist(), y.tolist(), strict=True):
-            if math.isnan(b):
-                pen = "M"
-                continue
-            path.append(f"{pen}{a:.1f} {b:.1f}")
-            pen = "L"
-        paths.append(
-            element("path", element("title", curve.name), d="".join(path), class_=f"line {slot_class(curve.slot)}")
-        )
-    return element(
-        "svg", *paths, x=0, y=0, width="100%", height=HEIGHT, viewBox=f"0 0 {INNER} {INNER}", preserveAspectRatio="none"
-    )  # fmt: skip
-
-
-def _dots(curves: Sequence[Curve], across: tuple[float, float], down: Place) -> list[Html]:
-    """Marks on curves of few points: a curve of one point would not be seen."""
-    dots = []
-    for curve in curves:
-        finite = np.isfinite(curve.y)
-        if finite.sum() > FEW:
-            continue
-        for x, y in zip(curve.x[finite].tolist(), curve.y[finite].tolist(), strict=True):
-            share, place = (x - across[0]) / (across[1] - across[0]), down(y)
-            if 0 <= place <= HEIGHT:
-                dots.append(
-                    element(
-                        "circle",
-                        cx=f"{100 * share:.2f}%",
-                        cy=f"{place:.1f}",
-                        r=2.6,
-                        class_=f"dot {slot_class(curve.slot)}",
-                    )
-                )
-    return dots
-
-
-def _course(y: np.ndarray) -> str:
-    known = y[np.isfinite(y)]
-    return f"from {known[0]:.4g} to {known[-1]:.4g}"
+    room = 0.05 * (high - low) or 0.5
+    return [0.0 if 0 <= low < room else low - room, high + 2 * room], cut
 
 
 # Differences ----------------------------------------------------------------------------------------------------------
 
 
-def forest(rows: Sequence[Difference], margin: float) -> Html:
-    """Differences with their intervals, one row an arm, around zero; the band is the margin of equivalence.
-
-    What reaches much farther than the others is cut off with an arrow; its numbers stand beside it.
-    """
+def forest(baseline: str, rows: Sequence[Difference], margin: float) -> Chart:
+    """Differences with their intervals, one row an arm, around zero; the band is the margin of equivalence."""
     limit = reach(rows, margin)
-
-    def place(value: float) -> float:
-        return 50 + 48 * max(-1.0, min(1.0, value / limit))
-
-    left, width = place(-margin), place(margin) - place(-margin)
-    band = element("rect", x=f"{left:.2f}%", width=f"{width:.2f}%", y=0, height="100%", class_="band")
-    zero = element("line", x1="50%", x2="50%", y1=0, y2="100%", class_="zero")
-    drawn = []
-    for row in rows:
-        marks = join((band, zero, *_whisker(row, limit, place)))
-        said = f"difference {number(row.mean, '+.4f')}, verdict {row.verdict}"
-        field = element("svg", marks, class_=f"field {row.verdict}", height=36, role="img", aria_label=said)
-        drawn.append(
-            element(
-                "div",
-                element("div", row.name, class_="name"),
-                field,
-                element("div", row.value, class_="value"),
-                class_="row",
-            )
-        )
-    return element("div", *drawn, _forest_scale(limit, place), class_="forest")
+    data, notes = [], []
+    for y, row in zip(range(len(rows), 0, -1), rows, strict=True):
+        data += _whisker(row, y, limit) if row.pair["difference"] is not None else []
+        notes += [_beside(row, row.name, y, 0), _beside(row, _in_words(row.pair), y, 1)]
+    band = {
+        "type": "rect", "yref": "paper", "x0": -margin, "x1": margin, "y0": 0, "y1": 1, "layer": "below",
+        "line": {"width": 0}, "fillcolor": "var(--band)",
+    }  # fmt: skip
+    title = {"text": "\u25c2 better &nbsp; nats per token &nbsp; worse \u25b8"}
+    layout = {
+        "height": ROW * len(rows) + 60, "shapes": [band], "annotations": notes, "hovermode": "closest",
+        "xaxis": {"range": [-1.04 * limit, 1.04 * limit], "title": title, "zeroline": True},
+        "yaxis": {"range": [0.4, len(rows) + 0.6], "visible": False, "fixedrange": True}, "margin": {"l": 6, "r": 6},
+    }  # fmt: skip
+    table = [[row.name, row.pair["verdict"], *_numbers(row.pair)] for row in rows]
+    said = f"differences to {baseline}: " + "; ".join(f"{name}: {verdict}, {mean}" for name, verdict, mean, _ in table)
+    head = ("arm", "verdict", "difference", "interval")
+    return Chart(f"compared with {baseline}", "", said, {"data": data, "layout": layout}, head, table)
 
 
 def reach(rows: Sequence[Difference], margin: float) -> float:
     """Half the width of a forest plot: all intervals, but none that is far longer than most."""
-    ends = [max(abs(v) for v in (r.mean, r.low, r.high, *r.each) if v is not None) for r in rows if r.mean is not None]
-    if not ends:
-        return 3 * margin
-    return max(2.0 * margin, min(max(ends), 4 * float(np.median(ends))))
+    values = [(row.pair["difference"], row.pair["low"], row.pair["high"], *row.each) for row in rows]
+    ends = [max(abs(v) for v in of_row if v is not None) for of_row in values if of_row[0] is not None]
+    return max(2.0 * margin, min(max(ends), 4 * float(np.median(ends)))) if ends else 3 * margin
 
 
-def _whisker(row: Difference, limit: float, place: Place) -> list[Html]:
-    if row.mean is None:
-        return [element("text", "no pair of runs", x="50%", y=21, text_anchor="middle")]
-    marks = []
-    if row.low is not None and row.high is not None:
-        x1, x2 = (f"{place(v):.2f}%" for v in (row.low, row.high))
-        marks.append(element("line", x1=x1, x2=x2, y1=16, y2=16, class_="whisker"))
-        for value, x in ((row.low, x1), (row.high, x2)):
-            if abs(value) <= limit:
-                marks.append(element("line", x1=x, x2=x, y1=12, y2=20, class_="whisker"))
-            else:  # the interval goes on beyond the frame
-                mark, anchor = ("◂", "start") if value < 0 else ("▸", "end")
-                marks.append(element("text", mark, x="0%" if value < 0 else "100%", y=20, text_anchor=anchor))
-    dots = [element("circle", cx=f"{place(v):.2f}%", cy=29, r=2.5, class_="seed") for v in row.each]
-    mean = element("circle", cx=f"{place(row.mean):.2f}%", cy=16, r=5, class_="mean")
-    return [*marks, *dots, mean]
+def _numbers(pair: Mapping[str, Any]) -> tuple[str, str]:
+    interval = bounds(pair["low"], pair["high"], "+.4f") + level_note(pair)
+    interval = interval or ("no pair of runs" if pair["difference"] is None else "no interval")
+    return number(pair["difference"], "+.4f"), interval
 
 
-def _forest_scale(limit: float, place: Place) -> Html:
-    places = [v for v in ticks(-limit, limit, 4) if abs(v) <= limit]
-    texts = [
-        element("text", number(v, "+g") if v else "0", x=f"{place(v):.2f}%", y=14, text_anchor="middle") for v in places
-    ]
-    sides = (
-        element("text", "◂ better", x="0%", y=31, text_anchor="start"),
-        element("text", "worse ▸", x="100%", y=31, text_anchor="end"),
-        element("text", "nats per token", x="50%", y=31, text_anchor="middle"),
-    )
-    field = element("svg", *texts, *sides, class_="field", height=36, aria_hidden="true")
-    return element("div", element("div"), field, element("div"), class_="row")
+def _in_words(pair: Mapping[str, Any]) -> str:
+    known = pair["difference"] is not None
+    return f"{number(pair['difference'], '+.4f')} {pair['verdict']}" if known else "no pair of runs"
+
+
+def _beside(row: Difference, text: str, y: int, side: int) -> dict[str, Any]:
+    """Text above a row, at its left (0) or right (1) end."""
+    colour = f"var(--{row.pair['verdict']})" if side else "var(--ink)"
+    return {
+        "name": row.arm, "text": text_of(text, NAME), "xref": "paper", "x": side, "y": y + 0.24, "showarrow": False,
+        "xanchor": ("left", "right")[side], "align": ("left", "right")[side], "font": {"color": colour},
+    }  # fmt: skip
+
+
+def _whisker(row: Difference, y: int, limit: float) -> list[dict[str, Any]]:
+    """Mean with its interval, which ends in an arrow where it goes on beyond the frame; every pair below it."""
+    mean, low, high = (row.pair[key] for key in ("difference", "low", "high"))
+    colour = f"var(--c{_look(row.slot)[0]})"
+
+    def marks(x: Sequence[float], down: float, size: int, texts: list[str], **more: Any) -> dict[str, Any]:
+        marker = {"size": size, "color": colour, **more.pop("marker", {})}
+        shown = {"x": np.clip(x, -limit, limit).tolist(), "y": [y - down] * len(x), "marker": marker}
+        said = {"hoverinfo": "text", "text": [text_of(text, 200) for text in texts], "meta": {"arm": row.arm}}
+        return {"type": "scatter", "mode": "markers", **shown, **said, **more}
+
+    said = f"{row.name}: {_in_words(row.pair)}, {_numbers(row.pair)[1]}"
+    traces = [marks([mean], 0.08, 11, [said])]
+    if low is not None and high is not None:
+        ends = ["line-ns" if low >= -limit else "triangle-left", "line-ns" if high <= limit else "triangle-right"]
+        line = {"width": 2, "color": colour}
+        marker = {"symbol": ends, "line": line}
+        traces.append(marks([low, high], 0.08, 9, [said] * 2, mode="lines+markers", line=line, marker=marker))
+    pairs = [f"{row.name}, one pair: {number(value, '+.4f')}" for value in row.each]
+    return [*traces, *([marks(row.each, 0.3, 5, pairs, opacity=0.7)] if pairs else [])]

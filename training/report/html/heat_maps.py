@@ -1,127 +1,162 @@
-"""Maps of experts for a page: the last records of a run -> (L, E) tables -> figures with a line of words."""
+"""Heat maps of a page: (L, E) tables of experts and other matrices, as levels of a scale of seven colours."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from training.report.alarms import WINDOW
-from training.report.html.elements import Html, element, escaped
-from training.report.series import Records, gather, table_shape, tables
+from training.report.digest import Digest, table_at_end, tables_over_steps
+from training.report.html.charts import Chart, rounded, text_of
+from training.report.html.wording import NOTHING, number, plural
 
 OCTAVES = 3  # maps of load tell 1/8 to 8 fair shares apart
 MOST_EXPERTS = 128  # columns of a map; beyond it neighbours share one
-NONE, UNKNOWN = -1, -2  # levels of a map: the expert got no row; nothing was recorded
-SHADES = 7  # of a map of surprise
+TOP = 6  # the highest level
+NO_ROW = -1.0  # the level of an expert without rows; NaN is a level that is not known
+SCALES = {  # from level 0 to TOP, the same by day and by night; h for load and agreement, s from low to high
+    "h": ("#1d5fa6", "#5a97c9", "#b3d1e6", "#f4f3f1", "#f3bd9f", "#d6705a", "#a31f30"),
+    "s": ("#1a3c6e", "#3c4f73", "#5f6377", "#7d7a77", "#a19470", "#c9b25c", "#f2d53f"),
+}
+BLACK, GREY = "#111111", "#a9afb7"  # no row; not known
+HEAD = ("layer", "highest", "of expert", "mean", "lowest", "without a row")
 WIDE = 30.0  # beyond this ratio of largest to smallest, shades are spaced by the logarithm
+Scale = tuple[float, float]  # lowest and highest surprise of a set of maps
+Legend = Sequence[tuple[str, str]]  # name and class of each colour
 
 
-def last_tables(history: Records, key: str) -> Float[np.ndarray, "layers experts"] | None:
-    """Mean table of the last WINDOW records, NaN where nothing is known; None if no record has one."""
-    window = history[-WINDOW:]
-    shape = table_shape(window, (key,))
-    if shape is None:
-        return None
-    return gather(tables(window, key, shape), np.zeros(1, dtype=np.int64))[0]
+def expert_map(title: str, digest: Digest | None, key: str, frames: int, scale: Scale, **of: Any) -> Chart:
+    """Table of a run, at the end and over steps: rows in fair shares (1 = an even split over the experts of the layer),
+    or mean surprise of each expert's rows. `of` are more fields of the chart."""
+    of = {"unit": "", **of}
+    end = None if digest is None else table_at_end(digest, key)
+    if digest is None or end is None:
+        return Chart(title, said="no record", spec={}, head=(), rows=(), **of)
+    surprise = key == "expert_surprise"
+    unit, per = ("nats", 1) if surprise else ("fair shares", end.shape[1])
+    over_steps = [(f"to step {step:,}", table * per) for step, table in tables_over_steps(digest, key, frames)[:-1]]
+    tables = [*over_steps, ("at the end", end * per)]
+    drawn = [(name, shades(table, scale) if surprise else load_levels(table), table) for name, table in tables]
+    spec = level_map(drawn, "s" if surprise else "h", unit, ("layer", "expert"))
+    rows = [_layer_row(str(layer), row) for layer, row in enumerate(end * per)]
+    said, note = _said(end * per, unit)
+    return Chart(title, said=f"{unit}: {said}", spec=spec, head=HEAD, rows=rows, note=note, **of)
 
 
-def load_map(title: object, load: Float[np.ndarray, "layers experts"] | None) -> Html:
-    """Heat map of rows per expert, in fair shares (1 = an even split over the experts of the layer)."""
-    if load is None:
-        return element("figure", element("figcaption", title), element("p", "no record", class_="note"))
-    layers, experts = load.shape
-    said = f"{_plural(layers, 'layer')} down, {_plural(experts, 'expert')} across"
-    if np.isfinite(load).any():
-        said += f"; the busiest takes {np.nanmax(load) * experts:.1f} fair shares, "
-        said += f"{(load == 0).sum()} of {load.size} got no row"
-    picture = heat_map(load_levels(load), "h", f"load: {said}")
-    return element(
-        "figure", element("figcaption", title), picture, element("p", said, _grouped(experts), class_="note")
-    )
+def _layer_row(layer: str, values: np.ndarray) -> list[str]:
+    """One layer in numbers, as HEAD has them."""
+    used, idle = values[np.nan_to_num(values) > 0], str(int((values == 0).sum()))
+    if not used.size:
+        return [layer, *[NOTHING] * 4, idle]
+    high, mean, low = (number(float(v), ".3g") for v in (used.max(), used.mean(), used.min()))
+    return [layer, high, str(int(np.nanargmax(values))), mean, low, idle]
 
 
-def load_legend() -> Html:
-    """Colours of `load_map`."""
-    powers = [f"{2**i}" if i >= 0 else f"1/{2**-i}" for i in range(-OCTAVES, OCTAVES + 1)]
-    powers[0], powers[-1] = f"≤ {powers[0]}", f"≥ {powers[-1]} fair shares"
-    names = [*zip(powers, range(len(powers)), strict=True), ("no row", NONE), ("not recorded", UNKNOWN)]
-    return map_legend(names, "h")
-
-
-def surprise_map(title: object, surprise: Float[np.ndarray, "layers experts"] | None) -> Html:
-    """Mean surprise of each expert's rows; 0 = it got none. With its own legend: the scale is that of the map."""
-    if surprise is None:
-        return load_map(title, None)
-    known = surprise[np.isfinite(surprise) & (surprise > 0)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (1.0, 1.0)
-    logarithmic = high > WIDE * low
-    edges = np.geomspace(low, high, SHADES) if logarithmic else np.linspace(low, high, SHADES)
-    nearest = np.abs(np.nan_to_num(surprise)[..., None] - edges).argmin(axis=-1)
-    levels = np.where(np.isnan(surprise), UNKNOWN, np.where(surprise > 0, nearest, NONE))
-    picture = heat_map(levels, "s", f"{title}: {low:.3g} to {high:.3g} nats")
-    names = [(f"{edge:.3g}", level) for level, edge in enumerate(edges) if level % 3 == 0]
-    legend = map_legend([*names, ("no row", NONE)], "s")
-    return element("figure", element("figcaption", title), picture, legend, _grouped(surprise.shape[1]))
-
-
-def alarm_counts(alarms: Sequence[Sequence[str]]) -> list[tuple[str, int]]:
-    """Kind of alarm (what stands before its colon) -> how many runs ring it, most frequent first."""
-    kinds = [kind for of_run in alarms for kind in {alarm.partition(":")[0] for alarm in of_run}]
-    return sorted(((kind, kinds.count(kind)) for kind in set(kinds)), key=lambda entry: (-entry[1], entry[0]))
-
-
-def _grouped(experts: int) -> Html:
+def _said(values: np.ndarray, unit: str) -> tuple[str, str]:
+    """A map in words, and the note below it."""
+    layers, experts = values.shape
+    said = f"{plural(layers, 'layer')} down, {plural(experts, 'expert')} across"
+    if (np.nan_to_num(values) > 0).any():
+        said += f"; the highest is {np.nanmax(values):.3g} {unit}, {(values == 0).sum()} of {values.size} got no row"
     per = -(-experts // MOST_EXPERTS)
-    return escaped(f"; a cell is the busiest of {per} neighbours" if per > 1 else "")
+    return said, said + (f"; a cell is the highest of {per} neighbours" if per > 1 else "")
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+# Levels ---------------------------------------------------------------------------------------------------------------
 
 
-# Cells ----------------------------------------------------------------------------------------------------------------
+def load_levels(fair: Float[np.ndarray, "*axes"]) -> Float[np.ndarray, "*axes"]:
+    """Fair shares -> levels 0 to TOP: an eighth, a quarter, ... eight fair shares."""
+    level = np.log2(np.where(fair > 0, fair, 1.0)).clip(-OCTAVES, OCTAVES) + OCTAVES
+    return np.where(np.isnan(fair), np.nan, np.where(fair > 0, level, NO_ROW))
 
 
-def load_levels(load: Float[np.ndarray, "layers experts"]) -> Int[np.ndarray, "layers experts"]:
-    """Shares of routed rows -> levels 0 to 6: an eighth, a quarter, ... eight fair shares, rounded; NONE, UNKNOWN."""
-    fair = load * load.shape[1]
-    level = np.rint(np.log2(np.where(fair > 0, fair, 1.0))).clip(-OCTAVES, OCTAVES).astype(np.int64) + OCTAVES
-    return np.where(np.isnan(load), UNKNOWN, np.where(fair > 0, level, NONE))
+def surprise_scale(digests: Sequence[Digest]) -> Scale:
+    """Lowest and highest surprise of the tables at the end."""
+    tables = [table for digest in digests if (table := table_at_end(digest, "expert_surprise")) is not None]
+    known = np.concatenate([table[np.nan_to_num(table) > 0] for table in tables] or [np.zeros(0)])
+    return (float(known.min()), float(known.max())) if known.size else (1.0, 1.0)
 
 
-def heat_map(levels: Int[np.ndarray, "layers experts"], kind: str, said: str) -> Html:
-    """(L, E) cells, layers downwards and experts to the right. `kind` h: levels of load; s: from low to high."""
-    layers, experts = levels.shape
-    per = -(-experts // MOST_EXPERTS)  # the highest level of neighbours
-    levels = np.maximum.reduceat(levels, np.arange(0, experts, per), axis=1)
-    cells: dict[int, list[str]] = {}
-    for layer, row in enumerate(levels.tolist()):
-        start = 0
-        for expert in range(1, len(row) + 1):
-            if expert == len(row) or row[expert] != row[start]:
-                cells.setdefault(row[start], []).append(f"M{start} {layer}h{expert - start}v1h{start - expert}z")
-                start = expert
-    paths = [
-        element("path", d="".join(segments), class_=level_class(level, kind))
-        for level, segments in sorted(cells.items())
+def shades(values: Float[np.ndarray, "*axes"], scale: Scale) -> Float[np.ndarray, "*axes"]:
+    """Surprise -> levels 0 to TOP, by the logarithm where the scale is wide."""
+    low, high = scale
+    known = np.where(values > 0, values, low)
+    wide = high > WIDE * low
+    share = np.log(known / low) / np.log(high / low) if wide else (known - low) / max(high - low, 1e-12)
+    return np.where(np.isnan(values), np.nan, np.where(values > 0, TOP * share.clip(0, 1), NO_ROW))
+
+
+def load_legend() -> Legend:
+    """Colours of maps of load."""
+    powers = [f"{2**i}" if i >= 0 else f"1/{2**-i}" for i in range(-OCTAVES, OCTAVES + 1)]
+    powers[0], powers[-1] = f"\u2264 {powers[0]}", f"\u2265 {powers[-1]} fair shares"
+    return [
+        *((name, f"h{level}") for level, name in enumerate(powers)),
+        ("no row", "none"),
+        ("not recorded", "unknown"),
     ]
-    height = layers * max(4, min(18, 216 // layers))
-    return element(
-        "svg", *paths, width="100%", height=height, viewBox=f"0 0 {levels.shape[1]} {layers}",
-        preserveAspectRatio="none", shape_rendering="crispEdges", role="img", aria_label=said,
-    )  # fmt: skip
 
 
-def level_class(level: int, kind: str) -> str:
-    """The style sheet's class of a level."""
-    return {NONE: "none", UNKNOWN: "unknown"}.get(level, f"{kind}{level}")
+def surprise_legend(scale: Scale) -> Legend:
+    """Colours of maps of surprise."""
+    edges = np.geomspace(*scale, TOP + 1) if scale[1] > WIDE * scale[0] else np.linspace(*scale, TOP + 1)
+    return [
+        *((f"{edge:.3g}{' nats' * (level == TOP)}", f"s{level}") for level, edge in enumerate(edges)),
+        ("no row", "none"),
+    ]
 
 
-def map_legend(names: Sequence[tuple[str, int]], kind: str) -> Html:
-    """Legend of a heat map: colour and name of each level."""
+# Pictures -------------------------------------------------------------------------------------------------------------
 
-    def sample(level: int) -> Html:
-        cell = element("rect", width=16, height=12, class_=level_class(level, kind))
-        return element("svg", cell, width=16, height=12, aria_hidden="true")
 
-    return element("ul", *(element("li", sample(level), name) for name, level in names), class_="legend")
+def level_map(
+    frames: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    kind: str,
+    unit: str,
+    axes: tuple[str, str],
+    *,
+    names: Sequence[str] = (),
+    digits: int = 0,
+) -> dict[str, Any]:
+    """Cells coloured by their level; hovering shows the value. Several frames (name, levels, values) get a slider.
+
+    Args:
+        kind: `h` or `s` of SCALES; unit: of the values; axes: what goes down and across.
+        names: of rows and columns, their numbers if none; digits: behind the point of a cell's number, 0 for none.
+    """
+    stops = [[0.0, BLACK], [0.5 / (TOP + 1), BLACK], [0.5 / (TOP + 1), SCALES[kind][0]]]
+    stops += [[(level + 1) / (TOP + 1), colour] for level, colour in enumerate(SCALES[kind])]
+    rows, columns = frames[0][1].shape
+    per = -(-columns // MOST_EXPERTS)
+    at = np.arange(0, columns, per)
+    parts = [
+        {
+            "z": [
+                [None if v != v else v for v in row]
+                for row in np.round(np.fmax.reduceat(levels, at, axis=1), 2).tolist()
+            ],
+            "customdata": rounded(np.fmax.reduceat(values, at, axis=1), 4),
+        }
+        for _, levels, values in frames
+    ]
+    trace: dict[str, Any] = {
+        "type": "heatmap", "zmin": -1, "zmax": TOP, "colorscale": stops, "showscale": False, "dx": per, **parts[-1],
+        "hovertemplate": f"{axes[0]} %{{y}}, {axes[1]} %{{x}}: %{{customdata:.4~g}} {unit}<extra></extra>",
+        "hoverongaps": False,
+    }  # fmt: skip
+    height = 26 if names or digits else max(4, min(18, 216 // rows))
+    ticks = {"tickvals": [*range(rows)], "ticktext": [text_of(name, 12) for name in names]} if names else {}
+    down = ticks or {"dtick": -(-rows // 6)}
+    if digits:
+        text = [[f"{value:.{digits}f}" for value in row] for row in frames[-1][2].tolist()]
+        trace |= {"text": text, "texttemplate": "%{text}"}
+    layout = {
+        "height": rows * height + 48, "plot_bgcolor": GREY, "hovermode": "closest",
+        "xaxis": {"title": {"text": axes[1]}, **ticks},
+        "yaxis": {"title": {"text": axes[0]}, "autorange": "reversed", **down},
+    }  # fmt: skip
+    spec: dict[str, Any] = {"data": [trace], "layout": layout, "map": True}
+    if len(frames) > 1:
+        spec["frames"] = [{"name": name, "data": [part]} for (name, _, _), part in zip(frames, parts, strict=True)]
+    return spec

@@ -5,15 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.report.html import elements as h
-from training.report.html.charts import Curve, legend, line_chart
-from training.report.html.elements import Html, element, join, number
-from training.report.html.heat_maps import last_tables, load_legend, load_map, surprise_map
-from training.report.series import LARGEST, Records, columns, gather, numbers
+from training.report.digest import Digest, mean_curves
+from training.report.html import heat_maps
+from training.report.html.arms import Arm, frames_of, layer_charts
+from training.report.html.charts import Chart, Line, curve_chart
+from training.report.html.page import Cell, Page, render
+from training.report.html.wording import number
+from training.report.series import LARGEST
 
 POINTS = 500  # most of a curve
-TRIVIAL, WROTE = "gating_trivial", "versions of what wrote this page"
-# (title, unit, ((key, name in the legend or "" for none), ...)); colours by place
+TRIVIAL = "gating_trivial"
+# (title, unit, ((key, name), ...)); colours by place
 CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", "nats per token", (("main_loss", "training"), ("held_out_nats", "held out"))),
     (
@@ -21,13 +23,14 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         "share of tokens",
         (("main_acc", "next token"), ("gating_acc", "gating"), (TRIVIAL, "trivial gating")),
     ),
-    ("Router loss", "nats per informative token", (("router_loss", ""),)),
-    ("Experts per token", "avg K", (("avg_k", ""),)),
-    ("Load imbalance, MaxVio", "(max − mean) / mean load", (("max_vio", ""),)),  # noqa: RUF001
-    ("Dead experts", "(layer, expert) pairs without a row in the batch", (("dead_experts", ""),)),
-    ("Surprise", "mean gradient norm of w2, nats", (("surprise", ""),)),
+    ("Router loss", "nats per informative token", (("router_loss", "router loss"),)),
+    ("Experts per token", "avg K", (("avg_k", "avg K"),)),
+    ("Load imbalance, MaxVio", "(max \u2212 mean) / mean load", (("max_vio", "MaxVio"),)),
+    ("Dead experts", "(layer, expert) pairs without a row in the batch", (("dead_experts", "dead experts"),)),
+    ("Surprise", "mean gradient norm of w2, nats", (("surprise", "surprise"),)),
     ("Predictive integrity and entropy", "PI score; tau in nats", (("pi_score", "PI score"), ("tau", "tau"))),
 )
+MAPS = (("Rows", "expert_load"), ("Targets of the router", "target_load"), ("Surprise", "expert_surprise"))
 
 
 class RunFiles(NamedTuple):
@@ -37,37 +40,44 @@ class RunFiles(NamedTuple):
     text: str  # of config.yaml
     values: Mapping[str, Any]  # of config.yaml
     summary: Mapping[str, Any]  # {} while the run is under way
-    history: Records
+    digest: Digest  # of its records
     commands: str  # that make the run again
 
 
-def run_page(run: RunFiles) -> str:
+def run_page(run: RunFiles) -> Page:
     """The page of one run."""
-    name = Path(run.folder).resolve().name
-    return h.page(
-        f"{name}: run",
-        _opening(run, name),
-        h.section("Curves", _charts(run)),
-        _maps(run.history),
-        _sample(run.summary.get("sample")),
-        _reproduction(run),
-    )
+    name, digest = Path(run.folder).resolve().name, run.digest
+    curves = mean_curves([digest], POINTS)
+    arm = Arm("", "this run", 1, [digest], curves, digest if digest.window.size else None)
+    nats = {name: bits * math.log(2) for name, bits in _baselines(run.summary).items()}
+    scale, frames = heat_maps.surprise_scale([digest]), frames_of([arm], len(MAPS))
+    return render(
+        f"{name}: run", "run.html", name=name, answer=_answer(run), alarms=run.summary.get("alarms") or (),
+        known=_facts(run), ranking=_ranking(run.summary),
+        curves=[_chart(arm, title, unit, lines, nats if title == "Loss" else {}) for title, unit, lines in CHARTS],
+        layers=layer_charts([arm]),
+        maps=[heat_maps.expert_map(title, arm.shown, key, frames, scale) for title, key in MAPS],
+        load_legend=heat_maps.load_legend(), surprise_legend=heat_maps.surprise_legend(scale),
+        sample=str(run.summary.get("sample") or ""), commands=run.commands, text=run.text,
+    )  # fmt: skip
 
 
-def _opening(run: RunFiles, name: str) -> Html:
-    summary, history = run.summary, run.history
-    steps, last = run.values.get("steps", "?"), history[-1] if history else {}
+def _answer(run: RunFiles) -> str:
+    summary = run.summary
     nats, bits = summary.get("nats_per_token"), summary.get("bits_per_byte")
     if nats is not None:
         answer = f"{number(bits)} bits per byte, {number(nats)} nats per token on "
-        answer += f"{number(summary.get('held_out_bytes'), ',')} held-out bytes."
-    elif summary:
-        answer = f"Diverged at step {summary.get('steps', '?')}: there is no score."
-    else:
-        answer = f"Not done: step {last.get('step', 0)} of {steps}; there is no score yet."
-    shown = [
+        return answer + f"{number(summary.get('held_out_bytes'), ',')} held-out bytes."
+    if summary:
+        return f"Diverged at step {summary.get('steps', '?')}: there is no score."
+    return f"Not done: step {run.digest.last.get('step', 0)} of {run.values.get('steps', '?')}; there is no score yet."
+
+
+def _facts(run: RunFiles) -> list[tuple[str, object]]:
+    summary, last = run.summary, run.digest.last
+    return [
         ("data", run.values.get("data", "?")), ("seed", run.values.get("seed", "?")),
-        ("steps", f"{summary.get('steps', last.get('step', 0)):,} of {steps}"),
+        ("steps", f"{summary.get('steps', last.get('step', 0)):,} of {run.values.get('steps', '?')}"),
         ("tokens", f"{summary.get('tokens', last.get('tokens', 0)):,}"),
         ("parameters", number(summary.get("parameters"), ",.0f")),
         ("active parameters", number(summary.get("active_parameters"), ",.0f")),
@@ -75,23 +85,15 @@ def _opening(run: RunFiles, name: str) -> Html:
         ("training time", f"{number(summary.get('train_seconds', last.get('seconds')), ',.1f')} s"),
         ("tokens per second", number(summary.get("tokens_per_second"), ",.0f")),
     ]  # fmt: skip
-    return join((
-        h.paragraph("Tiny-ONN run", class_="kind"), element("h1", name), h.paragraph(answer, class_="answer"),
-        *(h.warning(element("strong", "Alarm. "), alarm) for alarm in summary.get("alarms") or ()),
-        h.facts(shown), _ranking(summary),
-    ))  # fmt: skip
 
 
-def _ranking(summary: Mapping[str, Any]) -> Html:
+def _ranking(summary: Mapping[str, Any]) -> list[list[str | Cell]]:
     """The model among the baselines, best first."""
     bits = _baselines(summary)
     if not bits or summary.get("bits_per_byte") is None:
-        return Html("")
+        return []
     ranked = sorted(({"this model": summary["bits_per_byte"]} | bits).items(), key=lambda pair: pair[1])
-    rows = [[element("strong", n) if n == "this model" else n, number(b), number(b * math.log(2))] for n, b in ranked]
-    return h.section(
-        "Beside simple baselines", h.table("Score beside baselines", ["", "bits per byte", "nats per byte"], rows)
-    )
+    return [[Cell(n, slot=1 if n == "this model" else None), number(b), number(b * math.log(2))] for n, b in ranked]
 
 
 def _baselines(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -100,52 +102,10 @@ def _baselines(summary: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in baselines.items() if isinstance(value, int | float) and abs(value) < LARGEST}
 
 
-def _charts(run: RunFiles) -> Html:
-    nats = {name: bits * math.log(2) for name, bits in _baselines(run.summary).items()}
-    charts = []
-    for title, unit, lines in CHARTS:
-        curves = [_curve(run.history, key, name or title, slot) for slot, (key, name) in _slotted(lines)]
-        named = [(name, slot) for slot, (_, name) in _slotted(lines) if name]
-        chart = line_chart(title, unit, curves, levels=nats if title == "Loss" else None)
-        charts.append(element("div", chart, legend(named) if named else ""))
-    return element("div", *charts, class_="charts")
-
-
-def _slotted(lines: Sequence[tuple[str, str]]) -> list[tuple[int, tuple[str, str]]]:
-    """Colours by place; a trivial value is grey."""
-    return [(0 if line[0] == TRIVIAL else place, line) for place, line in enumerate(lines, 1)]
-
-
-def _curve(history: Records, key: str, name: str, slot: int) -> Curve:
-    records = [record for record in history if isinstance(record.get(key), int | float)]
-    at = columns(records, POINTS)
-    return Curve(name, at.x, gather(numbers(records, key), at.starts), slot)
-
-
-def _maps(history: Records) -> Html:
-    maps = (
-        load_map("Rows", last_tables(history, "expert_load")),
-        load_map("Targets of the router", last_tables(history, "target_load")),
-        surprise_map("Surprise, nats", last_tables(history, "expert_surprise")),
-    )
-    note = "Layers downwards, experts to the right; means of the last records. Rows and targets in fair shares:"
-    return h.section(
-        "Experts at the end", h.paragraph(note, class_="note"), load_legend(), element("div", *maps, class_="maps")
-    )
-
-
-def _sample(sample: object) -> Html:
-    if not sample:
-        return Html("")
-    return h.section("Sample", element("div", h.listing("Sample text", str(sample)), class_="sample"))
-
-
-def _reproduction(run: RunFiles) -> Html:
-    command = h.listing("Commands", run.commands)
-    bent = h.warning(
-        "The run went on with another number of steps than it began with, so the learning rates follow one schedule "
-        "after the other: its score is not that of a run of so many steps."
-    )
-    known = join((command, bent if "--resume" in run.commands else "", h.facts([(WROTE, h.versions())])))
-    file = (h.paragraph("config.yaml", class_="note"), h.listing("config.yaml", run.text))
-    return join((h.section("How to reproduce", known), h.section("Configuration", *file)))
+def _chart(run: Arm, title: str, unit: str, keys: Sequence[tuple[str, str]], levels: Mapping[str, float]) -> Chart:
+    """One chart of a run; colours by place, a trivial value is grey."""
+    slots = [0 if key == TRIVIAL else place for place, (key, _) in enumerate(keys, 1)]
+    lines = [Line(name, name, slot, run.curves[key]) for slot, (key, name) in zip(slots, keys, strict=True)]
+    chart = curve_chart(title, unit, lines, levels=levels)
+    legend = [(line.arm, line.name, line.slot, "") for line in lines] if chart.spec and len(lines) > 1 else []
+    return chart._replace(legend=legend)

@@ -2,150 +2,122 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tiny_onn_func.tree import flatten
-from training.report.html import elements as h
-from training.report.html.elements import Html, bounds, element, join, level_note, number, with_small
-from training.report.html.study_arms import Group, ShownArm, Study, arm_name, read_groups
-from training.report.html.study_charts import curves, differences, layers, loads
-from training.report.html.study_routing import routing_part
-from training.report.html.study_tasks import tasks_part
-from training.report.series import Records
+from training.report.html import heat_maps
+from training.report.html.arms import Arm, frames_of, layer_charts, line_of
+from training.report.html.charts import Chart, Difference, curve_chart, forest
+from training.report.html.page import Cell, Page, render
+from training.report.html.study_arms import (
+    DigestOf,
+    Group,
+    Study,
+    SummaryOf,
+    alarm_lines,
+    read_groups,
+    scores_by_seed,
+    tuned_values,
+)  # fmt: skip
+from training.report.html.study_routing import routing_values
+from training.report.html.study_tasks import tasks_values
+from training.report.html.wording import NOTHING, bounds, level_note, number
 from training.storage.results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
 
 HEAD = (
     "arm", "verdict", "nats per token", "difference to baseline", "avg K", "MaxVio", "dead experts",
     "gating accuracy", "active FLOPs of a token", "bits per byte", "p of no difference", "p of no equivalence",
 )  # fmt: skip
+CHARTS = (
+    ("Training loss", "nats per token", "main_loss"),
+    ("Held-out loss", "nats per token", "held_out_nats"),
+    ("Load imbalance, MaxVio", "(max \u2212 mean) / mean load", "max_vio"),
+    ("Experts per token", "avg K", "avg_k"),
+    ("Routing drift", "share of first choices that changed since the evaluation before", "routing_drift"),
+)
 
 
-def study_page(
-    study: Study, history_of: Callable[[str], Records], summary_of: Callable[[str], Mapping[str, Any]]
-) -> str:
-    """The page. `history_of` and `summary_of` give a run's records and summary, empty ones where there are none."""
-    groups = read_groups(study, history_of, summary_of)
-    name = str(study.analysis.get("name") or "study")
-    return h.page(
-        f"{name}: study",
-        _opening(study, name),
-        _plan(study),
-        _results(study, groups),
-        differences(study, groups),
-        tasks_part(study, groups, summary_of),
-        curves(study, groups),
-        layers(groups),
-        loads(groups),
-        routing_part(groups),
-        _settings(study),
-        h.section("Every run", _every_run(study.rows)),
-        _reproduction(study),
-    )
+def study_page(study: Study, digest_of: DigestOf, summary_of: SummaryOf) -> Page:
+    """The page. `digest_of` and `summary_of` give a run's records and summary, empty ones where there are none."""
+    summary_of = cache(summary_of)
+    groups, analysis = read_groups(study, digest_of, summary_of), study.analysis
+    arms = [arm for group in groups for arm in group.arms]
+    best = [arm for group in groups for arm in group.best_first()]
+    name = str(analysis.get("name") or "study")
+    scale = heat_maps.surprise_scale([arm.shown for arm in arms if arm.shown is not None])
+    frames = frames_of(arms, 2)
+    return render(
+        f"{name}: study", "study.html", name=name, analysis=analysis, margin=f"{analysis['margin']:g}",
+        within=f"{analysis.get('matched_within', 0.05):.0%}",  # what was used before analysis.json recorded it
+        known=_facts(study), warnings=_warnings(study), changed=_changed(study),
+        head=HEAD, results=_results(groups), tuning=_tuning(analysis), differences=_differences(study, groups),
+        tasks=tasks_values(study, best, summary_of), base=study.values.get("base") or {},
+        curves=[(group.baseline, _legend(group.arms), _curves(study, group.arms)) for group in groups],
+        layers=[(g.baseline, _legend(g.arms), charts) for g in groups if (charts := layer_charts(g.arms))],
+        loads=[_map(arm, "expert_load", frames, scale) for arm in arms], alarms=alarm_lines(arms),
+        surprises=[_map(arm, "expert_surprise", frames, scale) for arm in arms],
+        load_legend=heat_maps.load_legend(), surprise_legend=heat_maps.surprise_legend(scale),
+        routing=routing_values(best), settings=_settings(study.values), every=_every_run(study.rows),
+        folder=study.folder, commands=_commands(study.folder), text=study.text,
+    )  # fmt: skip
 
 
-def _opening(study: Study, name: str) -> Html:
-    """Question and answer, with the number of runs, arms, seeds and steps behind them."""
+def _facts(study: Study) -> list[tuple[str, object]]:
+    """Number of runs, arms, seeds and steps behind the answer."""
     states, rows, analysis = Counter(row["status"] for row in study.rows), study.rows, study.analysis
-    seeds = len({row["seed"] for row in rows} - {str(seed) for seed in analysis.get("tuned_on", ())})
-    base_steps = (study.values.get("base") or {}).get("steps", h.NOTHING)
+    base_steps = (study.values.get("base") or {}).get("steps", NOTHING)
     steps = {str(row.get("steps", base_steps)) for row in rows}
     counts = ", ".join(f"{states[state]} {state}" for state in (FINISHED, DIVERGED, UNFINISHED) if states[state])
-    known = [
-        ("runs", f"{len(rows)} ({counts})"), ("arms", len(analysis["arms"])), ("seeds", seeds),
+    return [
+        ("runs", f"{len(rows)} ({counts})"), ("arms", len(analysis["arms"])), ("seeds", _seeds(study)),
         ("steps of a run", ", ".join(sorted(steps))), ("compared with", analysis["baseline"]),
         ("compared by", "held-out nats per token"),
     ]  # fmt: skip
-    notes = []
-    if states[UNFINISHED]:
-        notes.append(f"Not done: {states[UNFINISHED]} of {len(rows)} runs are unfinished. This is a look in between.")
-    if states[DIVERGED]:
-        notes.append(
-            f"{states[DIVERGED]} of {len(rows)} runs diverged. An arm with such a run is never called better, worse or "
-            "equivalent, and its mean is of the runs that are left."
-        )
-    if same := [label for label, pair in analysis["against_baseline"].items() if pair.get("identical")]:
-        notes.append(
-            f"Every score of {', '.join(same)} is its baseline's to the last digit: what it changes had no effect."
-        )
-    if seeds == 1:
-        notes.append("One seed: no intervals, no verdicts. Five seeds or more can decide something.")
-    elif seeds == 2:
-        notes.append("Two seeds: intervals are very wide. Five seeds or more can decide something.")
-    return join((
-        h.paragraph("Tiny-ONN study", class_="kind"), element("h1", name),
-        h.paragraph(analysis["question"], class_="question") if analysis["question"] else "",
-        h.paragraph(analysis["answer"], class_="answer"), h.facts(known), *map(h.warning, notes),
-    ))  # fmt: skip
 
 
-def _plan(study: Study) -> Html:
-    """Plan that was fixed before the runs, and a warning if study.yaml has changed since the results were judged."""
+def _seeds(study: Study) -> int:
+    """Seeds that are compared."""
+    return len({row["seed"] for row in study.rows} - {str(seed) for seed in study.analysis.get("tuned_on", ())})
+
+
+def _warnings(study: Study) -> list[str]:
+    states, total, seeds = Counter(row["status"] for row in study.rows), len(study.rows), _seeds(study)
+    same = [label for label, pair in study.analysis["against_baseline"].items() if pair.get("identical")]
+    notes = {
+        f"Not done: {states[UNFINISHED]} of {total} runs are unfinished. This is a look in between.": states[
+            UNFINISHED
+        ],
+        f"{states[DIVERGED]} of {total} runs diverged. An arm with such a run is never called better, worse or "
+        "equivalent, and its mean is of the runs that are left.": states[DIVERGED],
+        f"Every score of {', '.join(same)} is its baseline's to the last digit: what it changes had no effect.": same,
+        "One seed: no intervals, no verdicts. Five seeds or more can decide something.": seeds == 1,
+        "Two seeds: intervals are very wide. Five seeds or more can decide something.": seeds == 2,
+    }
+    return [note for note, holds in notes.items() if holds]
+
+
+def _changed(study: Study) -> str:
+    """Keys of study.yaml that were changed since the results were judged."""
     analysis, values = study.analysis, study.values
-    known = [
-        ("margin of equivalence", f"± {analysis['margin']:g} nats per token"),
-        ("baseline", analysis["baseline"]),
-        ("falsifier", analysis["falsifier"] or "none was given"),
-    ]
-    note = (
-        "These stand in study.yaml, which is written before the first step of the first run. A study is not resumed "
-        "with other ones."
-    )
-    changed = [key for key in ("margin", "falsifier", "question") if key in values and values[key] != analysis[key]]
-    doubt = f"Since the results were judged, study.yaml was changed: {', '.join(changed)}. Shown is what judged them."
-    return element(
-        "div", element("h2", "Set before the runs"), h.facts(known), h.paragraph(note, class_="note"),
-        h.warning(doubt) if changed else "", class_="plan",
-    )  # fmt: skip
+    return ", ".join(k for k in ("margin", "falsifier", "question") if k in values and values[k] != analysis[k])
 
 
 # Arms -----------------------------------------------------------------------------------------------------------------
 
 
-def _results(study: Study, groups: Sequence[Group]) -> Html:
-    """The table of the arms, the best first, with what its words mean."""
-    rows: list[list[object]] = []
+def _results(groups: Sequence[Group]) -> list[list[str | Cell]]:
+    """The rows of the arms, the best first."""
+    rows: list[list[str | Cell]] = []
     for group in groups:
-        if len(groups) > 1:
-            rows.append([f"compared with {group.baseline}"])
+        rows += [[f"compared with {group.baseline}"]] if len(groups) > 1 else []
         rows += [_result(arm) for arm in group.best_first()]
-    margin, tuned = study.analysis["margin"], study.analysis.get("tuned")
-    within = study.analysis.get("matched_within", 0.05)  # what was used before analysis.json recorded it
-    notes = [
-        "Means over seeds of the held-out score, less is better; below them 95 % t-intervals. A difference is arm − "  # noqa: RUF001
-        "baseline at the same seed, which means the same batches.",
-        "better, worse: a paired t-test at 5 % finds a difference (p of no difference). equivalent: two one-sided "
-        f"tests at 5 % put it within ± {margin:g} nats (p of no equivalence); the interval beside it, and its level, "
-        "are those that decided. undecided: neither; that is no proof of equality. Both p are corrected for all "
-        "comparisons of the study, arms and axes, by Holm's method; intervals of 95 % are not.",
-        f"avg K and active FLOPs are matched within {within:.0%} of the baseline's; compute was equal where the FLOPs "
-        "are: those of a forward pass, two for every active weight that is multiplied, and those of attention.",
-        "Gating accuracy says nothing without its trivial value, what a random choice among a token's experts scores.",
-        "MaxVio is (max − mean) / mean load. Dead are (layer, expert) pairs without a row in the last records.",  # noqa: RUF001
-    ]
-    if tuned:
-        notes.append(_tuning(study.analysis, ", ".join(tuned)))
-    table = h.table("Results of every arm", HEAD, rows, kind="verdicts")
-    return h.section("Results", table, element("div", h.bullets(notes), class_="note"))
+    return rows
 
 
-def _tuning(analysis: Mapping[str, Any], axes: str) -> str:
-    """Note on the runs that chose the values of the tuned axes, and on the bias that follows."""
-    if note := analysis.get("note"):
-        return str(note)
-    if seeds := analysis.get("tuned_on"):
-        chosen = ", ".join(map(str, seeds))
-        return (
-            f"Every arm is shown at its best value of {axes}, chosen by runs of seeds {chosen}, which are not compared."
-        )
-    return (  # an analysis.json that was made before it had a note
-        f"Every arm is shown at its best value of {axes}, chosen by the same held-out scores, which flatters all of "
-        "them, and nothing here is corrected for it; remove analysis.json, and the report makes it anew."
-    )
-
-
-def _result(arm: ShownArm) -> list[object]:
+def _result(arm: Arm) -> list[str | Cell]:
     """The cells of one arm."""
     result, pair = arm.result, arm.pair or {}
     seeds = f"{result['n']} {'seed' if result['n'] == 1 else 'seeds'}"
@@ -155,17 +127,19 @@ def _result(arm: ShownArm) -> list[object]:
     verdict = str(pair.get("verdict", "baseline"))
     beyond = "beyond the margin" if pair.get("beyond_margin") and verdict in ("better", "worse") else ""
     k, flops = (_matched(pair.get(key)) for key in ("k_matched", "flops_matched"))
-    weights = element("small", f"{number(result['active_parameters'], ',.0f')} weights")
     return [
-        with_small(arm_name(arm), seeds),
-        with_small(h.badge(verdict), beyond),
-        with_small(number(result["mean"]), bounds(result["low"], result["high"])),
-        with_small(number(pair.get("difference"), "+.4f"), _interval(pair)),
-        with_small(number(result["avg_k"], ".2f"), k),
+        Cell(arm.short, (tuned_values(arm), seeds), slot=arm.slot),
+        Cell(verdict, (beyond,), badge=True),
+        Cell(number(result["mean"]), (bounds(result["low"], result["high"]),)),
+        Cell(number(pair.get("difference"), "+.4f"), (_interval(pair),)),
+        Cell(number(result["avg_k"], ".2f"), (k,)),
         number(result["max_vio"], ".2f"),
         number(result["dead_experts"], ".1f"),
-        with_small(number(result["gating_acc"], ".3f"), f"trivial {number(result['gating_trivial'], '.3f')}"),
-        join((number(result.get("flops_per_token"), ",.0f"), weights, element("small", flops) if flops else "")),
+        Cell(number(result["gating_acc"], ".3f"), (f"trivial {number(result['gating_trivial'], '.3f')}",)),
+        Cell(
+            number(result.get("flops_per_token"), ",.0f"),
+            (f"{number(result['active_parameters'], ',.0f')} weights", flops),
+        ),
         number(result["bits_per_byte"]),
         number(pair.get("p_holm"), ".3g"),
         number(pair.get("tost_p_holm"), ".3g"),
@@ -184,45 +158,88 @@ def _matched(matched: bool | None) -> str:
     return "" if matched is None else "matched" if matched else "not matched"
 
 
-def _settings(study: Study) -> Html:
+def _tuning(analysis: Mapping[str, Any]) -> str:
+    """Note on the runs that chose the values of the tuned axes, and on the bias that follows."""
+    if not analysis.get("tuned"):
+        return ""
+    if note := analysis.get("note"):
+        return str(note)
+    shown = f"Every arm is shown at its best value of {', '.join(analysis['tuned'])}, chosen by"
+    if seeds := analysis.get("tuned_on"):
+        return f"{shown} runs of seeds {', '.join(map(str, seeds))}, which are not compared."
+    return (  # an analysis.json that was made before it had a note
+        f"{shown} the same held-out scores, which flatters all of them, and nothing here is corrected for it; remove "
+        "analysis.json, and the report makes it anew."
+    )
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def _differences(study: Study, groups: Sequence[Group]) -> list[Chart]:
+    """A forest plot for every baseline."""
+    charts = []
+    for group in groups:
+        theirs = next((scores_by_seed(study, arm) for arm in group.arms if arm.label == group.baseline), {})
+        rows = []
+        for arm in group.best_first():
+            ours = scores_by_seed(study, arm)
+            each = [score - theirs[seed] for seed, score in ours.items() if seed in theirs]
+            rows += [] if arm.pair is None else [Difference(arm.label, arm.short, arm.slot, arm.pair, each)]
+        charts += [forest(group.baseline, rows, study.analysis["margin"])] if rows else []
+    return charts
+
+
+def _legend(arms: Sequence[Arm]) -> list[tuple[str, str, int, str]]:
+    return [(arm.label, arm.short, arm.slot, arm.lost) for arm in sorted(arms, key=lambda arm: arm.slot)]
+
+
+def _curves(study: Study, arms: Sequence[Arm]) -> list[Chart]:
+    drawn, base = sorted(arms, key=lambda arm: arm.slot), study.values.get("base") or {}
+    begun = any(arm.curves["main_loss"].y.size for arm in drawn)
+    return [
+        curve_chart(title, unit, [line_of(arm, key) for arm in drawn], empty=_why_empty(key, base, begun))
+        for title, unit, key in CHARTS
+    ]
+
+
+def _why_empty(key: str, base: Mapping[str, Any], begun: bool) -> str:
+    """Why a chart has no line; `begun` says whether there are records at all."""
+    if key == "held_out_nats" and begun:
+        every = base.get("eval_every") or 0
+        wanted = f"eval_every: {every}, " + (f"steps: {base.get('steps')}" if every else "which asks for none")
+        return f"No score was made during the runs ({wanted}). The final ones are in the table."
+    if key == "routing_drift":
+        return "Drift was not measured: it wants eval_every and analysis_tokens."
+    return "No record yet."
+
+
+def _map(arm: Arm, key: str, frames: int, scale: heat_maps.Scale) -> Chart:
+    of = {"unit": arm.shown_run, "arm": arm.label, "slot": arm.slot}
+    return heat_maps.expert_map(arm.label, arm.shown, key, frames, scale, **of)
+
+
+# Settings and runs ----------------------------------------------------------------------------------------------------
+
+
+def _settings(values: Mapping[str, Any]) -> list[list[str]]:
     """Settings of each arm, and the axes that every arm takes."""
-    rows: list[list[object]] = []
-    for arm in study.values.get("arms") or ():
+    rows = []
+    for arm in values.get("arms") or ():
         changes = ", ".join(f"{key} = {value}" for key, value in flatten(arm.get("set") or {}).items())
         rows.append([arm.get("name"), changes or "nothing: the base as it is"])
-    for key, points in (study.values.get("axes") or {}).items():
-        rows.append([f"every arm at {key}", ", ".join(map(str, points))])
-    if not rows:
-        return Html("")
-    return h.section("What the arms change", h.table("What the arms change", ["arm", "sets"], rows, kind="words"))
+    axes = (values.get("axes") or {}).items()
+    return rows + [[f"every arm at {key}", ", ".join(map(str, points))] for key, points in axes]
 
 
-# Runs -----------------------------------------------------------------------------------------------------------------
-
-
-def _every_run(rows: Sequence[Row]) -> Html:
+def _every_run(rows: Sequence[Row]) -> tuple[list[str], list[list[str | Cell]]]:
     """results.csv: the arm, the seed and the scores first, the settings behind them."""
     keys = [key for key in rows[0] if key not in ("run", "status", "arm", "seed")]
     keys.sort(key=lambda key: key not in MEASURES)
     head = ["run", "status", "arm", "seed", *keys]
-    body = [[row["run"], h.badge(row["status"]), *(row[key] or h.NOTHING for key in head[2:])] for row in rows]
-    return h.table("Every run", head, body, kind="every", tall=len(rows) > 12)
+    return head, [[row["run"], Cell(row["status"], badge=True), *(row[k] or NOTHING for k in head[2:])] for row in rows]
 
 
-def _reproduction(study: Study) -> Html:
-    """The commands, the versions, the file."""
-    again = shlex.quote(f"{study.folder.rstrip('/')}-again")
-    described = shlex.quote(str(Path(study.folder) / "study.yaml"))
-    note = (
-        "Parameters and batches follow from the seeds, so the same data and versions give the same numbers, up to "
-        "rounding. The data `stdlib` is the source text of the Python that runs the program."
-    )
-    return join((
-        h.section(
-            "How to reproduce",
-            h.listing("Commands", f"tiny-onn study {described} --out {again}\ntiny-onn report {again}"),
-            h.paragraph(note, class_="note"),
-            h.facts([("versions of what wrote this page", h.versions())]),
-        ),
-        h.section("Configuration", h.paragraph("study.yaml", class_="note"), h.listing("study.yaml", study.text)),
-    ))  # fmt: skip
+def _commands(folder: str) -> str:
+    again, described = (shlex.quote(path) for path in (f"{folder.rstrip('/')}-again", str(Path(folder) / "study.yaml")))
+    return f"tiny-onn study {described} --out {again}\ntiny-onn report {again}"
