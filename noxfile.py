@@ -42,7 +42,9 @@ def coverage(session: nox.Session) -> None:
 def mutation(session: nox.Session) -> None:
     """The share of a seeded sample of faults that the suite notices."""
     session.install("-e", EXTRAS, "-c", "constraints.txt")
-    session.install("universalmutator")  # for --language c; it brings a backport of `typing` that others should not have
+    session.install(
+        "universalmutator"
+    )  # for --language c; it brings a backport of `typing` that others should not have
     session.run("python", "-m", "tests.mutation.run", *session.posargs)
 
 
