@@ -1,12 +1,14 @@
 """Files that are right, spoilt: bytes flipped, cut, doubled; values replaced; pipes and links put where they were."""
 
+import io
 import json
 import os
 import random
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 NUMBERS = [0, -1, 2**31, 2**63, 2**64, 10**400, 1e308, -1e308, 5e-324, float("nan"), float("inf"), 0.5, True]
 TEXTS = [
@@ -112,12 +114,15 @@ def _spoilt_text(suffix: str, data: bytes, draw: random.Random) -> bytes:
         at = draw.randrange(len(lines))
         lines[at] = json.dumps(spoil_values(json.loads(lines[at]), draw))
         return "\n".join(lines).encode("utf-8", "surrogatepass")
-    values = spoil_values(yaml.safe_load(text) if suffix == ".yaml" else json.loads(text), draw)
+    values = spoil_values(YAML(typ="safe", pure=True).load(text) if suffix == ".yaml" else json.loads(text), draw)
     if suffix == ".json":
         return json.dumps(values, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
+    yaml, out = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.allow_unicode = draw.random() < 0.5
     try:
-        return yaml.dump(values, allow_unicode=draw.random() < 0.5, sort_keys=False).encode("utf-8", "surrogatepass")
-    except (yaml.YAMLError, UnicodeError):
+        yaml.dump(values, out)
+        return out.getvalue().encode("utf-8", "surrogatepass")
+    except (YAMLError, UnicodeError):
         return json.dumps(values).encode()
 
 
