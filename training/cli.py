@@ -360,7 +360,6 @@ def _study(argv: Sequence[str]) -> None:
 
     file, out = named_study(args.file, args.out, quick=args.quick, resume=args.resume)
     study = on_device(load_study(file, quick=args.quick), args.device)
-    from training.run.process import stop_politely
     from training.study.launch import local_launcher
     from training.study.ray.launcher import ray_launcher
     from training.study.runner import run_study

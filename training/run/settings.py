@@ -20,10 +20,10 @@ from training.errors import UserError, flag
 from training.presets.find import resolve_preset
 from training.run.config import KEYS, RunConfig, default_out, plain_values
 from training.run.initial_state import sizes_follow
-from training.suggest import advice
-from training.storage.typed import kinds_of, typed
 from training.step.hyper_params import HyperParams
 from training.storage.plain_yaml import read_yaml, scalar, shown, write_yaml
+from training.storage.typed import kinds_of, typed
+from training.suggest import advice
 from training.terminal import set_verbosity
 
 Values = dict[str, Any]  # dotted key -> value

@@ -34,7 +34,7 @@ PATIENCE = 30.0  # seconds that the end of a run waits for its loggers, all toge
 
 
 def logger_names(text: str | None) -> tuple[str, ...] | None:
-    """`csv,wandb` -> the names in it; `none`, which YAML reads as null -> no name; None if one is unknown or doubled."""
+    """`csv,wandb` -> the names in it; `none` (null in YAML) -> no name; None if one is unknown or there twice."""
     if text is None:
         return ()
     names = tuple(name.strip() for name in text.split(","))

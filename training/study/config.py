@@ -22,9 +22,9 @@ from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
 from training.run.config import RunConfig, plain_values
 from training.run.initial_state import sizes_follow
-from training.suggest import advice
-from training.storage.typed import typed
 from training.step.ranges import Range, out_of_range, ranges_of
+from training.storage.typed import typed
+from training.suggest import advice
 
 Values = Mapping[str, Any]  # dotted key -> value
 QUICK_PARTS: dict[str, Any] = {  # of a study that its short version may change, beside the base, and their types

@@ -10,8 +10,8 @@ from training.errors import UserError
 from training.presets.find import STUDIES, resolve_preset
 from training.run.config import RunConfig
 from training.run.settings import checked
-from training.storage.typed import typed
 from training.storage.plain_yaml import read_yaml, write_yaml
+from training.storage.typed import typed
 from training.study.config import KEYS, QUICK_PARTS, Arm, StudyConfig, changed, near, quick_study, study_values
 
 NAMES = [field.name for field in fields(StudyConfig)]

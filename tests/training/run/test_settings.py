@@ -18,10 +18,10 @@ from training.run import config as config_source
 from training.run.config import DEFAULT_HYPER, KEYS, RunConfig, default_out, hyper_params, plain_values
 from training.run.describe import differing
 from training.run.settings import load_settings, parse_train_args, save_settings
-from training.storage.typed import kinds_of
 from training.step.hyper_params import HyperParams
 from training.step.surprise import KINDS
 from training.storage.plain_yaml import read_yaml, scalar, yaml_text
+from training.storage.typed import kinds_of
 
 PRESETS = sorted(HOME.glob("*.yaml"))
 
