@@ -205,8 +205,7 @@ def _parser_of(verb: Callable[[Sequence[str]], int | None]) -> _Parser:
 
 def _train(argv: Sequence[str]) -> None:
     from training.run.launch import open_team
-    from training.run.process import stop_politely
-    from training.run.settings import parse_train_args  # pydantic and tyro, wanted by this verb alone
+    from training.run.settings import parse_train_args
 
     with open_team(lambda: parse_train_args(argv)) as (team, config, resume):
         from training.run.engine import train
@@ -355,11 +354,11 @@ def _study(argv: Sequence[str]) -> None:
         return
     if args.address and args.launcher != "ray":
         raise UserError("--address: expected --launcher ray with it, got --launcher local; add it, or leave --address")
-    from training.run.process import stop_politely
     from training.study.file import load_study, named_study, on_device
 
     file, out = named_study(args.file, args.out, quick=args.quick, resume=args.resume)
     study = on_device(load_study(file, quick=args.quick), args.device)
+    from training.run.process import stop_politely
     from training.study.launch import local_launcher
     from training.study.ray.launcher import ray_launcher
     from training.study.runner import run_study

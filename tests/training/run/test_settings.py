@@ -20,6 +20,7 @@ from training.run.describe import differing
 from training.run.settings import load_settings, parse_train_args, save_settings
 from training.step.hyper_params import HyperParams
 from training.step.surprise import KINDS
+from training.storage.loggers import logger_names
 from training.storage.plain_yaml import read_yaml, scalar, yaml_text
 from training.storage.typed import kinds_of
 
@@ -176,7 +177,13 @@ def test_equal_settings_are_equal_and_hash_alike():
     assert len({one, other, replace(one, seed=1), replace(one, hyper=HyperParams(lr=2e-3))}) == 3
 
 
+def test_no_logger_is_none_in_a_file_and_on_the_command_line(tmp_path):
+    assert logger_names(load(tmp_path, "log: none").log) == logger_names(parse("--log", "none").log) == ()
+    assert logger_names(load(tmp_path, "log: csv, wandb").log) == ("csv", "wandb")
+
+
 MISTAKES = {
+    "log: csv,csv": "log: expected none, or some of tensorboard, csv, trackio, wandb with commas between, got 'csv,csv'",
     "model: {num_expert: 3}": "model.num_expert: unknown key, did you mean model.num_experts?",
     "stepss: 3": "stepss: unknown key, did you mean steps?",
     "pi_alpha: 0.5": "pi_alpha: unknown key, did you mean hyper.pi_alpha?",
