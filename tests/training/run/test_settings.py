@@ -183,7 +183,8 @@ def test_no_logger_is_none_in_a_file_and_on_the_command_line(tmp_path):
 
 
 MISTAKES = {
-    "log: csv,csv": "log: expected none, or some of tensorboard, csv, trackio, wandb with commas between, got 'csv,csv'",
+    "log: csv,csv": "log: expected none, or some of tensorboard, csv, trackio, wandb with commas between, "
+    "got 'csv,csv'",
     "model: {num_expert: 3}": "model.num_expert: unknown key, did you mean model.num_experts?",
     "stepss: 3": "stepss: unknown key, did you mean steps?",
     "pi_alpha: 0.5": "pi_alpha: unknown key, did you mean hyper.pi_alpha?",
@@ -291,7 +292,7 @@ def test_overrides_win_over_the_file_and_are_checked_like_it(tmp_path):
     config = load(tmp_path, "steps: 5\nseed: 3", {"steps": 7, "hyper.lr": 1})
     assert (config.steps, config.seed, config.hyper.lr) == (7, 3, 1.0)
     assert complaint(load_settings, None, {"hyper.lr": math.nan}) == "hyper.lr: expected a number, got nan"
-    assert complaint(load_settings, None, {"hyper.rl": 1}) == "hyper.rl: unknown key, did you mean hyper.lr?"
+    assert complaint(load_settings, None, {"hyper.lrr": 1}) == "hyper.lrr: unknown key, did you mean hyper.lr?"
     hidden = complaint(load, tmp_path, "steps: x", {"steps": 7})
     assert hidden == f"{tmp_path}/x.yaml: steps: expected a whole number, got 'x'"
 
@@ -423,7 +424,7 @@ def test_help_lists_every_flag_with_its_meaning_and_its_value_and_exits_with_0(t
 
 def test_the_packages_import_without_pydantic_and_tyro():
     """Follow the imports that happen when a module is loaded; only those of a run's settings may lead to either."""
-    waiting, reached = ["training", "tiny_onn_func", "training.storage.checkpoint"], set()
+    waiting, reached = ["training.step.hyper_step", "tiny_onn_func", "training.storage.checkpoint"], set()
     while waiting:
         name = waiting.pop()
         path = ROOT / name.replace(".", "/")
