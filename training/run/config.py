@@ -21,10 +21,10 @@ FROM_2 = Range("2 or more", {"minimum": 2})
 BETWEEN_0_AND_1 = Range("more than 0 and less than 1", {"exclusiveMinimum": 0, "exclusiveMaximum": 1})
 THREADS = Range("0 to 4,096", {"minimum": 0, "maximum": 4096})  # far more end the process
 DEVICE = Range("auto, cpu, cuda, cuda:N or mps", {"pattern": r"^(auto|cpu|cuda(:\d{1,3})?|mps)$"})
-NAMES = "|".join(LOGGERS)
+ONE = "|".join(LOGGERS)
 LOG = Range(
     f"{NONE}, or some of {', '.join(LOGGERS)} with commas between",
-    {"pattern": rf"^(?!.*\b(\w+)\b.*\b\1\b)({NONE}|({NAMES})( *, *({NAMES}))*)$"},  # each only once
+    {"pattern": rf"^(?!.*\b(\w+)\b.*\b\1\b)({NONE}|({ONE})( *, *({ONE}))*)$"},  # each only once
 )
 DERIVED = ("total_steps", "decay_steps")  # numbers of the hyper step that follow from the run
 
@@ -141,6 +141,8 @@ class RunConfig:
     step (there a constant rate). `tiny-onn train --help` shows a run's."""
 
     def __post_init__(self) -> None:
+        for key, kind in (("model", ModelConfig), ("hyper", HyperParams)):
+            _require(isinstance(getattr(self, key), kind), key, f"a {kind.__name__}", getattr(self, key))
         numbers = {f"hyper.{name}": value for name, value in self.hyper._asdict().items()}
         for key, value in (vars(self) | numbers).items():
             if key in KEYS:  # the model checks its sizes itself

@@ -103,6 +103,7 @@ def shown(value: object, limit: int = 60) -> str:
 
 def _plain(yaml: YAML) -> YAML:
     yaml.Resolver, yaml.Composer = _Resolver, _Composer
+    yaml.composer.warn_double_anchors = False
     return yaml
 
 
@@ -120,10 +121,6 @@ class _Resolver(VersionedResolver):
 
 
 class _Composer(Composer):
-    def __init__(self, loader: Any = None) -> None:
-        super().__init__(loader)
-        self.warn_double_anchors = False
-
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None and _values(node, {}) > MOST_VALUES:  # nine lines can stand for a billion

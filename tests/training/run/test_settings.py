@@ -267,8 +267,9 @@ def test_a_value_of_another_type_is_refused_in_python_too():
         "holdout": (math.nan, "holdout: expected a number, got nan"),
         "schedule": ("linear", "schedule: expected one of cosine, wsd, constant, got 'linear'"),
         "hyper": (HyperParams(lr=torch.tensor(1.0)), "hyper.lr: expected a Python number, got tensor(1.)"),
+        "model": ({"hidden_size": 8}, "model: expected a ModelConfig, got {'hidden_size': 8}"),
     }
-    for key, (value, said) in wrong.items():
+    for key, (value, said) in [*wrong.items(), ("hyper", ({"lr": 1}, "hyper: expected a HyperParams, got {'lr': 1}"))]:
         config = replace(RunConfig())
         object.__setattr__(config, key, value)
         assert complaint(config.__post_init__) == said
