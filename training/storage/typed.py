@@ -1,6 +1,6 @@
 """Values checked against their types by pydantic; every error one line that names the key.
 
-Configurations stay frozen dataclasses of Python that ask this when they are made. pydantic's dataclasses raise errors of
+Configurations stay frozen dataclasses that ask this when they are made. pydantic's dataclasses raise errors of
 four lines with one bound of a range, and would have to hold `ModelConfig` and `HyperParams`, which do without pydantic.
 """
 
