@@ -11,6 +11,7 @@ import torch
 
 from tests.helpers import ROOT, example
 from training.cli import main
+from training.storage.plain_yaml import write_yaml
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 NUMBER = r"[-+]?\d+\.?\d*"
@@ -141,8 +142,6 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of marimo's own modules
 def test_the_notebook_of_a_study_shows_its_runs_and_writes_nothing(tmp_path: Path) -> None:
-    import yaml
-
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
     base = {"data": str(tmp_path / "text.txt"), "steps": 3, "batch_size": 2, "sequence_length": 16, "eval_every": 0}
     base |= {"final_eval_bytes": 60, "model": {"hidden_size": 16, "num_hidden_layers": 1, "num_experts": 4}}
@@ -150,7 +149,7 @@ def test_the_notebook_of_a_study_shows_its_runs_and_writes_nothing(tmp_path: Pat
         "question": "Is it read?", "margin": 0.02, "falsifier": "It is not.", "baseline": "plain", "seeds": [0, 1],
         "base": base, "arms": [{"name": "plain"}, {"name": "quick", "set": {"hyper.lr": 0.01}}],
     }  # fmt: skip
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(plan))
+    write_yaml(plan, tmp_path / "study.yaml")
     assert main(["-q", "study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "study")]) == 0
     before = digests(tmp_path / "study")
     _, defs = notebook("read_study").app.run(defs={"folder": str(tmp_path / "study")})

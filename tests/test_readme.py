@@ -15,7 +15,8 @@ import pytest
 from tests.helpers import ROOT
 from training.cli import USAGE, main
 from training.presets.find import STUDIES, resolve_preset
-from training.run.settings import SWITCHES, key_types
+from training.run.config import KEYS
+from training.run.settings import SWITCHES
 from training.step.metrics import Metrics
 from training.storage.results import MEASURES
 from training.study.tasks import Continual
@@ -53,7 +54,7 @@ def test_every_command_exists_with_its_flags(page: str, command: list[str], caps
     verb, flags = command[1], [word.split("=")[0] for word in command if word.startswith("--")]
     assert re.search(rf"^  {verb} ", USAGE, re.MULTILINE)
     if verb == "train":
-        known = {f"--{key.replace('_', '-')}" for key in key_types()} | {"--config", *SWITCHES}
+        known = {f"--{key.replace('_', '-')}" for key in KEYS} | {"--config", *SWITCHES}
         assert set(flags) <= known
         configs = [command[i + 1] for i, word in enumerate(command) if word == "--config"]
         assert all(Path(resolve_preset(config)).is_file() for config in configs)

@@ -13,44 +13,42 @@ DYNAMIC_K = -1  # value of num_experts_per_tok that hands the choice of K to the
 class ModelConfig:
     """Sizes of a Tiny-ONN decoder, under their Hugging Face names.
 
-    Args:
-        vocab_size: tokens in the vocabulary (V).
-        hidden_size: width of the residual stream (D).
-        num_hidden_layers: decoder layers (L).
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads; divides the query heads (grouped-query attention).
-        head_dim: width of a head; even, for the rotary embedding.
-        moe_intermediate_size: hidden size of one expert (F).
-        num_experts: experts per layer (E).
-        num_experts_per_tok: experts of a token (K); -1 lets the surprise budget choose per token.
-        min_experts_per_tok: floor under the budget's choice; a fixed K is not below it.
-        max_experts_per_tok: static cap (M) over the budget's choice, a fixed K is not above it; None means all experts.
-        rms_norm_eps: epsilon of every RMSNorm.
-        rope_theta: base of the rotary frequencies.
-        routing: `router` asks the router for a ranking; `token` lets it see the token's embedding alone, so that a
-            token visits the same experts wherever it stands; `hash` takes a fixed hash of token id and layer instead;
-            `thresholds` takes every expert whose logit is above its learned threshold (the selection bias, negated).
-        tie_word_embeddings: whether the head is the transposed embedding.
-
     Raises:
         ValueError: a size is no whole number, out of range or does not divide; the message names the key.
     """
 
     vocab_size: int
+    """Tokens in the vocabulary (V)."""
     hidden_size: int
+    """Width of the residual stream (D)."""
     num_hidden_layers: int
+    """Decoder layers (L)."""
     num_attention_heads: int
+    """Query heads."""
     num_key_value_heads: int
+    """Key and value heads; divides the query heads (grouped-query attention)."""
     head_dim: int
+    """Width of a head; even, for the rotary embedding."""
     moe_intermediate_size: int
+    """Hidden size of one expert (F)."""
     num_experts: int
+    """Experts per layer (E)."""
     num_experts_per_tok: int = DYNAMIC_K
+    """Experts of a token (K); -1 lets the surprise budget choose per token."""
     min_experts_per_tok: int = 1
+    """Floor under the budget's choice; a fixed K is not below it."""
     max_experts_per_tok: int | None = None
+    """Static cap (M) over the budget's choice, a fixed K is not above it; None means all experts."""
     rms_norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
     rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
     tie_word_embeddings: bool = True
+    """Whether the head is the transposed embedding."""
     routing: RoutingRule = "router"
+    """`router` asks the router for a ranking; `token` lets it see the token's embedding alone, so that a token visits
+    the same experts wherever it stands; `hash` takes a fixed hash of token id and layer instead; `thresholds` takes
+    every expert whose logit is above its learned threshold (the selection bias, negated)."""
 
     def __post_init__(self) -> None:
         sizes, bounds = fields(self)[:8], ("num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok")

@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import NoReturn
 
 from training.errors import UserError, flag, is_out_of_memory, one_line
-from training.run.suggest import advice, suggestion
+from training.suggest import advice, suggestion
 from training.terminal import LOG, set_verbosity
 
 USAGE = """usage: tiny-onn VERB ...
@@ -33,12 +33,14 @@ USAGE = """usage: tiny-onn VERB ...
   watch      the same, while it goes on     tiny-onn watch DIR [--port N]
 
 `tiny-onn VERB --help` lists the flags of a verb. Every verb takes -q, --quiet (errors and the result alone) and -v,
---verbose (details and tracebacks); `tiny-onn --version` prints the version."""
+--verbose (details and tracebacks); `tiny-onn --version` prints the version, `tiny-onn --print-completion bash` or `zsh`
+a script by which a shell completes verbs and flags."""
 QUICK = "--quick shows that the study works; its runs are too short and too few for its results to decide anything"
 DEVICES = "auto (an accelerator where there is one), cpu, cuda, cuda:N or mps"
 OLDEST_TORCH = (2, 11)  # as in pyproject.toml
 ALIASES = {"replay": "rerun"}  # former names of verbs
 IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY)
+DESCRIBED = ("\0",)  # arguments that no shell can pass: a verb then describes its flags
 SWITCHES = ("-q", "--quiet", "-v", "--verbose")  # which may also stand in front of the verb
 
 
@@ -76,6 +78,12 @@ def _main(arguments: list[str]) -> int:
             print(f"tiny-onn {version()}")
             return 0
         check_versions()
+        if arguments[0] == "--print-completion":
+            from training.commands.completion import print_completion
+
+            parsers = {verb: _parser_of(function) for verb, function in verbs.items() if verb != "train"}
+            print_completion("".join(arguments[1:]), parsers)
+            return 0
         verb = ALIASES.get(arguments[0], arguments[0])
         if verb not in verbs:
             meant = suggestion(verb, verbs)
@@ -171,6 +179,8 @@ class _Parser(argparse.ArgumentParser):
 
     def parsed(self, argv: Sequence[str]) -> argparse.Namespace:
         """The arguments; the log follows -q and -v."""
+        if argv == DESCRIBED:
+            raise _DescribedError(self)
         args = self.parse_args(argv)
         set_verbosity(quiet=args.quiet, verbose=args.verbose)
         return args
@@ -183,9 +193,21 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{mend}")
 
 
+class _DescribedError(Exception):
+    """Carries the parser of a verb that was asked for it."""
+
+
+def _parser_of(verb: Callable[[Sequence[str]], int | None]) -> _Parser:
+    try:
+        verb(DESCRIBED)
+    except _DescribedError as described:
+        return described.args[0]
+    raise AssertionError("every verb but train parses its arguments first")
+
+
 def _train(argv: Sequence[str]) -> None:
     from training.run.launch import open_team
-    from training.run.settings import parse_train_args  # pydantic and tyro, wanted by this verb alone
+    from training.run.settings import parse_train_args
 
     with open_team(lambda: parse_train_args(argv)) as (team, config, resume):
         from training.run.engine import train
@@ -325,7 +347,13 @@ def _study(argv: Sequence[str]) -> None:
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="where its groups are trained")
     parser.add_argument("--device", metavar="D", help=f"{DEVICES}; the file's `base.device` by default")
     parser.add_argument("--address", help="for ray: HOST:PORT of a cluster, or auto; without, one of its own")
+    parser.add_argument("--print-schema", action="store_true", help="print the JSON schema of FILE.yaml, for editors")
     args = parser.parsed(argv)
+    if args.print_schema:
+        from training.study.schema import study_schema
+
+        print(json.dumps(study_schema(), indent=1))
+        return
     if args.address and args.launcher != "ray":
         raise UserError("--address: expected --launcher ray with it, got --launcher local; add it, or leave --address")
     from training.study.file import load_study, named_study, on_device

@@ -95,7 +95,7 @@ def tiny_onn(config: RunConfig, corpus: Splits) -> Racer:
     def nats() -> float:
         batches = held_out_batches(corpus.held_out, 12, 64, max_bytes=BYTES)
         num_bytes = scored_span(corpus.held_out, BYTES).num_bytes
-        budget = config.hyper.pi_alpha
+        budget = float(config.hyper.pi_alpha)
         return evaluate(state[0].params, config.model, batches, num_bytes, surprise_budget=budget).nats_per_token
 
     return Racer(step, nats)

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from training.storage.plain_yaml import write_yaml
+
 TEXT = "the router sends each token to the expert that it surprises least.\n" * 40
 SIZES = {
     "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4, "num_key_value_heads": 1,
@@ -179,8 +181,6 @@ def _a_run(home: Path, disk: Path) -> Subject:
 
 
 def _a_study(home: Path, disk: Path) -> Subject:
-    import yaml
-
     base = {key: value for key, value in RUN.items() if key not in ("picture_every", "sample_tokens")}
     study = {
         "question": "Is anything lost?", "falsifier": "A bit differs.", "margin": 0.02, "baseline": "plain",
@@ -188,7 +188,7 @@ def _a_study(home: Path, disk: Path) -> Subject:
         "base": {"data": str(home / "text.txt"), **base, "model": SIZES},
         "arms": [{"name": "plain"}, {"name": "quick", "set": {"hyper.lr": 0.01}}],
     }  # fmt: skip
-    (home / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
+    write_yaml(study, home / "study.yaml")
     out = disk / "study"
     again = ["study", "--out", str(out), "--resume"]
     return Subject("study", ["study", str(home / "study.yaml"), "--out", str(out)], again, out, "study.yaml", disk)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 
 from tests.robustness.fault_subjects import SIZES, TEXT
+from training.storage.plain_yaml import write_yaml
 from training.storage.regular_file import read_small
 
 STUDY_FILES = [
@@ -76,7 +76,7 @@ def readers(home: Path) -> dict[str, Reader]:
         "arms": [{"name": "plain"}, {"name": "quick", "set": {"hyper.lr": 0.01}}],
     }  # fmt: skip
     (home / "plan").mkdir()
-    (home / "plan" / "study.yaml").write_text(yaml.safe_dump(plan), encoding="utf-8")
+    write_yaml(plan, home / "plan" / "study.yaml")
     _quietly(main, ["study", str(home / "plan" / "study.yaml"), f"--out={study}"])
     tokenizer = home / "tokenizer"
     train_tokenizer(str(texts / "text.txt"), str(tokenizer), 300, holdout=0.1, split="auto")

@@ -1,13 +1,15 @@
 """Strategies of right files, spoilt: bytes changed, cut, doubled; values replaced; pipes and links in their place."""
 
+import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 NUMBERS = [0, -1, 2**31, 2**63, 2**64, 10**400, 1e308, -1e308, 5e-324, float("nan"), float("inf"), 0.5, True]
 KEYS = ["", " ", "\x00", "\n", "a\nb", "\x1b[31m", "\u202e", "\ud800", "💥" * 9, "x" * 70_000, "../../x", "/etc/passwd"]
@@ -98,13 +100,16 @@ def spoilt_texts(draw: st.DrawFn, suffix: str, data: bytes) -> bytes:
         at = draw(st.integers(0, len(lines) - 1))
         lines[at] = json.dumps(draw(spoilt_values(json.loads(lines[at]))))
         return "\n".join(lines).encode("utf-8", "surrogatepass")
-    new = draw(spoilt_values(yaml.safe_load(text) if suffix == ".yaml" else json.loads(text)))
+    new = draw(spoilt_values(YAML(typ="safe", pure=True).load(text) if suffix == ".yaml" else json.loads(text)))
     raw = draw(st.booleans())
     if suffix == ".json":
         return json.dumps(new, ensure_ascii=raw).encode("utf-8", "surrogatepass")
+    yaml, out = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.allow_unicode = raw
     try:
-        return yaml.dump(new, allow_unicode=raw, sort_keys=False).encode("utf-8", "surrogatepass")
-    except (yaml.YAMLError, UnicodeError):
+        yaml.dump(new, out)
+        return out.getvalue().encode("utf-8", "surrogatepass")
+    except (YAMLError, UnicodeError):
         return json.dumps(new).encode()
 
 

@@ -70,7 +70,7 @@ def evaluate_run(
     params = to_device(run.params, place)
     total = count_held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes)
     bar = partial(progress, total=total, desc="held-out score", unit="batch", leave=False)
-    budget = config.hyper.pi_alpha
+    budget = float(config.hyper.pi_alpha)
     score = evaluate(params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
     lines = {} if everything else baselines(splits.train, splits.held_out, max_bytes)
     return Evaluation(score, lines, source, "all" if everything else splits.split, held_out)

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from training.data.hub import PREFIX
 from training.data.mixture import parse_mixture
 from training.data.sources import STDLIB
 from training.errors import UserError, one_line
-from training.run.config import HyperSettings, RunConfig
+from training.run.config import RunConfig
+from training.step.hyper_params import HyperParams
 from training.storage.checkpoint_files import version
 from training.storage.regular_file import read_object
 
@@ -119,13 +119,13 @@ def _score(summary: Mapping[str, Any], config: RunConfig, model: ModelConfig) ->
 
 def _rule(config: RunConfig) -> dict[str, object]:
     """Kind of surprise, and each coefficient of the rule that is not the default of a plain step."""
-    plain, hyper = asdict(HyperSettings()), asdict(config.hyper)
+    plain, hyper = HyperParams()._asdict(), config.hyper._asdict()
     names = [
         "surprise_sign", "surprise_weight", "balance_weight", "z_weight", "router_coupling", "bias_speed",
         "explore_prob", "expert_norm", "target_temperature", "shuffle_targets", "freeze_step", "regenerate_below",
         "distill_alpha",
     ]  # fmt: skip
-    target = "least" if config.hyper.surprise_sign > 0 else "most"
+    target = "least" if hyper["surprise_sign"] > 0 else "most"
     rule = f"each token's {target} surprised expert" if config.hyper.surprise_weight else "none, but other losses"
     changed = {f"hyper.{name}": hyper[name] for name in names if hyper[name] != plain[name]}
     return {"target of the router": rule, "surprise": config.surprise_kind, "routing": config.model.routing, **changed}

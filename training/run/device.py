@@ -48,8 +48,8 @@ def choose_device(name: str, local_rank: int = 0, key: str = "device") -> tuple[
     Raises:
         UserError: it is not there; the message names `key`.
     """
-    if DEVICE.fullmatch(name) is None:
-        raise UserError(f"{key}: expected auto, cpu, cuda, cuda:N or mps, got {name!r}; name one of them")
+    if not DEVICE.fits(name):
+        raise UserError(f"{key}: expected {DEVICE.wanted}, got {name!r}; name one of them")
     kind, _, index = name.partition(":")
     if kind == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -121,5 +121,5 @@ def score_runs(params: Tree, configs: Sequence[RunConfig], corpus: Splits, max_b
         corpus.held_out, max(SCORED_ROWS, first.batch_size), first.sequence_length, max_bytes=max_bytes, pack=first.pack
     )
     num_bytes = scored_span(corpus.held_out, max_bytes).num_bytes
-    budgets = [config.hyper.pi_alpha for config in configs]
+    budgets = [float(config.hyper.pi_alpha) for config in configs]
     return evaluate_runs(params, first.model, batches, num_bytes, surprise_budgets=budgets)

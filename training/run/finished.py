@@ -86,7 +86,7 @@ def open_writer(folder: str | Path) -> Writer:
     if Path(folder, "config.yaml").exists() or not Path(folder, CONFIG).exists():
         config, params, tokenizer = open_run(folder)
         return Writer(
-            config.model, params, tokenizer, config.sequence_length, config.hyper.pi_alpha, config.prompt or ""
+            config.model, params, tokenizer, config.sequence_length, float(config.hyper.pi_alpha), config.prompt or ""
         )
     params, model = load_pretrained(folder)
     tokenizer = open_tokenizer(folder) if Path(folder, FILE).is_file() else BYTES

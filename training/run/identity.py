@@ -2,16 +2,16 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib import import_module  # noqa: TID251 - of PACKAGES alone
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tiny_onn_func.tree import flatten
 from training.data.corpus import Splits, fingerprint
 from training.errors import UserError
-from training.run.config import RunConfig
+from training.run.config import RunConfig, plain_values
 from training.storage.checkpoint_files import version
 from training.storage.plain_yaml import shown
 
@@ -33,13 +33,8 @@ PACKAGES = ("tiny_onn_func", "training")
 
 def deciding(config: RunConfig, corpus: Splits) -> dict[str, Any]:
     """Dotted key -> value of all settings that decide the numbers of a run, and the text's fingerprint."""
-    values: dict[str, Any] = {"text": fingerprint(corpus)}
-    for key, value in asdict(config).items():
-        if isinstance(value, Mapping):
-            values |= {f"{key}.{name}": inner for name, inner in value.items()}
-        elif key not in FREE:
-            values[key] = value
-    return values
+    settings = flatten(plain_values(config))
+    return {"text": fingerprint(corpus)} | {key: value for key, value in settings.items() if key not in FREE}
 
 
 def check_same(now: Mapping[str, Any], before: Mapping[str, Any], folder: str | Path) -> None:
@@ -59,10 +54,7 @@ def check_same(now: Mapping[str, Any], before: Mapping[str, Any], folder: str | 
 
 def facts_of(config: RunConfig, resume: bool) -> dict[str, Any]:
     """Facts that every rank of a run must share: settings, versions, and a hash of the program's files."""
-    settings = {key: value for key, value in asdict(config).items() if key not in ELSEWHERE}
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    flat = {key: value for key, value in flatten(plain_values(config)).items() if key not in ELSEWHERE}
     versions = {"torch": torch.__version__, "tiny-onn-func": version(), "the program's files": _sources()}
     return flat | versions | {"--resume": resume}
 

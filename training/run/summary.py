@@ -68,7 +68,7 @@ def held_out_score(run: Run, state: TrainState, max_bytes: int | None, *, show: 
     batches = held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes=max_bytes, pack=config.pack)
     total = count_held_out_batches(corpus, config.batch_size, config.sequence_length, max_bytes)
     bar = partial(progress, total=total, desc="held-out score", unit="batch", leave=False, shown=show)
-    num_bytes, budget = scored_span(corpus, max_bytes).num_bytes, config.hyper.pi_alpha
+    num_bytes, budget = scored_span(corpus, max_bytes).num_bytes, float(config.hyper.pi_alpha)
     return evaluate(state.params, config.model, batches, num_bytes, surprise_budget=budget, progress=bar)
 
 
@@ -89,7 +89,7 @@ def sample_text(run: Run, state: TrainState, tokens: int) -> str:
     generator = torch.Generator().manual_seed(config.seed)
     out = generate(
         state.params, ids, config.model, generator, max_new_tokens=tokens, context_length=config.sequence_length,
-        temperature=0.8, surprise_budget=config.hyper.pi_alpha,
+        temperature=0.8, surprise_budget=float(config.hyper.pi_alpha),
     )  # fmt: skip
     return tokenizer.decode(out[0, 0 if prompt else 1 :].tolist())
 

@@ -16,7 +16,7 @@ from tiny_onn_func.primitives.vmap import outside_vmap_tree
 from tiny_onn_func.tree import Tree, leaves, merge, number_dtype, partition, to_device, tree_map
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
-from training.step.hyper_params import RANGES, HyperParams, Number, is_off, not_a_number, out_of_range, with_axes
+from training.step.hyper_params import RANGES, HyperParams, Number, is_off, not_a_number, with_axes
 from training.step.main_pass import (
     WHOLE,
     BatchShard,
@@ -28,6 +28,7 @@ from training.step.main_pass import (
 )
 from training.step.metrics import Metrics, shares, step_metrics
 from training.step.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
+from training.step.ranges import out_of_range
 from training.step.regenerate import regenerate
 from training.step.router_loss import RouterLoss, router_loss
 from training.step.rules import LEAST_SURPRISE, Rule, Targets, apply_rule

@@ -33,8 +33,10 @@ MOST_WAITING = 1024  # records that a logger may be behind
 PATIENCE = 30.0  # seconds that the end of a run waits for its loggers, all together
 
 
-def logger_names(text: str) -> tuple[str, ...] | None:
-    """`csv,wandb` -> the names in it; `none` -> no name; None if one is unknown or there twice."""
+def logger_names(text: str | None) -> tuple[str, ...] | None:
+    """`csv,wandb` -> the names in it; `none` (null in YAML) -> no name; None if one is unknown or there twice."""
+    if text is None:
+        return ()
     names = tuple(name.strip() for name in text.split(","))
     if names == (NONE,):
         return ()

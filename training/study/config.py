@@ -13,25 +13,30 @@ YAML and flags: hyper.lr, model.num_experts, data.
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from tiny_onn_func.tree import flatten
 from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
-from training.run.config import RunConfig
+from training.run.config import RunConfig, plain_values
 from training.run.initial_state import sizes_follow
-from training.run.suggest import advice
+from training.step.ranges import Range, out_of_range, ranges_of
+from training.storage.typed import typed
+from training.suggest import advice
 
-QUICK_PARTS = (
-    "seeds",
-    "tune_seeds",
-    "arms",
-    "axes",
-    "orders",
-)  # of a study that its short version may change, beside the base
 Values = Mapping[str, Any]  # dotted key -> value
+QUICK_PARTS: dict[str, Any] = {  # of a study that its short version may change, beside the base, and their types
+    "seeds": Sequence[int],
+    "tune_seeds": Sequence[int],
+    "arms": Sequence[str],
+    "axes": Values,
+    "orders": Sequence[Sequence[str]],
+}
+NOT_NOTHING = Range("more than 0 nats per token", {"exclusiveMinimum": 0}, "set it before the runs")
+EVERY = Range("1 or more", {"minimum": 1}, "1 records every step")
+TOKENS = Range("0 or more", {"minimum": 0}, "0 leaves it out")
 UNUSED = {  # settings that mean nothing in a study, and what to write instead
     "seed": "give `seeds: [0, 1, 2]` beside base",
     "out": "name the study's folder with --out",
@@ -65,55 +70,54 @@ class Arm:
 class StudyConfig:
     """Question of a study, the runs that it compares, and the result that would settle it.
 
-    Args:
-        name: of the study.
-        margin: nats per token; differences smaller than this count as none. Set before the runs are made.
-        question, falsifier: one sentence each, for the report.
-        base: the run that arms and axes change.
-        arms: none means one arm that changes nothing.
-        axes: dotted key -> values that every arm takes.
-        combine: `grid`, all combinations of the axes, or `zip`, their first values together, then their second ones.
-        tasks: name -> text (as `data`) of the tasks of a stream, each for the same number of steps; none for one text.
-        orders: names of all tasks in the order in which they are learned; every arm goes through all orders with every
-            seed, and arms are compared pair by pair of seed and order. None means the order of `tasks`.
-        tune: axes of which each arm takes the value with the best mean score, instead of being reported at each.
-        tune_seeds: seeds whose runs alone choose those values; none of `seeds`. Without them the runs that are compared
-            choose as well, which finds differences that are luck, so that p is multiplied by all that was tried.
-        seeds: of parameters and batches; arms are compared seed by seed.
-        baseline: the arm that others are compared with; "" is the first one.
-        record_every: steps between two records in a run's metrics.jsonl.
-        analysis_tokens: held-out tokens a layer on which each finished run's router is compared with the counterfactual
-            oracle; 0 leaves out all that `training.study.routing_analysis` says.
-        quick: changes for a short version of the study: `seeds`, `tune_seeds`, `axes`, `orders`, `arms` (names), and
-            keys of base.
-
     Raises:
         UserError: something is unknown, empty, doubled or out of range; the message names the key and the mend.
     """
 
     name: str
-    margin: float | int
+    """Of the study; by default that of its file."""
+    margin: Annotated[float, NOT_NOTHING]
+    """Nats per token; differences smaller than this count as none. Set before the runs are made."""
     question: str = ""
+    """One sentence, for the report."""
     falsifier: str = ""
+    """The result that would settle it, one sentence for the report."""
     base: RunConfig = field(default_factory=RunConfig)
+    """The run that arms and axes change."""
     arms: Sequence[Arm] = ()
+    """None means one arm that changes nothing."""
     axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    combine: str = "grid"
+    """Dotted key -> values that every arm takes."""
+    combine: Literal["grid", "zip"] = "grid"
+    """`grid`, all combinations of the axes, or `zip`, their first values together, then their second ones."""
     tasks: Mapping[str, str] = field(default_factory=dict)
+    """Name -> text (as `data`) of the tasks of a stream, each for the same number of steps; none for one text."""
     orders: Sequence[Sequence[str]] = ()
+    """Names of all tasks in the order in which they are learned; every arm goes through all orders with every seed, and
+    arms are compared pair by pair of seed and order. None means the order of `tasks`."""
     tune: Sequence[str] = ()
+    """Axes of which each arm takes the value with the best mean score, instead of being reported at each."""
     tune_seeds: Sequence[int] = ()
+    """Seeds whose runs alone choose those values; none of `seeds`. Without them the runs that are compared choose as
+    well, which finds differences that are luck, so that p is multiplied by all that was tried."""
     seeds: Sequence[int] = ()
+    """Of parameters and batches; arms are compared seed by seed."""
     baseline: str = ""
-    record_every: int = 1
-    analysis_tokens: int = 64
+    """The arm that others are compared with; "" is the first one."""
+    record_every: Annotated[int, EVERY] = 1
+    """Steps between two records in a run's metrics.jsonl."""
+    analysis_tokens: Annotated[int, TOKENS] = 64
+    """Held-out tokens a layer on which each finished run's router is compared with the counterfactual oracle; 0 leaves
+    out all that `training.study.routing_analysis` says."""
     quick: Values = field(default_factory=dict)
+    """Changes for a short version of the study: `seeds`, `tune_seeds`, `axes`, `orders`, `arms` (names), and keys of
+    base."""
 
     def __post_init__(self) -> None:
-        _require(self.margin > 0, "margin", "more than 0 nats per token", self.margin, "set it before the runs")
-        _require(self.record_every >= 1, "record_every", "1 or more", self.record_every, "1 records every step")
-        _require(self.analysis_tokens >= 0, "analysis_tokens", "0 or more", self.analysis_tokens, "0 leaves it out")
-        _require(self.combine in ("grid", "zip"), "combine", "grid or zip", self.combine, "leave it away for grid")
+        for key, hint in KEYS.items():
+            typed(hint, getattr(self, key), key)
+        if wrong := out_of_range(self, RANGES):
+            raise UserError(wrong)
         _require(len(self.seeds) > 0, "seeds", "at least one seed", self.seeds, "five make intervals: [0, 1, 2, 3, 4]")
         _refuse_doubles(self.seeds, "seeds")
         _refuse_doubles([arm.name for arm in self.arms], "arms")
@@ -124,6 +128,10 @@ class StudyConfig:
         known = [*dict.fromkeys([*(arm.name for arm in self.arms), *labels])]
         if self.baseline and self.baseline not in known:
             raise UserError(f"baseline: expected an arm ({', '.join(known)}), got {self.baseline!r}; name one of them")
+
+
+KEYS = {key: hint for key, hint in get_type_hints(StudyConfig, include_extras=True).items() if key != "base"}
+RANGES = ranges_of(StudyConfig)
 
 
 class Cell(NamedTuple):
@@ -157,7 +165,7 @@ def expand(study: StudyConfig) -> list[StudyRun]:
     for seed, (mark, order), cell in product((*study.seeds, *study.tune_seeds), orders, study_cells):
         tuned = {key: cell.point[key] for key in study.tune}
         name = " ".join(part for part in (cell.label, _point_text(tuned, study)) if part)
-        values = flatten(asdict(cell.config))
+        values = flatten(plain_values(cell.config))
         overrides, config = {key: values[key] for key in keys}, replace(cell.config, seed=seed, out=None)
         runs.append(StudyRun(f"{_slug(name)}{mark}-seed{seed}", cell.label, overrides, seed, config, order))
     doubled = [name for name, count in Counter(run.id for run in runs).items() if count > 1]
@@ -211,7 +219,7 @@ def baselines_of(study: StudyConfig) -> dict[str, str]:
 def study_values(study: StudyConfig) -> dict[str, Any]:
     """The study as plain values for YAML, every default filled in."""
     values = {f.name: getattr(study, f.name) for f in fields(study)}
-    base = {key: value for key, value in asdict(study.base).items() if key not in UNUSED or key in IN_BASE}
+    base = {key: value for key, value in plain_values(study.base).items() if key not in UNUSED or key in IN_BASE}
     arms = [{"name": arm.name, "set": dict(arm.set)} for arm in study.arms]
     lists = {key: list(values[key]) for key in ("tune", "tune_seeds", "seeds")}
     axes = {key: list(points) for key, points in study.axes.items()}
@@ -242,7 +250,7 @@ def quick_study(study: StudyConfig) -> StudyConfig:
 
 
 def _check_keys(study: StudyConfig) -> None:
-    known = flatten(asdict(study.base))
+    known = flatten(plain_values(study.base))
     places = [(f"axes.{key}", key) for key in study.axes]
     places += [(f"arms.{arm.name}.set.{key}", key) for arm in study.arms for key in arm.set]
     places += [(f"quick.{key}", key) for key in study.quick if key not in QUICK_PARTS]
@@ -341,7 +349,7 @@ def changed(base: RunConfig, changes: Values, place: str) -> RunConfig:
         section, _, name = key.rpartition(".")
         parts[section][name] = value
     try:
-        model, hyper = replace(base.model, **parts["model"]), replace(base.hyper, **parts["hyper"])
+        model, hyper = replace(base.model, **parts["model"]), base.hyper._replace(**parts["hyper"])
         return replace(base, model=model, hyper=hyper, **parts[""])
     except ValueError as error:
         raise UserError(f"{place}{error}") from None

@@ -10,10 +10,12 @@ from training.errors import UserError
 from training.presets.find import STUDIES, resolve_preset
 from training.run.config import RunConfig
 from training.run.settings import checked
-from training.storage.plain_yaml import read_yaml, shown, write_yaml
-from training.study.config import QUICK_PARTS, Arm, StudyConfig, changed, near, quick_study, study_values
+from training.storage.plain_yaml import read_yaml, write_yaml
+from training.storage.typed import typed
+from training.study.config import KEYS, QUICK_PARTS, Arm, StudyConfig, changed, near, quick_study, study_values
 
-KEYS = [field.name for field in fields(StudyConfig)]
+NAMES = [field.name for field in fields(StudyConfig)]
+MAPPING = Mapping[Any, Any]
 SHAPES = {  # key -> how it is written
     "arms": "arms: [{name: low, set: {hyper.lr: 0.001}}, {name: high, set: {hyper.lr: 0.01}}]",
     "axes": "axes: {hyper.router_lr: [0.001, 0.01]}",
@@ -26,13 +28,6 @@ SHAPES = {  # key -> how it is written
     "seeds": "seeds: [0, 1, 2]",
     "margin": "margin: 0.02",
 }
-KINDS = {str: "text", dict: "keys and values below it", list: "a list", int: "a whole number", float: "a number"}
-WANTED: dict[str, type] = (
-    dict.fromkeys(("name", "question", "falsifier", "baseline", "combine"), str)
-    | dict.fromkeys(("base", "axes", "tasks", "quick"), dict)
-    | dict.fromkeys(("arms", "orders", "tune", "tune_seeds", "seeds"), list)
-    | {"margin": float, "record_every": int, "analysis_tokens": int}
-)
 
 
 def load_study(path: str | Path, *, quick: bool = False) -> StudyConfig:
@@ -75,62 +70,41 @@ def save_study(study: StudyConfig, path: str | Path) -> None:
 def parse_study(values: Mapping[Any, Any], *, name: str) -> StudyConfig:
     """The study that plain values describe, called `name` unless they say otherwise."""
     for key in values:
-        if key not in KEYS:
-            raise UserError(f"{key}: unknown key{near(str(key), KEYS)}")
-    settings = {key: _kind(value, WANTED[key], key) for key, value in values.items() if value is not None}
-    if "margin" not in settings:
+        if key not in NAMES:
+            raise UserError(f"{key}: unknown key{near(str(key), NAMES)}")
+    given = {key: value for key, value in values.items() if value is not None}
+    if "margin" not in given:
         raise UserError("margin: expected nats per token, got none; set it before the runs, such as `margin: 0.02`")
-    for seeds in ("seeds", "tune_seeds"):
-        for seed in settings.get(seeds, ()):
-            _kind(seed, int, seeds)
-    for key in settings.get("tune", ()):
-        _kind(key, str, "tune")
-    quick = dict(settings.get("quick", {}))
-    parts = {key: _kind(quick.pop(key), WANTED[key], f"quick.{key}") for key in QUICK_PARTS if key in quick}
-    for seeds in ("seeds", "tune_seeds"):
-        for seed in parts.get(seeds, ()):
-            _kind(seed, int, f"quick.{seeds}")
-    _check_names(settings.get("tasks", {}), settings.get("orders", ()), "")
-    _check_names({}, parts.get("orders", ()), "quick.")
+    base, axes, quick = ({**_shaped(MAPPING, given.pop(key, {}), key)} for key in ("base", "axes", "quick"))
+    arms = _shaped(Sequence[Any], given.pop("arms", ()), "arms")
+    parts = {key: _shaped(hint, quick.pop(key), f"quick.{key}") for key, hint in QUICK_PARTS.items() if key in quick}
     if "axes" in parts:
         parts["axes"] = _axes(parts["axes"], "quick.axes.")
-    base = _typed(settings.get("base", {}), "base.")
-    parsed = {
-        "name": name,
-        "base": changed(RunConfig(), base, "base."),
-        "arms": [_arm(entry, number) for number, entry in enumerate(settings.get("arms", ()), 1)],
-        "axes": _axes(settings.get("axes", {}), "axes."),
-        "quick": parts | _typed(quick, "quick."),
-    }
-    return StudyConfig(**parsed | {key: value for key, value in settings.items() if key == "name" or key not in parsed})
-
-
-def _check_names(tasks: Mapping[Any, Any], orders: Sequence[Any], prefix: str) -> None:
-    """Tasks and orders are of text."""
-    for name, spec in tasks.items():
-        _kind(name, str, f"{prefix}tasks")
-        _kind(spec, str, f"{prefix}tasks.{name}")
-    for number, order in enumerate(orders, 1):
-        for name in _kind(order, list, f"{prefix}orders[{number}]"):
-            _kind(name, str, f"{prefix}orders[{number}]")
+    return StudyConfig(
+        **{"name": name} | {key: _shaped(KEYS[key], value, key) for key, value in given.items()},
+        base=changed(RunConfig(), _typed(base, "base."), "base."),
+        arms=[_arm(entry, number) for number, entry in enumerate(arms, 1)],
+        axes=_axes(axes, "axes."),
+        quick=parts | _typed(quick, "quick."),
+    )
 
 
 def _arm(entry: Any, number: int) -> Arm:
     place = f"arms[{number}]"
-    _kind(entry, dict, place)
-    for key in entry:
+    for key in _shaped(MAPPING, entry, place):
         if key not in ("name", "set"):
             raise UserError(f"{place}.{key}: unknown key, an arm has `name` and `set`; write `{SHAPES['arms']}`")
     if not entry.get("name"):
         raise UserError(f"{place}.name: expected text, got none; name the arm")
-    name = _kind(entry["name"], str, f"{place}.name")
-    return Arm(name, _typed(_kind(entry.get("set") or {}, dict, f"arms.{name}.set"), f"arms.{name}.set."))
+    name = _shaped(str, entry["name"], f"{place}.name")
+    changes = _shaped(MAPPING, entry.get("set") or {}, f"arms.{name}.set")
+    return Arm(name, _typed(changes, f"arms.{name}.set."))
 
 
 def _axes(axes: Mapping[str, Any], prefix: str) -> dict[str, list[Any]]:
     parsed = {}
     for key, values in flatten(axes).items():
-        listed = _kind(values, list, f"{prefix}{key}")
+        listed = _shaped(Sequence[Any], values, f"{prefix}{key}")
         parsed[key] = [_typed({key: value}, prefix)[key] for value in listed]
     return parsed
 
@@ -140,12 +114,5 @@ def _typed(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return checked(flatten(values), lambda key: prefix + key)
 
 
-def _kind(value: Any, kind: type, key: str) -> Any:
-    fine = isinstance(value, kind) and not isinstance(value, bool)
-    if kind is float:
-        fine = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-    if not fine:
-        shape = SHAPES.get(key.partition("[")[0])
-        mend = f"; write `{shape}`" if shape else "; write it as [a, b]" if kind is list else ""
-        raise UserError(f"{key}: expected {KINDS[kind]}, got {'none' if value is None else shown(value)}{mend}")
-    return value
+def _shaped(hint: Any, value: Any, key: str) -> Any:
+    return typed(hint, value, key, SHAPES.get(key.partition("[")[0], ""))

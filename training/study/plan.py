@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import psutil
 from tiny_onn_func.params import count_params
 from tiny_onn_func.tree import flatten
 from training.errors import UserError
-from training.run.config import DEFAULT_HYPER, RunConfig
+from training.run.config import DEFAULT_HYPER, RunConfig, plain_values
 from training.storage.atomic import make_folder, write_text
 from training.storage.regular_file import read_small
 from training.study.config import StudyRun
@@ -34,13 +34,13 @@ class Group(NamedTuple):
 def static_part(config: RunConfig) -> RunConfig:
     """A run's settings without what vmap maps: the numbers of the hyper step, the seed, and what is in its batches."""
     alpha = 0.0 if config.teacher is None else 1.0  # a teacher wants one
-    hyper = replace(DEFAULT_HYPER, distill_alpha=alpha)
+    hyper = DEFAULT_HYPER._replace(distill_alpha=alpha)
     return replace(config, hyper=hyper, seed=0, out=None, replay=0.0)
 
 
 def check_alike(configs: Sequence[RunConfig]) -> None:
     """Refuse runs that cannot share a program; the message names the static key that differs."""
-    first, *others = (flatten(asdict(static_part(config))) for config in configs)
+    first, *others = (flatten(plain_values(static_part(config))) for config in configs)
     for key, value in first.items():
         for other in others:
             if other[key] != value:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 from training.cli import main
 from training.commands.export import CARD, export_run
@@ -66,7 +66,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
 def test_an_export_has_a_card_with_data_size_score_rule_and_limits(run: Path, tmp_path: Path) -> None:
     text = (export_run(run, tmp_path / "out") / CARD).read_text(encoding="utf-8")
     _, header, body = text.split("---\n", 2)
-    assert yaml.safe_load(header)["library_name"] == "transformers"
+    assert YAML(typ="safe", pure=True).load(header)["library_name"] == "transformers"
     assert [line[3:] for line in body.splitlines() if line.startswith("## ")] == [
         "Data", "Size", "Score", "Router rule", "Use", "Limits",
     ]  # fmt: skip

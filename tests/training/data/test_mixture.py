@@ -22,6 +22,7 @@ from training.data.mixture import BLOCK, Part, Stream, Weighted, draw_parts, par
 from training.data.tokenizer import BOUNDARY
 from training.errors import UserError
 from training.step.batch import IGNORE_INDEX
+from training.storage.plain_yaml import write_yaml
 
 SMALL = [
     "--batch-size=4", "--sequence-length=16", "--final-eval-bytes=60", "--sample-tokens=0", "--eval-every=2",
@@ -266,15 +267,13 @@ def test_two_processes_train_on_the_batches_of_one(sources: Path) -> None:
 
 
 def test_a_study_trains_its_runs_on_a_mixture(sources: Path) -> None:
-    import yaml
-
     base = {"data": "a.txt:0.7,b.jsonl:0.3", "steps": 2, "batch_size": 2, "sequence_length": 16, "final_eval_bytes": 60}
     base |= {"eval_every": 0, "model": {"hidden_size": 16, "num_hidden_layers": 1, "num_experts": 4}}
     plan = {
         "question": "Is it read?", "margin": 0.02, "falsifier": "It is not.", "baseline": "plain", "seeds": [0, 1],
         "base": base, "arms": [{"name": "plain"}, {"name": "quick", "set": {"hyper.lr": 0.01}}],
     }  # fmt: skip
-    Path("study.yaml").write_text(yaml.safe_dump(plan))
+    write_yaml(plan, "study.yaml")
     assert main(["study", "study.yaml", "--out=study"]) == 0
     assert len([*Path("study", "runs").iterdir()]) == 4
 

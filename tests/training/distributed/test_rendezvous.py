@@ -18,8 +18,9 @@ from tiny_onn_func.config import ModelConfig
 from training.distributed import rendezvous
 from training.distributed.rendezvous import PATIENCE, RankInfo, Rendezvous, ReportedByAnotherRank, join_rendezvous
 from training.errors import UserError
-from training.run.config import HyperSettings, RunConfig
+from training.run.config import RunConfig
 from training.run.launch import check_sizes
+from training.step.hyper_params import HyperParams
 
 SOON = 30.0  # seconds
 
@@ -113,11 +114,11 @@ REFUSED = {
         "a multiple of shard_experts (2), got 5",
     ),
     "compile": (RunConfig(compile=True), "false on several processes, got True"),
-    "hyper.expert_norm": (RunConfig(hyper=HyperSettings(expert_norm=1.0)), "0 on several processes, got 1.0"),
-    "hyper.shuffle_targets": (RunConfig(hyper=HyperSettings(shuffle_targets=1.0)), "0 on several processes, got 1.0"),
+    "hyper.expert_norm": (RunConfig(hyper=HyperParams(expert_norm=1.0)), "0 on several processes, got 1.0"),
+    "hyper.shuffle_targets": (RunConfig(hyper=HyperParams(shuffle_targets=1.0)), "0 on several processes, got 1.0"),
     "surprise_kind": (RunConfig(surprise_kind="oracle"), "no oracle on several processes, got oracle"),
     "hyper.regenerate_below": (
-        RunConfig(shard_optimizer=True, hyper=HyperSettings(regenerate_below=0.1)),
+        RunConfig(shard_optimizer=True, hyper=HyperParams(regenerate_below=0.1)),
         "0 with shard_optimizer or shard_experts, got 0.1",
     ),
 }

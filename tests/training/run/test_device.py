@@ -1,11 +1,9 @@
 """The device and the precision of a run: what auto takes, what is refused, and what a resumed run keeps."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from training.cli import main
 from training.errors import UserError
@@ -15,6 +13,7 @@ from training.run.context import Run
 from training.run.device import choose_device, choose_precision, place
 from training.run.program import Batches
 from training.step.batch import Batch
+from training.storage.plain_yaml import read_yaml, write_yaml
 
 SMALL = ("--steps", "2", "--final-eval-bytes", "2048", "--sample-tokens", "0", "--threads", "1", "--eval-every", "0")
 
@@ -107,17 +106,17 @@ def test_what_is_no_device_is_refused(name: str) -> None:
 def test_train_evaluate_generate_and_study_take_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "run"
     text.write_text("a line of text\n" * 900, encoding="utf-8")
-    settings = yaml.safe_dump(
-        {"data": str(text), "model": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
-                                      "num_key_value_heads": 1, "head_dim": 16, "moe_intermediate_size": 8,
-                                      "num_experts": 4, "num_experts_per_tok": 2}}
-    )  # fmt: skip
-    (tmp_path / "c.yaml").write_text(settings, encoding="utf-8")
+    settings = {
+        "data": str(text), "model": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+                                     "num_key_value_heads": 1, "head_dim": 16, "moe_intermediate_size": 8,
+                                     "num_experts": 4, "num_experts_per_tok": 2},
+    }  # fmt: skip
+    write_yaml(settings, tmp_path / "c.yaml")
     train = ["train", "--config", str(tmp_path / "c.yaml"), "--out", str(out), *SMALL]
     assert main([*train, "--device", "cuda"]) == 2
     assert not out.exists(), "nothing half-written"
     assert main([*train, "--device", "cpu"]) == 0
-    saved = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    saved = read_yaml(str(out / "config.yaml"))
     assert (saved["device"], saved["precision"]) == ("cpu", "float32")
     assert main(["evaluate", str(out), "--device", "cuda"]) == 2
     assert main(["evaluate", str(out), "--device", "cpu", "--bytes", "2000"]) == 0
@@ -125,8 +124,7 @@ def test_train_evaluate_generate_and_study_take_a_device(tmp_path: Path, capsys:
     assert main(["generate", str(out), "--device", "cpu", "--tokens", "3"]) == 0
     study = tmp_path / "s.yaml"
     arms = [{"name": "a"}, {"name": "b", "set": {"hyper": {"lr": 1e-3}}}]
-    values: dict[str, Any] = {"margin": 0.1, "seeds": [1], "arms": arms, "base": yaml.safe_load(settings)}
-    study.write_text(yaml.safe_dump(values), encoding="utf-8")
+    write_yaml({"margin": 0.1, "seeds": [1], "arms": arms, "base": settings}, study)
     assert main(["study", str(study), "--out", str(tmp_path / "s"), "--device", "cuda:3"]) == 2
     assert not (tmp_path / "s").exists(), "nothing half-written"
     assert capsys.readouterr().err.count("device: expected") == 4

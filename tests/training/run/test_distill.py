@@ -23,7 +23,7 @@ from training.data.batches import batch_at
 from training.data.corpus import open_corpus
 from training.data.tokenizer import BYTES
 from training.errors import UserError
-from training.run.config import HyperSettings, RunConfig, hyper_params
+from training.run.config import RunConfig, hyper_params
 from training.run.initial_state import first_state
 from training.run.teacher import open_teacher
 from training.step.batch import IGNORE_INDEX
@@ -147,7 +147,7 @@ def peer(kind: str, **changes: Any) -> Any:
 
 
 def run_config(folder: Path, **changes: Any) -> RunConfig:
-    base = dict(hyper=HyperSettings(distill_alpha=0.5), model=tiny_config(vocab_size=257), sequence_length=8, steps=2)
+    base = dict(hyper=HyperParams(distill_alpha=0.5), model=tiny_config(vocab_size=257), sequence_length=8, steps=2)
     return RunConfig(teacher=str(folder), **base | changes)
 
 

@@ -11,8 +11,9 @@ from tests.helpers import assert_same_bits
 from tests.training.run.test_engine import train
 from training.cli import main
 from training.commands.doctor import examine
-from training.run.config import HyperSettings, RunConfig
+from training.run.config import RunConfig
 from training.run.schedule import Leg, bends_text, config_at, legs_from, legs_of, reproduction
+from training.step.hyper_params import HyperParams
 from training.storage.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -59,7 +60,7 @@ def test_a_run_that_goes_on_as_it_began_has_one_leg_and_nothing_is_said(
 
 
 def test_legs_grow_by_what_changes_and_forget_what_was_never_trained() -> None:
-    config = RunConfig(steps=900, hyper=HyperSettings(warmup_steps=10))
+    config = RunConfig(steps=900, hyper=HyperParams(warmup_steps=10))
     assert legs_of(config, None, 0) == (Leg(0, 900),)
     assert legs_of(config, {"legs": [[0, 600]]}, 300) == (Leg(0, 600), Leg(300, 900))
     assert legs_of(config, {"legs": [[0, 600], [300, 900]]}, 400) == (Leg(0, 600), Leg(300, 900))

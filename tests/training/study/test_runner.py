@@ -15,13 +15,13 @@ from torch import Generator
 from tests.helpers import assert_close
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import flatten
-from training import hyper_step, init_state, run_study
+from training import HyperParams, hyper_step, init_state, run_study
 from training.cli import main
 from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import open_corpus
 from training.errors import UserError
 from training.presets.find import STUDIES
-from training.run.config import HyperSettings, RunConfig, hyper_params
+from training.run.config import RunConfig, hyper_params
 from training.run.evaluate import evaluate
 from training.storage.checkpoint import load_params
 from training.storage.recorder import to_record
@@ -44,7 +44,7 @@ ARMS = (
 def small_study(data: str = "stdlib", **changes: Any) -> StudyConfig:
     base = RunConfig(
         data=data, steps=STEPS, batch_size=2, sequence_length=16, eval_every=2, eval_bytes=100, final_eval_bytes=200,
-        checkpoint_every=2, model=MODEL, hyper=HyperSettings(lr=5e-3, router_lr=5e-3),
+        checkpoint_every=2, model=MODEL, hyper=HyperParams(lr=5e-3, router_lr=5e-3),
     )  # fmt: skip
     values = {"name": "small", "margin": 0.02, "base": base, "arms": ARMS, "seeds": (0, 1), "baseline": "frozen"}
     return StudyConfig(**values | changes)
@@ -284,7 +284,7 @@ def test_groups_mix_no_static_settings_and_hold_every_run_once() -> None:
 def test_a_static_key_mixed_into_a_vmapped_group_is_named_with_the_mend(changes: dict[str, Any], message: str) -> None:
     base = small_study().base
     with pytest.raises(UserError, match=message) as error:
-        vmapped_step([base, replace(base, seed=1, hyper=replace(base.hyper, lr=1e-2)), replace(base, **changes)])
+        vmapped_step([base, replace(base, seed=1, hyper=base.hyper._replace(lr=1e-2)), replace(base, **changes)])
     assert "plan_groups" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -391,18 +391,18 @@ MISTAKES = {
     "margin: null": "margin: expected nats per token, got none",
     "seeds: []": "seeds: expected at least one seed",
     "seeds: [1, 1]": "seeds: expected each only once, got 1",
-    "seeds: [true]": "seeds: expected a whole number, got True",
+    "seeds: [true]": "seeds[1]: expected a whole number, got True",
     "seeds: 3": "seeds: expected a list, got 3",
     "axes: {hyper.lrr: [1]}": "axes.hyper.lrr: unknown key, did you mean hyper.lr?",
     "axes: {hyper.lr: []}": "axes.hyper.lr: expected at least one value",
     "axes: {hyper.lr: 1e-3}": "axes.hyper.lr: expected a list, got 0.001; write it as [a, b]",
-    "axes: {hyper.lr: }": "axes.hyper.lr: expected a list, got none; write it as [a, b]",
+    "axes: {hyper.lr: }": "axes.hyper.lr: expected a list, got None; write it as [a, b]",
     "axes: {hyper.lr: [fast]}": "axes.hyper.lr: expected a number, got 'fast'",
     "axes: {hyper.lr: [-1]}": "axes: hyper.lr: expected 0 or more, got -1",
     "axes: {hyper.lr: [1e-3, 1e-3]}": "axes.hyper.lr: expected each only once",
     "axes: {seed: [1, 2]}": "axes.seed: expected a setting of a run in a study, got seed; give `seeds:",
     "axes: {hyper.lr: [1e-3], steps: [1, 2]}\ncombine: zip": "axes: expected as many values on each",
-    "combine: both": "combine: expected grid or zip, got 'both'",
+    "combine: both": "combine: expected one of grid, zip, got 'both'",
     "arms: [{name: a}, {name: a, set: {steps: 3}}]": "arms: expected each only once, got 'a'",
     "arms: [{name: a}, {name: b}]": "arms: expected arms that differ, got the same run for 'a' and 'b'",
     f"arms: [{{name: a}}, {{name: b, set: {{steps: {RunConfig().steps}}}}}]": "expected arms that differ",
@@ -419,9 +419,9 @@ MISTAKES = {
         "tune_seeds: expected other seeds than those that are compared (0, 1), got 1; take another"
     ),
     "axes: {hyper.lr: [1, 2]}\ntune: [hyper.lr]\ntune_seeds: [5, 5]": "tune_seeds: expected each only once, got 5",
-    "axes: {hyper.lr: [1, 2]}\ntune: [hyper.lr]\ntune_seeds: [a]": "tune_seeds: expected a whole number, got 'a'",
+    "axes: {hyper.lr: [1, 2]}\ntune: [hyper.lr]\ntune_seeds: [a]": "tune_seeds[1]: expected a whole number, got 'a'",
     "axes: {hyper.lr: [1, 2]}\ntune: [hyper.lr]\ntune_seeds: 5": "tune_seeds: expected a list, got 5",
-    "quick: {tune_seeds: [a]}": "quick.tune_seeds: expected a whole number, got 'a'",
+    "quick: {tune_seeds: [a]}": "quick.tune_seeds[1]: expected a whole number, got 'a'",
     "tune: [hyper.lr]": "tune: expected axes (there are none), got 'hyper.lr'",
     "base: {hyper: {lr: no}}": "base.hyper.lr: expected a number, got 'no'",
     "base: {stepz: 3}": "base.stepz: unknown key, did you mean steps?",

@@ -14,14 +14,14 @@ from torch import Generator
 from tests.helpers import assert_close
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import flatten
-from training import hyper_step, init_state, run_study
+from training import HyperParams, hyper_step, init_state, run_study
 from training.cli import main
 from training.data.batches import batch_at, held_out_batches, scored_span
 from training.data.corpus import open_corpus
 from training.data.sources import find_source
 from training.errors import UserError
 from training.report.html.wording import bounds
-from training.run.config import HyperSettings, RunConfig, hyper_params
+from training.run.config import RunConfig, hyper_params
 from training.run.engine import train
 from training.run.evaluate import evaluate
 from training.storage.checkpoint import load_params
@@ -56,7 +56,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
 def stream_study(texts: dict[str, str], **changes: Any) -> StudyConfig:
     base = RunConfig(
         steps=4, batch_size=4, sequence_length=16, schedule="constant", eval_every=0, final_eval_bytes=100,
-        checkpoint_every=3, model=MODEL, hyper=HyperSettings(lr=5e-3, router_lr=5e-3),
+        checkpoint_every=3, model=MODEL, hyper=HyperParams(lr=5e-3, router_lr=5e-3),
     )  # fmt: skip
     values = {"name": "stream", "margin": 0.02, "base": base, "arms": ARMS, "seeds": (0, 1), "baseline": "plain"}
     return StudyConfig(**values | {"tasks": texts, "orders": ORDERS, "analysis_tokens": 0} | changes)
@@ -295,7 +295,7 @@ MISTAKES = {
     TWO + "orders: [[a, b, b]]": "orders[1]: expected every task once",
     TWO + "orders: [[a, b], [a, b]]": "orders: expected each only once",
     TWO + "orders: [a]": "orders[1]: expected a list, got 'a'",
-    TWO + "orders: [[1, 2]]": "orders[1]: expected text, got 1",
+    TWO + "orders: [[1, 2]]": "orders[1][1]: expected text, got 1",
     TWO + "base: {steps: 5}": "steps: expected a multiple of the number of tasks (2)",
     TWO + "axes: {data: [x, y]}": "data: expected no arm or axis that sets it beside tasks",
     TWO + "base: {replay: 1.5}": "replay: expected 0 or more and less than 1, got 1.5",

@@ -4,8 +4,9 @@ import pytest
 
 from training.cli import main
 from training.errors import UserError
-from training.run.settings import key_types, load_settings, parse_train_args
-from training.run.suggest import ABSENT, SYNONYMS, UNITS, suggestion
+from training.run.config import KEYS
+from training.run.settings import load_settings, parse_train_args
+from training.suggest import ABSENT, SYNONYMS, UNITS, suggestion
 
 FLAGS = {
     "--lr": "did you mean --hyper.lr?",
@@ -61,9 +62,8 @@ def test_a_key_of_a_file_or_a_study_gets_the_same_answer() -> None:
 
 
 def test_every_synonym_leads_to_a_setting_and_is_none_itself() -> None:
-    known = key_types()
-    ends = {key.rpartition(".")[2] for key in known}
-    assert set(SYNONYMS.values()) <= known.keys()
+    ends = {key.rpartition(".")[2] for key in KEYS}
+    assert set(SYNONYMS.values()) <= KEYS.keys()
     assert not (SYNONYMS.keys() | ABSENT.keys()) & ends
     assert UNITS.keys() <= SYNONYMS.keys()
 
