@@ -63,8 +63,8 @@ def main() -> None:
             start, used = time.perf_counter(), time.process_time()
             page = reader.read()[0]
             seconds, used = time.perf_counter() - start, time.process_time() - used
-            name, size = "refresh" if refresh else "first page", len(page.main) / 2**20
-            print(f"{name}: {seconds:.2f} s, {used:.2f} s of the processor, {size:.1f} MiB", flush=True)
+            name, mebibytes = "refresh" if refresh else "first page", len(page.main) / 2**20
+            print(f"{name}: {seconds:.2f} s, {used:.2f} s of the processor, {mebibytes:.1f} MiB", flush=True)
             for file, line in zip(files, lines(args.records + 1 + refresh, len(files), drawn), strict=True):
                 with file.open("a") as open_file:
                     open_file.write(line)
