@@ -427,10 +427,12 @@ def test_a_router_that_learns_is_moved_by_regeneration() -> None:
 def test_forward_mode_equals_reverse_mode_in_float32(name: str) -> None:
     state = init_state(CONFIG, seeded(0))._replace(params=spread_params(CONFIG, dtype=torch.float32))
 
+    eps = 1e-3  # with 1e-8 the slope of AdamW's first step, g / |g|, is a difference of nearly equal numbers
+
     def later(number: Tensor) -> Tensor:
-        first, _ = hyper_step(state, BATCH, HyperParams(**{name: number}), CONFIG)
-        return hyper_step(first, BATCH, HyperParams(router_coupling=1.0), CONFIG)[1].main_loss
+        first, _ = hyper_step(state, BATCH, HyperParams(**{name: number}, eps=eps), CONFIG)
+        return hyper_step(first, BATCH, HyperParams(router_coupling=1.0, eps=eps), CONFIG)[1].main_loss
 
     at = torch.tensor(0.01)
     forwards, backwards = jvp(later, (at,), (torch.ones(()),))[1], grad(later)(at)
-    assert float((forwards - backwards).abs()) <= 2e-3 * float(backwards.abs()) + 1e-8
+    assert float((forwards - backwards).abs()) <= 1e-4 * float(backwards.abs())
