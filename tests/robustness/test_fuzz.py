@@ -156,6 +156,15 @@ def test_aliases_that_stand_for_a_billion_values_are_refused_before_they_are_wri
     assert time.perf_counter() - start < 2
 
 
+@pytest.mark.parametrize("opened", ["[", "{", "- ", "a: ["])
+def test_values_in_values_without_end_are_refused_at_once(opened: str, tmp_path: Path) -> None:
+    (tmp_path / "deep.yaml").write_text(opened * 20_000, encoding="utf-8")
+    start = time.process_time()
+    with pytest.raises(UserError, match=r"deep\.yaml: line 1: (expected at most 50 levels|mapping values are not)"):
+        read_yaml(str(tmp_path / "deep.yaml"))
+    assert time.process_time() - start < 1
+
+
 def test_aliases_of_people_are_fine(tmp_path: Path) -> None:
     (tmp_path / "plain.yaml").write_text("base: &base {a: 1}\nmore: [*base, *base]\n", encoding="utf-8")
     assert read_yaml(str(tmp_path / "plain.yaml"))["more"] == [{"a": 1}] * 2

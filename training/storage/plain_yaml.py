@@ -25,6 +25,7 @@ from training.storage.atomic import write_text
 from training.storage.regular_file import read_small
 
 MOST_BYTES, MOST_VALUES = 1 << 18, 100_000  # of a file; in it, with its aliases written out
+MOST_LEVELS = 50  # of values in values; reading takes the square of it
 WIDTH = 120
 TAGGED = (
     AssertionError,
@@ -121,6 +122,17 @@ class _Resolver(VersionedResolver):
 
 
 class _Composer(Composer):
+    levels = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.levels += 1
+        if self.levels > MOST_LEVELS:
+            problem = f"expected at most {MOST_LEVELS} levels of values in values, got more"
+            raise ComposerError(None, None, problem, self.parser.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None and _values(node, {}) > MOST_VALUES:  # nine lines can stand for a billion
