@@ -538,7 +538,7 @@ def test_a_run_with_broken_weights_and_a_penalty_that_overflows_are_one_line(
     save_settings(RunConfig(model=model, sequence_length=8), tmp_path / "config.yaml")
     save_checkpoint(tmp_path, {"params": params, "step": torch.tensor(1)}, asdict(model), keep=1)
     assert main(["generate", str(tmp_path), "--tokens", "3", *flags]) == 2
-    name = "repetition_penalty" if "--repetition-penalty" in flags else "logits"
+    name = "--repetition-penalty" if "--repetition-penalty" in flags else "logits"
     assert re.fullmatch(rf"tiny-onn: {name}: expected .*, got .*\n", capsys.readouterr().err)
 
 

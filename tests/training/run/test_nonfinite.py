@@ -232,7 +232,7 @@ def test_the_doctor_finds_all_well_with_a_finished_run_and_names_each_fault(
     faults = {finding.subject: finding for finding in examine(out) if finding.advice}
     assert faults.keys() == {"checkpoint", "checkpoints/.draft-step_000009", "records", "unfinished"}
     assert "expected SHA-256" in faults["checkpoint"].text
-    assert "remove this step's folder" in faults["checkpoint"].advice
+    assert "none is whole: remove the folder checkpoints" in faults["checkpoint"].advice
     assert faults["unfinished"].advice == f"tiny-onn train --out {out} --resume"
 
 

@@ -21,6 +21,7 @@ from training import run_study
 from training.cli import main
 from training.errors import UserError
 from training.storage.checkpoint_files import steps_in
+from training.storage.lock import HOLDER
 from training.study.config import StudyConfig
 from training.study.file import save_study
 from training.study.ray.launcher import gpus_of, ray_launcher
@@ -77,7 +78,7 @@ def worker_of(folder: Path, group: str, step: int = 4) -> int | None:
     """The process that trains a group, once the group has a checkpoint of that step."""
     home = folder / "checkpoints" / group
     try:
-        words = (home / ".lock").read_text().split()
+        words = (home / HOLDER).read_text().split()
     except OSError:
         return None
     return int(words[1]) if words and any(saved >= step for saved, _ in steps_in(home / "checkpoints")) else None
@@ -303,7 +304,7 @@ def test_a_port_of_something_else_is_refused_in_time(home: Path, monkeypatch: py
 
 
 def test_a_node_with_another_version_another_folder_or_no_working_folder_says_so(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text("process 1 on head\n")
+    (tmp_path / HOLDER).write_text("process 1 on head\n")
     folder, holder, cwd = str(tmp_path), "process 1 on head\n", str(tmp_path)
     assert check_place(folder, holder, cwd, versions()) is None
     other = check_place(folder, holder, cwd, versions() | {"torch": "1.0"})
