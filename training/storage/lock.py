@@ -37,6 +37,9 @@ def locked(folder: str | Path, *, patience: float = 0.0) -> Iterator[None]:
     try:
         try:
             lock.acquire(timeout=patience, poll_interval=POLL)
+            while not _is_at(lock, home / LOCK):  # its holder removed the file between our opening and our locking
+                lock.release()
+                lock.acquire(timeout=patience, poll_interval=POLL)
         except Timeout:
             raise UserError(
                 f"{home}: expected a folder at rest, got one in use by {_name(home)}; end it or wait"
@@ -73,6 +76,15 @@ def holder(folder: str | Path) -> str | None:
 
 def _lock(home: Path) -> FileLock:
     return FileLock(home / LOCK, mode=0o644)
+
+
+def _is_at(lock: FileLock, path: Path) -> bool:
+    """True if the file that is locked is the one at the path."""
+    descriptor = lock._context.lock_file_fd  # no public name (filelock 4.3)
+    try:
+        return descriptor is None or os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _name(home: Path) -> str:

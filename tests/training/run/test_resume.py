@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.helpers import ROOT, assert_same_bits
 from tests.training.run.test_engine import SMALL, TEXT, interrupted_after, records, train
@@ -344,6 +346,24 @@ def test_a_folder_that_was_made_for_nothing_is_removed_again(tmp_path: Path) -> 
     with locked(tmp_path / "mine"):
         pass
     assert (tmp_path / "mine").exists()
+
+
+def test_a_lock_on_a_file_that_its_last_holder_removed_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire, tries = FileLock.acquire, []
+
+    def late(self: FileLock, *args: Any, **options: Any) -> Any:
+        acquired = acquire(self, *args, **options)
+        tries.append(1)
+        if len(tries) == 1:  # it was opened before, and is locked after, the removal
+            (tmp_path / LOCK).unlink()
+        return acquired
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with locked(tmp_path):
+        assert holder(tmp_path) is not None, "another process could take it"
+    assert len(tries) == 2
 
 
 @pytest.mark.parametrize("present", [False, True])
