@@ -55,7 +55,7 @@ def _scored(score: Score) -> dict[str, Any]:
 
 
 def _routing(state: GroupState, snap: RouterSnapshot) -> list[dict[str, Any]]:
-    """Of each run, how its router has changed since the last look, and which experts go together."""
+    """Routing drift since the last snapshot and co-activation of the experts, a record for each run."""
     drifts = drift(state.choices, snap.first_choices).cpu().to(torch.float64)
     return [
         {"routing_drift": float(layers.mean()), "routing_drift_layers": layers, "co_activation_layers": together}
