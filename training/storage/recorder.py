@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -47,21 +47,28 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
 def iter_history(folder: str | Path) -> Iterator[dict[str, Any]]:
     """The records of `read_history`, one by one."""
     path = Path(folder) / FILE
-    torn = ""  # what is wrong with the last line, if something is
     try:
         with open_regular(path) as file:
-            for number, line in enumerate(iter(partial(file.readline, MOST + 1), b""), 1):
-                if not line.strip():
-                    continue
-                if torn:
-                    raise UserError(torn)
-                record = _parse(line) if len(line) <= MOST else None
-                if record is None:
-                    torn = _torn(path, number, line)
-                else:
-                    yield record
+            yield from (record for _, record in parsed_lines(file, path) if record is not None)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: expected the record of a run, found no such file; name a run folder") from None
+
+
+def parsed_lines(file: BinaryIO, path: Path, first: int = 1) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(bytes, record) of each line from here on, number `first`; None for a blank one. A torn last line is left out.
+
+    Raises:
+        UserError: a line before the last is no JSON object.
+    """
+    torn = ""  # what is wrong with the last line, if something is
+    for number, line in enumerate(iter(partial(file.readline, MOST + 1), b""), first):
+        if torn and line.strip():
+            raise UserError(torn)
+        record = _parse(line) if line.strip() and len(line) <= MOST else None
+        if record is None and line.strip():
+            torn = _torn(path, number, line)
+        if not torn:
+            yield len(line), record
 
 
 def torn_line(folder: str | Path) -> str | None:

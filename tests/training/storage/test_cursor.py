@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from training.errors import UserError
-from training.storage import cursor as following
+from training.storage import recorder
 from training.storage.cursor import Cursor, follow
 from training.storage.recorder import FILE, read_history
 
@@ -41,7 +41,7 @@ def test_what_was_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mon
     _, cursor, _ = look(tmp_path, Cursor())
     write(tmp_path, 1000)
     parsed = []
-    monkeypatch.setattr(following, "_parse", lambda line: parsed.append(line) or json.loads(line))
+    monkeypatch.setattr(recorder, "_parse", lambda line: parsed.append(line) or json.loads(line))
     assert look(tmp_path, cursor)[0] == [1000]
     assert len(parsed) == 1
 
