@@ -71,21 +71,28 @@ def _has_values(plain: Tensor) -> bool:
     return not is_traced(plain) and plain.device.type != "meta" and plain.numel() > 0
 
 
+def _check_layout(name: str, t: Tensor) -> None:
+    if t.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got one of layout {t.layout}; call .to_dense()")
+
+
 def check_shape(name: str, t: Tensor, shape: Sequence[int]) -> None:
-    """Refuse another shape.
+    """Refuse another shape, and a sparse tensor.
 
     Raises:
-        ValueError: it has one.
+        ValueError: it has one, or is one.
     """
+    _check_layout(name, t)
     if tuple(t.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(t.shape)}")
 
 
 def check_dtype(name: str, t: Tensor, dtype: torch.dtype) -> None:
-    """Refuse another dtype; nothing is converted silently.
+    """Refuse another dtype, and a sparse tensor; nothing is converted silently.
 
     Raises:
-        ValueError: it has one.
+        ValueError: it has one, or is one.
     """
+    _check_layout(name, t)
     if t.dtype != dtype:
         raise ValueError(f"{name}: expected {dtype}, got {t.dtype}; convert it with .to({dtype})")

@@ -436,3 +436,10 @@ def test_forward_mode_equals_reverse_mode_in_float32(name: str) -> None:
     at = torch.tensor(0.01)
     forwards, backwards = jvp(later, (at,), (torch.ones(()),))[1], grad(later)(at)
     assert float((forwards - backwards).abs()) <= 1e-4 * float(backwards.abs())
+
+
+@pytest.mark.parametrize("name", Batch._fields)
+def test_a_sparse_tensor_is_refused_by_its_name(name: str) -> None:
+    sparse = BATCH._replace(**{name: getattr(BATCH, name).to_sparse()})
+    with pytest.raises(ValueError, match=f"{name}: expected a dense tensor, got one of layout torch.sparse_coo"):
+        hyper_step(init_state(CONFIG, seeded(0)), sparse, HyperParams(), CONFIG)
