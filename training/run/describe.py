@@ -9,8 +9,9 @@ from pydantic import TypeAdapter
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.tree import flatten
+from training.fields import field_texts
 from training.run.config import DEFAULT_HYPER, KEYS, RunConfig, plain_values
-from training.step.hyper_params import HyperParams, field_texts
+from training.step.hyper_params import HyperParams
 from training.storage.plain_yaml import yaml_text
 
 SECTIONS = ("model", "hyper")

@@ -15,6 +15,7 @@ from tiny_onn_func.tree import Tree, device_of, leaves, number_dtype, to_device,
 from training.data.batches import held_out_batches, scored_span
 from training.data.corpus import Splits
 from training.errors import UserError
+from training.fields import Field
 from training.run.config import RunConfig
 from training.step.batch import IGNORE_INDEX, Batch, without_padding_labels
 from training.step.losses import language_modelling
@@ -33,6 +34,17 @@ class Score(NamedTuple):
     avg_k: float
     tokens: int
     bytes: int
+
+
+DURING = {  # in the record of a step after which the run was scored
+    "held_out_nats": Field("nats per token", "Loss on the first `eval_bytes` of the held-out text, after the step."),
+    "held_out_bits_per_byte": Field("bits per byte", "The same loss per byte of the scored text."),
+}
+
+
+def recorded(score: Score) -> dict[str, float]:
+    """Fields of a score in the record of a step."""
+    return dict(zip(DURING, (score.nats_per_token, score.bits_per_byte), strict=True))
 
 
 def evaluate(

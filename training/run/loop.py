@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from training.distributed.sharded_checkpoint import save_sharded
+from training.fields import Field
 from training.report.alarms import kind_of
 from training.run.context import EarlyStop, Run, about_of, append_record, best_of, better, scores_since_best
+from training.run.evaluate import recorded
 from training.run.nonfinite import NotFinite, bad_numbers, keep_evidence
 from training.run.process import deferred_signals
 from training.run.program import Batches, Program, program
@@ -24,6 +26,11 @@ from training.storage.checkpoint import named_tensors, save_checkpoint
 from training.storage.recorder import Recorder, iter_history, to_record
 from training.terminal import LOG, ProgressBar, progress
 
+SKIPPED = {
+    "skipped": Field(
+        "true", "Present where `on_nonfinite: skip` left the state as it was, as the step had NaN or infinity."
+    )
+}
 ALARM_EVERY = 50  # steps between two looks at the router's health
 BAR = "{n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"  # tqdm's own is cut at 110 columns
 Effects = tuple[tuple[int, Callable[[], object]], ...]  # (steps between two times, 0 for never; what is done then)
@@ -106,7 +113,7 @@ def _step(
             f"step {step + 1}: expected finite numbers, got NaN or inf in {', '.join(bad[:3])}; stopped before it; "
             f"look with `tiny-onn rerun {run.folder} --step {step + 1}`, go on with --resume --on-nonfinite skip"
         )
-    return passed_over(state), values | {"skipped": True}, bool(end)
+    return passed_over(state), values | dict.fromkeys(SKIPPED, True), bool(end)
 
 
 def _held_out(run: Run, state: TrainState) -> dict[str, float]:
@@ -114,7 +121,7 @@ def _held_out(run: Run, state: TrainState) -> dict[str, float]:
     whole, scores = run.team.whole(state, run.config.model), {}
     if run.team.first:
         score = held_out_score(run, whole, run.config.eval_bytes)
-        scores = {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
+        scores = recorded(score)
     return run.team.world.broadcast_object(scores)
 
 

@@ -11,15 +11,49 @@ import torch
 from tiny_onn_func.inference.generate import generate
 from tiny_onn_func.params import count_active_params, count_params
 from training.data.batches import count_held_out_batches, held_out_batches, scored_span
+from training.fields import Field
 from training.report.alarms import Guards, collapse_alarms
 from training.report.figures import draw_core_metrics, draw_expert_dashboard
 from training.run.config import RunConfig, hyper_params
 from training.run.context import EarlyStop, Run, best_step
-from training.run.evaluate import Score, evaluate
+from training.run.evaluate import Score, evaluate, recorded
 from training.run.schedule import LEGS
 from training.step.hyper_step import TrainState
 from training.storage.atomic import write_text
+from training.storage.results import MEASURES
 from training.terminal import LOG, progress
+
+OF_SCORE = {  # of summary.json, of a run and of a run of a study
+    "accuracy": Field("share", "Share of held-out tokens that equal the model's most probable token."),
+    "steps": Field("steps", "Steps that were made, the last one included that diverged."),
+    "tokens": Field("tokens", "Tokens trained on."),
+    "train_seconds": Field("s", "Training time, without scores, pictures and checkpoints."),
+    "tokens_per_second": Field("tokens per s", "Speed of the training: `tokens` / `train_seconds`."),
+    "parameters": Field("parameters", "All parameters of the model."),
+    "held_out_bytes": Field("bytes", "Size of the scored text."),
+    "held_out_tokens": Field("tokens", "Targets that were scored."),
+    "alarms": Field(
+        "list of text",
+        "Collapse alarms at the end of the run, a sentence or two each; empty if there is none.",
+    ),
+}  # fmt: skip
+SUMMARY = {
+    **{key: MEASURES[key] for key in ("nats_per_token", "bits_per_byte", "avg_k", "active_parameters")},
+    **OF_SCORE,
+    "best_step": Field("step", "Step of the lowest `held_out_nats` of the records; null without such a score."),
+    "stopped": Field("object", "Null, or `step` and `reason` of a run that `stop_when` ended early."),
+    LEGS: Field(
+        "list of pairs",
+        "First step and planned number of steps of each leg: a run that was resumed with other `steps` has several.",
+    ),
+    "processes": Field("processes", "Processes (ranks) of the run."),
+    "bytes_sent_per_step": Field("bytes, by purpose", "Bytes that rank 0 sent in a step; empty on one process."),
+    "baselines": Field(
+        "bits per byte, by name",
+        "Scores of gzip -9, bigram, unigram and uniform models on the same bytes.",
+    ),
+    "sample": Field("text", "The prompt and a sampled continuation."),
+}  # fmt: skip
 
 
 def finish(run: Run, state: TrainState, seconds: float, stopped: EarlyStop | None = None) -> dict[str, Any]:
@@ -28,7 +62,7 @@ def finish(run: Run, state: TrainState, seconds: float, stopped: EarlyStop | Non
     best = best_step(run.history)
     score = held_out_score(run, state, config.final_eval_bytes, show=True)
     if run.history:
-        run.history[-1] |= {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
+        run.history[-1] |= recorded(score)
     draw(run)
     tokens = int(state.step) * run.tokens_a_step
     summary = {

@@ -1,14 +1,12 @@
 """HyperParams: the numbers of a run, every one of which may be mapped by vmap."""
 
-import ast
-import inspect
 from collections.abc import Sequence
-from itertools import pairwise
 from numbers import Real
 from typing import Annotated, NamedTuple
 
 from torch import Tensor
 
+from training.fields import show_in_help
 from training.step.ranges import ABOVE_0, ABOVE_0_TO_1, BELOW_1, FROM_0, FROM_0_TO_1, FROM_1, SEED, SIGN, ranges_of
 
 Number = int | float | Tensor  # a Python number, or a 0-d tensor when mapped
@@ -91,20 +89,8 @@ class HyperParams(NamedTuple):
     busiest expert, with fresh optimizer state; 0 is never."""
 
 
-def field_texts(kind: type) -> dict[str, str]:
-    """Map each field to the text below it in the source of its class."""
-    body = getattr(ast.parse(inspect.getsource(kind)).body[0], "body", [])
-    return {
-        ast.unparse(field.target): ast.literal_eval(text.value)
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
-
-
-for _name, _text in field_texts(HyperParams).items():  # for help(), which says "Alias for field number 0" otherwise
-    getattr(HyperParams, _name).__doc__ = _text
-
-
+show_in_help(HyperParams)
+HyperParams.__new__.__annotations__ = dict.fromkeys(HyperParams._fields, Number)  # for help(): no ranges there
 RANGES = ranges_of(HyperParams)
 
 

@@ -1,11 +1,12 @@
 """Metrics of a hyper step, computed from its sums."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from training.fields import show_in_help
 from training.step.hyper_params import HyperParams
 from training.step.losses import predictive_integrity
 from training.step.router_loss import RouterLoss
@@ -60,30 +61,62 @@ def average_k(
 
 
 class Metrics(NamedTuple):
-    """Measurements of a step before its update; one number of each run unless a shape is given."""
+    """Measurements of a hyper step before its update: a number per run, or (L, E) numbers where the unit says so."""
 
-    main_loss: Tensor  # mean nats per target
-    distill_loss: Tensor  # mean KL(teacher || student) per target, nats; 0 without a teacher
-    router_loss: Tensor  # mean nats per informative (layer, token)
-    main_acc: Tensor  # share of targets that the most probable token hits
-    gating_acc: Tensor  # share of informative tokens whose preferred expert is the target
-    gating_trivial: Tensor  # mean of 1 / (experts that the token visits in the layer) over informative (layer, token)
-    surprise: Tensor  # mean over routed (layer, token, expert)
-    nonfinite_surprise: Tensor  # routed (layer, token, expert) whose surprise is NaN or infinite
-    tau: Tensor  # mean entropy of the output distribution, nats
-    pi_score: Tensor
-    avg_k: Tensor  # experts per real token
-    max_vio: Tensor  # (max load - mean load) / mean load, mean over layers
-    dead_experts: Tensor  # (layer, expert) pairs without a row in this batch
-    tie_rate: Tensor  # share of real (layer, token) with enough candidates, two or more, which are all equal (2^-17)
-    balance_loss: Tensor
-    z_loss: Tensor
-    grad_norm: Tensor  # of the mean main loss in the fast parameters, before clipping
-    router_grad_norm: Tensor
-    lr: Tensor
-    expert_load: Tensor  # (L, E) share of routed rows
-    target_load: Tensor  # (L, E) share of informative tokens whose target it is
-    expert_surprise: Tensor  # (L, E) mean surprise of the expert's rows, 0 where it got none
+    main_loss: Annotated[Tensor, "nats per target"]
+    """Cross entropy of the next token, mean over the target tokens of the batch."""
+    distill_loss: Annotated[Tensor, "nats per target"]
+    """KL(teacher || student), mean over the target tokens; 0 without a teacher."""
+    router_loss: Annotated[Tensor, "nats per (layer, token)"]
+    """Cross entropy of the router's logits to its targets, mean over the informative (layer, token) pairs."""
+    main_acc: Annotated[Tensor, "share"]
+    """Share of target tokens that equal the model's most probable token."""
+    gating_acc: Annotated[Tensor, "share"]
+    """Gating accuracy: share of informative (layer, token) pairs whose largest router logit is at the target expert. A
+    high value is no success in itself; see *K = 1 is absorbing* in the README."""
+    gating_trivial: Annotated[Tensor, "share"]
+    """Chance level of `gating_acc`: mean of 1 / (experts that the token visits in the layer) over the informative
+    (layer, token) pairs. It assumes that the target is among the visited experts, which it need not be with shuffled or
+    oracle targets."""
+    surprise: Annotated[Tensor, "nats per unit of weight"]
+    """Mean surprise over the visits. The unit is that of the kind w2, a gradient norm; `benefit` and `oracle` are in
+    nats."""
+    nonfinite_surprise: Annotated[Tensor, "visits"]
+    """Visits whose surprise is NaN or infinite."""
+    tau: Annotated[Tensor, "nats"]
+    """Mean entropy of the model's output distribution over the target tokens."""
+    pi_score: Annotated[Tensor, "0 to 1"]
+    """Predictive integrity: exp(-pi_alpha * (main_loss / tau + pi_gamma * surprise))."""
+    avg_k: Annotated[Tensor, "experts per token"]
+    """Experts that a real token visits, mean over layers and tokens."""
+    max_vio: Annotated[Tensor, "ratio"]
+    """Maximal violation of balance: (largest load - mean load) / mean load, mean over layers; 0 is an even load, E - 1
+    is a single expert with all tokens (arXiv 2408.15664)."""
+    dead_experts: Annotated[Tensor, "(layer, expert) pairs"]
+    """Pairs without a visit in this batch."""
+    tie_rate: Annotated[Tensor, "share"]
+    """Share of real (layer, token) pairs whose candidates, two or more, have equal surprise (largest and smallest
+    differ by at most 2^-17 of the larger): such a pair does not teach the router."""
+    balance_loss: Annotated[Tensor, "number"]
+    """Load-balance loss of the Switch Transformer, before its weight; 1 where the load or the router's mean
+    probabilities are even."""
+    z_loss: Annotated[Tensor, "number"]
+    """Router z-loss of ST-MoE, before its weight."""
+    grad_norm: Annotated[Tensor, "nats per unit of weight"]
+    """Norm of the gradient of the mean main loss in the parameters of the fast system, before clipping."""
+    router_grad_norm: Annotated[Tensor, "nats per unit of weight"]
+    """Norm of the router's gradient, before clipping."""
+    lr: Annotated[Tensor, "per step"]
+    """Learning rate of the fast system in this step, after warm-up and schedule."""
+    expert_load: Annotated[Tensor, "share, (L, E)"]
+    """Load: share of a layer's visits that go to an expert."""
+    target_load: Annotated[Tensor, "share, (L, E)"]
+    """Share of a layer's informative tokens whose target is this expert."""
+    expert_surprise: Annotated[Tensor, "nats per unit of weight, (L, E)"]
+    """Mean surprise of an expert's visits; 0 without a visit."""
+
+
+show_in_help(Metrics)
 
 
 def step_metrics(

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 from training.errors import UserError
+from training.fields import Field
 from training.storage.atomic import flush, make_folder, write_text
 from training.storage.logger import LoggedRun
 from training.storage.loggers import Loggers
 from training.storage.regular_file import MOST, open_regular
 
 FILE = "metrics.jsonl"
+PROGRESS = {  # of every record, before the metrics
+    "step": Field("steps", "Number of the step, counted from 1."),
+    "tokens": Field("tokens", "Tokens trained on up to this step."),
+    "seconds": Field("s", "Training time up to this step, without scores, pictures and checkpoints."),
+}
 SCALAR_DIGITS, TABLE_DIGITS = 6, 4  # significant digits kept of scalars, and of entries of tensors with axes
 
 
@@ -130,7 +136,8 @@ class Recorder:
         Raises:
             UserError: the disk refuses.
         """
-        record = {"step": int(step), "tokens": int(tokens), "seconds": round(float(seconds), 3), **to_record(metrics)}
+        progress = int(step), int(tokens), round(float(seconds), 3)
+        record = dict(zip(PROGRESS, progress, strict=True)) | to_record(metrics)
         try:
             self._file.write(json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n")
             self._file.flush()  # a killed process loses no whole record

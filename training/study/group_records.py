@@ -7,13 +7,26 @@ from typing import Any
 import torch
 
 from tiny_onn_func.tree import to_device, unstack
-from training.run.evaluate import Score
+from training.fields import Field
+from training.run.evaluate import recorded
 from training.step.metrics import Metrics
 from training.storage.atomic import write_text
 from training.storage.recorder import FILE, Recorder, records_upto, rewrite_records
 from training.study.group_state import GroupRun, GroupState
 from training.study.routing_analysis import RouterSnapshot, drift, router_snapshot
 from training.study.tasks import overall, score_tasks
+
+SNAPSHOT = {  # in the record of a step after which the run was scored
+    "routing_drift": Field(
+        "share",
+        "Held-out tokens whose first choice changed since the last score, mean over layers.",
+    ),
+    "routing_drift_layers": Field("share, (L,)", "The same for each layer."),
+    "co_activation_layers": Field(
+        "nats, (L,)",
+        "Excess co-activation of each layer's experts on held-out text; 0 is chance.",
+    ),
+}  # fmt: skip
 
 
 def open_record(folder: Path, step: int) -> Recorder:
@@ -40,7 +53,7 @@ def record_step(group: GroupRun, state: GroupState, metrics: Metrics, recorders:
     is_due = is_scored or step in (1, config.steps) or step % group.study.record_every == 0
     scores = score_tasks(state.runs.params, group.runs, group.corpora, config.eval_bytes) if is_scored else []
     snap = snapshot(group, state) if is_scored else None
-    extras = [_scored(overall(tasks)) for tasks in scores] or [{} for _ in group.runs]
+    extras = [recorded(overall(tasks)) for tasks in scores] or [{} for _ in group.runs]
     extras = [a | b for a, b in zip(extras, _routing(state, snap), strict=True)] if snap is not None else extras
     tokens, seconds = step * config.batch_size * config.sequence_length, float(state.seconds) / len(group.runs)
     rows = zip(unstack(to_device(metrics, "cpu")), extras, state.diverged_at.tolist(), recorders, strict=True)
@@ -50,14 +63,10 @@ def record_step(group: GroupRun, state: GroupState, metrics: Metrics, recorders:
     return state if snap is None else state._replace(choices=snap.first_choices)
 
 
-def _scored(score: Score) -> dict[str, Any]:
-    return {"held_out_nats": score.nats_per_token, "held_out_bits_per_byte": score.bits_per_byte}
-
-
 def _routing(state: GroupState, snap: RouterSnapshot) -> list[dict[str, Any]]:
     """Routing drift since the last snapshot and co-activation of the experts, a record for each run."""
     drifts = drift(state.choices, snap.first_choices).cpu().to(torch.float64)
     return [
-        {"routing_drift": float(layers.mean()), "routing_drift_layers": layers, "co_activation_layers": together}
+        dict(zip(SNAPSHOT, (float(layers.mean()), layers, together), strict=True))
         for layers, together in zip(drifts, snap.co_activation, strict=True)
     ]

@@ -19,6 +19,7 @@ from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.tree import Tree, device_of, number_dtype, to_device, unstack
 from training.data.batches import batch_at, held_out_batches
 from training.data.corpus import Corpus
+from training.fields import Field
 from training.run.config import RunConfig
 from training.step.batch import IGNORE_INDEX, Batch
 from training.step.oracle import counterfactual_losses, draw_sample, fill_sampled, regret
@@ -28,6 +29,37 @@ KINDS = (*VALUES, "oracle")  # rows and columns of the agreement matrices
 MOST_PICKS = 4  # sampled tokens of a sequence and layer: more sequences are more independent
 WIDER = 4  # forks may make a sequence this many times longer
 Facts = dict[str, Any]
+ROUTING = {  # `routing` of summary.json; in analysis.json the means over an arm's runs
+    "sampled": Field("tokens", "Sampled held-out tokens per layer."),
+    "regret.router": Field("nats", "Oracle regret of the router's first choice."),
+    "regret.random": Field("nats", "Oracle regret of an expert drawn at random."),
+    "regret.visited random": Field("nats", "Oracle regret of one of the visited experts drawn at random."),
+    "regret.visited best": Field("nats", "Oracle regret of the best visited expert."),
+    "regret.KIND": Field(
+        "nats",
+        "Oracle regret of the visited expert with the lowest value of a kind of surprise, or the lowest routing "
+        "weight (`weight`).",
+    ),
+    "regret_by_layer": Field("nats, (L,)", "Oracle regret of the router's first choice in each layer."),
+    "oracle_hits": Field("share", "Share of sampled tokens whose first choice is the best expert by the oracle."),
+    "oracle_chance": Field("share", "`oracle_hits` of an expert drawn at random: 1 / E."),
+    "agreement.kinds": Field("list of text", "Rows and columns of the agreement matrices."),
+    "agreement.tau": Field(
+        "-1 to 1",
+        "Kendall's tau-b of two kinds' rankings of a token's visited experts, mean over tokens.",
+    ),
+    "agreement.top1": Field("share", "Share of tokens for which both kinds put the same expert first."),
+    "agreement.chance": Field("share", "`top1` of a visited expert drawn at random: mean 1 / K."),
+    "co_activation": Field(
+        "nats",
+        "Excess co-activation of the experts, mean over layers; null where no token visits two.",
+    ),
+    "co_activation_cosine": Field(
+        "0 to 1, (L, E, E)",
+        "Tokens that visit both experts / root of the product of each one's tokens; in a run's summary.json "
+        "alone.",
+    ),
+}  # fmt: skip
 
 
 class Sampled(NamedTuple):

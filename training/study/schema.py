@@ -4,8 +4,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from training.fields import field_texts
 from training.run.describe import DRAFT, key_schemas, object_schema, settings_schema
-from training.step.hyper_params import field_texts
 from training.study.config import IN_BASE, KEYS, QUICK_PARTS, UNUSED, StudyConfig
 
 

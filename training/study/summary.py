@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from tiny_onn_func.params import count_active_flops, count_active_params, count_params
+from training.fields import Field, fields_of
 from training.report.alarms import WINDOW
 from training.run.evaluate import Score
-from training.run.summary import alarms
+from training.run.summary import OF_SCORE, alarms
 from training.step.metrics import load_entropy
 from training.storage.atomic import write_text
 from training.storage.recorder import read_history
-from training.storage.results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
+from training.storage.results import DIVERGED, FINISHED, IDENTITY, MEASURES, UNFINISHED, Row
 from training.study.config import StudyRun
 from training.study.tasks import Continual, Matrix, continual_measures
 
@@ -84,6 +85,23 @@ def routing_columns(facts: Mapping[str, Any] | None) -> dict[str, float | None]:
     of = facts["regret"]
     regrets = {"regret": of["router"], "regret_random": of["random"], "regret_w2": of["w2"]}
     return regrets | {key: facts[key] for key in ("oracle_hits", "co_activation")}
+
+
+SUMMARY = {
+    **{key: IDENTITY[key] for key in ("run", "arm", "seed")},
+    **MEASURES,
+    "overrides": Field("object", "Each setting that an arm or an axis changes, and this run's value."),
+    **OF_SCORE,
+    "routing": Field("object", "Routing analysis on held-out tokens; null where it was not made."),
+}
+STREAM = {  # in studies with `tasks`
+    **fields_of(Continual),
+    "order": IDENTITY["order"],
+    "score_matrix": Field(
+        "nats per token",
+        "R[i][j]: loss of the j-th task of the order after training on the i-th one.",
+    ),
+}  # fmt: skip
 
 
 def write_summary(outcome: Outcome, row: Row) -> None:

@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,9 +48,12 @@ Matrix = Sequence[Sequence[float]]  # R: R[i][j] in nats per token
 class Continual(NamedTuple):
     """Measures of a matrix of scores, in nats per token."""
 
-    bwt: float
-    forgetting: float
-    plasticity: float
+    bwt: Annotated[float, "nats per token"]
+    """Backward transfer: mean over the earlier tasks of (loss just after learning - loss at the end)."""
+    forgetting: Annotated[float, "nats per token"]
+    """Mean over the earlier tasks of (loss at the end - lowest loss before); 0 is none."""
+    plasticity: Annotated[float, "nats per token"]
+    """Mean loss of a task just after it was learned; less is better."""
 
 
 def continual_measures(matrix: Matrix) -> Continual:
