@@ -42,10 +42,14 @@ def attention(
     rotary: tuple[Tensor, Tensor],
     bias: Float[Tensor, "*#runs #batch seq seq"],
     config: ModelConfig,
+    values: Float[Tensor, "*runs batch seq all_groups"] | None = None,
 ) -> Float[Tensor, "*runs batch seq dim"]:
     """softmax(q k^T / sqrt(head_dim)) v, every group of query heads sharing one key and value head.
 
     A query that sees no key at all (padding on the left) gets a finite value that nobody reads.
+
+    Args:
+        values: what is added to v (value embeddings: Zhou et al. 2024, arXiv 2410.17897, keyed by the token).
     """
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     runs, batch, dim = x.shape[:-3], x.shape[-3], config.head_dim
@@ -56,6 +60,8 @@ def attention(
     norms = torch.cat([norm.unsqueeze(-2).expand(*runs, count, dim) for norm, count in each], dim=-2)
     by_head = rearrange(qkv, "... (batch seq) (heads dim) -> ... batch seq heads dim", batch=batch, dim=dim)
     q, k, v = split_heads(by_head, norms, rotary, config.rms_norm_eps)
+    if values is not None:
+        v = v + rearrange(values, "... seq (groups dim) -> ... groups seq dim", groups=groups)
     q = rearrange(q, "... (groups share) seq dim -> ... groups share seq dim", groups=groups)
     out = attend(q, k, v, bias)
     out = rearrange(out, "... batch seq groups share dim -> ... (batch seq) (groups share dim)")

@@ -6,6 +6,8 @@ from typing import Literal
 
 RoutingRule = Literal["router", "token", "hash", "thresholds"]
 ROUTING_RULES: tuple[RoutingRule, ...] = ("router", "token", "hash", "thresholds")
+MAX_NGRAM = 8  # tokens of an n-gram
+MAX_BUCKETS = 1 << 31  # rows of a table of n-grams: its hash has 32 bits
 DYNAMIC_K = -1  # value of num_experts_per_tok that hands the choice of K to the surprise budget
 
 
@@ -45,6 +47,18 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     tie_word_embeddings: bool = True
     """Whether the head is the transposed embedding."""
+    ngram_order: int = 1
+    """Longest n-gram whose hashed embedding is added to the token's; 1 is the token alone."""
+    ngram_buckets: int = 4096
+    """Rows of the embedding table of each order from 2 to ngram_order."""
+    value_embeddings: bool = False
+    """Whether each layer adds a vector of the token's own to the values of its attention."""
+    token_bias: bool = False
+    """Whether each layer adds a vector of the token's own to the residual stream."""
+    logit_softcap: float = 0.0
+    """Bound c of the logits, which become c * tanh(logits / c); 0 is none."""
+    zero_init: bool = False
+    """Whether what writes into the residual stream, o_proj and w2, begins at zero."""
     routing: RoutingRule = "router"
     """`router` asks the router for a ranking; `token` lets it see the token's embedding alone, so that a token visits
     the same experts wherever it stands; `hash` takes a fixed hash of token id and layer instead; `thresholds` takes
@@ -74,10 +88,17 @@ class ModelConfig:
         _require(self.routing in ROUTING_RULES, "routing", " or ".join(ROUTING_RULES), self.routing)
         dynamic = self.routing != "thresholds" or top_k == DYNAMIC_K
         _require(dynamic, "num_experts_per_tok", f"{DYNAMIC_K} (dynamic) with routing: thresholds", top_k)
-        for name in ("rms_norm_eps", "rope_theta"):
+        for name, most in (("ngram_order", MAX_NGRAM), ("ngram_buckets", MAX_BUCKETS)):
             came = getattr(self, name)
+            whole = isinstance(came, int) and not isinstance(came, bool)
+            _require(whole and 1 <= came <= most, name, f"a whole number, 1 to {most}", repr(came))
+        for name in ("tie_word_embeddings", "value_embeddings", "token_bias", "zero_init"):
+            _require(isinstance(getattr(self, name), bool), name, "True or False", repr(getattr(self, name)))
+        for name in ("rms_norm_eps", "rope_theta", "logit_softcap"):
+            came, may_be_off = getattr(self, name), name == "logit_softcap"
             number = isinstance(came, int | float) and not isinstance(came, bool)
-            _require(number and 0 < came < math.inf, name, "a finite number, more than 0", came)
+            wanted = "a finite number, 0 or more" if may_be_off else "a finite number, more than 0"
+            _require(number and (came > 0 or (came == 0 and may_be_off)) and came < math.inf, name, wanted, came)
 
     @property
     def routes_per_token(self) -> int:

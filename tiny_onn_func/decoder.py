@@ -11,6 +11,7 @@ from torch import Tensor
 from tiny_onn_func.attention import attention, causal_bias
 from tiny_onn_func.checks import check_indices, check_mask
 from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.embedding import ngram_embedding, softcapped
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_w2, apply_w13
 from tiny_onn_func.experts import apply_w13 as plain_apply_w13
 from tiny_onn_func.moe import RouterTrace, RoutingInputs, moe
@@ -82,11 +83,16 @@ def forward(
         rearrange(real != 0, "... b s -> ... (b s)"), surprise_budget, router_coupling, explore,
         rearrange(input_ids, "... b s -> ... (b s)"), override, rearrange(x, "... b s dim -> ... (b s) dim"),
     )  # fmt: skip
+    if config.ngram_order > 1:
+        x = x + ngram_embedding(params, input_ids, real, config)
     bias = causal_bias(attention_mask, seq, device, x.dtype)
     traces = []
     for index, layer in enumerate(unstack_layers(params["layers"], config.num_hidden_layers, len(runs))):
         normed = rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
-        x = x + attention(normed, layer["self_attn"], rotary, bias, config)
+        values = embed(input_ids, layer["self_attn"]["value_embed"]) if config.value_embeddings else None
+        x = x + attention(normed, layer["self_attn"], rotary, bias, config, values)
+        if config.token_bias:
+            x = x + embed(input_ids, layer["token_bias"])
         normed = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
         tokens = rearrange(normed, "... b s dim -> ... (b s) dim")
         out, trace = moe(tokens, layer["moe"], index, routing, config, apply_w2, apply_w13)
@@ -96,7 +102,7 @@ def forward(
     normed = rearrange(rms_norm(x, params["norm"], config.rms_norm_eps), "... b s dim -> ... (b s) dim")
     logits = rearrange(dense_matmul(normed, head), "... (b s) vocab -> ... b s vocab", b=batch)
     stacked = (torch.stack(same, dim=-3) for same in zip(*traces, strict=True))
-    return logits.to(wide_dtype(logits.dtype)), RouterTrace(*stacked)
+    return softcapped(logits.to(wide_dtype(logits.dtype)), config), RouterTrace(*stacked)
 
 
 def unstack_layers(layers: Mapping[str, Any], count: int, axis: int = 0) -> list[dict[str, Any]]:

@@ -28,12 +28,13 @@ def param_specs(config: ModelConfig) -> dict[str, Spec]:
     """Dotted name -> Spec. Layers are stacked on a leading axis L, experts on E; weights are (in, out).
 
     Matrices start at 1 / sqrt(fan in), so that activations keep their size whatever the widths; the two that write
-    into the residual stream are smaller by sqrt(2 L), one for each write (GPT-2).
+    into the residual stream are smaller by sqrt(2 L), one for each write (GPT-2), or zero. Tables that are looked up
+    beside the embedding start at zero.
     """
     layers, width, inner = config.num_hidden_layers, config.hidden_size, config.moe_intermediate_size
     experts, head_dim = config.num_experts, config.head_dim
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    residual = 1 / math.sqrt(2 * layers)
+    residual = 0.0 if config.zero_init else 1 / math.sqrt(2 * layers)
 
     def norm(*shape: int) -> Spec:
         return Spec(shape, fill=1.0)
@@ -58,6 +59,12 @@ def param_specs(config: ModelConfig) -> dict[str, Spec]:
         "layers.moe.w2": matrix(layers, experts, inner, width, gain=residual),
         "norm": norm(width),
     }
+    if config.value_embeddings:
+        specs["layers.self_attn.value_embed"] = Spec((layers, config.vocab_size, keys))
+    if config.token_bias:
+        specs["layers.token_bias"] = Spec((layers, config.vocab_size, width))
+    if config.ngram_order > 1:
+        specs["ngram_embed"] = Spec((config.ngram_order - 1, config.ngram_buckets, width))
     if not config.tie_word_embeddings:
         specs["lm_head"] = Spec((width, config.vocab_size), std=EMBEDDING_STD)
     return specs
@@ -94,6 +101,7 @@ def count_active_flops(config: ModelConfig, experts_per_tok: float, sequence_len
     average. Norms, rotations and activations are left out. A training step costs about three times as much.
     """
     idle = {"norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "router_bias"}
+    idle |= {"value_embed", "token_bias", "ngram_embed"}
     idle |= set() if config.tie_word_embeddings else {"embed_tokens"}
     idle |= {"router"} if config.routing == "hash" else set()
     sizes = {name: math.prod(spec.shape) for name, spec in param_specs(config).items()}

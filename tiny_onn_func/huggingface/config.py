@@ -12,6 +12,9 @@ CONFIG = "config.json"
 DENSE, MOE, OWN = "qwen3", "qwen3_moe", "tiny_onn"  # OWN: a model that Qwen3-MoE cannot express (dynamic K, bias)
 ARCHITECTURES = {DENSE: "Qwen3ForCausalLM", MOE: "Qwen3MoeForCausalLM", OWN: "TinyOnnForCausalLM"}
 SECTION, FORMAT = "tiny_onn", 1  # key of config.json that holds what Hugging Face has no name for, and its version
+OWN_SETTINGS: dict[str, Any] = {  # what Qwen3-MoE has no name for -> the value with which it has none to say
+    "ngram_order": 1, "value_embeddings": False, "token_bias": False, "logit_softcap": 0.0,
+}  # fmt: skip
 MAX_CONFIG_BYTES = 1 << 24
 MAX_SIZE = 2**31 - 1
 
@@ -97,6 +100,7 @@ def config_values(config: ModelConfig, kind: str, dtype: str, extra: Values | No
             "min_experts_per_tok": config.min_experts_per_tok,
             "max_experts_per_tok": config.max_experts_per_tok,
             "routing": config.routing,
+            **{name: getattr(config, name) for name in (*OWN_SETTINGS, "ngram_buckets") if kind == OWN},
         },
     }
 
@@ -202,7 +206,11 @@ def _moe_sizes(values: Values, kind: str) -> dict[str, Any]:
     routing, known = section.get("routing", "router"), ROUTING_RULES if kind == OWN else ("router",)
     if routing not in known:
         raise ValueError(f"routing: expected {' or '.join(known)}, got {shown(routing)}")
-    return sizes | {"min_experts_per_tok": _whole(section, "min_experts_per_tok", 1), "routing": routing}
+    least = _whole(section, "min_experts_per_tok", 1)
+    own = {name: section[name] for name in (*OWN_SETTINGS, "ngram_buckets") if name in section}
+    if kind != OWN and own:
+        raise ValueError(f"{min(own)}: expected no such key with model_type {MOE}, got {shown(own[min(own)])}")
+    return sizes | own | {"min_experts_per_tok": least, "routing": routing}
 
 
 def _rope_theta(values: Values) -> float:

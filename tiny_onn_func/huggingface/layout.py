@@ -20,6 +20,7 @@ ATTENTION = {  # ours -> (theirs, whether (in, out) is transposed there)
     "self_attn.k_norm": ("self_attn.k_norm", False),
     "post_attention_layernorm": ("post_attention_layernorm", False),
 }
+TABLES = {"value_embeddings": "self_attn.value_embed", "token_bias": "token_bias"}  # setting -> leaf of a layer
 EXPERT = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -63,6 +64,8 @@ def layout(config: ModelConfig, spelling: Spelling, *, bias: bool = False) -> It
     yield iter((Piece(EMBEDDING, ("embed_tokens",), (), False),))
     for layer in range(config.num_hidden_layers):
         yield _layer(config, spelling, layer, bias)
+    if config.ngram_order > 1:
+        yield iter((Piece("model.ngram_embed.weight", ("ngram_embed",), (), False),))
     yield iter((Piece("model.norm.weight", ("norm",), (), False),))
     if not config.tie_word_embeddings:
         yield iter((Piece(HEAD, ("lm_head",), (), True),))
@@ -72,6 +75,9 @@ def _layer(config: ModelConfig, spelling: Spelling, layer: int, bias: bool) -> I
     prefix = f"model.layers.{layer}"
     for ours, (theirs, transposed) in ATTENTION.items():
         yield Piece(f"{prefix}.{theirs}.weight", (f"layers.{ours}",), (layer,), transposed)
+    for setting, leaf in TABLES.items():
+        if getattr(config, setting):
+            yield Piece(f"{prefix}.{leaf}.weight", (f"layers.{leaf}",), (layer,), False)
     if spelling == "dense":
         for ours, theirs in EXPERT.items():
             yield Piece(f"{prefix}.mlp.{theirs}.weight", (f"layers.moe.{ours}",), (layer, 0), True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
-from tiny_onn_func.huggingface.config import MOE, OWN, config_values, read_config, shown
+from tiny_onn_func.huggingface.config import MOE, OWN, OWN_SETTINGS, config_values, read_config, shown
 from tiny_onn_func.huggingface.folder import DTYPES, Stored, read_headers, read_tensors, write_folder
 from tiny_onn_func.huggingface.layout import EMBEDDING, HEAD, Spelling, layout
 from tiny_onn_func.params import check_params, param_specs
@@ -90,6 +90,9 @@ def inexpressible(params: Mapping[str, Any], config: ModelConfig) -> str | None:
         return "a selection bias of the router (loss-free balancing)"
     if config.routing != "router":
         return f"routing by {config.routing}"
+    for name, off in OWN_SETTINGS.items():
+        if getattr(config, name) != off:
+            return f"model.{name} {getattr(config, name)}"
     return "dynamic K (num_experts_per_tok -1)" if config.num_experts_per_tok == DYNAMIC_K else None
 
 

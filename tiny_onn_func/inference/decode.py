@@ -16,6 +16,7 @@ from torch import Tensor
 from tiny_onn_func.attention import causal_bias
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.decoder import unstack_layers
+from tiny_onn_func.embedding import NO_TOKEN, ngram_embedding, softcapped
 from tiny_onn_func.inference.arguments import check_memory, check_tokens
 from tiny_onn_func.inference.kv_cache import append, empty_cache, view
 from tiny_onn_func.moe import router_input, router_logits
@@ -32,6 +33,8 @@ class LayerWeights(NamedTuple):
     qkv: Float[Tensor, "dim all_heads"]
     qk_norm: Float[Tensor, "rotated_heads head_dim"]
     o_proj: Float[Tensor, "heads dim"]
+    value_embed: Float[Tensor, "vocab groups"] | None
+    token_bias: Float[Tensor, "vocab dim"] | None
     post_norm: Float[Tensor, " dim"]
     router: Float[Tensor, "dim experts"]  # in the dtype of decisions
     router_bias: Float[Tensor, " experts"]
@@ -49,6 +52,7 @@ class DecodeState(NamedTuple):
 
     config: ModelConfig
     embedding: Float[Tensor, "vocab dim"]
+    ngrams: Mapping[str, Tensor]  # tables of n-grams, where the configuration has them
     layers: tuple[LayerWeights, ...]
     norm: Float[Tensor, " dim"]
     head: Float[Tensor, "dim vocab"]
@@ -61,6 +65,7 @@ class DecodeState(NamedTuple):
     surprise_budget: float
     memory: tuple[tuple[Tensor, Tensor], ...]  # the cache, layer by layer
     columns: list[int]  # one number: how many of the cache's columns were read
+    recent: list[Tensor]  # one (batch, order - 1): the last tokens that were read, NO_TOKEN before the first
 
 
 class DecodeOutput(NamedTuple):
@@ -101,10 +106,12 @@ def start_decoding(
     cos, sin = (angle.to(dtype)[:, :, None] for angle in rotary_angles(positions, config.head_dim, config.rope_theta))
     cache = empty_cache(config, batch, columns, dtype, device)
     return DecodeState(
-        config, embedding, layers, params["norm"], embedding.mT if config.tie_word_embeddings else params["lm_head"],
+        config, embedding, {name: params[name] for name in ("ngram_embed",) if name in params}, layers, params["norm"],
+        embedding.mT if config.tie_word_embeddings else params["lm_head"],
         as_scalar(config.rms_norm_eps, device, wide_dtype(dtype)),
         cos, sin, mask, hidden, context_length or columns, surprise_budget,
         tuple(zip(*(part.unbind(0) for part in cache), strict=True)), [0],
+        [torch.full((batch, config.ngram_order - 1), NO_TOKEN, device=device)],
     )  # fmt: skip
 
 
@@ -123,6 +130,8 @@ def _lay_out(layer: Mapping[str, Any]) -> LayerWeights:
         torch.cat([attn[name] for name in ("q_proj", "k_proj", "v_proj")], dim=1),
         torch.cat((attn["q_norm"].expand(heads, -1), attn["k_norm"].expand(groups, -1))),
         attn["o_proj"],
+        attn.get("value_embed"),
+        layer.get("token_bias"),
         layer["post_attention_layernorm"],
         moe["router"].to(wide_dtype(moe["w1"].dtype)),
         moe["router_bias"],
@@ -154,13 +163,24 @@ def decode(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> 
         _prompt_bias(state, new) if new > 1 else None if state.hidden is None else state.hidden[..., first : start + 1]
     )
     x, routes = F.embedding(flat, state.embedding), []
+    if state.config.ngram_order > 1:
+        x = x + _ngrams(state, tokens, real.view(batch, new), start).flatten(0, 1)
     for index, layer in enumerate(state.layers):
-        x = _attend(state, layer, index, x.view(batch, new, -1), start, first, bias)
+        x = _attend(state, layer, index, x.view(batch, new, -1), flat, start, first, bias)
         x, routing = _visit_experts(state, layer, index, x, flat, real)
         routes.append(routing)
     last = x.view(batch, new, -1)[:, -1]
     logits = _rms_norm(last, state.norm, state.eps) @ state.head
-    return DecodeOutput(logits.to(wide_dtype(logits.dtype)), tuple(routes))
+    return DecodeOutput(softcapped(logits.to(wide_dtype(logits.dtype)), state.config), tuple(routes))
+
+
+def _ngrams(state: DecodeState, tokens: Tensor, real: Tensor, start: int) -> Float[Tensor, "batch new dim"]:
+    """The embeddings of the n-grams that end at the new tokens; the last tokens are kept for the next ones."""
+    recent = state.recent[0] if start else torch.full_like(state.recent[0], NO_TOKEN)
+    read = torch.cat((recent, torch.where(real, tokens, NO_TOKEN)), dim=1)
+    state.recent[0] = read[:, -recent.shape[1] :]
+    embedded = ngram_embedding(state.ngrams, read.clamp_min(0), read != NO_TOKEN, state.config)
+    return embedded[:, recent.shape[1] :]
 
 
 def _prompt_bias(state: DecodeState, new: int) -> Float[Tensor, "#batch 1 queries keys"]:
@@ -174,17 +194,27 @@ def _prompt_bias(state: DecodeState, new: int) -> Float[Tensor, "#batch 1 querie
 
 
 def _attend(
-    state: DecodeState, layer: LayerWeights, index: int, x: Tensor, start: int, first: int, bias: Tensor | None
+    state: DecodeState,
+    layer: LayerWeights,
+    index: int,
+    x: Tensor,
+    ids: Tensor,
+    start: int,
+    first: int,
+    bias: Tensor | None,
 ) -> Float[Tensor, "tokens dim"]:
     """x + attention(norm(x)), as in attention.py; the heads of a group are queries of one key head."""
     config, (batch, new, width) = state.config, x.shape
     heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     x = x.view(-1, width)
     qkv = (_rms_norm(x, layer.input_norm, state.eps) @ layer.qkv).view(batch, new, -1, head_dim)
+    v = qkv[:, :, heads + groups :]
+    if layer.value_embed is not None:
+        v = v + F.embedding(ids, layer.value_embed).view(v.shape)
     qk = _rms_norm(qkv[:, :, : heads + groups], layer.qk_norm, state.eps)
     span = slice(start, start + new)
     qk = torch.addcmul(qk * state.cos[:, span], qk.roll(head_dim // 2, -1), state.sin[:, span])
-    append(state.memory[index], start, qk[:, :, heads:].transpose(1, 2), qkv[:, :, heads + groups :].transpose(1, 2))
+    append(state.memory[index], start, qk[:, :, heads:].transpose(1, 2), v.transpose(1, 2))
     keys, values = view(state.memory[index], first, start + new)
     q = qk[:, :, :heads].view(batch, new, groups, -1, head_dim).transpose(1, 2).reshape(batch, groups, -1, head_dim)
     if new == 1 and batch > 2:  # one query a row: two products take half the time of the library's kernel
@@ -193,7 +223,8 @@ def _attend(
     else:
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
     out = out.view(batch, groups, new, -1).transpose(1, 2).reshape(batch * new, -1)
-    return torch.addmm(x, out, layer.o_proj)
+    x = torch.addmm(x, out, layer.o_proj)
+    return x if layer.token_bias is None else x + F.embedding(ids, layer.token_bias)
 
 
 def _visit_experts(

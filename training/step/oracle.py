@@ -23,9 +23,10 @@ from tiny_onn_func.attention import attention
 from tiny_onn_func.checks import check_indices, check_mask
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import unstack_layers
+from tiny_onn_func.embedding import ngram_embedding, softcapped
 from tiny_onn_func.experts import apply_experts, apply_w2
 from tiny_onn_func.moe import RoutingInputs, moe
-from tiny_onn_func.ops import rms_norm, rotary_angles, wide_dtype
+from tiny_onn_func.ops import embed, rms_norm, rotary_angles, wide_dtype
 from tiny_onn_func.params import check_params
 from tiny_onn_func.routing import Routing, check_budget
 from training.step.batch import IGNORE_INDEX, Batch
@@ -65,25 +66,32 @@ def counterfactual_losses(
     positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device).expand_as(batch.input_ids)
     seq = positions.shape[1]
     x = F.embedding(batch.input_ids, params["embed_tokens"])
+    if config.ngram_order > 1:
+        x = x + ngram_embedding(params, batch.input_ids, batch.attention_mask, config)
     for index, layer in enumerate(unstack_layers(params["layers"], config.num_hidden_layers)):
         documents = batch.attention_mask.gather(1, positions)
         rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
         normed = rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
-        x = x + attention(normed, layer["self_attn"], rotary, _fork_bias(positions, documents, seq, x.dtype), config)
+        token_ids = batch.input_ids.gather(1, positions)
+        values = embed(token_ids, layer["self_attn"]["value_embed"]) if config.value_embeddings else None
+        bias = _fork_bias(positions, documents, seq, x.dtype)
+        x = x + attention(normed, layer["self_attn"], rotary, bias, config, values)
+        if config.token_bias:
+            x = x + embed(token_ids, layer["token_bias"])
         normed = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
         forked = repeat(sample[index], "batch picks -> batch (picks experts)", experts=config.num_experts)
         forks = _columns(x, forked) + _each_alone(_columns(normed, forked), layer["moe"], index, config)
         explored = None if explore is None else _explored(explore, positions, seq)
-        token_ids = batch.input_ids.gather(1, positions).flatten()
-        embedded = F.embedding(token_ids, params["embed_tokens"])
-        inputs = RoutingInputs((documents != 0).flatten(), surprise_budget, 0.0, explored, token_ids, embedded=embedded)
+        ids = token_ids.flatten()
+        embedded = F.embedding(ids, params["embed_tokens"])
+        inputs = RoutingInputs((documents != 0).flatten(), surprise_budget, 0.0, explored, ids, embedded=embedded)
         out, _ = moe(rearrange(normed, "b s dim -> (b s) dim"), layer["moe"], index, inputs, config, apply_w2)
         x = torch.cat((x + rearrange(out, "(b s) dim -> b s dim", b=x.shape[0]), forks), dim=1)
         positions = torch.cat((positions, forked), dim=1)
     head = params["embed_tokens"].mT if config.tie_word_embeddings else params["lm_head"]
     logits = rms_norm(x[:, seq:], params["norm"], config.rms_norm_eps) @ head
     labels = batch.labels.gather(1, positions[:, seq:])
-    log_p = logits.to(wide_dtype(logits.dtype)).log_softmax(dim=-1)
+    log_p = softcapped(logits.to(wide_dtype(logits.dtype)), config).log_softmax(dim=-1)
     picked = -log_p.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     losses = torch.where(labels == IGNORE_INDEX, torch.inf, picked)
     layers, _, picks = sample.shape

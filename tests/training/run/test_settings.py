@@ -328,7 +328,10 @@ def test_every_setting_is_a_flag_of_its_dotted_name():
         data="text.txt", out="somewhere", steps=9, seed=1, batch_size=3, sequence_length=8, schedule="constant",
         holdout=0.2, split="tail", eval_every=1, eval_bytes=7, final_eval_bytes=None, checkpoint_every=2,
         keep_checkpoints=5, picture_every=6, sample_tokens=4, prompt="x", threads=2,
-        model=ModelConfig(300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False, "hash"),
+        model=ModelConfig(
+            300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False, ngram_order=2, ngram_buckets=5,
+            value_embeddings=True, token_bias=True, logit_softcap=3.0, zero_init=True, routing="hash",
+        ),
         hyper=HyperParams(**CHANGED_HYPER), surprise_kind="input", precision="bfloat16", tokenizer="bpe",
         replay=0.5, init="weights", teacher="teacher", teacher_cache=True, compile=True, on_nonfinite="skip",
         shard_optimizer=True, shard_experts=3, device="cuda:1", accumulate=3, decay_share=0.25, stop_when=2,

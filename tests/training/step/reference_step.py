@@ -18,6 +18,7 @@ MASK = 2**32 - 1
 TIE = 2.0**-17
 EXPLORE, SHUFFLE, REGENERATE, ORACLE = 0, 1, 2, 3  # streams of random words
 MATRICES = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "w1", "w3", "w2")
+TABLES = ("ngram_embed", "value_embed", "token_bias")  # of vectors that are looked up
 ZERO = torch.zeros((), dtype=torch.float64)
 
 
@@ -105,7 +106,18 @@ def rotate(x: Tensor, position: int, theta: float) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin))
 
 
-def attention(weights: dict[str, Tensor], x: list[Tensor], numbers: list[int], config) -> list[Tensor]:
+def ngrams(table: Tensor, ids: list[int], numbers: list[int], place: int, config) -> Tensor:
+    """Sum of the rows of the n-grams that end at a place of a row, n = 2 ... ngram_order (embedding.py)."""
+    key, total = mix(ids[place]), ZERO
+    for back in range(1, config.ngram_order):
+        inside = place >= back and numbers[place - back] == numbers[place]
+        token = ids[place - back] if inside else -1
+        key = mix(key + mix(token + back * config.vocab_size + 1))
+        total = total + table[back - 1, key % config.ngram_buckets]
+    return total
+
+
+def attention(weights: dict[str, Tensor], x: list[Tensor], ids: list[int], numbers: list[int], config) -> list[Tensor]:
     """Causal grouped-query attention of one row: a token sees earlier tokens, and itself, of its own number."""
     size, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
 
@@ -116,7 +128,8 @@ def attention(weights: dict[str, Tensor], x: list[Tensor], numbers: list[int], c
     real = [i for i, number in enumerate(numbers) if number != 0]
     queries = {i: heads(x[i] @ weights["q_proj"], i, "q") for i in real}
     keys = {i: heads(x[i] @ weights["k_proj"], i, "k") for i in real}
-    values = {i: (x[i] @ weights["v_proj"]).split(size) for i in real}
+    own = [weights["value_embed"][i] if config.value_embeddings else ZERO for i in ids]
+    values = {i: (x[i] @ weights["v_proj"] + own[i]).split(size) for i in real}
     outputs = [torch.zeros_like(vector) for vector in x]  # padding has no target and is never seen: any value will do
     for i in real:
         visible = [j for j in range(i + 1) if numbers[j] == numbers[i]]
@@ -182,6 +195,9 @@ def forward(params, batch, hyper, step: int, config, margins: Margins, rows=None
     rows, eps = range(B) if rows is None else rows, config.rms_norm_eps
     stream = [params["embed_tokens"][i] for i in ids]
     embedded = [rms_norm(x, 1.0, eps) for x in stream]  # Taken: `token` routing sees it normed, without a weight
+    for t in range(B * S if config.ngram_order > 1 else 0):
+        row = slice(t - t % S, t - t % S + S)
+        stream[t] = stream[t] + ngrams(params["ngram_embed"], ids[row], numbers[row], t % S, config)
     trace = Trace([], [], {}, {}, {})
     for at in range(config.num_hidden_layers):
         layer = tree_map(lambda leaf, at=at: leaf[at], params["layers"])
@@ -189,8 +205,9 @@ def forward(params, batch, hyper, step: int, config, margins: Margins, rows=None
         for b in rows:
             row = range(b * S, b * S + S)
             x = [rms_norm(stream[t], layer["input_layernorm"], eps) for t in row]
-            for t, out in zip(row, attention(layer["self_attn"], x, [numbers[t] for t in row], config), strict=True):
-                stream[t] = stream[t] + out
+            outputs = attention(layer["self_attn"], x, [ids[t] for t in row], [numbers[t] for t in row], config)
+            for t, out in zip(row, outputs, strict=True):
+                stream[t] = stream[t] + out + (layer["token_bias"][ids[t]] if config.token_bias else 0.0)
         for t in (t for b in rows for t in range(b * S, b * S + S) if numbers[t] != 0):
             x = rms_norm(stream[t], layer["post_attention_layernorm"], eps)
             router_input = embedded[t] if config.routing == "token" else x
@@ -209,7 +226,9 @@ def forward(params, batch, hyper, step: int, config, margins: Margins, rows=None
                 trace.routes.append(visit(at, t, e, weight, x, moe))
                 stream[t] = stream[t] + weight * trace.routes[-1].y
     head = params["embed_tokens"].T if config.tie_word_embeddings else params["lm_head"]
-    trace.logits.extend(rms_norm(x, params["norm"], eps) @ head for x in stream)
+    cap = config.logit_softcap
+    logits = [rms_norm(x, params["norm"], eps) @ head for x in stream]
+    trace.logits.extend(cap * torch.tanh(z / cap) if cap else z for z in logits)
     return trace
 
 
@@ -433,7 +452,7 @@ def update_fast(state, flat: dict, grads: dict, share: float, hyper) -> tuple[di
         scale = 1.0 if leaf in ("w1", "w3", "w2") else float(hyper.backbone_lr_scale)
         rates[name] = float(hyper.lr) * share * scale
         # Taken: the embedding is a matrix, norms stacked over layers are not
-        decays[name] = float(hyper.weight_decay) if leaf in MATRICES else 0.0
+        decays[name] = float(hyper.weight_decay) if leaf in MATRICES + TABLES else 0.0
     return update(flat, grads, state.expert_opt, rates, decays, hyper)
 
 

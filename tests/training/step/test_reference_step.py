@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jaxtyping
@@ -45,7 +46,7 @@ def draw_config(rng: random.Random) -> ModelConfig:
         [(1, None), (1, None), (2, None), (1, rng.randint(1, experts)), (2, rng.randint(2, experts))]
     )
     fixed = routing != "thresholds" and rng.random() < 0.3
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=rng.randint(5, 11),
         hidden_size=rng.randint(4, 8),
         num_hidden_layers=rng.randint(1, 3),
@@ -61,6 +62,17 @@ def draw_config(rng: random.Random) -> ModelConfig:
         rope_theta=rng.choice([1e4, 50.0]),
         routing=routing,
         tie_word_embeddings=rng.random() < 0.5,
+    )
+    own = random.Random(repr(config))  # a stream of its own, so that all else stays as it was
+    if own.random() < 0.5:
+        return config
+    return replace(
+        config,
+        ngram_order=own.randint(1, 4),
+        ngram_buckets=own.randint(1, 9),
+        value_embeddings=own.random() < 0.4,
+        token_bias=own.random() < 0.4,
+        logit_softcap=own.choice([0.0, 0.0, 1.5]),
     )
 
 
