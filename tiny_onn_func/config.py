@@ -2,12 +2,18 @@
 
 import math
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Literal
 
 RoutingRule = Literal["router", "token", "hash", "thresholds"]
 ROUTING_RULES: tuple[RoutingRule, ...] = ("router", "token", "hash", "thresholds")
 MAX_NGRAM = 8  # tokens of an n-gram
 MAX_BUCKETS = 1 << 31  # rows of a table of n-grams: its hash has 32 bits
+HashKey = Literal["token", "previous", "pair", "position"]
+HASH_KEYS: tuple[HashKey, ...] = ("token", "previous", "pair", "position")
+HashWeights = Literal["hash", "router"]
+HASH_WEIGHTS: tuple[HashWeights, ...] = ("hash", "router")
+ALL_LAYERS = "all"
 DYNAMIC_K = -1  # value of num_experts_per_tok that hands the choice of K to the surprise budget
 
 
@@ -63,6 +69,15 @@ class ModelConfig:
     """`router` asks the router for a ranking; `token` lets it see the token's embedding alone, so that a token visits
     the same experts wherever it stands; `hash` takes a fixed hash of token id and layer instead; `thresholds` takes
     every expert whose logit is above its learned threshold (the selection bias, negated)."""
+    hash_key: HashKey = "token"
+    """With `routing: hash`, the key that is hashed: `token`, the token's id; `previous`, the id of the token before it;
+    `pair`, both; `position`, the token's place in its document."""
+    hash_weights: HashWeights = "hash"
+    """With `routing: hash`, the weights of the experts that the hash chose: `hash`, fixed ones from its own numbers;
+    `router`, the softmax of the router's logits over them, which learn."""
+    hash_layers: str = ALL_LAYERS
+    """With `routing: hash`, the layers that it routes: `all`, or numbers from 0 with commas between (`0,1`); the other
+    layers ask the router."""
 
     def __post_init__(self) -> None:
         sizes, bounds = fields(self)[:8], ("num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok")
@@ -86,6 +101,18 @@ class ModelConfig:
         wanted = f"{DYNAMIC_K} (dynamic) or min_experts_per_tok ({floor}) to max_experts_per_tok ({ceiling})"
         _require(top_k == DYNAMIC_K or floor <= top_k <= ceiling, "num_experts_per_tok", wanted, f"{top_k}; change one")
         _require(self.routing in ROUTING_RULES, "routing", " or ".join(ROUTING_RULES), self.routing)
+        for name, known in (("hash_key", HASH_KEYS), ("hash_weights", HASH_WEIGHTS)):
+            _require(getattr(self, name) in known, name, " or ".join(known), getattr(self, name))
+        wanted, named = f"{ALL_LAYERS}, or numbers below {self.num_hidden_layers} with commas between", self.hash_layers
+        _require(
+            isinstance(named, str) and _layers_of(named, self.num_hidden_layers) is not None,
+            "hash_layers",
+            wanted,
+            repr(named),
+        )
+        for name, plain in (("hash_key", "token"), ("hash_weights", "hash"), ("hash_layers", ALL_LAYERS)):
+            fits = self.routing == "hash" or getattr(self, name) == plain
+            _require(fits, name, f"{plain} without routing: hash", getattr(self, name))
         dynamic = self.routing != "thresholds" or top_k == DYNAMIC_K
         _require(dynamic, "num_experts_per_tok", f"{DYNAMIC_K} (dynamic) with routing: thresholds", top_k)
         for name, most in (("ngram_order", MAX_NGRAM), ("ngram_buckets", MAX_BUCKETS)):
@@ -106,6 +133,25 @@ class ModelConfig:
         if self.num_experts_per_tok != DYNAMIC_K:
             return self.num_experts_per_tok
         return self.num_experts if self.max_experts_per_tok is None else self.max_experts_per_tok
+
+    def is_hashed(self, layer: int) -> bool:
+        """True if a hash chooses the experts of a layer."""
+        layers = _layers_of(self.hash_layers, self.num_hidden_layers)
+        return self.routing == "hash" and layers is not None and layer in layers
+
+    def has_router(self, layer: int) -> bool:
+        """True if a layer's logits come from its router: it chooses, or it weighs what a hash chose."""
+        return not self.is_hashed(layer) or self.hash_weights == "router"
+
+
+@cache
+def _layers_of(named: str, count: int) -> frozenset[int] | None:
+    """The layers that a text names; None if it names none, or one that there is not, or one twice."""
+    if named == ALL_LAYERS:
+        return frozenset(range(count))
+    parts = [part.strip() for part in named.split(",")]
+    numbers = [int(part) if part.isascii() and part.isdigit() and len(part) < 10 else count for part in parts]
+    return frozenset(numbers) if len({*numbers}) == len(numbers) and max(numbers) < count else None
 
 
 def _require(fine: bool, key: str, wanted: str, came: object) -> None:

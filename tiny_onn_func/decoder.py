@@ -14,6 +14,7 @@ from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.embedding import ngram_embedding, softcapped
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_w2, apply_w13
 from tiny_onn_func.experts import apply_w13 as plain_apply_w13
+from tiny_onn_func.hashing import hash_keys
 from tiny_onn_func.moe import RouterTrace, RoutingInputs, moe
 from tiny_onn_func.ops import embed, rms_norm, rotary_angles, wide_dtype
 from tiny_onn_func.params import check_params
@@ -79,9 +80,10 @@ def forward(
     rotary = rotary_angles(torch.arange(seq, device=device), config.head_dim, config.rope_theta)
 
     x = embed(input_ids, params["embed_tokens"])
+    keys = hash_keys(input_ids, attention_mask, config.hash_key) if config.routing == "hash" else input_ids
     routing = RoutingInputs(
         rearrange(real != 0, "... b s -> ... (b s)"), surprise_budget, router_coupling, explore,
-        rearrange(input_ids, "... b s -> ... (b s)"), override, rearrange(x, "... b s dim -> ... (b s) dim"),
+        rearrange(keys, "... b s -> ... (b s)"), override, rearrange(x, "... b s dim -> ... (b s) dim"),
     )  # fmt: skip
     if config.ngram_order > 1:
         x = x + ngram_embedding(params, input_ids, real, config)

@@ -4,6 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tiny_onn_func.config import HashKey
+
+NONE_BEFORE = -1  # the id before the first token of a document
 WORD = 1 << 32
 _MASK = WORD - 1
 
@@ -16,13 +19,43 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def hash_logits(
-    token_ids: Int[Tensor, "*runs tokens"], layer: int, num_experts: int
-) -> Float[Tensor, "*runs tokens experts"]:
-    """A number in [0, 1) for each (layer, token id, expert), the same wherever the token stands, float32.
+def hash_keys(
+    token_ids: Int[Tensor, "*runs batch seq"], documents: Int[Tensor, "*runs batch seq"] | None, kind: HashKey
+) -> Int[Tensor, "*runs batch seq"]:
+    """The key of each token that a hash router hashes, int64.
 
-    A router with these logits is a hash of the token (Roller et al. 2021, arXiv 2106.04426): it learns nothing.
+    `token` is the id; `previous` the id before it, -1 at the start of a document; `pair` a mixture of both; `position`
+    the number of tokens before it in its document.
+
+    Args:
+        documents: 0 on padding, 1, 2, ... on tokens of a row's documents (an attention mask); None: one document.
     """
-    key = mix(mix(token_ids) + layer + 1)
-    words = mix(key.unsqueeze(-1) + mix(torch.arange(num_experts, device=token_ids.device)))
+    if kind == "token":
+        return token_ids
+    place = torch.arange(token_ids.shape[-1], device=token_ids.device).expand_as(token_ids)
+    starts = place == 0
+    if documents is not None:
+        numbers = documents.to(torch.int64)
+        starts = starts | (numbers != numbers.roll(1, dims=-1))
+    if kind == "position":
+        return place - torch.where(starts, place, 0).cummax(dim=-1).values
+    return key_of(kind, token_ids, torch.where(starts, NONE_BEFORE, token_ids.roll(1, dims=-1)), place)
+
+
+def key_of(kind: HashKey, token: Tensor, previous: Tensor, position: Tensor) -> Tensor:
+    """The key of tokens whose predecessors' ids and positions are known."""
+    keys = {"token": lambda: token, "previous": lambda: previous, "position": lambda: position}
+    return keys.get(kind, lambda: mix(previous) + token)()
+
+
+def hash_logits(
+    keys: Int[Tensor, "*runs tokens"], layer: int, num_experts: int
+) -> Float[Tensor, "*runs tokens experts"]:
+    """A number in [0, 1) for each (layer, key, expert), float32.
+
+    A router with these logits, the keys being token ids, is a hash of the token (Roller et al. 2021, arXiv 2106.04426):
+    it learns nothing, and sends a token to the same experts wherever it stands.
+    """
+    key = mix(mix(keys) + layer + 1)
+    words = mix(key.unsqueeze(-1) + mix(torch.arange(num_experts, device=keys.device)))
     return words.to(torch.float32) / WORD  # rounded once: WORD is a power of two

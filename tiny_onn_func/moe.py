@@ -31,7 +31,7 @@ class RoutingInputs(NamedTuple):
     surprise_budget: int | float | Tensor
     router_coupling: int | float | Tensor  # share of the main loss's gradient that reaches the router
     explore: Int[Tensor, "*runs layers tokens"] | None
-    token_ids: Int[Tensor, "*runs tokens"] | None = None  # read by hash routing only
+    keys: Int[Tensor, "*runs tokens"] | None = None  # what a hash hashes; read by hash routing only
     override: Int[Tensor, "*runs layers tokens"] | None = None  # the expert that a token visits alone; -1: as routed
     embedded: Float[Tensor, "*runs tokens dim"] | None = None  # the tokens' embeddings; read by token routing only
 
@@ -46,18 +46,30 @@ def router_input(
     return rms_norm(embedded, None, config.rms_norm_eps)
 
 
-def router_logits(
+class Scores(NamedTuple):
+    """Logits that weigh the experts of a layer, those that choose them, and the bias of the choice."""
+
+    logits: Float[Tensor, "*runs tokens experts"]
+    choice: Float[Tensor, "*runs tokens experts"] | None  # None: `logits` choose, too
+    bias: Float[Tensor, "*runs experts"] | None
+
+
+def router_scores(
     features: Float[Tensor, "*runs tokens dim"],
-    token_ids: Int[Tensor, "*runs tokens"] | None,
+    keys: Int[Tensor, "*runs tokens"] | None,
     router: Float[Tensor, "*runs dim experts"],
+    bias: Float[Tensor, "*runs experts"],
     layer: int,
     config: ModelConfig,
-) -> Float[Tensor, "*runs tokens experts"]:
-    """Logits of the experts, float32 or wider: a linear map of the input, or a fixed hash of the token's id."""
-    if config.routing == "hash":
-        assert token_ids is not None, "whoever routes by a hash gives the ids"
-        return hash_logits(token_ids, layer, config.num_experts).to(wide_dtype(features.dtype))
-    return linear_router_logits(features, router)
+) -> Scores:
+    """Scores of the experts, float32 or wider: a linear map of the input, a fixed hash of a key, or one of each."""
+    if not config.is_hashed(layer):
+        return Scores(linear_router_logits(features, router), None, bias)
+    assert keys is not None, "whoever routes by a hash gives the keys"
+    hashed = hash_logits(keys, layer, config.num_experts).to(wide_dtype(features.dtype))
+    if config.hash_weights == "hash":
+        return Scores(hashed, None, None)
+    return Scores(linear_router_logits(features, router), hashed, None)
 
 
 def linear_router_logits(
@@ -81,11 +93,13 @@ def moe(
     decoupled = isinstance(inputs.router_coupling, float | int) and inputs.router_coupling == 0
     features = router_input(x, inputs.embedded, config)
     features = features.detach() if decoupled else features
-    logits = router_logits(features, inputs.token_ids, params["router"], layer, config)
+    scores = router_scores(features, inputs.keys, params["router"], params["router_bias"], layer, config)
     explore = None if inputs.explore is None else inputs.explore.select(-2, layer)
-    routing = route(logits, inputs.real, config, inputs.surprise_budget, params["router_bias"], explore)
+    routing = route(
+        scores.logits, inputs.real, config, inputs.surprise_budget, scores.bias, explore, scores.choice
+    )  # fmt: skip
     if inputs.override is not None:
         routing = send_alone(routing, inputs.override.select(-2, layer), inputs.real)
     routing = routing._replace(weights=scale_gradient(routing.weights, inputs.router_coupling))
     out = apply_experts(x, routing, params, layer, apply_w2, apply_w13, config.num_experts)
-    return out, RouterTrace(features.detach(), logits, *routing)
+    return out, RouterTrace(features.detach(), scores.logits, *routing)

@@ -103,8 +103,9 @@ def count_active_flops(config: ModelConfig, experts_per_tok: float, sequence_len
     idle = {"norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "router_bias"}
     idle |= {"value_embed", "token_bias", "ngram_embed"}
     idle |= set() if config.tie_word_embeddings else {"embed_tokens"}
-    idle |= {"router"} if config.routing == "hash" else set()
-    sizes = {name: math.prod(spec.shape) for name, spec in param_specs(config).items()}
+    sizes: dict[str, float] = {name: math.prod(spec.shape) for name, spec in param_specs(config).items()}
+    layers = config.num_hidden_layers
+    sizes["layers.moe.router"] *= sum(config.has_router(layer) for layer in range(layers)) / layers
     used = {name: size for name, size in sizes.items() if name.rpartition(".")[2] not in idle}
     share = experts_per_tok / config.num_experts
     weights = sum(size * (share if name.endswith((".w1", ".w2", ".w3")) else 1) for name, size in used.items())

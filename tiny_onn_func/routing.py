@@ -40,6 +40,7 @@ def route(
     surprise_budget: int | float | Tensor,
     bias: Float[Tensor, "*#runs experts"] | None = None,
     explore: Int[Tensor, "*runs tokens"] | None = None,
+    choice: Float[Tensor, "*runs tokens experts"] | None = None,
 ) -> Routing:
     """Keep the most probable experts until their mass reaches the surprise budget.
 
@@ -58,6 +59,8 @@ def route(
         bias: added to p for the ranking, never for the weights (loss-free balancing, arXiv 2408.15664). With
             thresholds it is added to the logits, and learned.
         explore: expert that the token also tries, -1 for none; it takes a free slot, or else the last one.
+        choice: logits that choose the experts in place of `router_logits`, which weigh them then (a hash with learned
+            weights); a constant.
     """
     slots, least = config.routes_per_token, config.min_experts_per_tok
     logits = router_logits.to(wide_dtype(router_logits.dtype))
@@ -67,8 +70,9 @@ def route(
         return _by_thresholds(logits + bias.unsqueeze(-2), real, slots, least, explore)
     dynamic = config.num_experts_per_tok == DYNAMIC_K
     budget = as_scalar(surprise_budget, logits.device, logits.dtype).expand(runs)
-    inputs = logits, bias.to(logits.dtype).expand(*runs, experts), budget, real.expand(logits.shape[:-1])
-    weights, expert_ids, active = outside_vmap(_chosen, *inputs, slots, least, dynamic)
+    chooses = logits if choice is None else choice.to(logits.dtype).expand_as(logits)
+    inputs = logits, chooses, bias.to(logits.dtype).expand(*runs, experts), budget, real.expand(logits.shape[:-1])
+    weights, expert_ids, active = outside_vmap(_chosen, *inputs, slots, least, dynamic, choice is None)
     if explore is not None:
         routed = expert_ids, active
         expert_ids, kept = _try_expert(expert_ids, active, explore)
@@ -88,14 +92,16 @@ def send_alone(routing: Routing, expert: Int[Tensor, "*runs tokens"], real: Bool
 
 
 def _chosen(
-    logits: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, choice: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool,
+    is_own: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(weights, expert_ids, active), of one run or of several with axes of them in front.
 
     Which experts they are has no gradient, and is decided once: a gradient of the weights is that of these experts.
+    `is_own` says that the logits choose for themselves.
     """
-    weights, expert_ids, active = CHOOSE(logits.detach(), bias.detach(), budget, real, slots, least, dynamic)
-    if not is_untracked(logits):
+    weights, expert_ids, active = CHOOSE(choice.detach(), bias.detach(), budget, real, slots, least, dynamic)
+    if not (is_own and is_untracked(logits)):
         weights = _weights(logits, expert_ids, active)
     return weights, expert_ids, active
 

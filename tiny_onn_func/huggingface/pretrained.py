@@ -89,7 +89,7 @@ def inexpressible(params: Mapping[str, Any], config: ModelConfig) -> str | None:
     if bool(((bias != 0) | bias.signbit()).any()):  # a negative zero has bits, too
         return "a selection bias of the router (loss-free balancing)"
     if config.routing != "router":
-        return f"routing by {config.routing}"
+        return f"routing by {config.routing} (model.routing)"
     for name, off in OWN_SETTINGS.items():
         if getattr(config, name) != off:
             return f"model.{name} {getattr(config, name)}"

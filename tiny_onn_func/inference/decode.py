@@ -17,9 +17,10 @@ from tiny_onn_func.attention import causal_bias
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.decoder import unstack_layers
 from tiny_onn_func.embedding import NO_TOKEN, ngram_embedding, softcapped
+from tiny_onn_func.hashing import hash_keys, key_of
 from tiny_onn_func.inference.arguments import check_memory, check_tokens
 from tiny_onn_func.inference.kv_cache import append, empty_cache, view
-from tiny_onn_func.moe import router_input, router_logits
+from tiny_onn_func.moe import Scores, router_input, router_scores
 from tiny_onn_func.ops import as_scalar, rotary_angles, swiglu_reference, wide_dtype
 from tiny_onn_func.params import check_params
 from tiny_onn_func.primitives.grouped import grouped_matmul
@@ -66,6 +67,7 @@ class DecodeState(NamedTuple):
     memory: tuple[tuple[Tensor, Tensor], ...]  # the cache, layer by layer
     columns: list[int]  # one number: how many of the cache's columns were read
     recent: list[Tensor]  # one (batch, order - 1): the last tokens that were read, NO_TOKEN before the first
+    last: list[Tensor]  # one tensor, (batch,): the tokens of the last column that was read; read by hash routing only
 
 
 class DecodeOutput(NamedTuple):
@@ -111,7 +113,7 @@ def start_decoding(
         as_scalar(config.rms_norm_eps, device, wide_dtype(dtype)),
         cos, sin, mask, hidden, context_length or columns, surprise_budget,
         tuple(zip(*(part.unbind(0) for part in cache), strict=True)), [0],
-        [torch.full((batch, config.ngram_order - 1), NO_TOKEN, device=device)],
+        [torch.full((batch, config.ngram_order - 1), NO_TOKEN, device=device)], [],
     )  # fmt: skip
 
 
@@ -156,7 +158,8 @@ def decode(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> 
     check_tokens(tokens, start, state.columns[0], batch, columns, prompt)
     new = tokens.shape[1]
     state.columns[0] = start + new
-    flat = tokens.reshape(-1)
+    flat, keys = tokens.reshape(-1), _keys(state, tokens, start)
+    state.last[:] = [tokens[:, -1]]
     real = torch.ones_like(flat, dtype=torch.bool) if state.mask is None or start else state.mask.reshape(-1) != 0
     first = 0 if new > 1 else max(0, start + 1 - state.window)
     bias = (
@@ -167,7 +170,7 @@ def decode(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> 
         x = x + _ngrams(state, tokens, real.view(batch, new), start).flatten(0, 1)
     for index, layer in enumerate(state.layers):
         x = _attend(state, layer, index, x.view(batch, new, -1), flat, start, first, bias)
-        x, routing = _visit_experts(state, layer, index, x, flat, real)
+        x, routing = _visit_experts(state, layer, index, x, flat, keys, real)
         routes.append(routing)
     last = x.view(batch, new, -1)[:, -1]
     logits = _rms_norm(last, state.norm, state.eps) @ state.head
@@ -228,14 +231,14 @@ def _attend(
 
 
 def _visit_experts(
-    state: DecodeState, layer: LayerWeights, index: int, x: Tensor, token_ids: Tensor, real: Tensor
+    state: DecodeState, layer: LayerWeights, index: int, x: Tensor, token_ids: Tensor, keys: Tensor, real: Tensor
 ) -> tuple[Float[Tensor, "tokens dim"], Routing]:
     """x + moe(norm(x)), as in moe.py."""
     config = state.config
     normed = _rms_norm(x, layer.post_norm, state.eps)
     embedded = F.embedding(token_ids, state.embedding) if config.routing == "token" else None
-    logits = router_logits(router_input(normed, embedded, config), token_ids, layer.router, index, config)
-    routing = _route(logits, real, state, layer.router_bias)
+    features = router_input(normed, embedded, config)
+    routing = _route(router_scores(features, keys, layer.router, layer.router_bias, index, config), real, state)
     return _visit_of(routing, layer)(x, normed, routing, layer), routing
 
 
@@ -249,10 +252,22 @@ def _visit_of(routing: Routing, layer: LayerWeights) -> Visit:
     return _visit_all if _are_few(tokens, slots, layer) else _visit_sorted
 
 
-def _route(logits: Tensor, real: Bool[Tensor, " tokens"], state: DecodeState, bias: Tensor) -> Routing:
+def _keys(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> Int[Tensor, " tokens"]:
+    """`hash_keys` of the new tokens, (batch * new,): a prompt's from itself, one token's from what was read before."""
+    kind = state.config.hash_key
+    if kind == "token":
+        return tokens.reshape(-1)
+    if not start:
+        return hash_keys(tokens, state.mask, kind).reshape(-1)
+    skipped = 0 if state.mask is None else (state.mask == 0).sum(dim=1)
+    token = tokens[:, -1]
+    return key_of(kind, token, state.last[0], torch.full_like(token, start) - skipped)
+
+
+def _route(scores: Scores, real: Bool[Tensor, " tokens"], state: DecodeState) -> Routing:
     """`route`, without the slots that no token fills."""
-    routing = route(logits, real, state.config, state.surprise_budget, bias)
-    if not _reads(logits.device) or (state.config.num_experts_per_tok != DYNAMIC_K and state.mask is None):
+    routing = route(scores.logits, real, state.config, state.surprise_budget, scores.bias, choice=scores.choice)
+    if not _reads(scores.logits.device) or (state.config.num_experts_per_tok != DYNAMIC_K and state.mask is None):
         return routing
     used = max(1, int(routing.active.sum(dim=-1).max()))  # kept slots come first
     return Routing(*(part[:, :used] for part in routing))

@@ -201,12 +201,16 @@ def router_gradients(
     router: Tree, step: Tensor, result: ShardResult, sums: Sums, hyper: HyperParams, config: ModelConfig
 ) -> tuple[Tree, RouterLoss]:
     """The router's gradient and loss, to which a shard adds its part; `sums` are those of the whole batch."""
-    trace = result.observed.trace
+    trace, has_router = result.observed.trace, [config.has_router(layer) for layer in range(config.num_hidden_layers)]
 
     def objective(learned: Tree, inputs: Any) -> tuple[Tensor, RouterLoss]:
         """The router is linear in detached inputs: its gradient needs no second pass through the model."""
-        router_inputs, *rest = inputs
-        loss = router_loss(linear_router_logits(router_inputs, learned["router"]), *rest)
+        router_inputs, fixed, *rest = inputs
+        logits = linear_router_logits(router_inputs, learned["router"])
+        if not all(has_router):  # a layer whose logits are fixed has a loss, but nothing learns from it
+            layers = zip(has_router, logits.unbind(-3), fixed.unbind(-3), strict=True)
+            logits = torch.stack([own if learns else given for learns, own, given in layers], dim=-3)
+        loss = router_loss(logits, *rest)
         return loss.total, loss
 
     annealed = _annealed(hyper, step, trace.router_logits.dtype)
@@ -218,9 +222,9 @@ def router_gradients(
         sums.informative,
         sums.real,
     )
-    if config.routing == "hash":  # its logits are fixed: there is a loss, but nothing learns from it
+    if not any(has_router):
         return tree_map(torch.zeros_like, _learned(router, config)), router_loss(trace.router_logits.detach(), *targets)
-    inputs = trace.router_inputs.detach(), *targets
+    inputs = trace.router_inputs.detach(), trace.router_logits.detach(), *targets
     (grads,), loss = gradients(objective, (_learned(router, config),), inputs)
     if result.router_grads is not None:
         main, count = _learned(result.router_grads, config), sums.targets.clamp_min(1)

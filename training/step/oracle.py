@@ -25,6 +25,7 @@ from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import unstack_layers
 from tiny_onn_func.embedding import ngram_embedding, softcapped
 from tiny_onn_func.experts import apply_experts, apply_w2
+from tiny_onn_func.hashing import hash_keys
 from tiny_onn_func.moe import RoutingInputs, moe
 from tiny_onn_func.ops import embed, rms_norm, rotary_angles, wide_dtype
 from tiny_onn_func.params import check_params
@@ -64,7 +65,7 @@ def counterfactual_losses(
     if explore is not None:
         check_indices("explore", explore, -1, config.num_experts, shape=(layers, shape.numel()))
     positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device).expand_as(batch.input_ids)
-    seq = positions.shape[1]
+    seq, keys = positions.shape[1], hash_keys(batch.input_ids, batch.attention_mask, config.hash_key)
     x = F.embedding(batch.input_ids, params["embed_tokens"])
     if config.ngram_order > 1:
         x = x + ngram_embedding(params, batch.input_ids, batch.attention_mask, config)
@@ -83,8 +84,8 @@ def counterfactual_losses(
         forks = _columns(x, forked) + _each_alone(_columns(normed, forked), layer["moe"], index, config)
         explored = None if explore is None else _explored(explore, positions, seq)
         ids = token_ids.flatten()
-        embedded = F.embedding(ids, params["embed_tokens"])
-        inputs = RoutingInputs((documents != 0).flatten(), surprise_budget, 0.0, explored, ids, embedded=embedded)
+        embedded, own_keys = F.embedding(ids, params["embed_tokens"]), keys.gather(1, positions).flatten()
+        inputs = RoutingInputs((documents != 0).flatten(), surprise_budget, 0.0, explored, own_keys, embedded=embedded)
         out, _ = moe(rearrange(normed, "b s dim -> (b s) dim"), layer["moe"], index, inputs, config, apply_w2)
         x = torch.cat((x + rearrange(out, "(b s) dim -> b s dim", b=x.shape[0]), forks), dim=1)
         positions = torch.cat((positions, forked), dim=1)

@@ -179,6 +179,28 @@ def routing_weights(logits: Tensor, bias: Tensor, kept: list[int], coupling: flo
     return coupling * weights + (1 - coupling) * weights.detach()
 
 
+def hashes(config, layer: int) -> bool:
+    """The layer is one that a hash routes."""
+    named = range(config.num_hidden_layers) if config.hash_layers == "all" else map(int, config.hash_layers.split(","))
+    return config.routing == "hash" and layer in named
+
+
+def learns(config, layer: int) -> bool:
+    """The layer's logits come from its router."""
+    return not hashes(config, layer) or config.hash_weights == "router"
+
+
+def hash_key(kind: str, row: range, t: int, ids: list[int], numbers: list[int]) -> int:
+    """The number that is hashed for token t of a row; a document begins where the number changes."""
+    start = t
+    while start > row[0] and numbers[start - 1] == numbers[t]:
+        start -= 1
+    previous = ids[t - 1] if t > start else -1
+    return {
+        "token": ids[t], "previous": previous, "position": t - start, "pair": mix(previous) + ids[t],
+    }[kind]  # fmt: skip
+
+
 def visit(layer: int, token: int, expert: int, weight: Tensor, x: Tensor, moe: dict[str, Tensor]) -> Route:
     """Apply a SwiGLU expert with weights, and an input, that are this row's own."""
     w1, w3, w2, own = (leaf + 0.0 for leaf in (moe["w1"][expert], moe["w3"][expert], moe["w2"][expert], x))
@@ -208,17 +230,20 @@ def forward(params, batch, hyper, step: int, config, margins: Margins, rows=None
             outputs = attention(layer["self_attn"], x, [ids[t] for t in row], [numbers[t] for t in row], config)
             for t, out in zip(row, outputs, strict=True):
                 stream[t] = stream[t] + out + (layer["token_bias"][ids[t]] if config.token_bias else 0.0)
-        for t in (t for b in rows for t in range(b * S, b * S + S) if numbers[t] != 0):
+        for row, t in ((range(b * S, b * S + S), t) for b in rows for t in range(b * S, b * S + S) if numbers[t] != 0):
             x = rms_norm(stream[t], layer["post_attention_layernorm"], eps)
             router_input = embedded[t] if config.routing == "token" else x
             logits = router_input @ moe["router"]
             trace.inputs[at, t], trace.learned[at, t] = router_input.detach(), logits.detach()
-            if config.routing == "hash":
-                key = mix(mix(ids[t]) + at + 1)
-                logits = torch.tensor([mix(key + mix(e)) / 2**32 for e in range(shape[2])]).double()
+            choice, bias = logits, moe["router_bias"]
+            if hashes(config, at):
+                key = mix(mix(hash_key(config.hash_key, row, t, ids, numbers)) + at + 1)
+                choice = torch.tensor([mix(key + mix(e)) / 2**32 for e in range(shape[2])]).double()
+                logits = logits if config.hash_weights == "router" else choice
+                bias = torch.zeros_like(bias)  # Taken: nothing moves the choice of a hash
             trace.routing[at, t] = logits.detach()
             explore = explored(hyper, step, at, t, shape)
-            kept = choose(logits.detach(), moe["router_bias"].detach(), float(hyper.pi_alpha), explore, config, margins)
+            kept = choose(choice.detach(), bias.detach(), float(hyper.pi_alpha), explore, config, margins)
             weights = routing_weights(logits, moe["router_bias"], kept, float(hyper.router_coupling), config)
             if override and (at, t) in override:
                 kept, weights = [override[at, t]], torch.ones(1, dtype=torch.float64)
@@ -350,18 +375,19 @@ def router_losses(trace: Trace, shares: dict, load: Tensor, hyper, step: int, co
     weight = float(hyper.surprise_weight)
     if hyper.surprise_until:
         weight *= max(0.0, 1 - step / float(hyper.surprise_until))
-    slopes, fixed = {}, config.routing == "hash"
-    for (layer, t), logits in (trace.routing if fixed else trace.learned).items():
+    slopes = {}
+    for (layer, t), logits in trace.routing.items():
         p, lse, count = logits.softmax(0), float(logits.logsumexp(0)), len(trace.learned)
         loaded = float(E * (load[layer] * p).sum())  # Switch: E * sum_e (share of rows) * (mean probability)
         losses["balance_loss"] += loaded / count
         losses["z_loss"] += lse**2 / count
+        share = float(learns(config, layer))
         slope = float(hyper.balance_weight) * p * (E * load[layer] - loaded) + float(hyper.z_weight) * 2 * lse * p
-        slopes[layer, t] = slope / count
+        slopes[layer, t] = share * slope / count
         if (layer, t) in shares:
             losses["router_loss"] -= float((shares[layer, t] * logits.log_softmax(0)).sum()) / len(shares)
-            slopes[layer, t] += weight * (p - shares[layer, t]) / len(shares)
-    return losses, {} if fixed else slopes
+            slopes[layer, t] += share * weight * (p - shares[layer, t]) / len(shares)
+    return losses, slopes
 
 
 def schedule(hyper, step: int) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.training.step.reference_step import Result, reference_step
 from tiny_onn_func import ModelConfig
+from tiny_onn_func.config import HASH_KEYS, HASH_WEIGHTS
 from tiny_onn_func.tree import flatten, tree_map
 from training import Batch, HyperParams, TrainState, hyper_step, init_state, per_token_surprise
 
@@ -41,15 +42,20 @@ class Case(NamedTuple):
 def draw_config(rng: random.Random) -> ModelConfig:
     experts = rng.randint(2, 6)
     heads, kv_heads, head_dim = rng.choice([(1, 1, 4), (2, 1, 2), (2, 2, 4), (4, 2, 2), (3, 1, 2)])
-    routing = rng.choice(["router"] * 4 + ["token", "hash", "thresholds"])
+    routing = rng.choice(["router"] * 4 + ["token", "hash", "hash", "thresholds"])
     least, most = rng.choice(
         [(1, None), (1, None), (2, None), (1, rng.randint(1, experts)), (2, rng.randint(2, experts))]
     )
     fixed = routing != "thresholds" and rng.random() < 0.3
+    layers, hashed = rng.randint(1, 3), {}
+    if routing == "hash":
+        hashed = {"hash_key": rng.choice(HASH_KEYS), "hash_weights": rng.choice(HASH_WEIGHTS)}
+        named = sorted(rng.sample(range(layers), rng.randint(1, layers)))
+        hashed["hash_layers"] = rng.choice(["all", ",".join(map(str, named))])
     config = ModelConfig(
         vocab_size=rng.randint(5, 11),
         hidden_size=rng.randint(4, 8),
-        num_hidden_layers=rng.randint(1, 3),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -62,6 +68,7 @@ def draw_config(rng: random.Random) -> ModelConfig:
         rope_theta=rng.choice([1e4, 50.0]),
         routing=routing,
         tie_word_embeddings=rng.random() < 0.5,
+        **hashed,
     )
     own = random.Random(repr(config))  # a stream of its own, so that all else stays as it was
     if own.random() < 0.5:
