@@ -21,6 +21,17 @@ TINY = ModelConfig(
     moe_intermediate_size=6, num_experts=4,
 )  # fmt: skip
 
+# Static choices of routing beside `routing` itself: what must hold for any router rule is tested for each of these
+CHOICES: dict[str, dict[str, Any]] = {
+    "hash with learned weights": dict(routing="hash", hash_weights="router", num_experts_per_tok=2),
+    "hash with learned weights, dynamic": dict(routing="hash", hash_weights="router"),
+    "hash in the first layer": dict(routing="hash", hash_layers="0", num_experts_per_tok=2),
+    "hash in the last layer, learned weights": dict(routing="hash", hash_layers="1", hash_weights="router"),
+    "hash of the previous token": dict(routing="hash", hash_key="previous", num_experts_per_tok=2),
+    "hash of the pair": dict(routing="hash", hash_key="pair", num_experts_per_tok=2),
+    "hash of the position": dict(routing="hash", hash_key="position", num_experts_per_tok=2),
+}
+
 
 def example(name: str) -> ModuleType:
     """A script of examples/ as a module."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers import (
+    CHOICES,
     TINY,
     assert_close,
     assert_same_bits,
@@ -49,6 +50,7 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "hash": dict(routing="hash"),
     "hash, fixed": dict(routing="hash", num_experts_per_tok=3),
     "thresholds": dict(routing="thresholds"),
+    **CHOICES,
     "untied": dict(tie_word_embeddings=False, num_attention_heads=4, num_key_value_heads=2),
 }
 

@@ -18,6 +18,7 @@ from training import Batch, HyperParams, TrainState, hyper_step, init_state, per
 
 CASES, BLOCK = 500, 50
 KINDS = ("w2", "unweighted", "experts", "input", "benefit")
+ROUNDING = 1e-13
 CLOSE = 1e-4  # a decision nearer than this may fall otherwise in float32, and everything after it
 
 
@@ -231,13 +232,16 @@ def differences(case: Case, dtype: torch.dtype, as_tensors: bool, expected: Resu
 def test_hyper_step_equals_its_definition(first: int) -> None:
     """In float64 to 1e-7 of each leaf's largest entry (metrics too), in float32 to 2e-3.
 
-    A case in which a decision is close (an argmin, a rank, a sign) is compared in float64 alone.
+    A case in which a decision is close (an argmin, a rank, a sign) is compared in float64 alone, and not at all where
+    it is a tie but for rounding (an expert that one token visits has that token's value as its mean).
     """
     wrong, compared = [], 0
     for seed in range(first, first + BLOCK):
         case = draw_case(seed)
         expected = reference_step(case.state, case.batch, case.hyper, case.config, case.kind, case.teacher)
-        errors = {torch.float64: differences(case, torch.float64, seed % 4 == 0, expected)}
+        errors = {}
+        if expected.margin > ROUNDING:
+            errors[torch.float64] = differences(case, torch.float64, seed % 4 == 0, expected)
         if expected.margin > CLOSE:
             errors[torch.float32] = differences(case, torch.float32, seed % 4 == 1, expected)
             compared += 1
