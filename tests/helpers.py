@@ -29,6 +29,10 @@ CHOICES: dict[str, dict[str, Any]] = {
     "hash in the last layer, learned weights": dict(routing="hash", hash_layers="1", hash_weights="router"),
     "hash of the previous token": dict(routing="hash", hash_key="previous", num_experts_per_tok=2),
     "hash of the pair": dict(routing="hash", hash_key="pair", num_experts_per_tok=2),
+    "sigmoid gate": dict(gate="sigmoid", num_experts_per_tok=2),
+    "sigmoid gate, dynamic": dict(gate="sigmoid"),
+    "sigmoid gate, hash with learned weights": dict(gate="sigmoid", routing="hash", hash_weights="router"),
+    "shared expert": dict(shared_expert_intermediate_size=5, num_experts_per_tok=2),
     "hash of the position": dict(routing="hash", hash_key="position", num_experts_per_tok=2),
 }
 

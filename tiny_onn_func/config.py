@@ -14,6 +14,8 @@ HASH_KEYS: tuple[HashKey, ...] = ("token", "previous", "pair", "position")
 HashWeights = Literal["hash", "router"]
 HASH_WEIGHTS: tuple[HashWeights, ...] = ("hash", "router")
 ALL_LAYERS = "all"
+Gate = Literal["softmax", "sigmoid"]
+GATES: tuple[Gate, ...] = ("softmax", "sigmoid")
 DYNAMIC_K = -1  # value of num_experts_per_tok that hands the choice of K to the surprise budget
 
 
@@ -78,6 +80,11 @@ class ModelConfig:
     hash_layers: str = ALL_LAYERS
     """With `routing: hash`, the layers that it routes: `all`, or numbers from 0 with commas between (`0,1`); the other
     layers ask the router."""
+    gate: Gate = "softmax"
+    """Score of an expert, from its logit: `softmax` over all experts, or `sigmoid` of its own, normalised over the
+    chosen experts to make weights (DeepSeek-V3, arXiv 2412.19437)."""
+    shared_expert_intermediate_size: int = 0
+    """Hidden size of an expert that every token visits beside those that are routed, with weight 1; 0 is none."""
 
     def __post_init__(self) -> None:
         sizes, bounds = fields(self)[:8], ("num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok")
@@ -101,7 +108,7 @@ class ModelConfig:
         wanted = f"{DYNAMIC_K} (dynamic) or min_experts_per_tok ({floor}) to max_experts_per_tok ({ceiling})"
         _require(top_k == DYNAMIC_K or floor <= top_k <= ceiling, "num_experts_per_tok", wanted, f"{top_k}; change one")
         _require(self.routing in ROUTING_RULES, "routing", " or ".join(ROUTING_RULES), self.routing)
-        for name, known in (("hash_key", HASH_KEYS), ("hash_weights", HASH_WEIGHTS)):
+        for name, known in (("hash_key", HASH_KEYS), ("hash_weights", HASH_WEIGHTS), ("gate", GATES)):
             _require(getattr(self, name) in known, name, " or ".join(known), getattr(self, name))
         wanted, named = f"{ALL_LAYERS}, or numbers below {self.num_hidden_layers} with commas between", self.hash_layers
         _require(
@@ -113,6 +120,11 @@ class ModelConfig:
         for name, plain in (("hash_key", "token"), ("hash_weights", "hash"), ("hash_layers", ALL_LAYERS)):
             fits = self.routing == "hash" or getattr(self, name) == plain
             _require(fits, name, f"{plain} without routing: hash", getattr(self, name))
+        fits = self.gate == "softmax" or self.routing != "thresholds"
+        _require(fits, "gate", "softmax with routing: thresholds, whose gates are open or shut", self.gate)
+        came = self.shared_expert_intermediate_size
+        whole = isinstance(came, int) and not isinstance(came, bool) and came >= 0
+        _require(whole, "shared_expert_intermediate_size", "a whole number, 0 or more", repr(came))
         dynamic = self.routing != "thresholds" or top_k == DYNAMIC_K
         _require(dynamic, "num_experts_per_tok", f"{DYNAMIC_K} (dynamic) with routing: thresholds", top_k)
         for name, most in (("ngram_order", MAX_NGRAM), ("ngram_buckets", MAX_BUCKETS)):

@@ -9,9 +9,9 @@ from torch import Tensor
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_experts, apply_w13
 from tiny_onn_func.hashing import hash_logits
-from tiny_onn_func.ops import rms_norm, scale_gradient, wide_dtype
+from tiny_onn_func.ops import rms_norm, scale_gradient, swiglu, wide_dtype
 from tiny_onn_func.primitives.grouped import dense_matmul
-from tiny_onn_func.routing import route, send_alone
+from tiny_onn_func.routing import gated, route, send_alone
 
 
 class RouterTrace(NamedTuple):
@@ -64,12 +64,12 @@ def router_scores(
 ) -> Scores:
     """Scores of the experts, float32 or wider: a linear map of the input, a fixed hash of a key, or one of each."""
     if not config.is_hashed(layer):
-        return Scores(linear_router_logits(features, router), None, bias)
+        return Scores(gated(linear_router_logits(features, router), config), None, bias)
     assert keys is not None, "whoever routes by a hash gives the keys"
     hashed = hash_logits(keys, layer, config.num_experts).to(wide_dtype(features.dtype))
     if config.hash_weights == "hash":
         return Scores(hashed, None, None)
-    return Scores(linear_router_logits(features, router), hashed, None)
+    return Scores(gated(linear_router_logits(features, router), config), hashed, None)
 
 
 def linear_router_logits(
@@ -78,6 +78,14 @@ def linear_router_logits(
     """features @ router in float32 or wider."""
     dtype = wide_dtype(features.dtype)
     return dense_matmul(features.to(dtype), router.to(dtype))
+
+
+def shared_expert(
+    x: Float[Tensor, "*runs tokens dim"], params: Mapping[str, Tensor]
+) -> Float[Tensor, "*runs tokens dim"]:
+    """Output of the expert that every token visits (DeepSeekMoE: Dai et al. 2024, arXiv 2401.06066)."""
+    gate, up = (dense_matmul(x, params[name]) for name in ("shared_w1", "shared_w3"))
+    return dense_matmul(swiglu(gate, up), params["shared_w2"])
 
 
 def moe(
@@ -102,4 +110,6 @@ def moe(
         routing = send_alone(routing, inputs.override.select(-2, layer), inputs.real)
     routing = routing._replace(weights=scale_gradient(routing.weights, inputs.router_coupling))
     out = apply_experts(x, routing, params, layer, apply_w2, apply_w13, config.num_experts)
+    if config.shared_expert_intermediate_size:
+        out = out + shared_expert(x, params)
     return out, RouterTrace(features.detach(), scores.logits, *routing)

@@ -59,6 +59,10 @@ def param_specs(config: ModelConfig) -> dict[str, Spec]:
         "layers.moe.w2": matrix(layers, experts, inner, width, gain=residual),
         "norm": norm(width),
     }
+    if shared := config.shared_expert_intermediate_size:
+        specs["layers.moe.shared_w1"] = matrix(layers, width, shared)
+        specs["layers.moe.shared_w3"] = matrix(layers, width, shared)
+        specs["layers.moe.shared_w2"] = matrix(layers, shared, width, gain=residual)
     if config.value_embeddings:
         specs["layers.self_attn.value_embed"] = Spec((layers, config.vocab_size, keys))
     if config.token_bias:

@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiny_onn_func.config import DYNAMIC_K, ModelConfig
+from tiny_onn_func.config import DYNAMIC_K, Gate, ModelConfig
 from tiny_onn_func.kernels import forward as forward_kernels
 from tiny_onn_func.kernels.runtime import is_untracked
 from tiny_onn_func.ops import as_scalar, wide_dtype
 from tiny_onn_func.primitives.fused import Values, fused
 from tiny_onn_func.primitives.vmap import outside_vmap
+
+LEAST_SUM = 1e-20  # of sigmoids: below it the bias alone ranks
 
 
 class Routing(NamedTuple):
@@ -31,6 +33,15 @@ def check_budget(surprise_budget: int | float | Tensor) -> None:
     """
     if not isinstance(surprise_budget, Tensor) and not 0 < surprise_budget <= 1:
         raise ValueError(f"surprise_budget: expected a number in (0, 1], got {surprise_budget}")
+
+
+def gated(logits: Float[Tensor, "*runs tokens experts"], config: ModelConfig) -> Float[Tensor, "*runs tokens experts"]:
+    """Logits of which a softmax is the normalised score: themselves, or log sigmoid(logit) with `gate: sigmoid`.
+
+    The softmax of log s over some experts is s / (the sum of theirs), so that weights, the mass of dynamic K and the
+    losses of the router are those of sigmoid scores.
+    """
+    return logits if config.gate == "softmax" else F.logsigmoid(logits) + _zero_or_nan(logits)
 
 
 def route(
@@ -52,12 +63,12 @@ def route(
     kept ones weigh the same; gradients pass through the gates (top-any gating of DynMoE, arXiv 2405.14297).
 
     Args:
-        router_logits: higher = preferred.
+        router_logits: higher = preferred; those of `gated`.
         real: False on padding, which keeps no expert.
         surprise_budget: in (0, 1]; read by dynamic K only. Rounded like the mass that it is compared with, so that it
             does not matter whether it is a Python number or a tensor of another precision.
-        bias: added to p for the ranking, never for the weights (loss-free balancing, arXiv 2408.15664). With
-            thresholds it is added to the logits, and learned.
+        bias: added to p, or to the sigmoid, for the ranking, never for the weights (loss-free balancing, arXiv
+            2408.15664). With thresholds it is added to the logits, and learned.
         explore: expert that the token also tries, -1 for none; it takes a free slot, or else the last one.
         choice: logits that choose the experts in place of `router_logits`, which weigh them then (a hash with learned
             weights); a constant.
@@ -72,7 +83,7 @@ def route(
     budget = as_scalar(surprise_budget, logits.device, logits.dtype).expand(runs)
     chooses = logits if choice is None else choice.to(logits.dtype).expand_as(logits)
     inputs = logits, chooses, bias.to(logits.dtype).expand(*runs, experts), budget, real.expand(logits.shape[:-1])
-    weights, expert_ids, active = outside_vmap(_chosen, *inputs, slots, least, dynamic, choice is None)
+    weights, expert_ids, active = outside_vmap(_chosen, *inputs, slots, least, dynamic, choice is None, config.gate)
     if explore is not None:
         routed = expert_ids, active
         expert_ids, kept = _try_expert(expert_ids, active, explore)
@@ -93,14 +104,20 @@ def send_alone(routing: Routing, expert: Int[Tensor, "*runs tokens"], real: Bool
 
 def _chosen(
     logits: Tensor, choice: Tensor, bias: Tensor, budget: Tensor, real: Tensor, slots: int, least: int, dynamic: bool,
-    is_own: bool,
+    is_own: bool, gate: Gate,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(weights, expert_ids, active), of one run or of several with axes of them in front.
 
     Which experts they are has no gradient, and is decided once: a gradient of the weights is that of these experts.
     `is_own` says that the logits choose for themselves.
     """
-    weights, expert_ids, active = CHOOSE(choice.detach(), bias.detach(), budget, real, slots, least, dynamic)
+    choice, bias = choice.detach(), bias.detach()
+    if gate == "sigmoid":  # log s: ranked by s + bias, as by p + bias / sum of s, a bias of each token's own
+        own = bias.unsqueeze(-2) / choice.exp().sum(dim=-1, keepdim=True).clamp_min(LEAST_SUM)
+        each = choice.unsqueeze(-2), own, budget.unsqueeze(-1).expand(real.shape), real.unsqueeze(-1)
+        weights, expert_ids, active = (part.squeeze(-2) for part in CHOOSE(*each, slots, least, dynamic))
+    else:
+        weights, expert_ids, active = CHOOSE(choice, bias, budget, real, slots, least, dynamic)
     if not (is_own and is_untracked(logits)):
         weights = _weights(logits, expert_ids, active)
     return weights, expert_ids, active

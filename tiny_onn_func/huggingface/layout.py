@@ -82,6 +82,9 @@ def _layer(config: ModelConfig, spelling: Spelling, layer: int, bias: bool) -> I
         for ours, theirs in EXPERT.items():
             yield Piece(f"{prefix}.mlp.{theirs}.weight", (f"layers.moe.{ours}",), (layer, 0), True)
         return
+    if config.shared_expert_intermediate_size:
+        for ours, theirs in EXPERT.items():
+            yield Piece(f"{prefix}.mlp.shared_expert.{theirs}.weight", (f"layers.moe.shared_{ours}",), (layer,), True)
     yield Piece(f"{prefix}.mlp.gate.weight", ("layers.moe.router",), (layer,), True)
     if bias:
         yield Piece(f"{prefix}.mlp.gate.router_bias", ("layers.moe.router_bias",), (layer,), False)

@@ -41,6 +41,7 @@ class LayerWeights(NamedTuple):
     router_bias: Float[Tensor, " experts"]
     w13: Float[Tensor, "experts dim both"]
     w2: Float[Tensor, "experts inner dim"]
+    shared: tuple[Tensor, Tensor] | None  # (w13, w2) of the expert that every token visits
     each: tuple[tuple[Tensor, Tensor], ...]  # (w13, w2) of every expert
     finite: bool  # True if all of w13 and w2 is known to be
 
@@ -139,6 +140,7 @@ def _lay_out(layer: Mapping[str, Any]) -> LayerWeights:
         moe["router_bias"],
         w13,
         w2,
+        (torch.cat((moe["shared_w1"], moe["shared_w3"]), dim=-1), moe["shared_w2"]) if "shared_w1" in moe else None,
         tuple(zip(w13.unbind(0), w2.unbind(0), strict=True)),
         _reads(w2.device) and bool(w13.isfinite().all() & w2.isfinite().all()),
     )
@@ -239,7 +241,11 @@ def _visit_experts(
     embedded = F.embedding(token_ids, state.embedding) if config.routing == "token" else None
     features = router_input(normed, embedded, config)
     routing = _route(router_scores(features, keys, layer.router, layer.router_bias, index, config), real, state)
-    return _visit_of(routing, layer)(x, normed, routing, layer), routing
+    out = _visit_of(routing, layer)(x, normed, routing, layer)
+    if layer.shared is not None:
+        gate, up = (normed @ layer.shared[0]).chunk(2, dim=-1)
+        out = torch.addmm(out, swiglu_reference(gate, up), layer.shared[1])
+    return out, routing
 
 
 def _visit_of(routing: Routing, layer: LayerWeights) -> Visit:

@@ -20,7 +20,7 @@ from training.step.hyper_step import TrainState, init_state, state_of
 # What may differ from the folder's: how many experts a token visits is no property of the weights.
 FREE = (
     "num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok", "routing", "hash_key", "hash_weights",
-    "hash_layers",
+    "hash_layers", "gate",
 )  # fmt: skip
 
 

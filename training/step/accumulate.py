@@ -30,6 +30,7 @@ from training.step.hyper_step import (
     run_pass,
     shard_result,
     update,
+    with_balanced_bias,
 )
 from training.step.main_pass import WHOLE, BatchShard, HooksFactory, PassResult, StepOptions, main_gradients
 from training.step.metrics import Metrics
@@ -122,7 +123,9 @@ def run_parts(
     trace = RouterTrace(*map(_joined, zip(*(observed.trace for _, observed in passes), strict=True)))
     rule_state, targets = run_rule(rule, state.rule, surprise, trace, batch, hyper, state.step)
     results = tuple(
-        shard_result({}, router_grads, observed, own_targets, rule_state, own)
+        with_balanced_bias(
+            shard_result({}, router_grads, observed, own_targets, rule_state, own), router, hyper, config
+        )
         for (router_grads, observed), own_targets, own in zip(passes, _shared(targets, parts), batches, strict=True)
     )
     return Accumulated(grads, _added([result.sums for result in results]), rule_state, results)

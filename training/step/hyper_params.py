@@ -78,6 +78,12 @@ class HyperParams(NamedTuple):
     several steps, such as d(next loss)/d(lr), lack the part that goes through the router."""
     bias_speed: Annotated[Number, FROM_0] = 0.0
     """Step of the selection bias (loss-free balancing, arXiv 2408.15664)."""
+    quantile_balance: Annotated[Number, FROM_0_TO_1] = 0.0
+    """Share by which the selection bias moves, each step, to the one with which every expert would have taken K / E of
+    the step's tokens (quantile balancing, Kimi K3: 1); with `routing: thresholds` the rate at which the thresholds
+    follow that quantile of the logits, in place of learning (expert threshold, arXiv 2603.11535: 0.01 or so)."""
+    quantile_k: Annotated[Number, FROM_0] = 0.0
+    """Experts of a token (K) that `quantile_balance` aims at; 0 is the K that was visited. Thresholds need one."""
     explore_prob: Annotated[Number, FROM_0_TO_1] = 0.0
     """Probability that a token also tries a random expert in a layer."""
     explore_seed: Annotated[Number, SEED] = 0

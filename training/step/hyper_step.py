@@ -13,6 +13,7 @@ from tiny_onn_func.moe import linear_router_logits
 from tiny_onn_func.ops import as_scalar, as_wide_as
 from tiny_onn_func.params import check_params, init_params
 from tiny_onn_func.primitives.vmap import outside_vmap_tree
+from tiny_onn_func.routing import gated
 from tiny_onn_func.tree import Tree, leaves, merge, number_dtype, partition, to_device, tree_map
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
@@ -28,6 +29,7 @@ from training.step.main_pass import (
 )
 from training.step.metrics import Metrics, shares, step_metrics
 from training.step.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
+from training.step.quantile import moved_bias, quantile_bias
 from training.step.ranges import out_of_range
 from training.step.regenerate import regenerate
 from training.step.router_loss import RouterLoss, router_loss
@@ -185,7 +187,8 @@ def run_pass(
     )  # fmt: skip
     surprise, trace = observed.per_token_surprise, observed.trace
     rule_state, targets = run_rule(rule, state.rule, surprise, trace, batch, hyper, state.step)
-    return shard_result(grads, router_grads, observed, targets, rule_state, batch)
+    result = shard_result(grads, router_grads, observed, targets, rule_state, batch)
+    return with_balanced_bias(result, router, hyper, config)
 
 
 def shard_result(
@@ -197,6 +200,18 @@ def shard_result(
     return ShardResult(grads, router_grads, observed, targets, rule_state, real, sums)
 
 
+def with_balanced_bias(result: ShardResult, router: Tree, hyper: HyperParams, config: ModelConfig) -> ShardResult:
+    """The result with the bias that would balance its tokens among its sums, where `quantile_balance` asks for it.
+
+    Shards of a batch make the mean of theirs, each weighing as much as it has tokens.
+    """
+    if is_off(hyper.quantile_balance):
+        return result
+    trace, bias = result.observed.trace, router["layers"]["moe"]["router_bias"]
+    wanted = quantile_bias(trace, bias, result.real, hyper.quantile_k, config) * as_wide_as(bias, result.sums.real)
+    return result._replace(sums=result.sums._replace(balanced_bias=wanted))
+
+
 def router_gradients(
     router: Tree, step: Tensor, result: ShardResult, sums: Sums, hyper: HyperParams, config: ModelConfig
 ) -> tuple[Tree, RouterLoss]:
@@ -206,7 +221,7 @@ def router_gradients(
     def objective(learned: Tree, inputs: Any) -> tuple[Tensor, RouterLoss]:
         """The router is linear in detached inputs: its gradient needs no second pass through the model."""
         router_inputs, fixed, *rest = inputs
-        logits = linear_router_logits(router_inputs, learned["router"])
+        logits = gated(linear_router_logits(router_inputs, learned["router"]), config)
         if not all(has_router):  # a layer whose logits are fixed has a loss, but nothing learns from it
             layers = zip(has_router, logits.unbind(-3), fixed.unbind(-3), strict=True)
             logits = torch.stack([own if learns else given for learns, own, given in layers], dim=-3)
@@ -263,6 +278,9 @@ def update_router(
     )  # fmt: skip
     moe = {**router["layers"]["moe"], **learned}
     moe["router_bias"] = balanced_bias(moe["router_bias"], sums.routed, hyper.bias_speed * learning)
+    if not is_off(hyper.quantile_balance):
+        old, share = router["layers"]["moe"]["router_bias"], hyper.quantile_balance * learning
+        moe["router_bias"] = moved_bias(old, moe["router_bias"], sums, share)
     params = merge(fast, {"layers": {"moe": moe}})
     new = state._replace(params=params, router_opt=router_opt, step=state.step + 1)
     if not is_off(hyper.regenerate_below):

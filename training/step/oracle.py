@@ -26,7 +26,7 @@ from tiny_onn_func.decoder import unstack_layers
 from tiny_onn_func.embedding import ngram_embedding, softcapped
 from tiny_onn_func.experts import apply_experts, apply_w2
 from tiny_onn_func.hashing import hash_keys
-from tiny_onn_func.moe import RoutingInputs, moe
+from tiny_onn_func.moe import RoutingInputs, moe, shared_expert
 from tiny_onn_func.ops import embed, rms_norm, rotary_angles, wide_dtype
 from tiny_onn_func.params import check_params
 from tiny_onn_func.routing import Routing, check_budget
@@ -168,4 +168,6 @@ def _each_alone(x: Tensor, params: Mapping[str, Tensor], layer: int, config: Mod
     weights = torch.ones_like(expert, dtype=wide_dtype(x.dtype))
     routing = Routing(expert, weights, torch.ones_like(expert, dtype=torch.bool))
     out = apply_experts(tokens, routing, params, layer, apply_w2)
+    if config.shared_expert_intermediate_size:
+        out = out + shared_expert(tokens, params)
     return rearrange(out, "(batch forks) dim -> batch forks dim", batch=x.shape[0])

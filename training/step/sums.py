@@ -1,6 +1,6 @@
 """Sums over tokens and counts by expert: what a step adds up, over parts of a batch and over processes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -83,6 +83,7 @@ class Sums(NamedTuple):
     expert_surprise: Tensor  # (L, E)
     expert_surprised: Tensor  # (L, E)
     nonfinite: Tensor
+    balanced_bias: Any = ()  # (L, E) bias that would balance the experts, times `real`; nothing where none is asked for
 
 
 def sums_of(observed: PassResult, targets: Targets, real: Bool[Tensor, "*runs tokens"]) -> Sums:

@@ -17,7 +17,20 @@ from tiny_onn_func.tree import flatten, tree_map
 MASK = 2**32 - 1
 TIE = 2.0**-17
 EXPLORE, SHUFFLE, REGENERATE, ORACLE = 0, 1, 2, 3  # streams of random words
-MATRICES = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "w1", "w3", "w2")
+MATRICES = (
+    "embed_tokens",
+    "lm_head",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "w1",
+    "w3",
+    "w2",
+    "shared_w1",
+    "shared_w3",
+    "shared_w2",
+)
 TABLES = ("ngram_embed", "value_embed", "token_bias")  # of vectors that are looked up
 ZERO = torch.zeros((), dtype=torch.float64)
 
@@ -146,8 +159,11 @@ def choose(logits: Tensor, bias: Tensor, budget: float, explore: int, config, ma
     """Experts of one real token, best first; ties by logit, then by place (DESIGN 5, "One wall")."""
     most = config.max_experts_per_tok or config.num_experts
     p, thresholds = logits.softmax(0).tolist(), config.routing == "thresholds"
+    scores = (
+        logits.softmax(0) if config.gate == "softmax" else logits.exp()
+    )  # of a sigmoid the logits are the logarithm
     # Taken: the bias is added to the probability (arXiv 2408.15664), to the logit where it is a negated threshold
-    score = (logits + bias if thresholds else logits.softmax(0) + bias).tolist()
+    score = (logits + bias if thresholds else scores + bias).tolist()
     order = sorted(range(len(p)), key=lambda e: (-score[e], -float(logits[e]), e))
     if config.num_experts_per_tok > 0:
         count = most = config.num_experts_per_tok
@@ -235,6 +251,7 @@ def forward(params, batch, hyper, step: int, config, margins: Margins, rows=None
             router_input = embedded[t] if config.routing == "token" else x
             logits = router_input @ moe["router"]
             trace.inputs[at, t], trace.learned[at, t] = router_input.detach(), logits.detach()
+            logits = logits if config.gate == "softmax" else torch.sigmoid(logits).log()
             choice, bias = logits, moe["router_bias"]
             if hashes(config, at):
                 key = mix(mix(hash_key(config.hash_key, row, t, ids, numbers)) + at + 1)
@@ -250,6 +267,9 @@ def forward(params, batch, hyper, step: int, config, margins: Margins, rows=None
             for e, weight in zip(kept, weights, strict=True):
                 trace.routes.append(visit(at, t, e, weight, x, moe))
                 stream[t] = stream[t] + weight * trace.routes[-1].y
+            if config.shared_expert_intermediate_size:
+                gate, up = x @ moe["shared_w1"], x @ moe["shared_w3"]
+                stream[t] = stream[t] + (gate * torch.sigmoid(gate) * up) @ moe["shared_w2"]
     head = params["embed_tokens"].T if config.tie_word_embeddings else params["lm_head"]
     cap = config.logit_softcap
     logits = [rms_norm(x, params["norm"], eps) @ head for x in stream]
@@ -475,7 +495,7 @@ def update_fast(state, flat: dict, grads: dict, share: float, hyper) -> tuple[di
     rates, decays = {}, {}
     for name in grads:
         leaf = name.split(".")[-1]
-        scale = 1.0 if leaf in ("w1", "w3", "w2") else float(hyper.backbone_lr_scale)
+        scale = 1.0 if leaf in MATRICES[-6:] else float(hyper.backbone_lr_scale)
         rates[name] = float(hyper.lr) * share * scale
         # Taken: the embedding is a matrix, norms stacked over layers are not
         decays[name] = float(hyper.weight_decay) if leaf in MATRICES + TABLES else 0.0
@@ -494,6 +514,28 @@ def update_slow(state, flat: dict, grads: dict, share: float, rows: Tensor, hype
     if hyper.freeze_step and int(state.step) >= hyper.freeze_step:  # Taken: the moments move on
         moved = old
     return {f"layers.moe.{name}": leaf for name, leaf in moved.items()}, mu, nu
+
+
+def balanced_bias(trace: Trace, bias: Tensor, hyper, config) -> Tensor:
+    """Bias with which K / E of the tokens would have been above their cutoff, the best score + bias not visited."""
+    new = torch.zeros_like(bias)
+    for layer in range(config.num_hidden_layers):
+        visited = {t: {r.expert for r in trace.routes if r[:2] == (layer, t)} for at, t in trace.routing if at == layer}
+        asked: list[list[float]] = [[] for _ in range(config.num_experts)]
+        for t, own in visited.items():
+            logits = trace.routing[layer, t]
+            scores = logits.softmax(0) if config.gate == "softmax" else logits.exp()
+            others = [float(scores[e] + bias[layer, e]) for e in range(config.num_experts) if e not in own]
+            for e in range(config.num_experts):
+                cutoff = max(others, default=-math.inf)
+                asked[e].append(-float(logits[e]) if config.routing == "thresholds" else cutoff - float(scores[e]))
+        k = float(hyper.quantile_k) or sum(map(len, visited.values())) / len(visited)
+        for e, values in enumerate(map(sorted, asked)):
+            place = min(k / config.num_experts, 1.0) * (len(values) - 1)
+            low, high = values[math.floor(place)], values[math.ceil(place)]
+            finite = math.isfinite(low) and math.isfinite(high)
+            new[layer, e] = low + (place - math.floor(place)) * (high - low) if finite else 0.0
+    return new if config.routing == "thresholds" else new - new.mean(dim=-1, keepdim=True)
 
 
 def normal(hyper, step: int, place: int, places: int) -> float:
@@ -573,6 +615,8 @@ def reference_step(state, batch, hyper, config, kind: str = "w2", teacher: Tenso
     slow = {name: fast.pop(f"layers.moe.{name}") for name in ("router", "router_bias")}
     losses, slopes = router_losses(trace, shares, metrics["expert_load"], hyper, step, config)
     for (layer, t), slope in slopes.items():
+        if config.gate == "sigmoid":  # through the logarithm of the sigmoid: d log s = (1 - s) dz
+            slope = slope * (1 - trace.routing[layer, t].exp()) if learns(config, layer) else slope
         slow["router"][layer] += torch.outer(trace.inputs[layer, t], slope)
     if config.routing != "thresholds":
         del slow["router_bias"]  # Taken: learned only where it is a threshold
@@ -581,6 +625,11 @@ def reference_step(state, batch, hyper, config, kind: str = "w2", teacher: Tenso
     share = schedule(hyper, step)
     new, *fast_moments = update_fast(state, flat, fast, share, hyper)
     moved, *slow_moments = update_slow(state, flat, slow, share, rows, hyper)
+    frozen = bool(hyper.freeze_step) and step >= float(hyper.freeze_step)
+    if hyper.quantile_balance and not frozen and tokens:
+        old, name = flat["layers.moe.router_bias"], "layers.moe.router_bias"
+        wanted = balanced_bias(trace, old, hyper, config)
+        moved[name] = old + float(hyper.quantile_balance) * (wanted - old)
     metrics |= losses | {"lr": float(hyper.lr) * share}
     new |= moved
     regenerate(new, fast_moments, slow_moments, rows, hyper, step, margins)

@@ -81,6 +81,8 @@ def draw_config(rng: random.Random) -> ModelConfig:
         value_embeddings=own.random() < 0.4,
         token_bias=own.random() < 0.4,
         logit_softcap=own.choice([0.0, 0.0, 1.5]),
+        gate="sigmoid" if own.random() < 0.4 and config.routing != "thresholds" else "softmax",
+        shared_expert_intermediate_size=own.choice([0, 0, 3]),
     )
 
 
@@ -151,6 +153,8 @@ def draw_hyper(rng: random.Random, config: ModelConfig) -> HyperParams:
         drawn["beta2"] = rng.choice([0.5, 0.75])
     if (own := random.Random(drawn["lr"])).random() < 0.3:  # a stream of its own, so that all else stays as it was
         drawn["decay_steps"] = own.choice((1, 3))
+    if own.random() < 0.25:
+        drawn |= {"quantile_balance": own.choice((1.0, 0.3)), "quantile_k": own.choice((0, 1, 1.7))}
     return HyperParams(**{name: value for name, value in drawn.items() if value is not None})
 
 

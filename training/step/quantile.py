@@ -1,0 +1,67 @@
+"""Quantile balancing: the selection bias with which every expert would have taken its share of the step's tokens."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.moe import RouterTrace
+from tiny_onn_func.ops import as_scalar, as_wide_as
+from training.step.hyper_params import Number, is_off
+from training.step.sums import Sums
+
+
+def quantile_bias(
+    trace: RouterTrace, bias: Float[Tensor, "*runs layers experts"], real: Bool[Tensor, "*runs tokens"], k: Number,
+    config: ModelConfig,
+) -> Float[Tensor, "*runs layers experts"]:  # fmt: skip
+    """The bias b_e that a share K / E of the real tokens needs less than: its quantile of cutoff_t - score_te.
+
+    A token visits an expert iff score + bias is above its cutoff, the largest score + bias among the experts that it
+    does not visit. So the bias is the K / E quantile over tokens, linear between them, of what each token asks for; its
+    mean over experts is then taken off, as a common bias changes no ranking (Kimi K3, section 2.3.3; torchtitan #4577).
+    Scores are the softmax, or the sigmoid with that gate. With thresholds scores are logits, the cutoff is 0, and the
+    mean stays: b_e is minus the 1 - K / E quantile of the logits (expert threshold, arXiv 2603.11535).
+
+    Args:
+        k: experts of a token; 0 takes the mean number that these tokens visited.
+
+    Returns:
+        the bias in the router's dtype; 0 where every expert was visited, so that no token has a cutoff.
+    """
+    logits, experts = trace.router_logits.detach(), config.num_experts
+    count = real.sum(dim=-1).to(logits.dtype)
+    if config.routing == "thresholds":
+        asked = -logits
+    else:
+        scores = logits.softmax(dim=-1) if config.gate == "softmax" else logits.exp()
+        visits = torch.zeros_like(scores).scatter_add(-1, trace.expert_ids, trace.active.to(scores.dtype))
+        left = torch.where(visits > 0, -torch.inf, scores + bias.to(scores.dtype).unsqueeze(-2))
+        asked = left.amax(dim=-1, keepdim=True) - scores
+    visited = trace.active.sum(dim=(-2, -1)).to(logits.dtype) / as_wide_as(bias, count)[..., 0].clamp_min(1)
+    share = visited / experts
+    if not is_off(k):
+        wanted = as_wide_as(share, as_scalar(k, share.device, share.dtype))
+        share = torch.where(wanted > 0, wanted / experts, share)
+    asked = torch.where(real.unsqueeze(-2).unsqueeze(-1), asked, torch.inf).sort(dim=-2).values
+    place = share.clamp(0, 1) * (as_wide_as(share, count) - 1).clamp_min(0)
+    below = place.floor().clamp(0, asked.shape[-2] - 1)
+    above = place.ceil().clamp(0, asked.shape[-2] - 1)
+    low, high = (asked.gather(-2, _rows(at, experts)).squeeze(-2) for at in (below, above))
+    quantile = torch.where(low.isfinite() & high.isfinite(), low + (place - below).unsqueeze(-1) * (high - low), 0.0)
+    if config.routing != "thresholds":
+        quantile = quantile - quantile.mean(dim=-1, keepdim=True)
+    return quantile.to(bias.dtype)
+
+
+def moved_bias(old: Tensor, otherwise: Tensor, sums: Sums, share: Number) -> Float[Tensor, "*runs layers experts"]:
+    """old + share * (the balanced bias of the sums - old); `otherwise` in runs whose share is 0."""
+    balanced = sums.balanced_bias / as_wide_as(old, sums.real).clamp_min(1)
+    share = as_wide_as(old, as_scalar(share, old.device, old.dtype))
+    moved = old + share * torch.where(as_wide_as(old, sums.real) > 0, balanced - old, 0.0)
+    return torch.where(share > 0, moved, otherwise)
+
+
+def _rows(at: Tensor, experts: int) -> Tensor:
+    """Row indices (..., layers) as an index of every expert's column."""
+    return at.to(torch.int64)[..., None, None].expand(*at.shape, 1, experts)
