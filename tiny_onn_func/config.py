@@ -111,12 +111,8 @@ class ModelConfig:
         for name, known in (("hash_key", HASH_KEYS), ("hash_weights", HASH_WEIGHTS), ("gate", GATES)):
             _require(getattr(self, name) in known, name, " or ".join(known), getattr(self, name))
         wanted, named = f"{ALL_LAYERS}, or numbers below {self.num_hidden_layers} with commas between", self.hash_layers
-        _require(
-            isinstance(named, str) and _layers_of(named, self.num_hidden_layers) is not None,
-            "hash_layers",
-            wanted,
-            repr(named),
-        )
+        fits = isinstance(named, str) and (named == ALL_LAYERS or _layers_of(named, self.num_hidden_layers) is not None)
+        _require(fits, "hash_layers", wanted, repr(named))
         for name, plain in (("hash_key", "token"), ("hash_weights", "hash"), ("hash_layers", ALL_LAYERS)):
             fits = self.routing == "hash" or getattr(self, name) == plain
             _require(fits, name, f"{plain} without routing: hash", getattr(self, name))
@@ -148,8 +144,10 @@ class ModelConfig:
 
     def is_hashed(self, layer: int) -> bool:
         """True if a hash chooses the experts of a layer."""
-        layers = _layers_of(self.hash_layers, self.num_hidden_layers)
-        return self.routing == "hash" and layers is not None and layer in layers
+        named = self.hash_layers
+        return self.routing == "hash" and (
+            named == ALL_LAYERS or layer in (_layers_of(named, self.num_hidden_layers) or ())
+        )
 
     def has_router(self, layer: int) -> bool:
         """True if a layer's logits come from its router: it chooses, or it weighs what a hash chose."""
@@ -158,9 +156,7 @@ class ModelConfig:
 
 @cache
 def _layers_of(named: str, count: int) -> frozenset[int] | None:
-    """The layers that a text names; None if it names none, or one that there is not, or one twice."""
-    if named == ALL_LAYERS:
-        return frozenset(range(count))
+    """The layers that a list of numbers names; None if it names none, or one that there is not, or one twice."""
     parts = [part.strip() for part in named.split(",")]
     numbers = [int(part) if part.isascii() and part.isdigit() and len(part) < 10 else count for part in parts]
     return frozenset(numbers) if len({*numbers}) == len(numbers) and max(numbers) < count else None

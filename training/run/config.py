@@ -165,9 +165,9 @@ class RunConfig:
         _require(not alpha or teacher is not None, "teacher", f"a folder, as hyper.distill_alpha is {alpha}", teacher)
         _require(teacher is None or alpha > 0, "hyper.distill_alpha", "more than 0 with a teacher", alpha)
         _require(not (self.teacher and self.pack), "pack", "False with a teacher, which sees the whole row", self.pack)
-        follows = self.model.routing == "thresholds" and self.hyper.quantile_balance > 0
+        follows = self.model.routing == "thresholds" and float(self.hyper.quantile_balance) > 0
         wanted = "more than 0 with routing: thresholds and hyper.quantile_balance"
-        _require(not follows or self.hyper.quantile_k > 0, "hyper.quantile_k", wanted, self.hyper.quantile_k)
+        _require(not follows or float(self.hyper.quantile_k) > 0, "hyper.quantile_k", wanted, self.hyper.quantile_k)
         if self.tokenizer == "bytes":  # another one is a file, and asked when the run begins
             wanted = f"{BYTE_TOKENS} (256 bytes and the document boundary) or more"
             _require(self.model.vocab_size >= BYTE_TOKENS, "model.vocab_size", wanted, self.model.vocab_size)
