@@ -1,6 +1,8 @@
-"""Baselines on the held-out text: gzip, unigram and bigram models."""
+"""Baselines on the held-out text: unigram and bigram models, and three compressors."""
 
+import bz2
 import gzip
+import lzma
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,18 +22,27 @@ def baselines(train: Corpus, held_out: Corpus, max_bytes: int | None = None) -> 
     """Bits per byte of models that need no training, on the bytes that `held_out_batches` with `max_bytes` scores.
 
     `uniform`: log2(257) a target. `unigram` and `bigram`: counts of the targets of the training side, one added to
-    each. `gzip -9`: those bytes in one file; it is told no boundaries, the others pay for them. Whatever the tokenizer,
-    their targets are bytes, and special tokens, which they cannot tell apart.
+    each. `gzip -9`, `bzip2 -9` and `xz -9e`: those bytes in one file; they are told no boundaries, the others pay for
+    them. Whatever the tokenizer, their targets are bytes, and special tokens, which they cannot tell apart.
     """
     end, _, num_bytes = scored_span(held_out, max_bytes)
     known, scored = _pairs(train, train.tokens.size), _pairs(held_out, end)
+    text = _scored_text(held_out, end)
     bits = {
         "uniform": scored.sum() * np.log2(VOCAB_SIZE),
         "unigram": _cost(known.sum(axis=0), scored.sum(axis=0)),
         "bigram": _cost(known, scored),
-        "gzip -9": 8 * len(gzip.compress(_scored_text(held_out, end), 9, mtime=0)),
+        "gzip -9": 8 * len(gzip.compress(text, 9, mtime=0)),
+        "bzip2 -9": 8 * len(bz2.compress(text, 9)),
+        "xz -9e": 8 * len(_xz(text)),
     }
     return {name: float(value / num_bytes) for name, value in bits.items()}
+
+
+def _xz(text: bytes) -> bytes:
+    """The text by `xz -9e`, whose dictionary of 64 MiB has no use for more memory than there is text."""
+    preset, dictionary = 9 | lzma.PRESET_EXTREME, min(max(len(text), 4096), 1 << 26)
+    return lzma.compress(text, filters=[{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": dictionary}])
 
 
 def _pairs(corpus: Corpus, end: int) -> Array:

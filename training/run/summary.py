@@ -50,7 +50,7 @@ SUMMARY = {
     "bytes_sent_per_step": Field("bytes, by purpose", "Bytes that rank 0 sent in a step; empty on one process."),
     "baselines": Field(
         "bits per byte, by name",
-        "Scores of gzip -9, bigram, unigram and uniform models on the same bytes.",
+        "Scores of gzip -9, bzip2 -9, xz -9e, bigram, unigram and uniform models on the same bytes.",
     ),
     "sample": Field("text", "The prompt and a sampled continuation."),
 }  # fmt: skip

@@ -1,7 +1,9 @@
 """Sources, tokens, the held-out split, batches and baselines."""
 
+import bz2
 import gzip
 import json
+import lzma
 import math
 import random
 import re
@@ -814,11 +816,16 @@ def test_baselines_are_the_cost_of_the_scored_targets(train: Corpus, held_out: C
         bigram -= math.log2((sum(train.tokens[j] == token for j in behind) + 1) / (len(behind) + VOCAB_SIZE))
     text = bytes(int(held_out.tokens[i]) for i in scored if held_out.tokens[i] != BOUNDARY)
     costs = baselines(train, held_out, max_bytes)
-    assert list(costs) == ["uniform", "unigram", "bigram", "gzip -9"]
+    assert list(costs) == ["uniform", "unigram", "bigram", "gzip -9", "bzip2 -9", "xz -9e"]
     assert costs["uniform"] == pytest.approx(math.log2(257) * num_targets / num_bytes)
     assert costs["unigram"] == pytest.approx(unigram / num_bytes)
     assert costs["bigram"] == pytest.approx(bigram / num_bytes)
-    assert costs["gzip -9"] == pytest.approx(8 * len(gzip.compress(text, 9, mtime=0)) / len(text))
+    compressed = {
+        "gzip -9": gzip.compress(text, 9, mtime=0), "bzip2 -9": bz2.compress(text, 9),
+        "xz -9e": lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
+    }  # fmt: skip
+    for name, data in compressed.items():
+        assert costs[name] == pytest.approx(8 * len(data) / len(text))
 
 
 def test_the_better_baseline_wins_on_english(text: Path, tmp_path: Path):

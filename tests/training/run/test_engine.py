@@ -60,7 +60,7 @@ def test_a_run_folder_holds_all_that_it_promises(run: Path) -> None:
     assert summary.keys() >= SUMMARY
     assert summary["steps"] == 6
     assert summary["tokens"] == 6 * 2 * 16
-    assert summary["baselines"].keys() == {"uniform", "unigram", "bigram", "gzip -9"}
+    assert summary["baselines"].keys() == {"uniform", "unigram", "bigram", "gzip -9", "bzip2 -9", "xz -9e"}
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5, 6]
     assert records(run)[-1].keys() >= {"tokens", "seconds", "main_loss", "gating_acc", "avg_k", "expert_load"}
     assert "held_out_nats" in records(run)[2]
@@ -105,7 +105,7 @@ def test_evaluate_repeats_the_score_of_the_summary(run: Path, capsys: pytest.Cap
     assert main(["evaluate", str(run), "--bytes", "200"]) == 0
     printed = capsys.readouterr().out
     assert f"{summary['bits_per_byte']:.3f}" in printed
-    assert all(name in printed for name in ("uniform", "unigram", "bigram", "gzip -9"))
+    assert all(name in printed for name in ("uniform", "unigram", "bigram", "gzip -9", "bzip2 -9", "xz -9e"))
 
 
 def test_evaluate_parts_another_text_as_it_is_asked_to_or_scores_all_of_it(
