@@ -21,10 +21,10 @@ from benchmarks.scaling.plan import Cluster, Plan, layouts_of, plan
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.params import count_active_params, count_params
 from training.errors import UserError
-from training.run.config import RunConfig
+from training.run.config import PLAIN_MODEL
 
 MODELS = {
-    "small": RunConfig().model,
+    "small": PLAIN_MODEL,
     "0.5B": LARGE,
     "30B": ModelConfig(151_936, 2048, 48, 32, 4, 128, 768, 128, num_experts_per_tok=8, tie_word_embeddings=False),
 }

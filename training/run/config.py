@@ -1,6 +1,6 @@
 """RunConfig: everything that decides a training run, as frozen values that are checked when they are made."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
@@ -35,7 +35,7 @@ def _require(fine: bool, key: str, wanted: str, came: object, mend: str = "") ->
 
 
 # The model and the numbers of the default preset; presets/small.yaml says the same, a test compares them.
-DEFAULT_MODEL = ModelConfig(
+PLAIN_MODEL = ModelConfig(
     vocab_size=BYTE_TOKENS,
     hidden_size=128,
     num_hidden_layers=4,
@@ -46,7 +46,8 @@ DEFAULT_MODEL = ModelConfig(
     num_experts=16,
     num_experts_per_tok=4,
 )
-DEFAULT_HYPER = HyperParams(lr=5e-3, warmup_steps=50, balance_weight=1.0)  # guard chosen in docs/lab-log.md
+DEFAULT_MODEL = replace(PLAIN_MODEL, routing="token", ngram_order=5, ngram_buckets=8192, token_bias=True)
+DEFAULT_HYPER = HyperParams(lr=2e-3, warmup_steps=50, balance_weight=1.0)  # chosen in docs/lab-log.md
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class RunConfig:
     """Sizes of the model."""
     hyper: HyperParams = DEFAULT_HYPER
     """Numbers of the hyper step. A run's defaults are not those of `HyperParams()`, which is the plain step: a run has
-    lr 5e-3 (there 3e-3), a warm-up of 50 steps (there none), balance_weight 1.0 (there 0), and a cosine to its last
+    lr 2e-3 (there 3e-3), a warm-up of 50 steps (there none), balance_weight 1.0 (there 0), and a cosine to its last
     step (there a constant rate). `tiny-onn train --help` shows a run's."""
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from tiny_onn_func.config import ModelConfig
 from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError, flag
 from training.presets.find import resolve_preset
-from training.run.config import KEYS, RunConfig, default_out, plain_values
+from training.run.config import KEYS, PLAIN_MODEL, RunConfig, default_out, plain_values
 from training.run.initial_state import sizes_follow
 from training.step.hyper_params import HyperParams
 from training.storage.plain_yaml import read_yaml, scalar, shown, write_yaml
@@ -27,6 +27,15 @@ from training.suggest import advice
 from training.terminal import set_verbosity
 
 Values = dict[str, Any]  # dotted key -> value
+FIRST = {  # settings of the model that every config.yaml of a run has, whatever version wrote it
+    f"model.{name}"
+    for name in (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "moe_intermediate_size", "num_experts", "num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok",
+        "rms_norm_eps", "rope_theta", "tie_word_embeddings", "routing",
+    )
+}  # fmt: skip
+LATER = {key: getattr(PLAIN_MODEL, key[6:]) for key in KEYS if key.startswith("model.") and key not in FIRST}
 LISTED = "; `tiny-onn train --help` lists them all"
 SWITCHES = {
     "--resume": "resume", "--help": "help", "-h": "help", "--quiet": "quiet", "-q": "quiet", "--verbose": "verbose",
@@ -84,6 +93,8 @@ def save_settings(config: RunConfig, path: str | os.PathLike[str]) -> None:
 def _resolve(path: str | None, overrides: Mapping[str, Any], spell: Callable[[str], str]) -> RunConfig:
     """Defaults, then the file, then the overrides, whose keys `spell` names as the user wrote them."""
     settings = checked(_read_file(path), lambda key: f"{path}: {key}") if path is not None else {}
+    if settings.keys() >= FIRST:  # written by a run, perhaps before there were more: its model had none of them
+        settings = LATER | settings
     asked = checked(overrides, spell)
     if (settings | asked).get("init"):
         settings = sizes_follow(settings | asked)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 from tiny_onn_func.tree import flatten
 from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
-from training.run.config import RunConfig, plain_values
+from training.run.config import PLAIN_MODEL, RunConfig, plain_values
 from training.run.initial_state import sizes_follow
 from training.step.ranges import Range, out_of_range, ranges_of
 from training.storage.typed import typed
@@ -82,8 +82,9 @@ class StudyConfig:
     """One sentence, for the report."""
     falsifier: str = ""
     """The result that would settle it, one sentence for the report."""
-    base: RunConfig = field(default_factory=RunConfig)
-    """The run that arms and axes change."""
+    base: RunConfig = field(default_factory=lambda: RunConfig(model=PLAIN_MODEL))
+    """The run that arms and axes change. What a file leaves out is as in `tiny-onn train`, but for the model, which is
+    the plain one: a router of the hidden state and no tables."""
     arms: Sequence[Arm] = ()
     """None means one arm that changes nothing."""
     axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)

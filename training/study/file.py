@@ -8,7 +8,7 @@ from typing import Any
 from tiny_onn_func.tree import flatten
 from training.errors import UserError
 from training.presets.find import STUDIES, resolve_preset
-from training.run.config import RunConfig
+from training.run.config import PLAIN_MODEL, RunConfig
 from training.run.settings import checked
 from training.storage.plain_yaml import read_yaml, write_yaml
 from training.storage.typed import typed
@@ -82,7 +82,7 @@ def parse_study(values: Mapping[Any, Any], *, name: str) -> StudyConfig:
         parts["axes"] = _axes(parts["axes"], "quick.axes.")
     return StudyConfig(
         **{"name": name} | {key: _shaped(KEYS[key], value, key) for key, value in given.items()},
-        base=changed(RunConfig(), _typed(base, "base."), "base."),
+        base=changed(RunConfig(model=PLAIN_MODEL), _typed(base, "base."), "base."),
         arms=[_arm(entry, number) for number, entry in enumerate(arms, 1)],
         axes=_axes(axes, "axes."),
         quick=parts | _typed(quick, "quick."),

@@ -15,13 +15,13 @@ from tiny_onn_func.config import ModelConfig
 from training.errors import UserError
 from training.presets.find import HOME
 from training.run import config as config_source
-from training.run.config import DEFAULT_HYPER, KEYS, RunConfig, default_out, hyper_params, plain_values
+from training.run.config import DEFAULT_HYPER, KEYS, PLAIN_MODEL, RunConfig, default_out, hyper_params, plain_values
 from training.run.describe import differing
-from training.run.settings import load_settings, parse_train_args, save_settings
+from training.run.settings import FIRST, load_settings, parse_train_args, save_settings
 from training.step.hyper_params import HyperParams
 from training.step.surprise import KINDS
 from training.storage.loggers import logger_names
-from training.storage.plain_yaml import read_yaml, scalar, yaml_text
+from training.storage.plain_yaml import read_yaml, scalar, write_yaml, yaml_text
 from training.storage.typed import kinds_of
 
 PRESETS = sorted(HOME.glob("*.yaml"))
@@ -77,9 +77,9 @@ def test_where_a_run_differs_from_hyper_params_is_said_in_help_and_in_the_source
     page = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "HyperParams() of Python has lr 0.003, warmup_steps 0, balance_weight 0, no cosine." in page
     source = " ".join(Path(config_source.__file__).read_text(encoding="utf-8").split())
-    assert "lr 5e-3 (there 3e-3), a warm-up of 50 steps (there none), balance_weight 1.0 (there 0)" in source
+    assert "lr 2e-3 (there 3e-3), a warm-up of 50 steps (there none), balance_weight 1.0 (there 0)" in source
     run, plain = hyper_params(RunConfig()), HyperParams()
-    assert (run.lr, plain.lr, run.warmup_steps, run.balance_weight, plain.total_steps) == (5e-3, 3e-3, 50, 1.0, 0)
+    assert (run.lr, plain.lr, run.warmup_steps, run.balance_weight, plain.total_steps) == (2e-3, 3e-3, 50, 1.0, 0)
 
 
 def test_seed_v6_is_the_plan_without_any_guard():
@@ -536,3 +536,12 @@ def test_a_flag_is_read_as_yaml_reads_the_same_scalar(value):
 @given(words=text)
 def test_no_text_of_a_flag_breaks_the_reader(words):
     assert isinstance(scalar(words), str | int | float | bool | None)
+
+
+def test_a_run_from_before_the_tables_keeps_the_model_that_it_had(tmp_path: Path) -> None:
+    values = plain_values(RunConfig(model=PLAIN_MODEL))
+    values["model"] = {name: value for name, value in values["model"].items() if f"model.{name}" in FIRST}
+    write_yaml(values, tmp_path / "config.yaml")
+    assert load_settings(str(tmp_path / "config.yaml")).model == PLAIN_MODEL
+    (tmp_path / "own.yaml").write_text("model: {hidden_size: 64}\n", encoding="utf-8")
+    assert load_settings(str(tmp_path / "own.yaml")).model == replace(RunConfig().model, hidden_size=64)
