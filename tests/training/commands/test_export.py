@@ -14,6 +14,7 @@ from training.run.finished import open_run
 
 SECRET = "hf_" + "SECRETsecret0123456789"
 FLAGS = [
+    "--config=small_qwen3",
     "--steps=2", "--batch-size=2", "--sequence-length=16", "--eval-every=0", "--final-eval-bytes=60",
     "--sample-tokens=0",
     "--model.hidden-size=16", "--model.num-hidden-layers=1", "--model.num-attention-heads=2",
