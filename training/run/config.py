@@ -74,7 +74,7 @@ class RunConfig:
     """Folder of a Hugging Face causal language model to learn from, with hyper.distill_alpha."""
     teacher_cache: bool = False
     """Whether the teacher's logits are kept on disk for runs that see the same batches."""
-    steps: Annotated[int, FROM_1] = 2800
+    steps: Annotated[int, FROM_1] = 2300
     """Hyper steps of the whole run."""
     seed: Annotated[int, SEED] = 0
     """Seed of the parameters and of the order of the batches."""

@@ -330,7 +330,7 @@ def test_every_setting_is_a_flag_of_its_dotted_name():
         keep_checkpoints=5, picture_every=6, sample_tokens=4, prompt="x", threads=2,
         model=ModelConfig(
             300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False, ngram_order=2, ngram_buckets=5,
-            value_embeddings=True, token_bias=True, logit_softcap=3.0, zero_init=True, routing="hash",
+            value_embeddings=True, token_bias=False, logit_softcap=3.0, zero_init=True, routing="hash",
             hash_key="pair", hash_weights="router", hash_layers="1", gate="sigmoid", shared_expert_intermediate_size=7,
         ),
         hyper=HyperParams(**CHANGED_HYPER), surprise_kind="input", precision="bfloat16", tokenizer="bpe",
