@@ -92,9 +92,15 @@ def count_params(config: ModelConfig) -> int:
 
 
 def count_active_params(config: ModelConfig, experts_per_tok: float) -> float:
-    """Parameters that one token uses when it visits `experts_per_tok` experts on average."""
-    experts = sum(math.prod(s.shape) for name, s in param_specs(config).items() if name.endswith((".w1", ".w2", ".w3")))
-    return count_params(config) - experts + experts * experts_per_tok / config.num_experts
+    """Parameters that one token uses when it visits `experts_per_tok` experts on average.
+
+    A table that is only looked up, unlike an embedding that is the head, too, counts with the rows that a token reads.
+    """
+    shares = dict.fromkeys(("w1", "w2", "w3"), experts_per_tok / config.num_experts)
+    shares |= {"ngram_embed": 1 / config.ngram_buckets}
+    shares |= dict.fromkeys(("value_embed", "token_bias"), 1 / config.vocab_size)
+    sizes = {name: math.prod(spec.shape) for name, spec in param_specs(config).items()}
+    return sum(size * shares.get(name.rpartition(".")[2], 1.0) for name, size in sizes.items())
 
 
 def count_active_flops(config: ModelConfig, experts_per_tok: float, sequence_length: int) -> float:

@@ -13,7 +13,7 @@ from tiny_onn_func.embedding import NO_TOKEN, ngram_embedding, ngram_rows
 from tiny_onn_func.hashing import mix
 from tiny_onn_func.huggingface.pretrained import inexpressible, load_pretrained, save_pretrained
 from tiny_onn_func.inference.decode import decode, start_decoding
-from tiny_onn_func.params import count_active_flops, param_specs
+from tiny_onn_func.params import count_active_flops, count_active_params, param_specs
 from tiny_onn_func.tree import flatten, stack, to_device, tree_map, unflatten
 
 ALL: dict[str, Any] = dict(
@@ -137,6 +137,13 @@ def test_tables_cost_no_arithmetic_and_begin_at_zero() -> None:
     params, same = (init_params(each, seeded(0)) for each in (config, plain))
     ids = tiny_batch(plain).input_ids
     assert torch.equal(forward(params, ids, config)[0], forward(same, ids, plain)[0])
+
+
+def test_a_token_uses_a_row_of_each_table() -> None:
+    sizes = dict(num_experts_per_tok=2, vocab_size=20, hidden_size=8, num_hidden_layers=2)
+    more = tiny_config(ngram_order=4, ngram_buckets=7, value_embeddings=True, token_bias=True, **sizes)
+    rows = 3 * 8 + 2 * (more.num_key_value_heads * more.head_dim + 8)
+    assert count_active_params(more, 2.0) - count_active_params(tiny_config(**sizes), 2.0) == pytest.approx(rows)
 
 
 def test_nothing_is_read_back_from_a_device() -> None:
