@@ -32,7 +32,7 @@ def main() -> None:
     for arm, other in args.pair:
         print(f"{args.measure}, {arm} - {other}: {paired(rows, arm, other, args.measure)}")
     if not args.pair:
-        facts = read_facts(args.folder, [row["run"] for row in rows])
+        facts, _ = read_facts(args.folder, [row["run"] for row in rows])
         print("\n".join(savings(rows, facts)))
 
 

@@ -22,14 +22,15 @@ families, each of them held at 5 %, for each answers a question of its own. One 
 first two false, so a false verdict of any kind is in at most 10 % of studies, in 5 % of those whose arms are alike.
 
 Where axes are tuned, an arm is compared at the point that the runs of `tune_seeds` found best, by runs that had no say
-in it. A study without such seeds chooses by the runs that it compares: the comparison is then one of as many as there
-are pairs of a point of the arm and one of its baseline (`tried`). Its p are multiplied by that before Holm's method
-(Bonferroni), and `note` says so; intervals of 95 % are of the chosen points alone.
+in it (`training.study.tuning`). A study without such seeds chooses by the runs that it compares: the comparison is then
+one of as many as there are pairs of a point of the arm and one of its baseline (`tried`). Its p are multiplied by that
+before Holm's method (Bonferroni), and `note` says so; intervals of 95 % are of the chosen points alone.
 """
 
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,17 +38,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from training.report.html.wording import level_note
 from training.storage.atomic import write_text
 from training.storage.regular_file import read_object
-from training.storage.results import DIVERGED, FINISHED, Row, read_results
+from training.storage.results import DIVERGED, FINISHED, Row, pair_key, read_results
 from training.study.config import StudyConfig, baselines_of, expand
+from training.study.speedup import Scores, effective_speedup
 from training.study.statistics import CONFIDENCE, beyond, holm, step_down, t_interval, t_test, tost
+from training.study.summary import empty_row
 from training.study.tasks import Continual
+from training.study.tuning import SCORE as MEASURE
+from training.study.tuning import as_judged, choose, points_of, tuning_curves, tuning_warnings
 
 LEVEL = 0.05  # of all tests, of the whole family
 MATCHED = 0.05  # avg_k, or the operations of a forward pass, within this share of the baseline's count as equal
-MEASURE = "nats_per_token"
 SHARED = (
     "Tuned ({}) by the runs that are compared: every p is multiplied by the pairs of points that were tried, and the "
     "means and intervals of 95 % flatter all arms; `tune_seeds` in the study's file tune on seeds of their own."
@@ -79,25 +82,31 @@ def analyse(folder: str | Path) -> dict[str, Any]:
 
     folder = Path(folder)
     rows = read_results(folder)
-    facts = read_facts(folder, [row["run"] for row in rows])
-    analysis = analyse_rows(load_study(folder / "study.yaml"), rows, facts)
+    facts, curves = read_facts(folder, [row["run"] for row in rows])
+    analysis = analyse_rows(load_study(folder / "study.yaml"), rows, facts, curves)
     write_text(folder / "analysis.json", json.dumps(analysis, indent=2) + "\n")
     return analysis
 
 
 def analyse_rows(
-    study: StudyConfig, rows: Sequence[Row], facts: Mapping[str, Mapping[str, Any]] | None = None
+    study: StudyConfig,
+    rows: Sequence[Row],
+    facts: Mapping[str, Mapping[str, Any]] | None = None,
+    curves: Mapping[str, Scores] | None = None,
 ) -> dict[str, Any]:
-    """The values of analysis.json, from the rows of results.csv (numbers, or their text) and runs' routing facts."""
-    by_label: dict[str, list[Row]] = {}
-    for run, row in zip(expand(study), map(_as_it_is, rows), strict=True):
-        by_label.setdefault(run.arm, []).append(row)
-    points = {label: _points(runs, study.tune) for label, runs in by_label.items()}
-    chosen = {label: _chosen(of_arm, study.tune_seeds) for label, of_arm in points.items()}
-    arms = {label: _describe(runs, study.tune, facts or {}) for label, runs in chosen.items()}
+    """The values of analysis.json, from the rows of results.csv (numbers, or their text), and of each run its routing
+    facts and its held-out curve."""
+    points = points_of(study, rows)
+    chosen = choose(points)
+    compared = _compared(study, rows, chosen)
     baselines = baselines_of(study)
+    arms = {
+        label: _describe(runs, chosen[label], facts or {})
+        | {"points": len(points[label]), "tuning": tuning_curves(points[label], zipped=study.combine == "zip")}
+        for label, runs in compared.items()
+    }
     pairs = {
-        label: paired_differences(chosen[label], chosen[other], MEASURE)
+        label: paired_differences(compared[label], compared[other], MEASURE)
         for label, other in baselines.items()
         if label != other
     }
@@ -106,18 +115,21 @@ def analyse_rows(
     tried = {label: len(points[label]) * len(points[baselines[label]]) if shared else 1 for label in pairs}
     against = judge(pairs, study.margin, lost, tried)
     for label, pair in against.items():
+        ours, theirs = compared[label], compared[baselines[label]]
         pair["baseline"] = baselines[label]
+        pair["effective_speedup"] = None if study.tasks else _speedup(ours, theirs, curves or {})
         for key, measure in {"k_matched": "avg_k", "flops_matched": "flops_per_token"}.items():
-            ours, theirs = arms[label][measure], arms[baselines[label]][measure]
-            pair[key] = None if ours is None or not theirs else abs(ours / theirs - 1) <= MATCHED
-    stream = {"continual": _continual(chosen, baselines)} if study.tasks else {}
-    facts = {key: getattr(study, key) for key in ("name", "question", "margin", "falsifier")}
+            a, b = arms[label][measure], arms[baselines[label]][measure]
+            pair[key] = None if a is None or not b else abs(a / b - 1) <= MATCHED
+    stream = {"continual": _continual(compared, baselines)} if study.tasks else {}
+    settings = {key: getattr(study, key) for key in ("name", "question", "margin", "falsifier")}
     baseline = study.baseline or next(iter(baselines.values()))
+    warnings = [tuning_warnings(label, points[label], arms[label]["tuning"]) for label in arms]
     return {
-        **facts, "baseline": baseline, "measure": MEASURE, "confidence": CONFIDENCE, "tuned": list(study.tune),
+        **settings, "baseline": baseline, "measure": MEASURE, "confidence": CONFIDENCE, "tuned": list(study.tune),
         "tuned_on": list(study.tune_seeds), "note": SHARED.format(", ".join(study.tune)) if shared else "",
-        "matched_within": MATCHED, "answer": _answer(against, baseline, study.margin), "arms": arms,
-        "against_baseline": against, **stream,
+        "warnings": [*chain(*warnings)], "matched_within": MATCHED,
+        "answer": _answer(against, baseline, study.margin), "arms": arms, "against_baseline": against, **stream,
     }  # fmt: skip
 
 
@@ -161,37 +173,28 @@ def decide(
     return comparisons
 
 
-def study_table(analysis: Mapping[str, Any]) -> str:
-    """The analysis for the terminal: one line an arm, the best first."""
-    head = ["arm", "n", "nats per token", "95 % interval", "difference", "95 % interval", "avg K", "regret", "verdict"]
-    lines = [head]
-    order = sorted(analysis["arms"].items(), key=lambda item: math.inf if item[1]["mean"] is None else item[1]["mean"])
-    for label, arm in order:
-        pair = analysis["against_baseline"].get(label, {"verdict": "baseline"})
-        name = label + "".join(f" ({key.rpartition('.')[2]} {value})" for key, value in arm["tuned"].items())
-        verdict = pair["verdict"] + (f", {arm['diverged']} diverged" if arm["diverged"] else "")
-        lines.append([
-            name, str(arm["n"]), _number(arm["mean"]), _bounds(arm), _number(pair.get("difference"), "+.4f"),
-            _bounds(pair, "+.4f") + level_note(pair), _number(arm["avg_k"], ".2f"), _number(arm["regret"], ".3f"),
-            verdict,
-        ])  # fmt: skip
-    if not any(line[7] for line in lines[1:]):  # nothing was analysed
-        lines = [line[:7] + line[8:] for line in lines]
-    head = lines[0]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*text, "", analysis["answer"], *([analysis["note"]] if analysis.get("note") else [])])
-
-
-def read_facts(folder: Path, runs: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """Run -> `routing` of its summary.json, for the runs that have one."""
-    by_run: dict[str, Mapping[str, Any]] = {}
+def read_facts(folder: Path, runs: Sequence[str]) -> tuple[dict[str, Mapping[str, Any]], dict[str, Scores]]:
+    """(run -> `routing` of its summary.json, run -> its held-out curve), for the runs that have them."""
+    facts: dict[str, Mapping[str, Any]] = {}
+    curves: dict[str, Scores] = {}
     for run in runs:
         path = folder / "runs" / run / "summary.json"
-        facts = read_object(path).get("routing") if path.exists() else None
-        if isinstance(facts, dict):
-            by_run[run] = facts
-    return by_run
+        summary = read_object(path) if path.exists() else {}
+        if isinstance(of_run := summary.get("routing"), dict):
+            facts[run] = of_run
+        if curve := _curve(summary.get("held_out_curve")):
+            curves[run] = curve
+    return facts, curves
+
+
+def _curve(value: Any) -> Scores:
+    """A curve of a summary; () where it is none, or has a score that is not finite."""
+    try:
+        curve = [(float(step), float(nats)) for step, nats in value or ()]
+    except (TypeError, ValueError):
+        return ()
+    rising = all(a[0] < b[0] for a, b in pairwise(curve))
+    return curve if rising and all(step > 0 and math.isfinite(nats) for step, nats in curve) else ()
 
 
 def mean_facts(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -216,30 +219,27 @@ def _mean(values: Sequence[Any]) -> Any:
 # Pieces ---------------------------------------------------------------------------------------------------------------
 
 
-def _points(rows: Sequence[Row], tune: Sequence[str]) -> list[list[Row]]:
-    """The runs of an arm at each combination of the tuned axes' values."""
-    points: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        points.setdefault(tuple(str(row[key]) for key in tune), []).append(row)
-    return [*points.values()]
+def _compared(study: StudyConfig, rows: Sequence[Row], chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Row]]:
+    """Label -> rows of the runs that are compared, those at its chosen point; what has not begun has an empty row."""
+    by_run = {row["run"]: as_judged(row) for row in rows}
+    compared: dict[str, list[Row]] = {label: [] for label in chosen}
+    for run in expand(study, chosen):
+        if run.seed in study.seeds and run.tuned == chosen[run.arm]:
+            compared[run.arm].append(by_run.get(run.id) or empty_row(run))
+    return compared
 
 
-def _chosen(points: Sequence[Sequence[Row]], tune_seeds: Collection[int]) -> list[Row]:
-    """The runs that are compared: at the point where those of the tuning's seeds, or else they, score best on average.
-
-    Points where a run diverged come last, before them those with fewer runs.
-    """
-    seeds = {str(seed) for seed in tune_seeds}
-
-    def rank(point: Sequence[Row]) -> tuple[int, int, float]:
-        runs = [row for row in point if not seeds or str(row["seed"]) in seeds]
-        scores, lost = _scores(runs), sum(row["status"] == DIVERGED for row in runs)
-        return lost, -len(scores), fmean(scores) if scores else math.inf
-
-    return [row for row in min(points, key=rank) if str(row["seed"]) not in seeds]
+def _speedup(ours: Sequence[Row], theirs: Sequence[Row], curves: Mapping[str, Scores]) -> dict[str, Any] | None:
+    """Effective speed-up of an arm's finished runs, paired by seed."""
+    mine, others = (
+        {pair_key(row): curves.get(row["run"], ()) for row in rows if row["status"] == FINISHED}
+        for rows in (ours, theirs)
+    )
+    keys = [key for key in mine if key in others]
+    return effective_speedup([mine[key] for key in keys], [others[key] for key in keys])
 
 
-def _describe(rows: Sequence[Row], tune: Sequence[str], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _describe(rows: Sequence[Row], tuned: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     scores, whole = _scores(rows), _whole(_grid(rows, MEASURE, rows))
     mean, low, high = _interval(whole)
     beside = {key: [float(row[key]) for row in rows if row.get(key) not in (None, "")] for key in BESIDE}
@@ -251,7 +251,7 @@ def _describe(rows: Sequence[Row], tune: Sequence[str], facts: Mapping[str, Mapp
         "seeds": len(whole) or len({str(row["seed"]) for row in rows if row["status"] == FINISHED}),
         **{key: fmean(values) if values and np.isfinite(values).all() else None for key, values in beside.items()},
         "diverged": sum(row["status"] == DIVERGED for row in rows),
-        "tuned": {key: _plain(rows[0][key]) for key in tune},
+        "tuned": dict(tuned),
         "runs": [row["run"] for row in rows],
         "routing": mean_facts([facts[row["run"]] for row in rows if row["run"] in facts]),
     }
@@ -335,12 +335,6 @@ def _interval(table: Float[np.ndarray, "pairs orders"]) -> tuple[float | None, f
     return None if math.isnan(mean) else mean, low, high
 
 
-def _as_it_is(row: Row) -> Row:
-    """The row as what it is: a run whose score is not finite diverged."""
-    broken = row["status"] == FINISHED and not math.isfinite(float(row[MEASURE]))
-    return row | {"status": DIVERGED} if broken else row
-
-
 def _scores(rows: Sequence[Row]) -> list[float]:
     """Scores of the runs that are finished."""
     return [float(row[MEASURE]) for row in rows if row["status"] == FINISHED]
@@ -360,19 +354,3 @@ def _grid(rows: Sequence[Row], measure: str, planned: Sequence[Row]) -> np.ma.Ma
 def _whole(grid: np.ma.MaskedArray) -> Float[np.ndarray, "pairs orders"]:
     """The rows without a gap; a value that is not finite is none."""
     return grid.data[~np.ma.getmaskarray(grid).any(axis=1)]
-
-
-def _plain(value: Any) -> Any:
-    """A value of results.csv as the number that it spells, if it is one."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
-
-
-def _number(value: float | None, form: str = ".4f") -> str:
-    return "" if value is None else format(value, form)
-
-
-def _bounds(entry: Mapping[str, Any], form: str = ".4f") -> str:
-    return "" if entry.get("low") is None else f"{entry['low']:{form}} to {entry['high']:{form}}"

@@ -49,6 +49,14 @@ UNUSED = {  # settings that mean nothing in a study, and what to write instead
     **dict.fromkeys(("picture_every", "sample_tokens", "prompt", "keep_checkpoints"), "a study has none"),
     "stop_when": "the runs of a group end together, after as many steps",
 }
+OF_ROUTER = (  # numbers that a layer whose experts a hash chooses does not have
+    "hyper.router_lr",
+    "hyper.surprise_weight",
+    "hyper.balance_weight",
+    "hyper.z_weight",
+    "hyper.router_coupling",
+    "hyper.target_temperature",
+)
 IN_BASE = ("threads", "tokenizer", "init")
 WITHOUT = (
     "compile",
@@ -97,10 +105,12 @@ class StudyConfig:
     """Names of all tasks in the order in which they are learned; every arm goes through all orders with every seed, and
     arms are compared pair by pair of seed and order. None means the order of `tasks`."""
     tune: Sequence[str] = ()
-    """Axes of which each arm takes the value with the best mean score, instead of being reported at each."""
+    """Axes of which each arm takes the value with the best mean score, instead of being reported at each. An arm that
+    sets such a key itself keeps its own value, and is tuned on the other axes alone."""
     tune_seeds: Sequence[int] = ()
-    """Seeds whose runs alone choose those values; none of `seeds`. Without them the runs that are compared choose as
-    well, which finds differences that are luck, so that p is multiplied by all that was tried."""
+    """Seeds whose runs alone choose those values, before those of `seeds` are made at the chosen values alone; none of
+    `seeds`. Without them the runs that are compared choose as well, which finds differences that are luck, so that p
+    is multiplied by all that was tried."""
     seeds: Sequence[int] = ()
     """Of parameters and batches; arms are compared seed by seed."""
     baseline: str = ""
@@ -136,11 +146,11 @@ RANGES = ranges_of(StudyConfig)
 
 
 class Cell(NamedTuple):
-    """One arm at one point of the axes: a run for each seed, those of the tuning among them."""
+    """One arm at one point of the axes: runs of all seeds, or of those of the tuning alone until it is chosen."""
 
     arm: str  # its own name
     label: str  # of arm and axes, without what is tuned: the name under which it is compared
-    point: dict[str, Any]  # the axes' values
+    point: dict[str, Any]  # values of the axes, without those that the arm sets itself
     config: RunConfig
 
 
@@ -152,23 +162,36 @@ class StudyRun(NamedTuple):
     overrides: dict[str, Any]  # every key that some arm or axis sets -> this run's value
     seed: int
     config: RunConfig
-    order: tuple[str, ...] = ()  # of its tasks; none in a study of one text
+    order: tuple[str, ...]  # of its tasks; none in a study of one text
+    tuned: dict[str, Any]  # tuned axis of its arm -> this run's value
 
 
-def expand(study: StudyConfig) -> list[StudyRun]:
+def expand(study: StudyConfig, chosen: Mapping[str, Values] | None = None) -> list[StudyRun]:
     """All runs: every cell with the first seed and order, then with the next order, then with the next seed.
 
-    The seeds of the tuning are the last. All seeds have a run at every point, so that all are of one program and none
-    waits for what the tuning finds.
+    With `tune_seeds` the runs of the tuning come first, those seeds at every point. The runs that are compared follow
+    once it is known which points were chosen (`training.study.tuning.choose`): a run for each of `seeds` at those.
+
+    Args:
+        chosen: label -> tuned axis -> value; None before the tuning is done.
     """
-    keys, study_cells, runs = overridden_keys(study), cells(study), []
+    study_cells = cells(study)
+    if not study.tune_seeds:
+        return _runs(study, study.seeds, study_cells)
+    known = chosen or {}
+    at = [cell for cell in study_cells if cell.label in known and _tuned(cell, study) == known[cell.label]]
+    return [*_runs(study, study.tune_seeds, study_cells), *_runs(study, study.seeds, at)]
+
+
+def _runs(study: StudyConfig, seeds: Sequence[int], study_cells: Sequence[Cell]) -> list[StudyRun]:
+    keys, runs = overridden_keys(study), []
     orders = [(f"-order{number}", tuple(order)) for number, order in enumerate(orders_of(study), 1)] or [("", ())]
-    for seed, (mark, order), cell in product((*study.seeds, *study.tune_seeds), orders, study_cells):
-        tuned = {key: cell.point[key] for key in study.tune}
+    for seed, (mark, order), cell in product(seeds, orders, study_cells):
+        tuned = _tuned(cell, study)
         name = " ".join(part for part in (cell.label, _point_text(tuned, study)) if part)
         values = flatten(plain_values(cell.config))
         overrides, config = {key: values[key] for key in keys}, replace(cell.config, seed=seed, out=None)
-        runs.append(StudyRun(f"{_slug(name)}{mark}-seed{seed}", cell.label, overrides, seed, config, order))
+        runs.append(StudyRun(f"{_slug(name)}{mark}-seed{seed}", cell.label, overrides, seed, config, order, tuned))
     doubled = [name for name, count in Counter(run.id for run in runs).items() if count > 1]
     if doubled:
         raise UserError(f"arms: expected names that differ in letters or digits, got two runs {doubled[0]}; rename one")
@@ -183,7 +206,7 @@ def cells(study: StudyConfig) -> list[Cell]:
     """
     by_config: dict[RunConfig, Cell] = {}
     for arm in study.arms or (Arm(""),):
-        for point in _points(study):
+        for point in _points(study, arm):
             shown = {key: value for key, value in _untuned(point, study).items() if len(study.axes[key]) > 1}
             label = " ".join(part for part in (arm.name, _point_text(shown, study)) if part) or study.name
             place = f"arms.{arm.name}: " if arm.name else "axes: "
@@ -267,8 +290,9 @@ def _check_keys(study: StudyConfig) -> None:
         _require(len(values) > 0, f"axes.{key}", "at least one value", list(values), "give some, or remove the axis")
         _refuse_doubles(values, f"axes.{key}")
         for arm in study.arms:
-            if key in arm.set:
-                raise UserError(f"axes.{key}: expected a key that no arm sets, got one of arm {arm.name!r}; remove one")
+            if key in arm.set and key not in study.tune:
+                mend = "remove one, or add it to `tune`"
+                raise UserError(f"axes.{key}: expected a key that no arm sets, got one of arm {arm.name!r}; {mend}")
     lengths = {key: len(values) for key, values in study.axes.items()}
     if study.combine == "zip" and len({*lengths.values()}) > 1:
         counts = ", ".join(f"{key} {count}" for key, count in lengths.items())
@@ -281,12 +305,28 @@ def _check_tuning(study: StudyConfig) -> None:
             raise UserError(f"tune: expected axes ({', '.join(study.axes) or 'there are none'}), got {key!r}")
         values, mend = [*study.axes[key]], "give it more values, or remove it from tune"
         _require(len(values) > 1, "tune", f"axes of two values or more, {key} among them", values, mend)
+        if study.arms and all(key in arm.set for arm in study.arms):
+            raise UserError(f"tune: expected axes that some arm is tuned on, got {key}, which all arms set; remove one")
+        for arm in study.arms:
+            _check_effect(study, arm, key)
+    _refuse_doubles(study.tune, "tune")
     wanted, mend = "none without tune", "add `tune: [AXIS]`, or remove them"
     _require(bool(study.tune) or not study.tune_seeds, "tune_seeds", wanted, [*study.tune_seeds], mend)
     _refuse_doubles(study.tune_seeds, "tune_seeds")
     for seed in study.tune_seeds:
         wanted, mend = f"other seeds than those that are compared ({', '.join(map(str, study.seeds))})", "take another"
         _require(seed not in study.seeds, "tune_seeds", wanted, seed, mend)
+
+
+def _check_effect(study: StudyConfig, arm: Arm, key: str) -> None:
+    """Refuse to tune what changes nothing in an arm: its runs would be the same ones again and again."""
+    if key in arm.set or key not in OF_ROUTER:
+        return
+    plain = {name: value for name, value in arm.set.items() if name not in study.axes}
+    if changed(study.base, plain, f"arms.{arm.name}: ").model.routing == "hash":
+        came = f"{key}, which changes nothing where a hash routes"
+        mend = f"add `{key}: {study.axes[key][0]}` to its `set`, which keeps it out of the tuning"
+        raise UserError(f"arms.{arm.name}: expected tuned axes that matter to it, got {came}; {mend}")
 
 
 def _check_tasks(study: StudyConfig) -> None:
@@ -333,10 +373,16 @@ def near(name: str, known: Collection[str]) -> str:
 # Points of the axes ---------------------------------------------------------------------------------------------------
 
 
-def _points(study: StudyConfig) -> Iterator[dict[str, Any]]:
-    combined = product(*study.axes.values()) if study.combine == "grid" else zip(*study.axes.values(), strict=True)
-    for values in combined if study.axes else [()]:
-        yield dict(zip(study.axes, values, strict=True))
+def _points(study: StudyConfig, arm: Arm) -> Iterator[dict[str, Any]]:
+    """The points of the axes that an arm goes through, which are all but those that it sets itself."""
+    axes = {key: values for key, values in study.axes.items() if key not in arm.set}
+    combined = product(*axes.values()) if study.combine == "grid" else zip(*axes.values(), strict=True)
+    for values in combined if axes else [()]:
+        yield dict(zip(axes, values, strict=True))
+
+
+def _tuned(cell: Cell, study: StudyConfig) -> dict[str, Any]:
+    return {key: cell.point[key] for key in study.tune if key in cell.point}
 
 
 def _untuned(point: Values, study: StudyConfig) -> dict[str, Any]:

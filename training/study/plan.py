@@ -22,6 +22,8 @@ MOST_AT_ONCE = 64
 BUSY = 1 << 22  # tokens * width * layers of a step, beyond which more runs gain little (docs/benchmarks.md)
 MEMORY_SHARE = 0.5  # of what is available
 PLAN, NAME = "plan.json", re.compile(r"group_\d{3,}")  # a group's name is that of a folder, which goes in the end
+COMPARED = "compared.json"  # plan of the runs at the values that the tuning chose
+AT_ONCE = "runs_at_once"
 
 
 class Group(NamedTuple):
@@ -50,11 +52,12 @@ def check_alike(configs: Sequence[RunConfig]) -> None:
                 )
 
 
-def plan_groups(runs: list[StudyRun], runs_at_once: int | None = None) -> list[Group]:
+def plan_groups(runs: list[StudyRun], runs_at_once: int | None = None, first: int = 0) -> list[Group]:
     """Group the runs by their static part, in order of appearance, and split what is too large into equal groups.
 
     Args:
         runs_at_once: most runs of a group; None takes what memory allows and speeds them up, at most MOST_AT_ONCE.
+        first: number in the name of the first group.
     """
     if runs_at_once is not None and runs_at_once < 1:
         raise UserError(
@@ -68,18 +71,25 @@ def plan_groups(runs: list[StudyRun], runs_at_once: int | None = None) -> list[G
         most = runs_at_once or _fitting(config)
         size = math.ceil(len(members) / math.ceil(len(members) / most))
         for start in range(0, len(members), size):
-            groups.append(Group(f"group_{len(groups):03d}", members[start : start + size]))
+            groups.append(Group(f"group_{first + len(groups):03d}", members[start : start + size]))
     return groups
 
 
-def save_plan(groups: list[Group], folder: Path) -> None:
+def save_plan(groups: list[Group], folder: Path, runs_at_once: int | None = None, name: str = PLAN) -> None:
     """Write which run is in which group: a resumed study must map the same runs together."""
     make_folder(folder)
-    text = json.dumps({group.name: [run.id for run in group.runs] for group in groups}, indent=1)
-    write_text(folder / PLAN, text + "\n")
+    asked = {} if runs_at_once is None else {AT_ONCE: runs_at_once}
+    text = json.dumps({**asked, **{group.name: [run.id for run in group.runs] for group in groups}}, indent=1)
+    write_text(folder / name, text + "\n")
 
 
-def load_plan(runs: list[StudyRun], folder: Path) -> list[Group]:
+def planned_at_once(folder: Path) -> int | None:
+    """The `runs_at_once` with which a study was begun."""
+    asked = json.loads(read_small(folder / PLAN)).get(AT_ONCE)
+    return asked if isinstance(asked, int) and asked > 0 else None
+
+
+def load_plan(runs: list[StudyRun], folder: Path, name: str = PLAN) -> list[Group]:
     """The groups of a study that was begun.
 
     Raises:
@@ -87,19 +97,19 @@ def load_plan(runs: list[StudyRun], folder: Path) -> list[Group]:
     """
     by_id = {run.id: run for run in runs}
     try:
-        plan = json.loads(read_small(folder / PLAN))
-        groups = [Group(name, [by_id.pop(run) for run in ids]) for name, ids in plan.items() if NAME.fullmatch(name)]
+        plan = json.loads(read_small(folder / name))
+        groups = [Group(group, [by_id.pop(run) for run in ids]) for group, ids in plan.items() if NAME.fullmatch(group)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         groups = []
     if by_id or not groups:
         raise UserError(
-            f"{folder / PLAN}: expected the plan of this study's runs, got another or none; name a new --out"
+            f"{folder / name}: expected the plan of this study's runs, got another or none; name a new --out"
         )
     for group in groups:
         try:
             check_alike([run.config for run in group.runs])
         except UserError as error:
-            raise UserError(f"{folder / PLAN}: {error}") from None
+            raise UserError(f"{folder / name}: {error}") from None
     return groups
 
 

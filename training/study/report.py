@@ -93,7 +93,7 @@ class FolderReader:
 
 
 def _study(reader: FolderReader) -> tuple[Page, str]:
-    from training.study.analysis import study_table
+    from training.study.table import study_table
 
     home = reader.home
     rows = read_results(home)

@@ -1,6 +1,6 @@
 """The study engine: hundreds of runs, vmapped where they share their static settings, looped where they do not."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +17,16 @@ from training.storage.atomic import make_folder
 from training.storage.checkpoint_files import version
 from training.storage.lock import locked
 from training.storage.results import UNFINISHED, Row, read_results, write_results
-from training.study.analysis import analyse, study_table
-from training.study.config import StudyConfig, StudyRun, expand, study_values
+from training.study.analysis import analyse
+from training.study.config import StudyConfig, StudyRun, baselines_of, expand, orders_of, study_values
 from training.study.group_state import teacher_of
 from training.study.launch import Launch, Launcher, local_launcher
-from training.study.plan import Group, load_plan, plan_groups, save_plan
+from training.study.plan import COMPARED, Group, load_plan, plan_groups, planned_at_once, save_plan
 from training.study.report import write_report
 from training.study.summary import empty_row
+from training.study.table import study_table
 from training.study.tasks import check_texts, corpora_of, fingerprints, save_texts
+from training.study.tuning import choose, points_of
 from training.terminal import LOG, progress
 
 
@@ -79,13 +81,33 @@ def _run_study(
     runs = expand(study)
     groups = _begin(study, runs, folder, resume, runs_at_once)
     LOG.info("%s", banner(study, runs, len(groups), folder))
-    rows = {run.id: empty_row(run) for run in runs} | {row["run"]: row for row in read_results(folder)}
+    recorded = {row["run"]: row for row in read_results(folder)}
+    rows = {run.id: empty_row(run) for run in runs} | recorded
+    rows = _train(study, groups, rows, folder, launch)
+    if study.tune_seeds:
+        chosen = choose(points_of(study, rows.values()))
+        compared = expand(study, chosen)[len(runs) :]
+        more = _begin_compared(study, compared, groups, folder)
+        LOG.info("%s", _tuned_text(chosen, len(compared)))
+        rows |= {run.id: recorded.get(run.id) or empty_row(run) for run in compared}
+        rows = _train(study, more, rows, folder, launch)
+    analysis = analyse(folder)
+    write_report(folder)
+    return StudyResults(folder, [*rows.values()], analysis, study_table(analysis))
+
+
+def _train(
+    study: StudyConfig, groups: Sequence[Group], rows: Mapping[str, Row], folder: Path, launch: Launch
+) -> dict[str, Row]:
+    """Make the runs of the groups that are not finished; returns all rows, which results.csv has after each group."""
+    rows = dict(rows)
     write_results([*rows.values()], folder)
     left = [group for group in groups if any(rows[run.id]["status"] == UNFINISHED for run in group.runs)]
     for group in groups:
         if group not in left:
             _forget(folder, group)
     check_texts(study, left, folder)
+    runs = [run for group in groups for run in group.runs]
     done = [run for run in runs if rows[run.id]["status"] != UNFINISHED]
     total, initial = (sum(run.config.steps for run in subset) for subset in (runs, done))
     with (
@@ -96,19 +118,29 @@ def _run_study(
             rows |= {row["run"]: row for row in group_rows}
             write_results([*rows.values()], folder)
             _forget(folder, group)
-    analysis = analyse(folder)
-    write_report(folder)
-    return StudyResults(folder, [*rows.values()], analysis, study_table(analysis))
+    return rows
+
+
+def _tuned_text(chosen: Mapping[str, Mapping[str, Any]], runs: int) -> str:
+    """The values that the tuning chose, before the runs that are compared."""
+    arms = {
+        label: ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in values.items())
+        for label, values in chosen.items()
+    }
+    return f"tuned: {'; '.join(f'{label}: {text}' for label, text in arms.items() if text)}; {runs} runs are compared"
 
 
 def banner(study: StudyConfig, runs: Sequence[StudyRun], groups: int, folder: Path) -> str:
     """Study, arms, runs, data, device and folder as aligned lines, before the first step."""
     arms = [*dict.fromkeys(run.arm for run in runs)]
     data = ", ".join(f"{name} ({text})" for name, text in study.tasks.items()) or study.base.data
+    compared = len(baselines_of(study)) * len(study.seeds) * max(1, len(orders_of(study)))
+    tuning = f" to tune, then {compared} that are compared" if study.tune_seeds else ""
+    plural = "s" if groups != 1 else ""
     lines = {
         "study": f"{study.name}{': ' if study.question else ''}{study.question}",
         "arms": f"{len(arms)}: {', '.join(arms)}",
-        "runs": f"{len(runs)} of {study.base.steps:,} steps, in {groups} vmapped program{'s' if groups != 1 else ''}",
+        "runs": f"{len(runs)} of {study.base.steps:,} steps, in {groups} vmapped program{plural}{tuning}",
         "data": data,
         "device": f"{choose_device(study.base.device)[0]}, {study.base.precision}",
         "folder": str(folder),
@@ -147,20 +179,40 @@ def _begin(
         return load_plan([*runs], home)
     groups = plan_groups([*runs], runs_at_once)
     tokenizers = {run.config.tokenizer: open_tokenizer(run.config.tokenizer) for run in runs}
-    texts = {}
     for group in groups:
         config = group.runs[0].config
         check_vocab(tokenizers[config.tokenizer], config.model.vocab_size)
         if config.init is not None:
             first_state(config, tokenizers[config.tokenizer])  # what is bad is refused before anything is written
         teacher_of(config, tokenizers[config.tokenizer])
-        texts[group.name] = fingerprints(corpora_of(study, config, tokenizers[config.tokenizer]))
+    texts = {group.name: _fingerprints(study, group, tokenizers[group.runs[0].config.tokenizer]) for group in groups}
     for run in runs:
         _make_run_folder(run, folder, tokenizers[run.config.tokenizer])
-    save_plan(groups, home)
+    save_plan(groups, home, runs_at_once)
     save_texts(texts, folder)
     save_study(study, described)
     return groups
+
+
+def _begin_compared(study: StudyConfig, runs: Sequence[StudyRun], tuning: Sequence[Group], folder: Path) -> list[Group]:
+    """Folders and groups of the runs at the chosen values, on the texts and with the tokenizer of the tuning."""
+    home = folder / "checkpoints"
+    check_texts(study, tuning, folder)
+    first = tuning[0].runs[0]
+    tokenizer = open_tokenizer("bytes" if first.config.tokenizer == "bytes" else folder / "runs" / first.id)
+    for run in runs:
+        if not (folder / "runs" / run.id).exists():
+            _make_run_folder(run, folder, tokenizer)
+    if (home / COMPARED).exists():
+        return load_plan([*runs], home, COMPARED)
+    groups = plan_groups([*runs], planned_at_once(home), first=len(tuning))
+    save_texts({group.name: _fingerprints(study, group, tokenizer) for group in groups}, folder)
+    save_plan(groups, home, name=COMPARED)
+    return groups
+
+
+def _fingerprints(study: StudyConfig, group: Group, tokenizer: Tokenizer) -> dict[str, str]:
+    return fingerprints(corpora_of(study, group.runs[0].config, tokenizer))
 
 
 def _make_run_folder(run: StudyRun, folder: Path, tokenizer: Tokenizer) -> None:

@@ -108,6 +108,7 @@ def write_summary(outcome: Outcome, row: Row) -> None:
     """Write a run's summary.json: as after `tiny-onn train`, with its arm, its outcome and its routing analysis."""
     run, score, steps, folder = outcome.run, outcome.score, outcome.steps, outcome.folder
     model, tokens = run.config.model, steps * run.config.batch_size * run.config.sequence_length
+    history = read_history(folder)
     summary = {
         **{key: row[key] for key in ("run", "arm", "seed", *MEASURES)},
         "overrides": run.overrides,
@@ -119,7 +120,10 @@ def write_summary(outcome: Outcome, row: Row) -> None:
         "parameters": count_params(model),
         "held_out_bytes": None if score is None else score.bytes,
         "held_out_tokens": None if score is None else score.tokens,
-        "alarms": alarms(read_history(folder), run.config),
+        "held_out_curve": [
+            (record["step"], record["held_out_nats"]) for record in history if record.get("held_out_nats") is not None
+        ],
+        "alarms": alarms(history, run.config),
         "routing": outcome.facts,
     }  # fmt: skip
     if run.order:

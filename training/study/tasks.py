@@ -181,8 +181,9 @@ def fingerprints(corpora: Mapping[str, Splits]) -> dict[str, str]:
 
 
 def save_texts(texts: Mapping[str, Mapping[str, str]], folder: Path) -> None:
-    """Write the fingerprints of the texts of a study's groups."""
-    write_text(folder / FILE, json.dumps(texts, indent=1) + "\n")
+    """Write the fingerprints of the texts of a study's groups, beside those of earlier ones."""
+    earlier = json.loads(read_small(folder / FILE)) if (folder / FILE).exists() else {}
+    write_text(folder / FILE, json.dumps({**earlier, **texts}, indent=1) + "\n")
 
 
 def began_with(folder: Path, group: Group) -> dict[str, Any]:

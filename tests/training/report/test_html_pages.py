@@ -29,11 +29,12 @@ from training.report.html.study_arms import Study, read_groups, scores_by_seed, 
 from training.report.html.wording import MINUS, NOTHING, level_note, number, printable
 from training.run.settings import save_settings
 from training.storage.results import DIVERGED, FINISHED, UNFINISHED, read_results, write_results
-from training.study.analysis import analyse, study_table
+from training.study.analysis import analyse
 from training.study.config import Arm, StudyConfig, StudyRun, expand
 from training.study.file import save_study
 from training.study.report import write_report
 from training.study.summary import empty_row
+from training.study.table import study_table
 from training.study.tasks import continual_measures
 
 HOSTILE = "</title><script>alert('a')</script>\"&amp; x"

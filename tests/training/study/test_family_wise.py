@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from tests.training.study.test_analysis import at_every_point
 from training.run.config import RunConfig
 from training.study.analysis import analyse_rows, decide, judge
-from training.study.config import Arm, StudyConfig, expand
+from training.study.config import Arm, StudyConfig
 from training.study.statistics import p_value
 from training.study.summary import empty_row
 
@@ -177,7 +178,7 @@ def test_a_tuned_study_is_judged_as_the_simulated_ones(apart: bool) -> None:
         "tuned", margin=WIDE, base=RunConfig(), arms=arms, axes={"hyper.lr": RATES}, tune=["hyper.lr"],
         seeds=range(SEEDS), tune_seeds=range(SEEDS, 2 * SEEDS) if apart else (),
     )  # fmt: skip
-    scores, runs = tuned_scores(2, True, "both"), expand(study)
+    scores, runs = tuned_scores(2, True, "both"), at_every_point(study)
     assert len(runs) == 3 * POINTS * SEEDS * (2 if apart else 1)
     for at, pairs in enumerate(compared(tuned_differences(scores, apart), WIDE)[:3]):
         rows = [

@@ -113,6 +113,15 @@ def test_ray_and_the_local_launcher_leave_the_same_study(ray: Any, study: StudyC
 
 
 @needs_ray
+def test_a_tuned_study_has_both_of_its_phases_on_ray(ray: Any, study: StudyConfig, home: Path) -> None:
+    tuned = replace(study, axes={"hyper.lr": (1e-3, 5e-3)}, tune=("hyper.lr",), tune_seeds=(7,), arms=study.arms[:2])
+    run_study(tuned, home / "tuned here", runs_at_once=2)
+    run_study(tuned, home / "tuned on ray", runs_at_once=2, launcher=ray_launcher())
+    assert_same_study(home / "tuned on ray", home / "tuned here")
+    assert len(rows(home / "tuned on ray")) == 4 + 4
+
+
+@needs_ray
 def test_a_killed_worker_loses_only_its_unfinished_group_and_no_number(
     ray: Any, study: StudyConfig, local: Path, home: Path
 ) -> None:

@@ -27,7 +27,7 @@ from training.storage.checkpoint import load_params
 from training.storage.recorder import to_record
 from training.study.config import Arm, StudyConfig, baselines_of, expand, quick_study, study_values
 from training.study.file import load_study, parse_study, save_study
-from training.study.plan import memory_of_a_run, plan_groups
+from training.study.plan import check_alike, memory_of_a_run, plan_groups
 from training.study.vmapped import split_numbers, vmapped_step
 
 TEXT = "the router sends each token to the expert that it surprises least.\n" * 60
@@ -348,11 +348,17 @@ def test_arms_are_compared_at_the_same_point_and_tuned_axes_are_no_arms() -> Non
 
 def test_runs_of_the_tuning_are_of_the_same_program_as_those_that_are_compared() -> None:
     study = small_study(arms=ARMS[:2], axes={"hyper.lr": [1e-3, 2e-3]}, tune=["hyper.lr"], tune_seeds=[5, 6])
-    (group,) = plan_groups(expand(study))
-    assert len({run.id for run in group.runs}) == 2 * 2 * 4
-    assert [run.seed for run in group.runs[::4]] == [0, 1, 5, 6]
+    (tuning,) = plan_groups(expand(study))
+    assert len({run.id for run in tuning.runs}) == 2 * 2 * 2
+    assert [run.seed for run in tuning.runs[::4]] == [5, 6]
+    chosen = {"frozen": {"hyper.lr": 1e-3}, "surprise": {"hyper.lr": 2e-3}}
+    compared = expand(study, chosen)[len(tuning.runs) :]
+    assert [(run.arm, run.config.hyper.lr, run.seed) for run in compared] == [
+        ("frozen", 1e-3, 0), ("surprise", 2e-3, 0), ("frozen", 1e-3, 1), ("surprise", 2e-3, 1)
+    ]  # fmt: skip
+    check_alike([run.config for run in (*tuning.runs, *compared)])
     quick = replace(study, quick={"seeds": [0], "tune_seeds": [1]})
-    assert {run.seed for run in expand(quick_study(quick))} == {0, 1}
+    assert {run.seed for run in expand(quick_study(quick))} == {1}
 
 
 def test_a_study_survives_its_own_yaml(tmp_path: Path) -> None:

@@ -30,6 +30,21 @@ def level_note(pair: Mapping[str, Any]) -> str:
     return "" if level == USUAL_LEVEL else f" ({100 * level:.4g} %)"
 
 
+def speedup_text(speedup: Mapping[str, Any] | None) -> str:
+    """The speed-up as the terminal and the report show it; "" where there is none."""
+    if not speedup:
+        return ""
+    if speedup["reached"] == speedup["n"]:
+        return f"{'< ' if speedup['early'] else ''}{speedup['estimate']:.2f}"
+    beyond = f", {speedup['estimate']:.2f} extrapolated" if speedup["estimate"] is not None else ""
+    return f"> {speedup['at_least']:.2f}{beyond}"
+
+
+def speedup_bounds(speedup: Mapping[str, Any] | None) -> str:
+    """The interval of a speed-up, "" where there is none."""
+    return "" if not speedup or speedup["low"] is None else f"{speedup['low']:.2f} to {speedup['high']:.2f}"
+
+
 def printable(value: object) -> str:
     """Text without characters that no page may hold."""
     return UNPRINTABLE.sub("\ufffd", str(value))
