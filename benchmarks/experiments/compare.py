@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from training.step.surprise import MEASURED
+from training.storage.regular_file import read_object
 from training.storage.results import FINISHED, Row, read_results
 from training.study.analysis import paired_differences, read_facts
 from training.study.statistics import Values, t_interval
@@ -28,12 +29,19 @@ def main() -> None:
     parser.add_argument("--pair", nargs=2, action="append", metavar=("ARM", "OTHER"), default=[])
     parser.add_argument("--measure", default="nats_per_token", help="column of results.csv")
     args = parser.parse_args()
-    rows = read_results(args.folder)
+    rows = compared(args.folder)
     for arm, other in args.pair:
         print(f"{args.measure}, {arm} - {other}: {paired(rows, arm, other, args.measure)}")
     if not args.pair:
         facts, _ = read_facts(args.folder, [row["run"] for row in rows])
         print("\n".join(savings(rows, facts)))
+
+
+def compared(folder: Path) -> list[Row]:
+    """Rows of the runs that the study compares: those of its tuning are no pairs."""
+    arms = read_object(folder / "analysis.json")["arms"].values()
+    runs = {run for arm in arms for run in arm["runs"]}
+    return [row for row in read_results(folder) if row["run"] in runs]
 
 
 def paired(rows: Sequence[Row], arm: str, other: str, measure: str) -> str:

@@ -1,6 +1,6 @@
 """Agreement of the kinds of surprise: all kinds from one backward pass, and their rank agreement within tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,19 +19,22 @@ from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import Number
 from training.step.losses import language_modelling
 from training.step.main_pass import gradients
-from training.step.surprise import MEASURED, SURPRISE_KINDS, divide_by_weight
+from training.step.surprise import MEASURED, SURPRISE_KINDS, SurpriseKind, divide_by_weight
 
 RECORDED = {SURPRISE_KINDS[kind].points: kind for kind in MEASURED}  # where rows are measured -> a kind that does
 VALUES = (*MEASURED, "weight")  # what `all_surprises` gives, the lower the better
 
 
-def all_surprises(
-    params: Mapping[str, Any], batch: Batch, config: ModelConfig, surprise_budget: Number
-) -> tuple[Float[Tensor, "values layers tokens experts"], RouterTrace]:
-    """Every value of VALUES for every routed (layer, token, expert), +inf elsewhere, and the routers' trace.
+def recorded_surprises(
+    params: Mapping[str, Any],
+    batch: Batch,
+    config: ModelConfig,
+    surprise_budget: Number,
+    kinds: Sequence[SurpriseKind],
+) -> tuple[list[Float[Tensor, "layers tokens experts"]], RouterTrace]:
+    """What each kind's hooks measure for every routed (layer, token, expert), +inf elsewhere, and the routers' trace.
 
-    One forward and one backward pass: each kind's hooks are wrapped around those of the one before. `weight` is the
-    routing weight: the lowest one is what w2 would point at if all ||h|| were equal.
+    One forward and one backward pass: each kind's hooks are wrapped around those of the one before.
     """
     shape = config.num_hidden_layers, batch.input_ids.numel(), config.num_experts
 
@@ -39,7 +42,7 @@ def all_surprises(
         params, batch, surprise_budget = inputs
         batch = without_padding_labels(batch)
         leaf, w2, w13, surfaces = embedding["embed_tokens"], apply_w2, apply_w13, []
-        for kind in RECORDED.values():
+        for kind in kinds:
             surfaces.append(
                 leaf.new_full((*batch.input_ids.shape[:-2], *shape), torch.inf, dtype=wide_dtype(leaf.dtype))
             )
@@ -55,6 +58,17 @@ def all_surprises(
     _, (surfaces, trace) = gradients(
         objective, ({"embed_tokens": params["embed_tokens"]},), (dict(params), batch, surprise_budget)
     )
+    return surfaces, trace
+
+
+def all_surprises(
+    params: Mapping[str, Any], batch: Batch, config: ModelConfig, surprise_budget: Number
+) -> tuple[Float[Tensor, "values layers tokens experts"], RouterTrace]:
+    """Every value of VALUES for every routed (layer, token, expert), +inf elsewhere, and the routers' trace.
+
+    `weight` is the routing weight: the lowest one is what w2 would point at if all ||h|| were equal.
+    """
+    surfaces, trace = recorded_surprises(params, batch, config, surprise_budget, [*RECORDED.values()])
     recorded, values = dict(zip(RECORDED, surfaces, strict=True)), []
     for kind in MEASURED:
         entry = SURPRISE_KINDS[kind]

@@ -120,6 +120,10 @@ class StudyConfig:
     analysis_tokens: Annotated[int, TOKENS] = 64
     """Held-out tokens a layer on which each finished run's router is compared with the counterfactual oracle; 0 leaves
     out all that `training.study.routing_analysis` says."""
+    atlas_tokens: Annotated[int, TOKENS] = 0
+    """Held-out tokens on which each finished run's token atlas is measured: the signed benefit of every token id's
+    experts, in token_atlas.csv and in the report, and the share of its variance that the token id explains. 8192 cost
+    as much as some 15 steps of 12 x 64 tokens; 0 leaves it out."""
     quick: Values = field(default_factory=dict)
     """Changes for a short version of the study: `seeds`, `tune_seeds`, `axes`, `orders`, `arms` (names), and keys of
     base."""
@@ -132,6 +136,8 @@ class StudyConfig:
         _require(len(self.seeds) > 0, "seeds", "at least one seed", self.seeds, "five make intervals: [0, 1, 2, 3, 4]")
         _refuse_doubles(self.seeds, "seeds")
         _refuse_doubles([arm.name for arm in self.arms], "arms")
+        looked_at = bool(self.analysis_tokens) or not self.atlas_tokens
+        _require(looked_at, "atlas_tokens", "0 without analysis_tokens", self.atlas_tokens, "give both, or neither")
         _check_keys(self)
         _check_tuning(self)
         _check_tasks(self)

@@ -26,6 +26,7 @@ from training.storage.checkpoint import Checkpoint, load_state, named_tensors, o
 from training.storage.checkpoint_files import clean, steps_in
 from training.storage.recorder import Recorder
 from training.storage.results import Row
+from training.storage.token_table import write_atlas
 from training.study.config import StudyConfig
 from training.study.group_records import open_record, record_step, snapshot
 from training.study.group_state import GroupRun, GroupState, start_group, teacher_of
@@ -42,6 +43,7 @@ from training.study.tasks import (
     task_that_ends,
     tasks_of,
 )
+from training.study.token_atlas import atlas_rows, token_benefits, variance_shares
 from training.study.vmapped import vmapped_step
 
 
@@ -211,5 +213,10 @@ def _routing_facts(group: GroupRun, state: GroupState) -> list[dict[str, Any] | 
         return [None] * len(group.runs)
     start = time.perf_counter()
     facts = routing_facts(state.runs.params, group.configs, group.held_out, tokens)
+    if atlas_tokens := group.study.atlas_tokens:
+        found = token_benefits(state.runs.params, group.configs, group.held_out, atlas_tokens)
+        for of_run, benefit, folder in zip(facts, found, group.folders, strict=True):
+            of_run["benefit_variance"] = variance_shares(benefit)
+            write_atlas(atlas_rows(benefit), lambda token: group.tokenizer.decode([token]), folder)
     seconds = round((time.perf_counter() - start) / len(group.runs), 3)
     return [{**of_run, "seconds": seconds} for of_run in facts]

@@ -15,6 +15,7 @@ from training.storage.cursor import Cursor, follow
 from training.storage.plain_yaml import read_yaml
 from training.storage.regular_file import read_object, read_small
 from training.storage.results import RESULTS, UNFINISHED, Row, read_results
+from training.storage.token_table import read_atlas
 
 REPORT = "report.html"
 ODD = (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)  # what a forged value of a file causes
@@ -105,7 +106,12 @@ def _study(reader: FolderReader) -> tuple[Page, str]:
     analysis = reader.analysis(rows, text)
     study = Study(reader.name, read_yaml(str(home / "study.yaml")), text, analysis, rows)
     runs = home / "runs"
-    page = study_page(study, lambda run: reader.digest(runs / run), lambda run: _summary(runs / run))
+    page = study_page(
+        study,
+        lambda run: reader.digest(runs / run),
+        lambda run: _summary(runs / run),
+        lambda run: read_atlas(runs / run),
+    )
     return page, study_table(analysis)
 
 

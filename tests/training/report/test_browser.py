@@ -10,7 +10,16 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from tests.training.commands.test_watch import watched
-from tests.training.report.test_html_pages import HOSTILE, LONG, fake_run, fake_study, many_arms, odd_status
+from tests.training.report.test_html_pages import (
+    HOSTILE,
+    LONG,
+    fake_atlas,
+    fake_run,
+    fake_study,
+    many_arms,
+    odd_status,
+    tuned,
+)
 from tests.training.study.test_runner import small_study
 from training.storage.recorder import FILE
 from training.study.config import StudyConfig
@@ -23,7 +32,7 @@ pytestmark = [
 ]
 PHONE, DESK = 375, 1280  # pixels
 LETTER, A4 = 965, 1032  # pixels between the margins of paper that lies across
-KINDS = ("arms", "tasks", "many arms", "run")
+KINDS = ("arms", "tasks", "many arms", "tuned", "run")
 
 # What reaches beyond the window or out of its own box, labels of a figure that lie on each other or are cut off, and
 # the poorest contrast of text (WCAG 2: 4.5 or more). Boxes that scroll may be as wide as they like; on paper nothing
@@ -102,6 +111,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "arms": fake_study(home / "arms", small_study(seeds=(0, 1, 2), question="Which?", falsifier="None is.")),
         "tasks": fake_study(home / "tasks", stream()),
         "many arms": fake_study(home / "many", many_arms(), odd_status),
+        "tuned": fake_atlas(fake_study(home / "tuned", tuned(atlas_tokens=100))),
         "run": fake_run(
             home / "run", bits_per_byte=2.5, nats_per_token=1.75, steps=30, tokens=300, train_seconds=3.0, avg_k=2.0,
             baselines={"gzip": 3.5, "bigram": 2.25}, alarms=["Dead experts: all of them."],

@@ -26,9 +26,10 @@ from training.report.html.charts import Difference, Line, curve_chart, forest, r
 from training.report.html.heat_maps import MOST_EXPERTS, NO_ROW, TOP, level_map, load_levels, shades
 from training.report.html.page import versions
 from training.report.html.study_arms import Study, read_groups, scores_by_seed, shared_end
-from training.report.html.wording import MINUS, NOTHING, level_note, number, printable
+from training.report.html.wording import MINUS, NOTHING, level_note, number, printable, speedup_bounds, speedup_text
 from training.run.settings import save_settings
 from training.storage.results import DIVERGED, FINISHED, UNFINISHED, read_results, write_results
+from training.storage.token_table import Visits, write_atlas
 from training.study.analysis import analyse
 from training.study.config import Arm, StudyConfig, StudyRun, expand
 from training.study.file import save_study
@@ -36,6 +37,7 @@ from training.study.report import write_report
 from training.study.summary import empty_row
 from training.study.table import study_table
 from training.study.tasks import continual_measures
+from training.study.tuning import choose, points_of
 
 HOSTILE = "</title><script>alert('a')</script>\"&amp; x"
 LONG = "an_arm_whose_name_has_no_place_to_break_" * 4
@@ -49,36 +51,86 @@ def fake_study(
     folder: Path, study: StudyConfig, status: Callable[[StudyRun], str] = lambda run: FINISHED, shape: tuple = (2, 4)
 ) -> Path:
     """What run_study leaves behind, with invented numbers: arm i scores about 3 - i / 100."""
-    runs = expand(study)
-    arms = [*dict.fromkeys(run.arm for run in runs)]
-    rows = []
-    for run in runs:
-        drawn, state = np.random.default_rng([run.seed, arms.index(run.arm)]), status(run)
-        rows.append(empty_row(run) | {"status": state})
-        if state == FINISHED:
-            nats = 3 - arms.index(run.arm) / 100 + 0.1 * run.seed + 0.004 * drawn.standard_normal()
-            rows[-1] |= {
-                "nats_per_token": nats, "bits_per_byte": nats / math.log(2), "avg_k": 2.0 + arms.index(run.arm) / 20,
-                "max_vio": 1.5, "dead_experts": 3, "gating_acc": 0.625, "gating_trivial": 0.5,
-                "active_parameters": 12345, "flops_per_token": 6789 + 100 * arms.index(run.arm), "seconds": 1.5,
-            }  # fmt: skip
-        matrix = (3 + drawn.random((len(run.order),) * 2)).tolist()
-        if run.order and state == FINISHED:
-            rows[-1] |= continual_measures(matrix)._asdict()
-        home = folder / "runs" / run.id
-        home.mkdir(parents=True)
-        last = {FINISHED: STEPS, DIVERGED: 17, UNFINISHED: 0}[state]
-        fake_records(home, last, drawn, shape, diverged=state == DIVERGED)
-        if state != UNFINISHED:
-            alarms = ["Dead experts: 3 of 8"] if state == FINISHED else []
-            summary = rows[-1] | {"steps": last, "tokens": 99, "train_seconds": 1.5, "parameters": 9, "alarms": alarms}
-            summary |= {"score_matrix": matrix} if run.order else {}
-            (home / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    arms = [*dict.fromkeys(run.arm for run in expand(study))]
+    rows = [fake_run_of_study(folder, run, arms.index(run.arm), status(run), shape) for run in expand(study)]
+    if study.tune_seeds:
+        compared = expand(study, choose(points_of(study, rows)))[len(rows) :]
+        rows += [fake_run_of_study(folder, run, arms.index(run.arm), status(run), shape) for run in compared]
     write_results(rows, folder)
     save_study(study, folder / "study.yaml")
     if all(row["status"] != UNFINISHED for row in rows):
         analyse(folder)
     return folder
+
+
+def fake_run_of_study(folder: Path, run: StudyRun, arm: int, state: str, shape: tuple) -> dict[str, Any]:
+    """The row of a run, whose folder is made; tuned rates are best at 2e-3."""
+    drawn = np.random.default_rng([run.seed, arm])
+    row = empty_row(run) | {"status": state}
+    if state == FINISHED:
+        away = abs(math.log(run.config.hyper.lr / 2e-3)) / 20 if run.tuned else 0.0
+        nats = 3 - arm / 100 + 0.1 * run.seed + 0.004 * drawn.standard_normal() + away
+        row |= {
+            "nats_per_token": nats, "bits_per_byte": nats / math.log(2), "avg_k": 2.0 + arm / 20,
+            "max_vio": 1.5, "dead_experts": 3, "gating_acc": 0.625, "gating_trivial": 0.5, "regret": 0.2 + arm / 40,
+            "active_parameters": 12345, "flops_per_token": 6789 + 100 * arm, "seconds": 1.5,
+            "routing_drift": 0.05 + 0.1 * drawn.random(),
+        }  # fmt: skip
+    matrix = (3 + drawn.random((len(run.order),) * 2)).tolist()
+    if run.order and state == FINISHED:
+        row |= continual_measures(matrix)._asdict()
+    home = folder / "runs" / run.id
+    home.mkdir(parents=True)
+    last = {FINISHED: STEPS, DIVERGED: 17, UNFINISHED: 0}[state]
+    fake_records(home, last, drawn, shape, diverged=state == DIVERGED)
+    if state != UNFINISHED:
+        alarms = ["Dead experts: 3 of 8"] if state == FINISHED else []
+        curve = [(step, 5 / step + 2.1 - arm / 100) for step in range(10, last + 1, 10)]
+        summary = row | {"steps": last, "tokens": 99, "train_seconds": 1.5, "parameters": 9, "alarms": alarms}
+        summary |= {"held_out_curve": curve} | ({"score_matrix": matrix} if run.order else {})
+        (home / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    return row
+
+
+def fake_atlas(folder: Path) -> Path:
+    """Token atlas of every run: 30 token ids, the newline, `<` and letters; experts 0 and 2 help every other one."""
+    signs = {10: "\n", 60: "<", 32: " ", **{97 + i: chr(97 + i) for i in range(27)}}
+    table = [
+        Visits(layer, token, 90 - at, expert, 40 - expert, (-1) ** (at + 1) * (layer + 1) / 9, 0.01 if expert else None)
+        for layer in range(2)
+        for at, token in enumerate(signs)
+        for expert in (0, 2)
+    ]
+    for row in read_results(folder):
+        home, seed = folder / "runs" / row["run"], int(row["seed"])
+        write_atlas(table, signs.__getitem__, home)
+        shares = {"token": [0.5, 0.25 + seed / 10], "token_expert": [0.75, None], "occurrences": 100}
+        alike = [[1.0, 0.5], [0.5, 1.0]]
+        agreement = {"kinds": ["w2", "benefit"], "tau": alike, "top1": alike}
+        summary = json.loads((home / "summary.json").read_text(encoding="utf-8"))
+        summary["routing"] = {"regret": {}, "agreement": agreement, "benefit_variance": shares}
+        (home / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    analyse(folder)
+    return folder
+
+
+def tuned(**changes: Any) -> StudyConfig:
+    """Three arms, tuned on two axes; one has no router."""
+    arms = (
+        Arm("switch"),
+        Arm("surprise", {"hyper.pi_gamma": 0.2}),
+        Arm("hash", {"model.routing": "hash", "hyper.router_lr": 0.0}),
+    )
+    axes = {"hyper.lr": [1e-3, 2e-3, 5e-3], "hyper.router_lr": [1e-3, 4e-3]}
+    values = {
+        "arms": arms,
+        "axes": axes,
+        "tune": [*axes],
+        "seeds": (0, 1, 2),
+        "tune_seeds": (7, 8),
+        "baseline": "switch",
+    }
+    return small_study(**values | changes)
 
 
 def fake_records(folder: Path, steps: int, drawn: np.random.Generator, shape: tuple, *, diverged: bool = False) -> None:
@@ -210,20 +262,103 @@ def test_every_cell_of_the_results_is_the_analysis(studied: Path) -> None:
         pair = analysis["against_baseline"].get(label)
         row = [cell.replace(MINUS, "-").removesuffix(" beyond the margin") for cell in by_name[label]]
         flops = f"{arm['flops_per_token']:,.0f} 12,345 weights"
-        compared = ["baseline", NOTHING, f"{arm['avg_k']:.2f}", flops, NOTHING, NOTHING]
+        compared = ["baseline", NOTHING, NOTHING, f"{arm['avg_k']:.2f}", flops, NOTHING, NOTHING]
         if pair is not None:
             difference = f"{pair['difference']:+.4f} {pair['low']:+.4f} to {pair['high']:+.4f}{level_note(pair)}"
             k = f"{arm['avg_k']:.2f} {'matched' if pair['k_matched'] else 'not matched'}"
             flops += " matched"
-            compared = [pair["verdict"], difference, k, flops, f"{pair['p_holm']:.3g}", f"{pair['tost_p_holm']:.3g}"]
-        verdict, difference, k, flops, p_holm, tost_p = compared
+            speed = f"{speedup_text(pair['effective_speedup'])} {speedup_bounds(pair['effective_speedup'])}".replace(
+                ",", ""
+            )
+            tests = [f"{pair['p_holm']:.3g}", f"{pair['tost_p_holm']:.3g}"]
+            compared = [pair["verdict"], difference, speed, k, flops, *tests]
+        verdict, difference, speed, k, flops, p_holm, tost_p = compared
         assert row[1:] == [
-            verdict, f"{arm['mean']:.4f} {arm['low']:.4f} to {arm['high']:.4f}", difference, k, "1.50", "3.0",
+            verdict, f"{arm['mean']:.4f} {arm['low']:.4f} to {arm['high']:.4f}", difference, speed, k, "1.50", "3.0",
             "0.625 trivial 0.500", flops, f"{arm['bits_per_byte']:.4f}", p_holm, tost_p,
         ]  # fmt: skip
     assert {row[0] for row in rows} == {f"{label} 3 seeds" for label in analysis["arms"]}
-    assert "matched" in by_name["surprise"][4]
-    assert "not matched" in by_name["budget"][4]
+    assert by_name["surprise"][4].startswith("> 1.00 ")
+    assert "matched" in by_name["surprise"][5]
+    assert "not matched" in by_name["budget"][5]
+
+
+def test_a_tuned_study_shows_the_loss_over_every_axis_and_warns_of_edges(tmp_path: Path) -> None:
+    folder = fake_study(tmp_path / "tuned", tuned())
+    write_report(folder)
+    page, analysis = read_page(folder), json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
+    assert_safe(page)
+    assert (
+        "Every arm is shown at its best value of hyper.lr, hyper.router_lr, chosen by runs of seeds 7, 8" in page.text
+    )
+    (head, *rows), (_, *routers) = page.tables["lr"], page.tables["router_lr"]
+    assert head == ["held-out nats per token", "0.001", "0.002", "0.005", "best"]
+    assert [row[0] for row in rows] == ["switch", "surprise", "hash"]
+    assert [row[0] for row in routers] == ["switch", "surprise"], "the hash has no router"
+    for label, *cells, best in rows:
+        curve = analysis["arms"][label]["tuning"]["hyper.lr"]
+        assert cells == [f"{mean:.4f}" for mean in curve["mean"]]
+        assert (best, curve["best"]) == ("0.002", 0.002)
+    assert len(analysis["warnings"]) == 2
+    assert all(line in page.text for line in analysis["warnings"])
+    titles = {key: of["layout"].get("xaxis", {}).get("title", {}).get("text") for key, of in page.figures.items()}
+    figure = next(of for key, of in page.figures.items() if titles[key] == "hyper.lr")
+    assert [trace["meta"]["arm"] for trace in figure["data"]] == ["switch", "surprise", "hash"]
+    assert [trace["x"] for trace in figure["data"]] == [[0, 1, 2]] * 3
+    assert figure["data"][0]["marker"]["symbol"] == ["circle", "star", "circle"]
+    for spec in page.figures.values():
+        plotly.graph_objects.Figure({key: spec[key] for key in ("data", "layout")})
+
+
+def test_the_token_atlas_shows_every_frequent_token_and_the_shares_of_variance(tmp_path: Path) -> None:
+    """Experts 0 and 2 help the newline and harm `<`, more so in layer 1; the rest of 30 tokens is less frequent."""
+    folder = fake_atlas(fake_study(tmp_path / "atlas", small_study(seeds=(0, 1), atlas_tokens=100)))
+    write_report(folder)
+    page = read_page(folder)
+    assert_safe(page)
+    assert page.tables["by token id"][0] == ["share explained", "layer 0", "layer 1"]
+    assert page.tables["by token id"][1][1:] == ["0.500", "0.300"]
+    assert page.tables["by token id and expert"][1][1:] == ["0.750", NOTHING]
+    maps = [of for of in page.figures.values() if of.get("frames") and "text" in of["data"][0]]
+    assert len(maps) == 4
+    assert maps[0]["layout"]["yaxis"]["ticktext"][:3] == ["\\n", "&lt;", "\u2423"]
+    assert len(maps[0]["layout"]["yaxis"]["ticktext"]) == 20
+    first, last = (frame["data"][0] for frame in maps[0]["frames"])
+    assert np.shape(first["z"]) == (20, 3)
+    assert [z[1] for z in first["z"]] == [NO_ROW] * 20
+    assert (last["z"][0][0], last["z"][1][0]) == (0, TOP)
+    assert last["text"][0][2] == f"\\n, expert 2: {MINUS}0.222 ± 0.01 nats, 38 of 90 visits"
+    assert first["text"][1][0] == "&lt;, expert 0: +0.111 nats, 40 of 89 visits"
+    for spec in maps:
+        plotly.graph_objects.Figure({key: spec[key] for key in ("data", "layout")})
+
+
+def test_loss_regret_and_drift_have_a_point_for_every_compared_run(tmp_path: Path) -> None:
+    folder = fake_study(tmp_path / "tuned", tuned())
+    write_report(folder)
+    page, results = read_page(folder), read_results(folder)
+    compared = {row["run"]: row for row in results if int(row["seed"]) < 3}
+    assert len(compared) == 9
+    keys = {"held-out loss": "nats_per_token", "regret": "regret", "drift": "routing_drift"}
+    for y, x in (("held-out loss", "regret"), ("held-out loss", "drift"), ("regret", "drift")):
+        head, *rows = page.tables[f"{y} against {x}"]
+        assert head == ["run", x, y]
+        assert {row[0] for row in rows} == {*compared}
+        for run, *values in rows:
+            assert values == [f"{float(compared[run][keys[key]]):.4f}" for key in (x, y)]
+
+
+def test_a_study_in_its_tuning_has_a_page(tmp_path: Path) -> None:
+    """Half of the points are made and nothing is compared; then all are made."""
+    folder = fake_study(tmp_path / "begun", tuned(), lambda run: UNFINISHED if run.config.hyper.lr > 2e-3 else FINISHED)
+    write_results([row for row in read_results(folder) if int(row["seed"]) > 3], folder)
+    for done in (False, True):
+        if done:
+            write_results([row | {"status": FINISHED, "nats_per_token": "2"} for row in read_results(folder)], folder)
+        write_report(folder)
+        page = read_page(folder)
+        assert [row[1] for row in page.tables["Results of every arm"][1:]].count("undecided") == 2
+        assert len(page.tables["lr"]) == 4
 
 
 def test_the_page_holds_the_answer_the_plan_the_file_and_the_commands(studied: Path) -> None:

@@ -59,11 +59,12 @@ class Difference(NamedTuple):
 
 def slot_class(slot: int) -> str:
     """Classes of a slot's colour and dashes."""
-    colour, dash = _look(slot)
+    colour, dash = look(slot)
     return f"c{colour} d{dash}" if dash else f"c{colour}"
 
 
-def _look(slot: int) -> tuple[int, int]:
+def look(slot: int) -> tuple[int, int]:
+    """Colour and dashes of a slot."""
     return (0, 0) if slot == 0 else ((slot - 1) % COLOURS + 1, (slot - 1) // COLOURS % len(DASHES))
 
 
@@ -141,7 +142,7 @@ def surprise_histograms(title: str, lines: Sequence[Line]) -> Chart:
 
 
 def _trace(line: Line, curve: Curve, y: list[Any]) -> dict[str, Any]:
-    colour, dash = _look(line.slot)
+    colour, dash = look(line.slot)
     few = curve.y.shape[-1] <= FEW
     return {
         "type": "scatter", "mode": "lines+markers" if few else "lines", "name": text_of(line.name),
@@ -233,7 +234,7 @@ def _beside(row: Difference, text: str, y: int, side: int) -> dict[str, Any]:
 def _whisker(row: Difference, y: int, limit: float) -> list[dict[str, Any]]:
     """Mean with its interval, which ends in an arrow where it goes on beyond the frame; every pair below it."""
     mean, low, high = (row.pair[key] for key in ("difference", "low", "high"))
-    colour = f"var(--c{_look(row.slot)[0]})"
+    colour = f"var(--c{look(row.slot)[0]})"
 
     def marks(x: Sequence[float], down: float, size: int, texts: list[str], **more: Any) -> dict[str, Any]:
         marker = {"size": size, "color": colour, **more.pop("marker", {})}

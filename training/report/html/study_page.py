@@ -23,13 +23,17 @@ from training.report.html.study_arms import (
     tuned_values,
 )  # fmt: skip
 from training.report.html.study_routing import routing_values
+from training.report.html.study_runs import run_charts
 from training.report.html.study_tasks import tasks_values
-from training.report.html.wording import NOTHING, bounds, level_note, number
+from training.report.html.study_tokens import AtlasOf, token_values
+from training.report.html.study_tuning import tuning_charts
+from training.report.html.wording import NOTHING, bounds, level_note, number, speedup_bounds, speedup_text
 from training.storage.results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
 
 HEAD = (
-    "arm", "verdict", "nats per token", "difference to baseline", "avg K", "MaxVio", "dead experts",
-    "gating accuracy", "active FLOPs of a token", "bits per byte", "p of no difference", "p of no equivalence",
+    "arm", "verdict", "nats per token", "difference to baseline", "effective speed-up", "avg K", "MaxVio",
+    "dead experts", "gating accuracy", "active FLOPs of a token", "bits per byte", "p of no difference",
+    "p of no equivalence",
 )  # fmt: skip
 CHARTS = (
     ("Training loss", "nats per token", "main_loss"),
@@ -40,8 +44,9 @@ CHARTS = (
 )
 
 
-def study_page(study: Study, digest_of: DigestOf, summary_of: SummaryOf) -> Page:
-    """The page. `digest_of` and `summary_of` give a run's records and summary, empty ones where there are none."""
+def study_page(study: Study, digest_of: DigestOf, summary_of: SummaryOf, atlas_of: AtlasOf = lambda run: ()) -> Page:
+    """The page. `digest_of`, `summary_of` and `atlas_of` give a run's records, summary and token atlas, empty ones
+    where there are none."""
     summary_of = cache(summary_of)
     groups, analysis = read_groups(study, digest_of, summary_of), study.analysis
     arms = [arm for group in groups for arm in group.arms]
@@ -55,12 +60,15 @@ def study_page(study: Study, digest_of: DigestOf, summary_of: SummaryOf) -> Page
         known=_facts(study), warnings=_warnings(study), changed=_changed(study),
         head=HEAD, results=_results(groups), tuning=_tuning(analysis), differences=_differences(study, groups),
         tasks=tasks_values(study, best, summary_of), base=study.values.get("base") or {},
+        rates=[(g.baseline, _legend(g.arms), of) for g in groups if (of := _rates(study, g.arms))],
+        runs=[(g.baseline, _legend(g.arms), of) for g in groups if (of := run_charts(g.arms, study.rows))],
         curves=[(group.baseline, _legend(group.arms), _curves(study, group.arms)) for group in groups],
         layers=[(g.baseline, _legend(g.arms), charts) for g in groups if (charts := layer_charts(g.arms))],
         loads=[_map(arm, "expert_load", frames, scale) for arm in arms], alarms=alarm_lines(arms),
         surprises=[_map(arm, "expert_surprise", frames, scale) for arm in arms],
         load_legend=heat_maps.load_legend(), surprise_legend=heat_maps.surprise_legend(scale),
-        routing=routing_values(best), settings=_settings(study.values), every=_every_run(study.rows),
+        routing=routing_values(best), tokens=token_values(best, atlas_of),
+        settings=_settings(study.values), every=_every_run(study.rows),
         folder=study.folder, commands=_commands(study.folder), text=study.text,
     )  # fmt: skip
 
@@ -96,7 +104,7 @@ def _warnings(study: Study) -> list[str]:
         "One seed: no intervals, no verdicts. Five seeds or more can decide something.": seeds == 1,
         "Two seeds: intervals are very wide. Five seeds or more can decide something.": seeds == 2,
     }
-    return [note for note, holds in notes.items() if holds]
+    return [*(note for note, holds in notes.items() if holds), *study.analysis.get("warnings", ())]
 
 
 def _changed(study: Study) -> str:
@@ -126,12 +134,14 @@ def _result(arm: Arm) -> list[str | Cell]:
     seeds += f", {result['diverged']} diverged" if result["diverged"] else ""
     verdict = str(pair.get("verdict", "baseline"))
     beyond = "beyond the margin" if pair.get("beyond_margin") and verdict in ("better", "worse") else ""
+    speedup, _, beyond_curve = speedup_text(pair.get("effective_speedup")).partition(", ")
     k, flops = (_matched(pair.get(key)) for key in ("k_matched", "flops_matched"))
     return [
         Cell(arm.short, (tuned_values(arm), seeds), slot=arm.slot),
         Cell(verdict, (beyond,), badge=True),
         Cell(number(result["mean"]), (bounds(result["low"], result["high"]),)),
         Cell(number(pair.get("difference"), "+.4f"), (_interval(pair),)),
+        Cell(speedup or NOTHING, (beyond_curve, speedup_bounds(pair.get("effective_speedup")))),
         Cell(number(result["avg_k"], ".2f"), (k,)),
         number(result["max_vio"], ".2f"),
         number(result["dead_experts"], ".1f"),
@@ -188,6 +198,10 @@ def _differences(study: Study, groups: Sequence[Group]) -> list[Chart]:
             rows += [] if arm.pair is None else [Difference(arm.label, arm.short, arm.slot, arm.pair, each)]
         charts += [forest(group.baseline, rows, study.analysis["margin"])] if rows else []
     return charts
+
+
+def _rates(study: Study, arms: Sequence[Arm]) -> list[Chart]:
+    return tuning_charts(study.analysis.get("tuned") or (), sorted(arms, key=lambda arm: arm.slot))
 
 
 def _legend(arms: Sequence[Arm]) -> list[tuple[str, str, int, str]]:
