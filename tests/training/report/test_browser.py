@@ -315,7 +315,13 @@ def test_without_a_script_everything_can_be_read(browser: Browser, pages: dict[s
     assert tables.count() > 5
     for table in tables.all():
         assert table.is_visible()
-    wanted = {"run": "2.5000 bits per byte", "arms": "None is.", "tasks": "after task 2", "many arms": HOSTILE}[kind]
+    said = {
+        "run": "2.5000 bits per byte",
+        "arms": "None is.",
+        "tasks": "after task 2",
+        "tuned": "by token id and expert",
+    }
+    wanted = said.get(kind, HOSTILE)
     text = page.locator("main").inner_text()
     for words in (wanted, "tiny-onn report" if kind != "run" else "tiny-onn train", "Configuration"):
         assert words in text
