@@ -234,7 +234,7 @@ def test_a_click_on_the_legend_hides_an_arm_in_every_figure_and_another_one_show
         ]
         assert {trace["visible"] for trace in traces if trace["meta"]["arm"] == "surprise"} == {visible}
         assert all(trace["visible"] for trace in traces if trace["meta"]["arm"] != "surprise")
-        assert [button.get_attribute("aria-pressed") for button in buttons.all()] == [str(visible).lower()] * 2
+        assert [button.get_attribute("aria-pressed") for button in buttons.all()] == [str(visible).lower()] * 3
         assert [each.is_visible() for each in maps.all()] == [visible] * 2
 
 

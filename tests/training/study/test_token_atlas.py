@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import f_oneway
 from torch import Generator
@@ -49,7 +49,6 @@ def moments(groups: list[np.ndarray]) -> Moments:
 # Moments --------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_moments_of_batches_are_those_of_all_values_by_a_loop(seed: int, sizes: list[int]) -> None:
     random = np.random.default_rng(seed)

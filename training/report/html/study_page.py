@@ -30,8 +30,9 @@ from training.report.html.study_tuning import tuning_charts
 from training.report.html.wording import NOTHING, bounds, level_note, number, speedup_bounds, speedup_text
 from training.storage.results import DIVERGED, FINISHED, MEASURES, UNFINISHED, Row
 
+SPEEDUP = "effective speed-up"
 HEAD = (
-    "arm", "verdict", "nats per token", "difference to baseline", "effective speed-up", "avg K", "MaxVio",
+    "arm", "verdict", "nats per token", "difference to baseline", SPEEDUP, "avg K", "MaxVio",
     "dead experts", "gating accuracy", "active FLOPs of a token", "bits per byte", "p of no difference",
     "p of no equivalence",
 )  # fmt: skip
@@ -54,11 +55,12 @@ def study_page(study: Study, digest_of: DigestOf, summary_of: SummaryOf, atlas_o
     name = str(analysis.get("name") or "study")
     scale = heat_maps.surprise_scale([arm.shown for arm in arms if arm.shown is not None])
     frames = frames_of(arms, 2)
+    head, results = _results(groups)
     return render(
         f"{name}: study", "study.html", name=name, analysis=analysis, margin=f"{analysis['margin']:g}",
         within=f"{analysis.get('matched_within', 0.05):.0%}",  # what was used before analysis.json recorded it
         known=_facts(study), warnings=_warnings(study), changed=_changed(study),
-        head=HEAD, results=_results(groups), tuning=_tuning(analysis), differences=_differences(study, groups),
+        head=head, results=results, tuning=_tuning(analysis), differences=_differences(study, groups),
         tasks=tasks_values(study, best, summary_of), base=study.values.get("base") or {},
         rates=[(g.baseline, _legend(g.arms), of) for g in groups if (of := _rates(study, g.arms))],
         runs=[(g.baseline, _legend(g.arms), of) for g in groups if (of := run_charts(g.arms, study.rows))],
@@ -116,13 +118,16 @@ def _changed(study: Study) -> str:
 # Arms -----------------------------------------------------------------------------------------------------------------
 
 
-def _results(groups: Sequence[Group]) -> list[list[str | Cell]]:
-    """The rows of the arms, the best first."""
+def _results(groups: Sequence[Group]) -> tuple[list[str], list[list[str | Cell]]]:
+    """Head and rows of the arms, the best first; the speed-up has a column where some arm has one."""
     rows: list[list[str | Cell]] = []
     for group in groups:
         rows += [[f"compared with {group.baseline}"]] if len(groups) > 1 else []
         rows += [_result(arm) for arm in group.best_first()]
-    return rows
+    if any((arm.pair or {}).get("effective_speedup") for group in groups for arm in group.arms):
+        return [*HEAD], rows
+    column = HEAD.index(SPEEDUP)
+    return [name for name in HEAD if name != SPEEDUP], [row[:column] + row[column + 1 :] for row in rows]
 
 
 def _result(arm: Arm) -> list[str | Cell]:
