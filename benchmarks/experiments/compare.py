@@ -17,7 +17,7 @@ from training.step.surprise import MEASURED
 from training.storage.regular_file import read_object
 from training.storage.results import FINISHED, Row, read_results
 from training.study.analysis import paired_differences, read_facts
-from training.study.statistics import Values, t_interval
+from training.study.comparison.statistics import Values, t_interval
 
 VALUES = (*MEASURED, "visited best")
 AGREEING = ("w2", "benefit")

@@ -27,7 +27,7 @@ from tiny_onn_func.tree import stack
 from training import Batch, HyperParams, TrainState, hyper_step, init_state
 from training.data.batches import batch_at
 from training.data.corpus import open_corpus
-from training.study.statistics import t_interval
+from training.study.comparison.statistics import t_interval
 
 MODEL = ModelConfig(257, 32, 2, 2, 1, 16, 16, 16, num_experts_per_tok=4)
 HYPER = HyperParams(

@@ -32,7 +32,7 @@ def recorded_surprises(
     surprise_budget: Number,
     kinds: Sequence[SurpriseKind],
 ) -> tuple[list[Float[Tensor, "layers tokens experts"]], RouterTrace]:
-    """What each kind's hooks measure for every routed (layer, token, expert), +inf elsewhere, and the routers' trace.
+    """Measure by each kind's hooks every routed (layer, token, expert), +inf elsewhere; with the routers' trace.
 
     One forward and one backward pass: each kind's hooks are wrapped around those of the one before.
     """

@@ -22,7 +22,7 @@ families, each of them held at 5 %, for each answers a question of its own. One 
 first two false, so a false verdict of any kind is in at most 10 % of studies, in 5 % of those whose arms are alike.
 
 Where axes are tuned, an arm is compared at the point that the runs of `tune_seeds` found best, by runs that had no say
-in it (`training.study.tuning`). A study without such seeds chooses by the runs that it compares: the comparison is then
+in it (`training.study.comparison.tuning`). A study without such seeds chooses by the runs that it compares: the comparison is then
 one of as many as there are pairs of a point of the arm and one of its baseline (`tried`). Its p are multiplied by that
 before Holm's method (Bonferroni), and `note` says so; intervals of 95 % are of the chosen points alone.
 """
@@ -41,13 +41,13 @@ from jaxtyping import Float
 from training.storage.atomic import write_text
 from training.storage.regular_file import read_object
 from training.storage.results import DIVERGED, FINISHED, Row, pair_key, read_results
+from training.study.comparison.speedup import Scores, effective_speedup
+from training.study.comparison.statistics import CONFIDENCE, beyond, holm, step_down, t_interval, t_test, tost
+from training.study.comparison.tuning import SCORE as MEASURE
+from training.study.comparison.tuning import as_judged, choose, points_of, tuning_curves, tuning_warnings
 from training.study.config import StudyConfig, baselines_of, expand
-from training.study.speedup import Scores, effective_speedup
-from training.study.statistics import CONFIDENCE, beyond, holm, step_down, t_interval, t_test, tost
 from training.study.summary import empty_row
 from training.study.tasks import Continual
-from training.study.tuning import SCORE as MEASURE
-from training.study.tuning import as_judged, choose, points_of, tuning_curves, tuning_warnings
 
 LEVEL = 0.05  # of all tests, of the whole family
 MATCHED = 0.05  # avg_k, or the operations of a forward pass, within this share of the baseline's count as equal

@@ -17,6 +17,7 @@ TOP: Fields = {
         "Seeds that chose those values and are not compared; empty if the compared runs chose.",
     ),
     "note": Field("text", "Warning that the compared runs chose the tuned values; empty otherwise."),
+    "warnings": Field("list of text", "Best values at the end of a tuned axis, and tuned axes that change nothing."),
     "matched_within": Field("share", "Relative difference up to which `avg_k` or `flops_per_token` count as equal."),
     "answer": Field("text", "Answer in one sentence."),
 }  # fmt: skip
@@ -30,6 +31,12 @@ ARM: Fields = {  # arms.ARM
     **{key: MEASURES[key]._replace(text=f"Mean of the column `{key}` over the arm's runs.") for key in MEANS},
     "diverged": Field("runs", "Runs of the arm that diverged."),
     "tuned": Field("object", "Tuned setting and the value that was chosen for this arm."),
+    "points": Field("points", "Combinations of tuned values that were tried; 1 where nothing is tuned."),
+    "tuning": Field(
+        "object",
+        "Tuned setting and its curve, all others at their best: `values`, `mean` and `scores` (nats per token) at each, "
+        "`diverged` runs, the `best` value, and the `edge` of the axis at which it lies.",
+    ),
     "runs": Field("list of text", "Names of the runs that are compared."),
     "routing": Field("object", "Means of the runs' routing analysis; null where none was made."),
 }
@@ -56,6 +63,11 @@ PAIR: Fields = {  # against_baseline.ARM
     "beyond_margin": Field("true or false", "True if the difference is shown to be larger than the margin."),
     "verdict": Field("text", "`better`, `worse`, `equivalent` or `undecided`."),
     "baseline": Field("text", "Label that the arm is compared with: the baseline at the same point of the axes."),
+    "effective_speedup": Field(
+        "object",
+        "Steps that the baseline needs for the arm's loss over the arm's own: `estimate` with `low` and `high`, "
+        "`at_least` what was measured, `reached` and `early` pairs of `n`; null without held-out curves.",
+    ),
     "k_matched": Field(
         "true or false",
         "True if both arms' `avg_k` are equal within `matched_within`; null if unknown.",

@@ -176,7 +176,7 @@ def expand(study: StudyConfig, chosen: Mapping[str, Values] | None = None) -> li
     """All runs: every cell with the first seed and order, then with the next order, then with the next seed.
 
     With `tune_seeds` the runs of the tuning come first, those seeds at every point. The runs that are compared follow
-    once it is known which points were chosen (`training.study.tuning.choose`): a run for each of `seeds` at those.
+    once it is known which points were chosen (`training.study.comparison.tuning.choose`): a run for each of `seeds` at those.
 
     Args:
         chosen: label -> tuned axis -> value; None before the tuning is done.

@@ -94,7 +94,7 @@ class FolderReader:
 
 
 def _study(reader: FolderReader) -> tuple[Page, str]:
-    from training.study.table import study_table
+    from training.study.comparison.table import study_table
 
     home = reader.home
     rows = read_results(home)

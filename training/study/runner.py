@@ -18,15 +18,15 @@ from training.storage.checkpoint_files import version
 from training.storage.lock import locked
 from training.storage.results import UNFINISHED, Row, read_results, write_results
 from training.study.analysis import analyse
+from training.study.comparison.table import study_table
+from training.study.comparison.tuning import choose, points_of
 from training.study.config import StudyConfig, StudyRun, baselines_of, expand, orders_of, study_values
 from training.study.group_state import teacher_of
 from training.study.launch import Launch, Launcher, local_launcher
 from training.study.plan import COMPARED, Group, load_plan, plan_groups, planned_at_once, save_plan
 from training.study.report import write_report
 from training.study.summary import empty_row
-from training.study.table import study_table
 from training.study.tasks import check_texts, corpora_of, fingerprints, save_texts
-from training.study.tuning import choose, points_of
 from training.terminal import LOG, progress
 
 

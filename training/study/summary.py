@@ -92,6 +92,9 @@ SUMMARY = {
     **MEASURES,
     "overrides": Field("object", "Each setting that an arm or an axis changes, and this run's value."),
     **OF_SCORE,
+    "held_out_curve": Field(
+        "steps, nats per token", "Each evaluation during the run, on the first `eval_bytes` bytes."
+    ),
     "routing": Field("object", "Routing analysis on held-out tokens; null where it was not made."),
 }
 STREAM = {  # in studies with `tasks`

@@ -31,13 +31,13 @@ from training.run.settings import save_settings
 from training.storage.results import DIVERGED, FINISHED, UNFINISHED, read_results, write_results
 from training.storage.token_table import Visits, write_atlas
 from training.study.analysis import analyse
+from training.study.comparison.table import study_table
+from training.study.comparison.tuning import choose, points_of
 from training.study.config import Arm, StudyConfig, StudyRun, expand
 from training.study.file import save_study
 from training.study.report import write_report
 from training.study.summary import empty_row
-from training.study.table import study_table
 from training.study.tasks import continual_measures
-from training.study.tuning import choose, points_of
 
 HOSTILE = "</title><script>alert('a')</script>\"&amp; x"
 LONG = "an_arm_whose_name_has_no_place_to_break_" * 4

@@ -15,10 +15,10 @@ from scipy.special import stdtr, stdtrit
 from benchmarks.experiments.compare import paired
 from training.run.config import RunConfig
 from training.study.analysis import analyse_rows, judge
+from training.study.comparison.statistics import beyond, holm, p_value, step_down, t_interval, t_test, tost
+from training.study.comparison.table import study_table
 from training.study.config import Arm, StudyConfig, StudyRun, expand
-from training.study.statistics import beyond, holm, p_value, step_down, t_interval, t_test, tost
 from training.study.summary import empty_row
-from training.study.table import study_table
 
 DIFFERENCES = [-0.03, -0.01, -0.025, -0.02, -0.015]
 

@@ -11,8 +11,8 @@ from scipy.stats import binomtest
 from tests.training.study.test_analysis import at_every_point
 from training.run.config import RunConfig
 from training.study.analysis import analyse_rows, decide, judge
+from training.study.comparison.statistics import p_value
 from training.study.config import Arm, StudyConfig
-from training.study.statistics import p_value
 from training.study.summary import empty_row
 
 STUDIES, SEEDS, NOISE = 600, 5, 0.02

@@ -23,10 +23,10 @@ from training import run_study
 from training.cli import main
 from training.errors import UserError
 from training.study.analysis import analyse_rows
+from training.study.comparison.table import study_table
+from training.study.comparison.tuning import choose, points_of, tuning_curves
 from training.study.config import Arm, StudyConfig, expand
 from training.study.summary import empty_row
-from training.study.table import study_table
-from training.study.tuning import choose, points_of, tuning_curves
 
 AXES = {"hyper.lr": (1e-3, 2e-3, 5e-3), "hyper.router_lr": (1e-3, 4e-3), "hyper.balance_weight": (0.0, 0.01, 0.1)}
 FIXED = Arm("hash", {"model.routing": "hash", "hyper.router_lr": 0.0, "hyper.balance_weight": 0.0})

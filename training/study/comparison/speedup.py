@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from training.study.statistics import t_interval
+from training.study.comparison.statistics import t_interval
 
 FARTHEST = 4.0  # times the baseline's steps; beyond it a line says nothing
 Scores = Sequence[tuple[int | float, float]]  # steps, rising, and the held-out nats per token after them

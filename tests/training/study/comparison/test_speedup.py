@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from training.report.html.wording import speedup_bounds, speedup_text
 from training.study.analysis import analyse_rows
+from training.study.comparison.speedup import FARTHEST, Scores, effective_speedup, monotone, steps_needed
+from training.study.comparison.table import study_table
 from training.study.config import Arm, StudyConfig, expand
-from training.study.speedup import FARTHEST, Scores, effective_speedup, monotone, steps_needed
 from training.study.summary import empty_row
-from training.study.table import study_table
 
 STEPS = range(50, 801, 50)
 
