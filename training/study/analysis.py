@@ -22,9 +22,10 @@ families, each of them held at 5 %, for each answers a question of its own. One 
 first two false, so a false verdict of any kind is in at most 10 % of studies, in 5 % of those whose arms are alike.
 
 Where axes are tuned, an arm is compared at the point that the runs of `tune_seeds` found best, by runs that had no say
-in it (`training.study.comparison.tuning`). A study without such seeds chooses by the runs that it compares: the comparison is then
-one of as many as there are pairs of a point of the arm and one of its baseline (`tried`). Its p are multiplied by that
-before Holm's method (Bonferroni), and `note` says so; intervals of 95 % are of the chosen points alone.
+in it (`training.study.comparison.tuning`). A study without such seeds chooses by the runs that it compares: the
+comparison is then one of as many as there are pairs of a point of the arm and one of its baseline (`tried`). Its p are
+multiplied by that before Holm's method (Bonferroni), and `note` says so; intervals of 95 % are of the chosen points
+alone.
 """
 
 import json

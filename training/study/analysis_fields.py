@@ -34,8 +34,8 @@ ARM: Fields = {  # arms.ARM
     "points": Field("points", "Combinations of tuned values that were tried; 1 where nothing is tuned."),
     "tuning": Field(
         "object",
-        "Tuned setting and its curve, all others at their best: `values`, `mean` and `scores` (nats per token) at each, "
-        "`diverged` runs, the `best` value, and the `edge` of the axis at which it lies.",
+        "Tuned setting and its curve, all others at their best: `values`, `mean` and `scores` (nats per token) at "
+        "each, `diverged` runs, the `best` value, and the `edge` of the axis at which it lies.",
     ),
     "runs": Field("list of text", "Names of the runs that are compared."),
     "routing": Field("object", "Means of the runs' routing analysis; null where none was made."),

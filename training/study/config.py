@@ -49,7 +49,7 @@ UNUSED = {  # settings that mean nothing in a study, and what to write instead
     **dict.fromkeys(("picture_every", "sample_tokens", "prompt", "keep_checkpoints"), "a study has none"),
     "stop_when": "the runs of a group end together, after as many steps",
 }
-OF_ROUTER = (  # numbers that a layer whose experts a hash chooses does not have
+OF_ROUTER = (  # numbers that mean nothing where no layer has a router
     "hyper.router_lr",
     "hyper.surprise_weight",
     "hyper.balance_weight",
@@ -176,7 +176,7 @@ def expand(study: StudyConfig, chosen: Mapping[str, Values] | None = None) -> li
     """All runs: every cell with the first seed and order, then with the next order, then with the next seed.
 
     With `tune_seeds` the runs of the tuning come first, those seeds at every point. The runs that are compared follow
-    once it is known which points were chosen (`training.study.comparison.tuning.choose`): a run for each of `seeds` at those.
+    once it is known which points were chosen (`training.study.comparison.tuning.choose`): a run for each of `seeds`.
 
     Args:
         chosen: label -> tuned axis -> value; None before the tuning is done.
@@ -329,7 +329,8 @@ def _check_effect(study: StudyConfig, arm: Arm, key: str) -> None:
     if key in arm.set or key not in OF_ROUTER:
         return
     plain = {name: value for name, value in arm.set.items() if name not in study.axes}
-    if changed(study.base, plain, f"arms.{arm.name}: ").model.routing == "hash":
+    model = changed(study.base, plain, f"arms.{arm.name}: ").model
+    if not any(map(model.has_router, range(model.num_hidden_layers))):
         came = f"{key}, which changes nothing where a hash routes"
         mend = f"add `{key}: {study.axes[key][0]}` to its `set`, which keeps it out of the tuning"
         raise UserError(f"arms.{arm.name}: expected tuned axes that matter to it, got {came}; {mend}")

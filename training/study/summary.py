@@ -92,9 +92,7 @@ SUMMARY = {
     **MEASURES,
     "overrides": Field("object", "Each setting that an arm or an axis changes, and this run's value."),
     **OF_SCORE,
-    "held_out_curve": Field(
-        "steps, nats per token", "Each evaluation during the run, on the first `eval_bytes` bytes."
-    ),
+    "held_out_curve": Field("steps, nats per token", "Evaluations during the run, on `eval_bytes` of the text."),
     "routing": Field("object", "Routing analysis on held-out tokens; null where it was not made."),
 }
 STREAM = {  # in studies with `tasks`

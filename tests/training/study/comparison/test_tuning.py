@@ -275,6 +275,12 @@ def test_orders_of_tasks_are_tuned_as_well(text: str) -> None:
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_hash_that_leaves_a_layer_or_the_weights_to_a_router_is_tuned_on_its_rate() -> None:
+    for change in ({"model.hash_layers": "0"}, {"model.hash_weights": "router"}):
+        study = grid(arms=(Arm("a"), Arm("b", {"model.routing": "hash", **change})))
+        assert sum(run.arm == "b" for run in expand(study)) == 18 * 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     {
