@@ -33,6 +33,10 @@ CHOICES: dict[str, dict[str, Any]] = {
     "sigmoid gate, dynamic": dict(gate="sigmoid"),
     "sigmoid gate, hash with learned weights": dict(gate="sigmoid", routing="hash", hash_weights="router"),
     "shared expert": dict(shared_expert_intermediate_size=5, num_experts_per_tok=2),
+    "table": dict(routing="hash", hash_key="table", num_experts_per_tok=2),
+    "table with learned weights": dict(routing="hash", hash_key="table", hash_weights="router"),
+    "stable": dict(routing="stable", num_experts_per_tok=2),
+    "stable, dynamic": dict(routing="stable"),
     "hash of the position": dict(routing="hash", hash_key="position", num_experts_per_tok=2),
 }
 

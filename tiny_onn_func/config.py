@@ -5,12 +5,12 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Literal
 
-RoutingRule = Literal["router", "token", "hash", "thresholds"]
-ROUTING_RULES: tuple[RoutingRule, ...] = ("router", "token", "hash", "thresholds")
+RoutingRule = Literal["router", "token", "hash", "thresholds", "stable"]
+ROUTING_RULES: tuple[RoutingRule, ...] = ("router", "token", "hash", "thresholds", "stable")
 MAX_NGRAM = 8  # tokens of an n-gram
 MAX_BUCKETS = 1 << 31  # rows of a table of n-grams: its hash has 32 bits
-HashKey = Literal["token", "previous", "pair", "position"]
-HASH_KEYS: tuple[HashKey, ...] = ("token", "previous", "pair", "position")
+HashKey = Literal["token", "previous", "pair", "position", "table"]
+HASH_KEYS: tuple[HashKey, ...] = ("token", "previous", "pair", "position", "table")
 HashWeights = Literal["hash", "router"]
 HASH_WEIGHTS: tuple[HashWeights, ...] = ("hash", "router")
 ALL_LAYERS = "all"
@@ -70,10 +70,12 @@ class ModelConfig:
     routing: RoutingRule = "router"
     """`router` asks the router for a ranking; `token` lets it see the token's embedding alone, so that a token visits
     the same experts wherever it stands; `hash` takes a fixed hash of token id and layer instead; `thresholds` takes
-    every expert whose logit is above its learned threshold (the selection bias, negated)."""
+    every expert whose logit is above its learned threshold (the selection bias, negated); `stable` counts the router's
+    choices in a table by token, which chooses from `hyper.table_step` on, while the router weighs (StableMoE)."""
     hash_key: HashKey = "token"
     """With `routing: hash`, the key that is hashed: `token`, the token's id; `previous`, the id of the token before it;
-    `pair`, both; `position`, the token's place in its document."""
+    `pair`, both; `position`, the token's place in its document. `table` takes scores of experts from a fixed table by
+    token, which a run fills so that the experts get even shares of the training text, instead of hashing."""
     hash_weights: HashWeights = "hash"
     """With `routing: hash`, the weights of the experts that the hash chose: `hash`, fixed ones from its own numbers;
     `router`, the softmax of the router's logits over them, which learn."""
@@ -148,6 +150,11 @@ class ModelConfig:
         return self.routing == "hash" and (
             named == ALL_LAYERS or layer in (_layers_of(named, self.num_hidden_layers) or ())
         )
+
+    @property
+    def has_table(self) -> bool:
+        """True if experts are looked up in a table by token, now or later."""
+        return self.routing == "stable" or (self.routing == "hash" and self.hash_key == "table")
 
     def has_router(self, layer: int) -> bool:
         """True if a layer's logits come from its router: it chooses, or it weighs what a hash chose."""

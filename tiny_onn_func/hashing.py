@@ -24,13 +24,13 @@ def hash_keys(
 ) -> Int[Tensor, "*runs batch seq"]:
     """The key of each token that a hash router hashes, int64.
 
-    `token` is the id; `previous` the id before it, -1 at the start of a document; `pair` a mixture of both; `position`
-    the number of tokens before it in its document.
+    `token` and `table` take the id; `previous` the id before it, -1 at the start of a document; `pair` a mixture of
+    both; `position` the number of tokens before it in its document.
 
     Args:
         documents: 0 on padding, 1, 2, ... on tokens of a row's documents (an attention mask); None: one document.
     """
-    if kind == "token":
+    if kind in ("token", "table"):
         return token_ids
     place = torch.arange(token_ids.shape[-1], device=token_ids.device).expand_as(token_ids)
     starts = place == 0
@@ -44,7 +44,7 @@ def hash_keys(
 
 def key_of(kind: HashKey, token: Tensor, previous: Tensor, position: Tensor) -> Tensor:
     """The key of tokens whose predecessors' ids and positions are known."""
-    keys = {"token": lambda: token, "previous": lambda: previous, "position": lambda: position}
+    keys = {"token": lambda: token, "table": lambda: token, "previous": lambda: previous, "position": lambda: position}
     return keys.get(kind, lambda: mix(previous) + token)()
 
 

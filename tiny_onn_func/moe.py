@@ -3,15 +3,18 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_experts, apply_w13
 from tiny_onn_func.hashing import hash_logits
-from tiny_onn_func.ops import rms_norm, scale_gradient, swiglu, wide_dtype
+from tiny_onn_func.ops import embed, rms_norm, scale_gradient, swiglu, wide_dtype
 from tiny_onn_func.primitives.grouped import dense_matmul
 from tiny_onn_func.routing import gated, route, send_alone
+
+LEAST_COUNT = 1e-12  # of a table: less is nothing
 
 
 class RouterTrace(NamedTuple):
@@ -57,19 +60,46 @@ class Scores(NamedTuple):
 def router_scores(
     features: Float[Tensor, "*runs tokens dim"],
     keys: Int[Tensor, "*runs tokens"] | None,
-    router: Float[Tensor, "*runs dim experts"],
-    bias: Float[Tensor, "*runs experts"],
+    params: Mapping[str, Tensor],
     layer: int,
     config: ModelConfig,
 ) -> Scores:
-    """Scores of the experts, float32 or wider: a linear map of the input, a fixed hash of a key, or one of each."""
+    """Scores of the experts, float32 or wider: a linear map of the input, a fixed hash of a key, or one of each.
+
+    Args:
+        params: the router's leaves of the layer.
+    """
+    logits = gated(linear_router_logits(features, params["router"]), config) if config.has_router(layer) else None
+    if config.routing == "stable":
+        assert logits is not None, "a layer whose choices are counted has a router"
+        assert keys is not None, "whoever routes by a table gives the ids"
+        return stable_scores(logits, embed(keys, params["token_table"].detach()), params)
     if not config.is_hashed(layer):
-        return Scores(gated(linear_router_logits(features, router), config), None, bias)
+        assert logits is not None, "what has no router is hashed"
+        return Scores(logits, None, params["router_bias"])
     assert keys is not None, "whoever routes by a hash gives the keys"
-    hashed = hash_logits(keys, layer, config.num_experts).to(wide_dtype(features.dtype))
-    if config.hash_weights == "hash":
-        return Scores(hashed, None, None)
-    return Scores(gated(linear_router_logits(features, router), config), hashed, None)
+    if config.hash_key == "table":
+        fixed = embed(keys, params["token_table"].detach())
+    else:
+        fixed = hash_logits(keys, layer, config.num_experts)
+    fixed = fixed.to(wide_dtype(features.dtype))
+    return Scores(fixed, None, None) if logits is None else Scores(logits, fixed, None)
+
+
+def stable_scores(
+    logits: Float[Tensor, "*runs tokens experts"],
+    counts: Float[Tensor, "*runs tokens experts"],
+    params: Mapping[str, Tensor],
+) -> Scores:
+    """The router chooses until its table is on; then the log share of each expert in the table does.
+
+    A token that the table has never seen is chosen for by the router (StableMoE: Dai et al. 2022, arXiv 2204.08396).
+    """
+    total = counts.sum(dim=-1, keepdim=True)
+    on = params["table_on"] > 0  # (*runs, 1)
+    shares = (counts / total.clamp_min(LEAST_COUNT)).clamp_min(LEAST_COUNT).log()
+    choice = torch.where(on.unsqueeze(-1) & (total > 0), shares.to(logits.dtype), logits.detach())
+    return Scores(logits, choice, torch.where(on, 0.0, params["router_bias"]))
 
 
 def linear_router_logits(
@@ -101,7 +131,7 @@ def moe(
     decoupled = isinstance(inputs.router_coupling, float | int) and inputs.router_coupling == 0
     features = router_input(x, inputs.embedded, config)
     features = features.detach() if decoupled else features
-    scores = router_scores(features, inputs.keys, params["router"], params["router_bias"], layer, config)
+    scores = router_scores(features, inputs.keys, params, layer, config)
     explore = None if inputs.explore is None else inputs.explore.select(-2, layer)
     routing = route(
         scores.logits, inputs.real, config, inputs.surprise_budget, scores.bias, explore, scores.choice

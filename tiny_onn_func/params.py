@@ -59,6 +59,10 @@ def param_specs(config: ModelConfig) -> dict[str, Spec]:
         "layers.moe.w2": matrix(layers, experts, inner, width, gain=residual),
         "norm": norm(width),
     }
+    if config.has_table:
+        specs["layers.moe.token_table"] = Spec((layers, config.vocab_size, experts))  # of the router, but never learned
+    if config.routing == "stable":
+        specs["layers.moe.table_on"] = Spec((layers, 1))
     if shared := config.shared_expert_intermediate_size:
         specs["layers.moe.shared_w1"] = matrix(layers, width, shared)
         specs["layers.moe.shared_w3"] = matrix(layers, width, shared)
@@ -111,7 +115,7 @@ def count_active_flops(config: ModelConfig, experts_per_tok: float, sequence_len
     average. Norms, rotations and activations are left out. A training step costs about three times as much.
     """
     idle = {"norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "router_bias"}
-    idle |= {"value_embed", "token_bias", "ngram_embed"}
+    idle |= {"token_table", "table_on", "value_embed", "token_bias", "ngram_embed"}
     idle |= set() if config.tie_word_embeddings else {"embed_tokens"}
     sizes: dict[str, float] = {name: math.prod(spec.shape) for name, spec in param_specs(config).items()}
     layers = config.num_hidden_layers

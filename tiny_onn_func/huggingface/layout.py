@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.params import Spec
+from tiny_onn_func.params import Spec, param_specs
 
 Spelling = Literal["experts", "fused", "dense"]  # of the MLP: one tensor an expert, one for all of them, no experts
 
@@ -88,6 +88,9 @@ def _layer(config: ModelConfig, spelling: Spelling, layer: int, bias: bool) -> I
     yield Piece(f"{prefix}.mlp.gate.weight", ("layers.moe.router",), (layer,), True)
     if bias:
         yield Piece(f"{prefix}.mlp.gate.router_bias", ("layers.moe.router_bias",), (layer,), False)
+    for leaf in ("token_table", "table_on"):
+        if f"layers.moe.{leaf}" in param_specs(config):
+            yield Piece(f"{prefix}.mlp.gate.{leaf}", (f"layers.moe.{leaf}",), (layer,), False)
     if spelling == "fused":
         yield Piece(f"{prefix}.mlp.experts.gate_up_proj", ("layers.moe.w1", "layers.moe.w3"), (layer,), True)
         yield Piece(f"{prefix}.mlp.experts.down_proj", ("layers.moe.w2",), (layer,), True)

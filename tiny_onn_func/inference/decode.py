@@ -25,6 +25,7 @@ from tiny_onn_func.ops import as_scalar, rotary_angles, swiglu_reference, wide_d
 from tiny_onn_func.params import check_params
 from tiny_onn_func.primitives.grouped import grouped_matmul
 from tiny_onn_func.routing import Routing, route
+from tiny_onn_func.tree import ROUTER_LEAVES
 
 
 class LayerWeights(NamedTuple):
@@ -37,8 +38,7 @@ class LayerWeights(NamedTuple):
     value_embed: Float[Tensor, "vocab groups"] | None
     token_bias: Float[Tensor, "vocab dim"] | None
     post_norm: Float[Tensor, " dim"]
-    router: Float[Tensor, "dim experts"]  # in the dtype of decisions
-    router_bias: Float[Tensor, " experts"]
+    router: Mapping[str, Tensor]  # its leaves by name; the matrix in the dtype of decisions
     w13: Float[Tensor, "experts dim both"]
     w2: Float[Tensor, "experts inner dim"]
     shared: tuple[Tensor, Tensor] | None  # (w13, w2) of the expert that every token visits
@@ -136,8 +136,11 @@ def _lay_out(layer: Mapping[str, Any]) -> LayerWeights:
         attn.get("value_embed"),
         layer.get("token_bias"),
         layer["post_attention_layernorm"],
-        moe["router"].to(wide_dtype(moe["w1"].dtype)),
-        moe["router_bias"],
+        {
+            name: leaf.to(wide_dtype(moe["w1"].dtype)) if name == "router" else leaf
+            for name, leaf in moe.items()
+            if name in ROUTER_LEAVES
+        },
         w13,
         w2,
         (torch.cat((moe["shared_w1"], moe["shared_w3"]), dim=-1), moe["shared_w2"]) if "shared_w1" in moe else None,
@@ -240,7 +243,7 @@ def _visit_experts(
     normed = _rms_norm(x, layer.post_norm, state.eps)
     embedded = F.embedding(token_ids, state.embedding) if config.routing == "token" else None
     features = router_input(normed, embedded, config)
-    routing = _route(router_scores(features, keys, layer.router, layer.router_bias, index, config), real, state)
+    routing = _route(router_scores(features, keys, layer.router, index, config), real, state)
     out = _visit_of(routing, layer)(x, normed, routing, layer)
     if layer.shared is not None:
         gate, up = (normed @ layer.shared[0]).chunk(2, dim=-1)
@@ -261,7 +264,7 @@ def _visit_of(routing: Routing, layer: LayerWeights) -> Visit:
 def _keys(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> Int[Tensor, " tokens"]:
     """`hash_keys` of the new tokens, (batch * new,): a prompt's from itself, one token's from what was read before."""
     kind = state.config.hash_key
-    if kind == "token":
+    if kind in ("token", "table"):
         return tokens.reshape(-1)
     if not start:
         return hash_keys(tokens, state.mask, kind).reshape(-1)

@@ -70,6 +70,9 @@ class RunConfig:
     """Folder of the run; by default runs/<name of the config file, or train>-seed<seed>."""
     init: Annotated[str | None, TEXT] = None
     """Folder whose weights the run starts from: what `tiny-onn surgery` made, a Qwen3-MoE, or one of our own."""
+    router_init: Annotated[str | None, TEXT] = None
+    """Folder of a run, or of a model, whose router the run starts with; all else is as without. With hyper.router_lr 0
+    it stays as it is."""
     teacher: Annotated[str | None, TEXT] = None
     """Folder of a Hugging Face causal language model to learn from, with hyper.distill_alpha."""
     teacher_cache: bool = False

@@ -19,11 +19,12 @@ from training.storage.plain_yaml import shown
 FREE = {
     "data", "tokenizer", "out", "init", "teacher", "teacher_cache", "steps", "eval_every", "eval_bytes", "stop_when",
     "final_eval_bytes", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "picture_every", "sample_tokens",
-    "prompt", "log", "threads", "device", "shard_optimizer", "shard_experts", "accumulate",
+    "prompt", "log", "router_init", "threads", "device", "shard_optimizer", "shard_experts", "accumulate",
 }  # fmt: skip
 ELSEWHERE = (  # may differ between processes: where things are on a machine
     "data",
     "init",
+    "router_init",
     "teacher_cache",
     "threads",
     "device",

@@ -10,7 +10,8 @@ import torch
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.huggingface.config import MOE, OWN, read_config
 from tiny_onn_func.huggingface.pretrained import load_pretrained
-from tiny_onn_func.tree import tree_map
+from tiny_onn_func.params import param_specs
+from tiny_onn_func.tree import flatten, tree_map, unflatten
 from training.data.hf_tokenizer import check_same_tokens
 from training.data.tokenizer import FILE, Tokenizer
 from training.errors import UserError
@@ -22,6 +23,8 @@ FREE = (
     "num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok", "routing", "hash_key", "hash_weights",
     "hash_layers", "gate",
 )  # fmt: skip
+
+TABLES = ("token_table", "table_on")
 
 
 def sizes_follow(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +62,12 @@ def first_state(config: RunConfig, tokenizer: Tokenizer | None = None) -> TrainS
             raise UserError(
                 f"model.{field.name}: expected {wanted}, as in {config.init}, got {came}; leave it away to follow init"
             )
-    return state_of(tree_map(lambda leaf: leaf.to(torch.float32), params), config.model)
+    flat = flatten(tree_map(lambda leaf: leaf.to(torch.float32), params))
+    for name, spec in param_specs(config.model).items():  # how tokens are routed may differ, and the tables of it
+        if name.rpartition(".")[2] in TABLES and name not in flat:
+            flat[name] = torch.zeros(spec.shape)
+    kept = {name: flat[name] for name in param_specs(config.model)}
+    return state_of(unflatten(kept), config.model)
 
 
 def _folder(name: str) -> Path:

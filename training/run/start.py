@@ -22,6 +22,7 @@ from training.run.context import Run, append_record
 from training.run.finished import no_run
 from training.run.identity import check_same, deciding
 from training.run.initial_state import first_state
+from training.run.router_start import with_router
 from training.run.schedule import read_legs
 from training.run.settings import load_settings, save_settings
 from training.run.teacher import open_teacher
@@ -124,7 +125,7 @@ def _whole(run: Run, checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> Tra
     """Whole state on rank 0, which is broadcast; on the other ranks a state of the same shapes."""
     config, generator = run.config, torch.Generator().manual_seed(run.config.seed)
     if checkpoint is None and run.team.first:
-        return first_state(config, tokenizer)
+        return with_router(first_state(config, tokenizer), config, [run.corpus.train])
     like = init_state(config.model, generator)
     return load_state(checkpoint, like) if checkpoint is not None and run.team.first else like
 
@@ -154,4 +155,5 @@ def open_past(folder: str | Path) -> tuple[Run, TrainState]:
     run = open_new(config, home, tokenizer)
     if checkpoint is not None:
         check_same(run.settings, checkpoint.settings, home)
-    return run._replace(legs=read_legs(home, config)), first_state(config, tokenizer)
+    state = with_router(first_state(config, tokenizer), config, [run.corpus.train])
+    return run._replace(legs=read_legs(home, config)), state

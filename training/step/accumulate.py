@@ -30,7 +30,7 @@ from training.step.hyper_step import (
     run_pass,
     shard_result,
     update,
-    with_balanced_bias,
+    with_router_sums,
 )
 from training.step.main_pass import WHOLE, BatchShard, HooksFactory, PassResult, StepOptions, main_gradients
 from training.step.metrics import Metrics
@@ -123,8 +123,8 @@ def run_parts(
     trace = RouterTrace(*map(_joined, zip(*(observed.trace for _, observed in passes), strict=True)))
     rule_state, targets = run_rule(rule, state.rule, surprise, trace, batch, hyper, state.step)
     results = tuple(
-        with_balanced_bias(
-            shard_result({}, router_grads, observed, own_targets, rule_state, own), router, hyper, config
+        with_router_sums(
+            shard_result({}, router_grads, observed, own_targets, rule_state, own), router, own, hyper, config
         )
         for (router_grads, observed), own_targets, own in zip(passes, _shared(targets, parts), batches, strict=True)
     )

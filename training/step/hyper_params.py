@@ -84,6 +84,10 @@ class HyperParams(NamedTuple):
     follow that quantile of the logits, in place of learning (expert threshold, arXiv 2603.11535: 0.01 or so)."""
     quantile_k: Annotated[Number, FROM_0] = 0.0
     """Experts of a token (K) that `quantile_balance` aims at; 0 is the K that was visited. Thresholds need one."""
+    table_step: Annotated[Number, FROM_0] = 0
+    """Step from which the table of `routing: stable` chooses; 0 is never."""
+    table_memory: Annotated[Number, BELOW_1] = 0.99
+    """Share of the counts in the table of `routing: stable` that is kept each step, until it chooses."""
     explore_prob: Annotated[Number, FROM_0_TO_1] = 0.0
     """Probability that a token also tries a random expert in a layer."""
     explore_seed: Annotated[Number, SEED] = 0

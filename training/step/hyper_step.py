@@ -36,6 +36,7 @@ from training.step.router_loss import RouterLoss, router_loss
 from training.step.rules import LEAST_SURPRISE, Rule, Targets, apply_rule
 from training.step.sums import Sums, sums_of
 from training.step.surprise import SurpriseKind
+from training.step.token_table import counted, token_visits
 
 
 class TrainState(NamedTuple):
@@ -188,7 +189,7 @@ def run_pass(
     surprise, trace = observed.per_token_surprise, observed.trace
     rule_state, targets = run_rule(rule, state.rule, surprise, trace, batch, hyper, state.step)
     result = shard_result(grads, router_grads, observed, targets, rule_state, batch)
-    return with_balanced_bias(result, router, hyper, config)
+    return with_router_sums(result, router, batch, hyper, config)
 
 
 def shard_result(
@@ -200,11 +201,18 @@ def shard_result(
     return ShardResult(grads, router_grads, observed, targets, rule_state, real, sums)
 
 
-def with_balanced_bias(result: ShardResult, router: Tree, hyper: HyperParams, config: ModelConfig) -> ShardResult:
-    """The result with the bias that would balance its tokens among its sums, where `quantile_balance` asks for it.
+def with_router_sums(
+    result: ShardResult, router: Tree, batch: Batch, hyper: HyperParams, config: ModelConfig
+) -> ShardResult:
+    """The result with the sums that some rules need: the bias that would balance its tokens, and visits by token id.
 
-    Shards of a batch make the mean of theirs, each weighing as much as it has tokens.
+    Shards of a batch make the mean of their biases, each weighing as much as it has tokens.
     """
+    if config.routing == "stable":
+        ids = rearrange(batch.input_ids, "... b s -> ... (b s)")
+        result = result._replace(
+            sums=result.sums._replace(token_visits=token_visits(result.observed.trace, ids, config))
+        )
     if is_off(hyper.quantile_balance):
         return result
     trace, bias = result.observed.trace, router["layers"]["moe"]["router_bias"]
@@ -281,6 +289,8 @@ def update_router(
     if not is_off(hyper.quantile_balance):
         old, share = router["layers"]["moe"]["router_bias"], hyper.quantile_balance * learning
         moe["router_bias"] = moved_bias(old, moe["router_bias"], sums, share)
+    if config.routing == "stable":
+        moe |= counted(router["layers"]["moe"], sums, state.step, hyper)
     params = merge(fast, {"layers": {"moe": moe}})
     new = state._replace(params=params, router_opt=router_opt, step=state.step + 1)
     if not is_off(hyper.regenerate_below):

@@ -83,6 +83,7 @@ class Sums(NamedTuple):
     expert_surprise: Tensor  # (L, E)
     expert_surprised: Tensor  # (L, E)
     nonfinite: Tensor
+    token_visits: Any = ()  # (L, V, E) visits to experts by the token's id; nothing without a table that counts
     balanced_bias: Any = ()  # (L, E) bias that would balance the experts, times `real`; nothing where none is asked for
 
 

@@ -91,7 +91,8 @@ def _open(study: StudyConfig, group: Group, folder: Path) -> tuple[GroupRun, Che
 
 def _first_state(group: GroupRun, checkpoint: Checkpoint | None) -> GroupState:
     """The state of a checkpoint, or the runs before their first step."""
-    state = to_device(start_group(group.runs, group.tokenizer if checkpoint is None else None), group.device)
+    texts = [corpus.train for corpus in group.corpora.values()]
+    state = to_device(start_group(group.runs, group.tokenizer if checkpoint is None else None, texts), group.device)
     snap = snapshot(group, state)
     if snap is not None:
         state = state._replace(choices=snap.first_choices)

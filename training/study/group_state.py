@@ -13,6 +13,7 @@ from training.data.corpus import Corpus, Splits
 from training.data.tokenizer import Tokenizer
 from training.run.config import RunConfig
 from training.run.initial_state import first_state
+from training.run.router_start import with_router
 from training.run.teacher import Teacher, open_teacher
 from training.step.hyper_step import TrainState, init_state
 from training.study.config import StudyConfig, StudyRun
@@ -72,13 +73,14 @@ class GroupState(NamedTuple):
     scores: Tensor  # (R, T - 1, T) float64, nats per token of all tasks after each but the last; NaN while unknown
 
 
-def start_group(runs: Sequence[StudyRun], tokenizer: Tokenizer | None) -> GroupState:
+def start_group(runs: Sequence[StudyRun], tokenizer: Tokenizer | None, texts: Sequence[Corpus] = ()) -> GroupState:
     """State before the first step; without a tokenizer, one of the shapes of the runs' checkpoints."""
     configs, tasks = [run.config for run in runs], len(tasks_of(runs[0]))
     if tokenizer is None:
         states = [init_state(config.model, torch.Generator().manual_seed(config.seed)) for config in configs]
     else:
-        states = _first_states(configs, tokenizer)
+        first = _first_states(configs, tokenizer)
+        states = [with_router(state, config, texts) for state, config in zip(first, configs, strict=True)]
     zero = torch.zeros((), dtype=torch.int64)
     diverged_at = torch.zeros(len(configs), dtype=torch.int64)
     choices = torch.empty(len(configs), 0, 0, dtype=torch.int64)

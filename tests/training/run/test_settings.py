@@ -334,7 +334,8 @@ def test_every_setting_is_a_flag_of_its_dotted_name():
             hash_key="pair", hash_weights="router", hash_layers="1", gate="sigmoid", shared_expert_intermediate_size=7,
         ),
         hyper=HyperParams(**CHANGED_HYPER), surprise_kind="input", precision="bfloat16", tokenizer="bpe",
-        replay=0.5, init="weights", teacher="teacher", teacher_cache=True, compile=True, on_nonfinite="skip",
+        replay=0.5, init="weights", router_init="run", teacher="teacher", teacher_cache=True, compile=True,
+        on_nonfinite="skip",
         shard_optimizer=True, shard_experts=3, device="cuda:1", accumulate=3, decay_share=0.25, stop_when=2,
         log="csv,wandb",
     )  # fmt: skip
@@ -483,7 +484,7 @@ def hyper_values(draw) -> dict:
     limits = {"pi_alpha": st.floats(0, 1, exclude_min=True), "surprise_sign": st.sampled_from([1.0, -1.0])}
     limits |= {key: st.floats(0, 1, exclude_max=True) for key in ("beta1", "beta2")}
     limits |= {key: st.floats(0, 1) for key in ("min_lr_ratio", "router_coupling", "explore_prob", "shuffle_targets")}
-    limits |= {"quantile_balance": st.floats(0, 1)}
+    limits |= {"quantile_balance": st.floats(0, 1), "table_memory": st.floats(0, 1, exclude_max=True)}
     limits |= {"distill_alpha": st.sampled_from([0.0, 0.25, 1.0])}
     limits |= {"regenerate_below": st.floats(0, 1, exclude_max=True)}
     return {name: draw(limits.get(name, counts if name in WHOLE else positive)) for name in NUMBERS}

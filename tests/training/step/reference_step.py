@@ -213,7 +213,7 @@ def hash_key(kind: str, row: range, t: int, ids: list[int], numbers: list[int]) 
         start -= 1
     previous = ids[t - 1] if t > start else -1
     return {
-        "token": ids[t], "previous": previous, "position": t - start, "pair": mix(previous) + ids[t],
+        "token": ids[t], "table": ids[t], "previous": previous, "position": t - start, "pair": mix(previous) + ids[t],
     }[kind]  # fmt: skip
 
 
@@ -256,8 +256,12 @@ def forward(params, batch, hyper, step: int, config, margins: Margins, rows=None
             if hashes(config, at):
                 key = mix(mix(hash_key(config.hash_key, row, t, ids, numbers)) + at + 1)
                 choice = torch.tensor([mix(key + mix(e)) / 2**32 for e in range(shape[2])]).double()
+                choice = moe["token_table"][ids[t]] if config.hash_key == "table" else choice
                 logits = logits if config.hash_weights == "router" else choice
                 bias = torch.zeros_like(bias)  # Taken: nothing moves the choice of a hash
+            if config.routing == "stable" and moe["table_on"] > 0:
+                bias, seen = torch.zeros_like(bias), moe["token_table"][ids[t]]
+                choice = (seen / seen.sum()).clamp(min=1e-12).log() if seen.sum() > 0 else choice
             trace.routing[at, t] = logits.detach()
             explore = explored(hyper, step, at, t, shape)
             kept = choose(choice.detach(), bias.detach(), float(hyper.pi_alpha), explore, config, margins)
@@ -613,6 +617,8 @@ def reference_step(state, batch, hyper, config, kind: str = "w2", teacher: Tenso
 
     fast = {name: g / max(len(targets), 1) for name, g in grads.items()}
     slow = {name: fast.pop(f"layers.moe.{name}") for name in ("router", "router_bias")}
+    tables = [name for name in fast if name.split(".")[-1] in ("token_table", "table_on")]
+    kept = {name: flat[name].clone() for name in tables if fast.pop(name) is not None}  # Taken: no gradient moves them
     losses, slopes = router_losses(trace, shares, metrics["expert_load"], hyper, step, config)
     for (layer, t), slope in slopes.items():
         if config.gate == "sigmoid":  # through the logarithm of the sigmoid: d log s = (1 - s) dz
@@ -630,6 +636,14 @@ def reference_step(state, batch, hyper, config, kind: str = "w2", teacher: Tenso
         old, name = flat["layers.moe.router_bias"], "layers.moe.router_bias"
         wanted = balanced_bias(trace, old, hyper, config)
         moved[name] = old + float(hyper.quantile_balance) * (wanted - old)
+    moved |= kept
+    if config.routing == "stable":
+        table, on = (moved[f"layers.moe.{name}"] for name in ("token_table", "table_on"))
+        if not bool((on > 0).any()):
+            table *= float(hyper.table_memory)
+            for r in trace.routes:
+                table[r.layer, int(batch.input_ids.flatten()[r.token]), r.expert] += 1
+            on += float(hyper.table_step > 0 and step + 1 >= hyper.table_step)
     metrics |= losses | {"lr": float(hyper.lr) * share}
     new |= moved
     regenerate(new, fast_moments, slow_moments, rows, hyper, step, margins)

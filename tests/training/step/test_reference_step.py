@@ -74,8 +74,10 @@ def draw_config(rng: random.Random) -> ModelConfig:
     own = random.Random(repr(config))  # a stream of its own, so that all else stays as it was
     if own.random() < 0.5:
         return config
+    stable = {"routing": "stable"} if config.routing == "router" and own.random() < 0.3 else {}
     return replace(
         config,
+        **stable,
         ngram_order=own.randint(1, 4),
         ngram_buckets=own.randint(1, 9),
         value_embeddings=own.random() < 0.4,
@@ -154,6 +156,7 @@ def draw_hyper(rng: random.Random, config: ModelConfig) -> HyperParams:
     if (own := random.Random(drawn["lr"])).random() < 0.3:  # a stream of its own, so that all else stays as it was
         drawn["decay_steps"] = own.choice((1, 3))
     if own.random() < 0.25:
+        drawn |= {"table_step": own.choice((0, 2, 5)), "table_memory": own.choice((0.99, 0.5))}
         drawn |= {"quantile_balance": own.choice((1.0, 0.3)), "quantile_k": own.choice((0, 1, 1.7))}
     return HyperParams(**{name: value for name, value in drawn.items() if value is not None})
 
@@ -169,6 +172,10 @@ def draw_state(rng: random.Random, generator: torch.Generator, config: ModelConf
     if rng.random() < 0.3:  # some without a selection bias
         moe = state.params["layers"]["moe"]
         moe["router_bias"] = torch.zeros_like(moe["router_bias"])
+    if config.routing == "stable":  # counts are no less than 0
+        moe = state.params["layers"]["moe"]
+        moe["token_table"] = moe["token_table"].abs() * (moe["token_table"] > 0)
+        moe["table_on"] = torch.full_like(moe["table_on"], rng.choice([0.0, 1.0]))
     step = rng.choice([0, 1, 3, 5, 8])
     if step:
 
