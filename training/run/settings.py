@@ -10,16 +10,17 @@ errors are boxes of 7 to 19 lines, without advice for words of other programs, a
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tiny_onn_func.config import ModelConfig
+from tiny_onn_func.huggingface.config import MOE, OWN, read_config
 from training.data.hf_tokenizer import vocab_follows
+from training.data.tokenizer import FILE
 from training.errors import UserError, flag
 from training.presets.find import resolve_preset
 from training.run.config import KEYS, PLAIN_MODEL, RunConfig, default_out, plain_values
-from training.run.initial_state import sizes_follow
 from training.step.hyper_params import HyperParams
 from training.storage.plain_yaml import read_yaml, scalar, shown, write_yaml
 from training.storage.typed import kinds_of, typed
@@ -85,6 +86,31 @@ def parse_train_args(argv: Sequence[str]) -> tuple[RunConfig, bool]:
 def save_settings(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write every setting as YAML, all of it or nothing; `load_settings` reads the same RunConfig back."""
     write_yaml(plain_values(config), path)
+
+
+def sizes_follow(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key; where they name `init`, sizes and tokenizer of its folder join them, unless given.
+
+    A folder without a tokenizer.json is taken to be of the run's tokenizer, bytes by default.
+    """
+    keys = {f"model.{field.name}": field.name for field in fields(ModelConfig)}
+    if not settings.get("init") or keys.keys() <= settings.keys():  # a run's own settings spell all of them
+        return {**settings}
+    folder = init_folder(settings["init"])
+    config, _ = read_config(folder, (MOE, OWN))
+    sizes = {key: getattr(config, name) for key, name in keys.items()}
+    return sizes | ({"tokenizer": settings["init"]} if (folder / FILE).is_file() else {}) | {**settings}
+
+
+def init_folder(name: str) -> Path:
+    """Path of the folder that `init` names.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not Path(name).is_dir():
+        raise UserError(f"init: expected a folder with a model, got {name}; `tiny-onn surgery` makes one")
+    return Path(name)
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

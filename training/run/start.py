@@ -21,8 +21,7 @@ from training.run.config import RunConfig
 from training.run.context import Run, append_record
 from training.run.finished import no_run
 from training.run.identity import check_same, deciding
-from training.run.initial_state import first_state
-from training.run.router_start import with_router
+from training.run.initial_state import first_state, with_router
 from training.run.schedule import read_legs
 from training.run.settings import load_settings, save_settings
 from training.run.teacher import open_teacher

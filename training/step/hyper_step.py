@@ -29,14 +29,13 @@ from training.step.main_pass import (
 )
 from training.step.metrics import Metrics, shares, step_metrics
 from training.step.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
-from training.step.quantile import moved_bias, quantile_bias
 from training.step.ranges import out_of_range
 from training.step.regenerate import regenerate
 from training.step.router_loss import RouterLoss, router_loss
+from training.step.router_state import counted, moved_bias, quantile_bias, token_visits
 from training.step.rules import LEAST_SURPRISE, Rule, Targets, apply_rule
 from training.step.sums import Sums, sums_of
 from training.step.surprise import SurpriseKind
-from training.step.token_table import counted, token_visits
 
 
 class TrainState(NamedTuple):

@@ -21,7 +21,7 @@ from tiny_onn_func.tree import flatten
 from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
 from training.run.config import PLAIN_MODEL, RunConfig, plain_values
-from training.run.initial_state import sizes_follow
+from training.run.settings import sizes_follow
 from training.step.ranges import Range, out_of_range, ranges_of
 from training.storage.typed import typed
 from training.suggest import advice

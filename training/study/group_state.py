@@ -12,8 +12,7 @@ from tiny_onn_func.tree import stack
 from training.data.corpus import Corpus, Splits
 from training.data.tokenizer import Tokenizer
 from training.run.config import RunConfig
-from training.run.initial_state import first_state
-from training.run.router_start import with_router
+from training.run.initial_state import first_state, with_router
 from training.run.teacher import Teacher, open_teacher
 from training.step.hyper_step import TrainState, init_state
 from training.study.config import StudyConfig, StudyRun

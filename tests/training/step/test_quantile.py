@@ -12,7 +12,7 @@ from training import HyperParams, TrainState, hyper_step, state_of
 from training.errors import UserError
 from training.run.config import DEFAULT_MODEL, RunConfig
 from training.step.accumulate import accumulated_step
-from training.step.quantile import quantile_bias
+from training.step.router_state import quantile_bias
 
 FIXED = tiny_config(num_experts_per_tok=2)
 BATCH = dict(batch=4, seq=9, left=(0, 2), right=(3,))

@@ -10,7 +10,7 @@ from tests.helpers import assert_same_bits, seeded, spread_params, tiny_batch, t
 from tiny_onn_func import ModelConfig, forward
 from tiny_onn_func.hashing import hash_logits
 from training import HyperParams, TrainState, hyper_step, state_of
-from training.step.token_table import balanced_table
+from training.data.token_table import balanced_table
 
 TABLE = tiny_config(num_experts_per_tok=2, routing="hash", hash_key="table")
 STABLE = tiny_config(num_experts_per_tok=2, routing="stable")

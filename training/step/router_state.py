@@ -1,13 +1,15 @@
-"""Quantile balancing: the selection bias with which every expert would have taken its share of the step's tokens."""
+"""Leaves of the router that follow no gradient: a bias that balances (quantile balancing), a table of its choices."""
+
+from collections.abc import Mapping
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.ops import as_scalar, as_wide_as
-from training.step.hyper_params import Number, is_off
+from training.step.hyper_params import HyperParams, Number, is_off
 from training.step.sums import Sums
 
 
@@ -60,6 +62,32 @@ def moved_bias(old: Tensor, otherwise: Tensor, sums: Sums, share: Number) -> Flo
     share = as_wide_as(old, as_scalar(share, old.device, old.dtype))
     moved = old + share * torch.where(as_wide_as(old, sums.real) > 0, balanced - old, 0.0)
     return torch.where(share > 0, moved, otherwise)
+
+
+def token_visits(
+    trace: RouterTrace, token_ids: Int[Tensor, "*runs tokens"], config: ModelConfig
+) -> Float[Tensor, "*runs layers vocab experts"]:
+    """Visits of this batch's tokens to each expert, by the token's id."""
+    experts, vocab = config.num_experts, config.vocab_size
+    place = (token_ids[..., None, :, None] * experts + trace.expert_ids).flatten(-2)
+    empty = trace.weights.new_zeros((*place.shape[:-1], vocab * experts))
+    visits = empty.scatter_add(-1, place, trace.active.to(empty.dtype).flatten(-2))
+    return visits.unflatten(-1, (vocab, experts))
+
+
+def counted(router: Mapping[str, Tensor], sums: Sums, step: Tensor, hyper: HyperParams) -> dict[str, Tensor]:
+    """The table with this step's visits added to `table_memory` of its counts, until the step after which it chooses.
+
+    The share of an expert in a token's counts is what a router that sees the token alone and is distilled from the
+    choices by cross entropy would learn.
+    """
+    table, last = router["token_table"], as_scalar(hyper.table_step, step.device)
+    is_on = (last > 0) & (step + 1 >= last)
+    memory = as_wide_as(table, as_scalar(hyper.table_memory, table.device, table.dtype))
+    added = memory * table + sums.token_visits.to(table.dtype)
+    was_on = (router["table_on"] > 0).unsqueeze(-1)
+    on = as_wide_as(router["table_on"], is_on) | (router["table_on"] > 0)
+    return {"token_table": torch.where(was_on, table, added), "table_on": on.to(router["table_on"].dtype)}
 
 
 def _rows(at: Tensor, experts: int) -> Tensor:

@@ -12,15 +12,13 @@ from tiny_onn_func import ModelConfig, save_pretrained
 from tiny_onn_func.tree import flatten, partition
 from training.cli import main
 from training.data.corpus import open_corpus
-from training.data.counts import token_counts
+from training.data.token_table import balanced_table, token_counts
 from training.errors import UserError
 from training.run.config import RunConfig
 from training.run.finished import open_run
-from training.run.initial_state import first_state
-from training.run.router_start import with_router
+from training.run.initial_state import first_state, with_router
 from training.step.hyper_params import HyperParams
 from training.step.hyper_step import init_state
-from training.step.token_table import balanced_table
 
 MODEL = ModelConfig(257, 16, 2, 2, 1, 8, 8, 4, num_experts_per_tok=2)
 TABLE = replace(MODEL, routing="hash", hash_key="table")
