@@ -102,7 +102,7 @@ def count_active_params(config: ModelConfig, experts_per_tok: float) -> float:
     """
     shares = dict.fromkeys(("w1", "w2", "w3"), experts_per_tok / config.num_experts)
     shares |= {"ngram_embed": 1 / config.ngram_buckets}
-    shares |= dict.fromkeys(("value_embed", "token_bias"), 1 / config.vocab_size)
+    shares |= dict.fromkeys(("value_embed", "token_bias", "token_table"), 1 / config.vocab_size)
     sizes = {name: math.prod(spec.shape) for name, spec in param_specs(config).items()}
     return sum(size * shares.get(name.rpartition(".")[2], 1.0) for name, size in sizes.items())
 
