@@ -123,7 +123,7 @@ class StudyConfig:
     atlas_tokens: Annotated[int, TOKENS] = 0
     """Held-out tokens on which each finished run's token atlas is measured: the signed benefit of every token id's
     experts, in token_atlas.csv and in the report, and the share of its variance that the token id explains. 8192 cost
-    as much as some 15 steps of 12 x 64 tokens; 0 leaves it out."""
+    as much as some 6 steps of 12 x 64 tokens; 0 leaves it out."""
     quick: Values = field(default_factory=dict)
     """Changes for a short version of the study: `seeds`, `tune_seeds`, `axes`, `orders`, `arms` (names), and keys of
     base."""
