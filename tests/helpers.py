@@ -37,6 +37,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "table with learned weights": dict(routing="hash", hash_key="table", hash_weights="router"),
     "stable": dict(routing="stable", num_experts_per_tok=2),
     "stable, dynamic": dict(routing="stable"),
+    "k-means": dict(routing="kmeans", num_experts_per_tok=2),
+    "default outputs": dict(default_outputs=True, num_experts_per_tok=2),
+    "default outputs, hash in a layer, sigmoid": dict(
+        default_outputs=True, routing="hash", hash_layers="1", hash_weights="router", gate="sigmoid"
+    ),
     "hash of the position": dict(routing="hash", hash_key="position", num_experts_per_tok=2),
 }
 

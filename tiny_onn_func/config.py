@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Literal
 
-RoutingRule = Literal["router", "token", "hash", "thresholds", "stable"]
-ROUTING_RULES: tuple[RoutingRule, ...] = ("router", "token", "hash", "thresholds", "stable")
+RoutingRule = Literal["router", "token", "hash", "thresholds", "stable", "kmeans"]
+ROUTING_RULES: tuple[RoutingRule, ...] = ("router", "token", "hash", "thresholds", "stable", "kmeans")
 MAX_NGRAM = 8  # tokens of an n-gram
 MAX_BUCKETS = 1 << 31  # rows of a table of n-grams: its hash has 32 bits
 HashKey = Literal["token", "previous", "pair", "position", "table"]
@@ -71,7 +71,8 @@ class ModelConfig:
     """`router` asks the router for a ranking; `token` lets it see the token's embedding alone, so that a token visits
     the same experts wherever it stands; `hash` takes a fixed hash of token id and layer instead; `thresholds` takes
     every expert whose logit is above its learned threshold (the selection bias, negated); `stable` counts the router's
-    choices in a table by token, which chooses from `hyper.table_step` on, while the router weighs (StableMoE)."""
+    choices in a table by token, which chooses from `hyper.table_step` on, while the router weighs (StableMoE); `kmeans`
+    has the mean inputs of each expert, learned without a gradient, in place of a router, and asks for the cosine."""
     hash_key: HashKey = "token"
     """With `routing: hash`, the key that is hashed: `token`, the token's id; `previous`, the id of the token before it;
     `pair`, both; `position`, the token's place in its document. `table` takes scores of experts from a fixed table by
@@ -87,6 +88,9 @@ class ModelConfig:
     chosen experts to make weights (DeepSeek-V3, arXiv 2412.19437)."""
     shared_expert_intermediate_size: int = 0
     """Hidden size of an expert that every token visits beside those that are routed, with weight 1; 0 is none."""
+    default_outputs: bool = False
+    """Whether the running mean of an expert's outputs stands in for it on tokens that do not visit it (Default MoE);
+    weights are then the scores of all experts, not normalised over the chosen ones."""
 
     def __post_init__(self) -> None:
         sizes, bounds = fields(self)[:8], ("num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok")
@@ -120,6 +124,8 @@ class ModelConfig:
             _require(fits, name, f"{plain} without routing: hash", getattr(self, name))
         fits = self.gate == "softmax" or self.routing != "thresholds"
         _require(fits, "gate", "softmax with routing: thresholds, whose gates are open or shut", self.gate)
+        wanted = "False with routing: thresholds, whose gates are open or shut"
+        _require(not self.default_outputs or self.routing != "thresholds", "default_outputs", wanted, True)
         came = self.shared_expert_intermediate_size
         whole = isinstance(came, int) and not isinstance(came, bool) and came >= 0
         _require(whole, "shared_expert_intermediate_size", "a whole number, 0 or more", repr(came))
@@ -129,7 +135,7 @@ class ModelConfig:
             came = getattr(self, name)
             whole = isinstance(came, int) and not isinstance(came, bool)
             _require(whole and 1 <= came <= most, name, f"a whole number, 1 to {most}", repr(came))
-        for name in ("tie_word_embeddings", "value_embeddings", "token_bias", "zero_init"):
+        for name in ("tie_word_embeddings", "default_outputs", "value_embeddings", "token_bias", "zero_init"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", repr(getattr(self, name)))
         for name in ("rms_norm_eps", "rope_theta", "logit_softcap"):
             came, may_be_off = getattr(self, name), name == "logit_softcap"
@@ -159,6 +165,10 @@ class ModelConfig:
     def has_router(self, layer: int) -> bool:
         """True if a layer's logits come from its router: it chooses, or it weighs what a hash chose."""
         return not self.is_hashed(layer) or self.hash_weights == "router"
+
+    def learns(self, layer: int) -> bool:
+        """True if a layer's router follows a gradient."""
+        return self.has_router(layer) and self.routing != "kmeans"
 
 
 @cache

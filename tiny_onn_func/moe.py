@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from tiny_onn_func.experts import ApplyW2, ApplyW13, apply_experts, apply_w13
 from tiny_onn_func.hashing import hash_logits
 from tiny_onn_func.ops import embed, rms_norm, scale_gradient, swiglu, wide_dtype
 from tiny_onn_func.primitives.grouped import dense_matmul
-from tiny_onn_func.routing import gated, route, send_alone
+from tiny_onn_func.routing import Routing, gated, route, send_alone
 
 LEAST_COUNT = 1e-12  # of a table: less is nothing
 
@@ -69,7 +70,11 @@ def router_scores(
     Args:
         params: the router's leaves of the layer.
     """
-    logits = gated(linear_router_logits(features, params["router"]), config) if config.has_router(layer) else None
+    router = params["router"]
+    if config.routing == "kmeans":  # sqrt(D) times the cosine
+        features = rms_norm(features, None, config.rms_norm_eps)
+        router = F.normalize(router, dim=-2)
+    logits = gated(linear_router_logits(features, router), config) if config.has_router(layer) else None
     if config.routing == "stable":
         assert logits is not None, "a layer whose choices are counted has a router"
         assert keys is not None, "whoever routes by a table gives the ids"
@@ -110,6 +115,20 @@ def linear_router_logits(
     return dense_matmul(features.to(dtype), router.to(dtype))
 
 
+def weigh_all(
+    logits: Float[Tensor, "*runs tokens experts"], routing: Routing, real: Bool[Tensor, "*#runs tokens"]
+) -> tuple[Routing, Float[Tensor, "*runs tokens experts"]]:
+    """The routing with softmax(logits) as weights, and the weights of the experts that are not visited.
+
+    Their mean outputs stand in for them: out_t = sum_visited p_te y_te + sum_others p_te mean y_e, so that the main
+    loss teaches the router about all experts (Default MoE: Panda et al. 2025, arXiv 2504.12463).
+    """
+    p = torch.where(real.unsqueeze(-1), logits.softmax(dim=-1), 0.0)
+    visited = torch.zeros_like(p).scatter_add(-1, routing.expert_ids, routing.active.to(p.dtype)) > 0
+    weights = torch.where(routing.active, p.gather(-1, routing.expert_ids), 0.0)
+    return routing._replace(weights=weights), torch.where(visited, 0.0, p)
+
+
 def shared_expert(
     x: Float[Tensor, "*runs tokens dim"], params: Mapping[str, Tensor]
 ) -> Float[Tensor, "*runs tokens dim"]:
@@ -136,10 +155,18 @@ def moe(
     routing = route(
         scores.logits, inputs.real, config, inputs.surprise_budget, scores.bias, explore, scores.choice
     )  # fmt: skip
+    absent = None
+    if config.default_outputs:
+        routing, absent = weigh_all(scores.logits, routing, inputs.real)
     if inputs.override is not None:
-        routing = send_alone(routing, inputs.override.select(-2, layer), inputs.real)
+        alone = inputs.override.select(-2, layer)
+        routing = send_alone(routing, alone, inputs.real)
+        absent = None if absent is None else torch.where(alone.unsqueeze(-1) >= 0, 0.0, absent)
     routing = routing._replace(weights=scale_gradient(routing.weights, inputs.router_coupling))
     out = apply_experts(x, routing, params, layer, apply_w2, apply_w13, config.num_experts)
+    if absent is not None:
+        absent = scale_gradient(absent, inputs.router_coupling)
+        out = out + (absent @ params["default_output"].detach().to(absent.dtype)).to(out.dtype)
     if config.shared_expert_intermediate_size:
         out = out + shared_expert(x, params)
     return out, RouterTrace(features.detach(), scores.logits, *routing)

@@ -63,6 +63,8 @@ def param_specs(config: ModelConfig) -> dict[str, Spec]:
         specs["layers.moe.token_table"] = Spec((layers, config.vocab_size, experts))  # of the router, but never learned
     if config.routing == "stable":
         specs["layers.moe.table_on"] = Spec((layers, 1))
+    if config.default_outputs:
+        specs["layers.moe.default_output"] = Spec((layers, experts, width))
     if shared := config.shared_expert_intermediate_size:
         specs["layers.moe.shared_w1"] = matrix(layers, width, shared)
         specs["layers.moe.shared_w3"] = matrix(layers, width, shared)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree  # torch has no public pytree module (2.13)
 
 Tree = dict[str, Any]  # nested dicts with tensors at the leaves
-ROUTER_LEAVES = frozenset({"router", "router_bias", "token_table", "table_on"})
+ROUTER_LEAVES = frozenset({"router", "router_bias", "token_table", "table_on", "default_output"})
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:

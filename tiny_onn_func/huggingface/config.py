@@ -15,6 +15,7 @@ SECTION, FORMAT = "tiny_onn", 1  # key of config.json that holds what Hugging Fa
 OWN_SETTINGS: dict[str, Any] = {  # what Qwen3-MoE has no name for -> the value with which it has none to say
     "ngram_order": 1, "value_embeddings": False, "token_bias": False, "logit_softcap": 0.0, "hash_key": "token",
     "hash_weights": "hash", "hash_layers": "all", "gate": "softmax", "shared_expert_intermediate_size": 0,
+    "default_outputs": False,
 }  # fmt: skip
 MAX_CONFIG_BYTES = 1 << 24
 MAX_SIZE = 2**31 - 1

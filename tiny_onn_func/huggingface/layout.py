@@ -88,7 +88,7 @@ def _layer(config: ModelConfig, spelling: Spelling, layer: int, bias: bool) -> I
     yield Piece(f"{prefix}.mlp.gate.weight", ("layers.moe.router",), (layer,), True)
     if bias:
         yield Piece(f"{prefix}.mlp.gate.router_bias", ("layers.moe.router_bias",), (layer,), False)
-    for leaf in ("token_table", "table_on"):
+    for leaf in ("token_table", "table_on", "default_output"):
         if f"layers.moe.{leaf}" in param_specs(config):
             yield Piece(f"{prefix}.mlp.gate.{leaf}", (f"layers.moe.{leaf}",), (layer,), False)
     if spelling == "fused":

@@ -20,7 +20,7 @@ from tiny_onn_func.embedding import NO_TOKEN, ngram_embedding, softcapped
 from tiny_onn_func.hashing import hash_keys, key_of
 from tiny_onn_func.inference.arguments import check_memory, check_tokens
 from tiny_onn_func.inference.kv_cache import append, empty_cache, view
-from tiny_onn_func.moe import Scores, router_input, router_scores
+from tiny_onn_func.moe import Scores, router_input, router_scores, weigh_all
 from tiny_onn_func.ops import as_scalar, rotary_angles, swiglu_reference, wide_dtype
 from tiny_onn_func.params import check_params
 from tiny_onn_func.primitives.grouped import grouped_matmul
@@ -243,8 +243,13 @@ def _visit_experts(
     normed = _rms_norm(x, layer.post_norm, state.eps)
     embedded = F.embedding(token_ids, state.embedding) if config.routing == "token" else None
     features = router_input(normed, embedded, config)
-    routing = _route(router_scores(features, keys, layer.router, index, config), real, state)
+    scores = router_scores(features, keys, layer.router, index, config)
+    routing, absent = _route(scores, real, state), None
+    if config.default_outputs:
+        routing, absent = weigh_all(scores.logits, routing, real)
     out = _visit_of(routing, layer)(x, normed, routing, layer)
+    if absent is not None:
+        out = out + (absent @ layer.router["default_output"].to(absent.dtype)).to(out.dtype)
     if layer.shared is not None:
         gate, up = (normed @ layer.shared[0]).chunk(2, dim=-1)
         out = torch.addmm(out, swiglu_reference(gate, up), layer.shared[1])

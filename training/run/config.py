@@ -172,6 +172,8 @@ class RunConfig:
         follows = self.model.routing == "thresholds" and float(self.hyper.quantile_balance) > 0
         wanted = "more than 0 with routing: thresholds and hyper.quantile_balance"
         _require(not follows or float(self.hyper.quantile_k) > 0, "hyper.quantile_k", wanted, self.hyper.quantile_k)
+        parts, wanted = self.shard_experts, "1 with model.default_outputs, whose means are of all experts"
+        _require(parts == 1 or not self.model.default_outputs, "shard_experts", wanted, parts)
         if self.tokenizer == "bytes":  # another one is a file, and asked when the run begins
             wanted = f"{BYTE_TOKENS} (256 bytes and the document boundary) or more"
             _require(self.model.vocab_size >= BYTE_TOKENS, "model.vocab_size", wanted, self.model.vocab_size)

@@ -24,10 +24,10 @@ from training.step.hyper_step import TrainState, init_state, state_of
 # What may differ from the folder's: how many experts a token visits is no property of the weights.
 FREE = (
     "num_experts_per_tok", "min_experts_per_tok", "max_experts_per_tok", "routing", "hash_key", "hash_weights",
-    "hash_layers", "gate",
+    "hash_layers", "gate", "default_outputs",
 )  # fmt: skip
 
-TABLES = ("token_table", "table_on")
+TABLES = ("token_table", "table_on", "default_output")
 
 
 def first_state(config: RunConfig, tokenizer: Tokenizer | None = None) -> TrainState:

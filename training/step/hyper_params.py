@@ -88,6 +88,10 @@ class HyperParams(NamedTuple):
     """Step from which the table of `routing: stable` chooses; 0 is never."""
     table_memory: Annotated[Number, BELOW_1] = 0.99
     """Share of the counts in the table of `routing: stable` that is kept each step, until it chooses."""
+    kmeans_rate: Annotated[Number, FROM_0_TO_1] = 0.01
+    """Share by which the mean of `routing: kmeans` moves each step to the mean input of the expert's tokens."""
+    default_memory: Annotated[Number, BELOW_1] = 0.9
+    """Share of the mean outputs of `default_outputs` that is kept each step in which the expert has tokens."""
     explore_prob: Annotated[Number, FROM_0_TO_1] = 0.0
     """Probability that a token also tries a random expert in a layer."""
     explore_seed: Annotated[Number, SEED] = 0

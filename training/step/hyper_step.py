@@ -32,7 +32,7 @@ from training.step.optim import AdamWState, adamw_init, adamw_update, clip_facto
 from training.step.ranges import out_of_range
 from training.step.regenerate import regenerate
 from training.step.router_loss import RouterLoss, router_loss
-from training.step.router_state import counted, moved_bias, quantile_bias, token_visits
+from training.step.router_state import counted, inputs_by_expert, moved_bias, moved_means, quantile_bias, token_visits
 from training.step.rules import LEAST_SURPRISE, Rule, Targets, apply_rule
 from training.step.sums import Sums, sums_of
 from training.step.surprise import SurpriseKind
@@ -212,6 +212,8 @@ def with_router_sums(
         result = result._replace(
             sums=result.sums._replace(token_visits=token_visits(result.observed.trace, ids, config))
         )
+    if config.routing == "kmeans":
+        result = result._replace(sums=result.sums._replace(router_inputs=inputs_by_expert(result.observed.trace)))
     if is_off(hyper.quantile_balance):
         return result
     trace, bias = result.observed.trace, router["layers"]["moe"]["router_bias"]
@@ -223,15 +225,15 @@ def router_gradients(
     router: Tree, step: Tensor, result: ShardResult, sums: Sums, hyper: HyperParams, config: ModelConfig
 ) -> tuple[Tree, RouterLoss]:
     """The router's gradient and loss, to which a shard adds its part; `sums` are those of the whole batch."""
-    trace, has_router = result.observed.trace, [config.has_router(layer) for layer in range(config.num_hidden_layers)]
+    trace, learns = result.observed.trace, [config.learns(layer) for layer in range(config.num_hidden_layers)]
 
     def objective(learned: Tree, inputs: Any) -> tuple[Tensor, RouterLoss]:
         """The router is linear in detached inputs: its gradient needs no second pass through the model."""
         router_inputs, fixed, *rest = inputs
         logits = gated(linear_router_logits(router_inputs, learned["router"]), config)
-        if not all(has_router):  # a layer whose logits are fixed has a loss, but nothing learns from it
-            layers = zip(has_router, logits.unbind(-3), fixed.unbind(-3), strict=True)
-            logits = torch.stack([own if learns else given for learns, own, given in layers], dim=-3)
+        if not all(learns):  # a layer whose logits are fixed has a loss, but nothing learns from it
+            layers = zip(learns, logits.unbind(-3), fixed.unbind(-3), strict=True)
+            logits = torch.stack([own if is_own else given for is_own, own, given in layers], dim=-3)
         loss = router_loss(logits, *rest)
         return loss.total, loss
 
@@ -244,7 +246,7 @@ def router_gradients(
         sums.informative,
         sums.real,
     )
-    if not any(has_router):
+    if not any(learns):
         return tree_map(torch.zeros_like, _learned(router, config)), router_loss(trace.router_logits.detach(), *targets)
     inputs = trace.router_inputs.detach(), trace.router_logits.detach(), *targets
     (grads,), loss = gradients(objective, (_learned(router, config),), inputs)
@@ -288,6 +290,12 @@ def update_router(
     if not is_off(hyper.quantile_balance):
         old, share = router["layers"]["moe"]["router_bias"], hyper.quantile_balance * learning
         moe["router_bias"] = moved_bias(old, moe["router_bias"], sums, share)
+    if config.routing == "kmeans":
+        moe["router"] = moved_means(moe["router"], sums.router_inputs, sums.routed, hyper.kmeans_rate * learning)
+    if config.default_outputs:
+        new_outputs = sums.expert_outputs.mT
+        means = moved_means(moe["default_output"].mT, new_outputs, sums.routed, 1 - hyper.default_memory)
+        moe["default_output"] = means.mT
     if config.routing == "stable":
         moe |= counted(router["layers"]["moe"], sums, state.step, hyper)
     params = merge(fast, {"layers": {"moe": moe}})

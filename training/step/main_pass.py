@@ -17,6 +17,7 @@ from torch.func import vjp
 from tiny_onn_func.checks import check_shape
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.decoder import forward
+from tiny_onn_func.experts import Rows
 from tiny_onn_func.moe import RouterTrace
 from tiny_onn_func.ops import wide_dtype
 from tiny_onn_func.primitives.vmap import each_run, is_wrapped, only_vmaps, outside_vmap_tree, unwrap
@@ -43,6 +44,7 @@ class PassResult(NamedTuple):
     trace: RouterTrace
     per_token_surprise: Float[Tensor, "*runs layers tokens experts"]
     distill_sum: Tensor  # KL(teacher || student), nats, summed over targets
+    expert_outputs: Any  # (L, E, D) outputs summed by expert where the configuration keeps their mean, else ()
     nonfinite: Tensor  # routed (layer, token, expert) whose measured surprise is NaN or infinite
 
 
@@ -113,9 +115,17 @@ def main_gradients(
         computed = (
             fast if options.compute_dtype is None else tree_map(lambda leaf: leaf.to(options.compute_dtype), fast)
         )
+        outputs: list[Tensor] = []
+
+        def summing(layer: int, hidden: Tensor, w2: Tensor, rows: Rows) -> Tensor:
+            y = hooks.apply_w2(layer, hidden, w2, rows)
+            outputs.append(sum_by_expert(y.detach().to(dtype), rows, experts))
+            return y
+
         logits, trace = forward(
             merge(computed, router), batch.input_ids, config, attention_mask=batch.attention_mask,
-            surprise_budget=hyper.pi_alpha, apply_w2=hooks.apply_w2, apply_w13=hooks.apply_w13,
+            surprise_budget=hyper.pi_alpha, apply_w2=summing if config.default_outputs else hooks.apply_w2,
+            apply_w13=hooks.apply_w13,
             router_coupling=hyper.router_coupling, explore=explore,
         )  # fmt: skip
         lm = language_modelling(logits, batch.labels)
@@ -124,14 +134,20 @@ def main_gradients(
             kl = distillation(logits, teacher_logits, batch.labels, hyper.distill_temperature)
             alpha = hyper.distill_alpha
             total = (1 - alpha) * total + alpha * hyper.distill_temperature**2 * kl
-        return total.to(lm.loss_sum.dtype), (lm, trace, hooks.per_token_surprise, kl)
+        return total.to(lm.loss_sum.dtype), (
+            lm,
+            trace,
+            hooks.per_token_surprise,
+            kl,
+            torch.stack(outputs, dim=-3) if outputs else (),
+        )
 
     inputs = batch, hyper, explore, teacher_logits
     if is_off(hyper.router_coupling):
         grads, observed = gradients(lambda fast, inputs: objective(fast, *inputs), (fast,), (router, inputs))
     else:
         grads, observed = gradients(objective, (fast, router), inputs)
-    lm, trace, surprise, kl = observed
+    lm, trace, surprise, kl, outputs = observed
     if (losses := kind.losses) is None:
         nonfinite = nonfinite_surprise(surprise, trace.expert_ids, trace.active)
     else:
@@ -140,7 +156,14 @@ def main_gradients(
         nonfinite = surprise.isnan().sum(dim=(-3, -2, -1))  # +inf where no loss was sampled
     if kind.divide_by_weight:
         surprise = divide_by_weight(surprise, trace.expert_ids, trace.weights, trace.active)
-    return (grads[0], grads[1] if len(grads) > 1 else None), PassResult(lm, trace, surprise, kl, nonfinite)
+    return (grads[0], grads[1] if len(grads) > 1 else None), PassResult(lm, trace, surprise, kl, outputs, nonfinite)
+
+
+def sum_by_expert(y: Float[Tensor, "*runs rows dim"], rows: Rows, experts: int) -> Float[Tensor, "*runs experts dim"]:
+    """The outputs of each expert's rows, added up."""
+    place = rows.expert.unsqueeze(-1).expand_as(y)  # E, a spare one, on inactive rows
+    empty = y.new_zeros((*y.shape[:-2], experts + 1, y.shape[-1]))
+    return empty.scatter_add(-2, place, y)[..., :experts, :]
 
 
 def per_token_surprise(

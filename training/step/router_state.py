@@ -1,4 +1,4 @@
-"""Leaves of the router that follow no gradient: a bias that balances (quantile balancing), a table of its choices."""
+"""Leaves of the router that follow no gradient: a bias that balances, a table of choices, means by expert."""
 
 from collections.abc import Mapping
 
@@ -88,6 +88,27 @@ def counted(router: Mapping[str, Tensor], sums: Sums, step: Tensor, hyper: Hyper
     was_on = (router["table_on"] > 0).unsqueeze(-1)
     on = as_wide_as(router["table_on"], is_on) | (router["table_on"] > 0)
     return {"token_table": torch.where(was_on, table, added), "table_on": on.to(router["table_on"].dtype)}
+
+
+def inputs_by_expert(trace: RouterTrace) -> Float[Tensor, "*runs layers dim experts"]:
+    """The router's inputs of the tokens that visit each expert, added up."""
+    visits = torch.zeros_like(trace.router_logits)
+    visits = visits.scatter_add(-1, trace.expert_ids, trace.active.to(visits.dtype))
+    return trace.router_inputs.to(visits.dtype).mT @ visits
+
+
+def moved_means(
+    means: Float[Tensor, "*runs layers dim experts"], sums: Tensor, rows: Int[Tensor, "*runs layers experts"],
+    rate: Number,
+) -> Float[Tensor, "*runs layers dim experts"]:  # fmt: skip
+    """mean + rate * (the mean of these rows - mean) of each expert that has rows; the others keep theirs.
+
+    Of the router's inputs this is an online k-means (Ahrac et al. 2026, arXiv 2605.12476), of the outputs it is what
+    Default MoE (Panda et al. 2025, arXiv 2504.12463) keeps.
+    """
+    count = rows.unsqueeze(-2)
+    share = as_wide_as(means, as_scalar(rate, means.device, means.dtype))
+    return torch.where(count > 0, means + share * (sums.to(means.dtype) / count.clamp_min(1) - means), means)
 
 
 def _rows(at: Tensor, experts: int) -> Tensor:

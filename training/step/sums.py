@@ -84,6 +84,8 @@ class Sums(NamedTuple):
     expert_surprised: Tensor  # (L, E)
     nonfinite: Tensor
     token_visits: Any = ()  # (L, V, E) visits to experts by the token's id; nothing without a table that counts
+    router_inputs: Any = ()  # (L, D, E) inputs of each expert's rows, where a router is their mean
+    expert_outputs: Any = ()  # (L, E, D) outputs of each expert's rows, where their mean stands in for it
     balanced_bias: Any = ()  # (L, E) bias that would balance the experts, times `real`; nothing where none is asked for
 
 
@@ -114,6 +116,7 @@ def sums_of(observed: PassResult, targets: Targets, real: Bool[Tensor, "*runs to
         expert_surprise=size,
         expert_surprised=sized,
         nonfinite=observed.nonfinite,
+        expert_outputs=observed.expert_outputs,
     )
 
 

@@ -332,6 +332,7 @@ def test_every_setting_is_a_flag_of_its_dotted_name():
             300, 12, 2, 6, 3, 6, 5, 7, 3, 2, 6, 1e-5, 100.0, False, ngram_order=2, ngram_buckets=5,
             value_embeddings=True, token_bias=False, logit_softcap=3.0, zero_init=True, routing="hash",
             hash_key="pair", hash_weights="router", hash_layers="1", gate="sigmoid", shared_expert_intermediate_size=7,
+            default_outputs=True,
         ),
         hyper=HyperParams(**CHANGED_HYPER), surprise_kind="input", precision="bfloat16", tokenizer="bpe",
         replay=0.5, init="weights", router_init="run", teacher="teacher", teacher_cache=True, compile=True,
@@ -485,6 +486,7 @@ def hyper_values(draw) -> dict:
     limits |= {key: st.floats(0, 1, exclude_max=True) for key in ("beta1", "beta2")}
     limits |= {key: st.floats(0, 1) for key in ("min_lr_ratio", "router_coupling", "explore_prob", "shuffle_targets")}
     limits |= {"quantile_balance": st.floats(0, 1), "table_memory": st.floats(0, 1, exclude_max=True)}
+    limits |= {"kmeans_rate": st.floats(0, 1), "default_memory": st.floats(0, 1, exclude_max=True)}
     limits |= {"distill_alpha": st.sampled_from([0.0, 0.25, 1.0])}
     limits |= {"regenerate_below": st.floats(0, 1, exclude_max=True)}
     return {name: draw(limits.get(name, counts if name in WHOLE else positive)) for name in NUMBERS}

@@ -203,7 +203,7 @@ def hashes(config, layer: int) -> bool:
 
 def learns(config, layer: int) -> bool:
     """The layer's logits come from its router."""
-    return not hashes(config, layer) or config.hash_weights == "router"
+    return config.routing != "kmeans" and (not hashes(config, layer) or config.hash_weights == "router")
 
 
 def hash_key(kind: str, row: range, t: int, ids: list[int], numbers: list[int]) -> int:
@@ -250,6 +250,9 @@ def forward(params, batch, hyper, step: int, config, margins: Margins, rows=None
             x = rms_norm(stream[t], layer["post_attention_layernorm"], eps)
             router_input = embedded[t] if config.routing == "token" else x
             logits = router_input @ moe["router"]
+            if config.routing == "kmeans":
+                directions = moe["router"] / moe["router"].square().sum(0).sqrt()
+                logits = rms_norm(router_input, 1.0, eps) @ directions
             trace.inputs[at, t], trace.learned[at, t] = router_input.detach(), logits.detach()
             logits = logits if config.gate == "softmax" else torch.sigmoid(logits).log()
             choice, bias = logits, moe["router_bias"]
@@ -266,8 +269,15 @@ def forward(params, batch, hyper, step: int, config, margins: Margins, rows=None
             explore = explored(hyper, step, at, t, shape)
             kept = choose(choice.detach(), bias.detach(), float(hyper.pi_alpha), explore, config, margins)
             weights = routing_weights(logits, moe["router_bias"], kept, float(hyper.router_coupling), config)
+            absent = [e for e in range(shape[2]) if e not in kept] if config.default_outputs else []
+            if config.default_outputs:  # Taken: the probability of all experts, whose sum is 1
+                coupling, p = float(hyper.router_coupling), logits.softmax(0)
+                p = coupling * p + (1 - coupling) * p.detach()
+                weights = p[kept]
             if override and (at, t) in override:
-                kept, weights = [override[at, t]], torch.ones(1, dtype=torch.float64)
+                kept, weights, absent = [override[at, t]], torch.ones(1, dtype=torch.float64), []
+            for e in absent:
+                stream[t] = stream[t] + p[e] * moe["default_output"][e].detach()
             for e, weight in zip(kept, weights, strict=True):
                 trace.routes.append(visit(at, t, e, weight, x, moe))
                 stream[t] = stream[t] + weight * trace.routes[-1].y
@@ -617,8 +627,10 @@ def reference_step(state, batch, hyper, config, kind: str = "w2", teacher: Tenso
 
     fast = {name: g / max(len(targets), 1) for name, g in grads.items()}
     slow = {name: fast.pop(f"layers.moe.{name}") for name in ("router", "router_bias")}
-    tables = [name for name in fast if name.split(".")[-1] in ("token_table", "table_on")]
+    tables = [name for name in fast if name.split(".")[-1] in ("token_table", "table_on", "default_output")]
     kept = {name: flat[name].clone() for name in tables if fast.pop(name) is not None}  # Taken: no gradient moves them
+    if config.routing == "kmeans":
+        slow["router"] = torch.zeros_like(slow["router"])
     losses, slopes = router_losses(trace, shares, metrics["expert_load"], hyper, step, config)
     for (layer, t), slope in slopes.items():
         if config.gate == "sigmoid":  # through the logarithm of the sigmoid: d log s = (1 - s) dz
@@ -637,6 +649,15 @@ def reference_step(state, batch, hyper, config, kind: str = "w2", teacher: Tenso
         wanted = balanced_bias(trace, old, hyper, config)
         moved[name] = old + float(hyper.quantile_balance) * (wanted - old)
     moved |= kept
+    for name, means, rate in ((True, "router", hyper.kmeans_rate), (False, "default_output", 1 - hyper.default_memory)):
+        is_on = config.routing == "kmeans" if name else config.default_outputs
+        for layer, e in ((at, e) for at in range(len(rows)) for e in range(config.num_experts)):
+            own = [r for r in trace.routes if (r.layer, r.expert) == (layer, e)]
+            if is_on and own and not (name and frozen):
+                leaf = moved[f"layers.moe.{means}"]
+                place = leaf[layer, :, e] if name else leaf[layer, e]
+                new_ones = [trace.inputs[layer, r.token] if name else r.y.detach() for r in own]
+                place += float(rate) * (sum(new_ones) / len(own) - place)
     if config.routing == "stable":
         table, on = (moved[f"layers.moe.{name}"] for name in ("token_table", "table_on"))
         if not bool((on > 0).any()):

@@ -74,7 +74,7 @@ def draw_config(rng: random.Random) -> ModelConfig:
     own = random.Random(repr(config))  # a stream of its own, so that all else stays as it was
     if own.random() < 0.5:
         return config
-    stable = {"routing": "stable"} if config.routing == "router" and own.random() < 0.3 else {}
+    stable = {"routing": own.choice(("stable", "kmeans"))} if config.routing == "router" and own.random() < 0.3 else {}
     return replace(
         config,
         **stable,
@@ -83,6 +83,7 @@ def draw_config(rng: random.Random) -> ModelConfig:
         value_embeddings=own.random() < 0.4,
         token_bias=own.random() < 0.4,
         logit_softcap=own.choice([0.0, 0.0, 1.5]),
+        default_outputs=own.random() < 0.3 and config.routing != "thresholds",
         gate="sigmoid" if own.random() < 0.4 and config.routing != "thresholds" else "softmax",
         shared_expert_intermediate_size=own.choice([0, 0, 3]),
     )
@@ -157,6 +158,7 @@ def draw_hyper(rng: random.Random, config: ModelConfig) -> HyperParams:
         drawn["decay_steps"] = own.choice((1, 3))
     if own.random() < 0.25:
         drawn |= {"table_step": own.choice((0, 2, 5)), "table_memory": own.choice((0.99, 0.5))}
+        drawn |= {"kmeans_rate": own.choice((0.01, 0.5)), "default_memory": own.choice((0.9, 0.5))}
         drawn |= {"quantile_balance": own.choice((1.0, 0.3)), "quantile_k": own.choice((0, 1, 1.7))}
     return HyperParams(**{name: value for name, value in drawn.items() if value is not None})
 
