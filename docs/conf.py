@@ -6,6 +6,8 @@ import inspect
 import re
 from typing import Any
 
+from training.fields import field_texts
+
 project = "Tiny-ONN"
 author = "The Tiny-ONN authors"
 release = importlib.metadata.version("tiny-onn-func")
@@ -49,18 +51,23 @@ def as_restructured_text(lines: list[str]) -> list[str]:
 
 
 def field_comment(name: str) -> str:
-    """Text behind `#` of a NamedTuple's field, given as module.Class.field; empty where it has none."""
+    """Text below a NamedTuple's field, or behind its `#`, given as module.Class.field; empty where it has none."""
     path, _, field = name.rpartition(".")
     module, _, owner = path.rpartition(".")
-    source = inspect.getsource(getattr(importlib.import_module(module), owner))
+    kind = getattr(importlib.import_module(module), owner)
+    if text := field_texts(kind).get(field):
+        return " ".join(text.split())
+    source = inspect.getsource(kind)
     found = re.search(rf"^    {field}: .*?  # (.*)$", source, re.MULTILINE)
     return found.group(1) if found else ""
 
 
 def after_napoleon(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Undo what napoleon reads into a field's text: the "AdamW" of "AdamW: decay" is no type."""
-    if lines and lines[-1].startswith(":type:"):
-        lines[:] = [f"{lines[-1].removeprefix(':type:').strip()}: {lines[0]}", *lines[1:-1]]
+    types = [number for number, line in enumerate(lines) if line.startswith(":type:")]
+    if types:
+        first, text = lines[types[0]].removeprefix(":type:").strip(), lines[: types[0]]
+        lines[:] = [f"{first}: {text[0]}", *text[1:]]
 
 
 def before_napoleon(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

@@ -86,6 +86,24 @@ def test_each_docstring_that_begins_with_a_pronoun_would_be_noticed(source: str)
     assert [*questions(source)]
 
 
+def unfinished(source: str) -> Iterator[str]:
+    """First lines of a source's docstrings that break off in a sentence."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            if first and not first.rstrip().endswith((".", ":", ")", "]", "`", "?")):
+                yield first
+
+
+def test_the_first_line_of_a_docstring_is_whole() -> None:
+    """It is what `help`, editors and the layout page show."""
+    paths = [path for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert not {
+        str(path.relative_to(ROOT)): lines for path in paths if (lines := [*unfinished(path.read_text("utf-8"))])
+    }
+    assert [*unfinished('"""A line that goes on\nbelow."""')]
+
+
 @pytest.mark.parametrize("first", ["True if it is.", "Whole state.", "However large.", "The rank, and what it holds."])
 def test_other_first_lines_are_not_noticed(first: str) -> None:
     assert not [*questions(f'def f():\n    """{first}"""\n    "What a text is."')]

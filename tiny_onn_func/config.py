@@ -145,7 +145,7 @@ class ModelConfig:
 
     @property
     def routes_per_token(self) -> int:
-        """M: the most experts that one token may use, a static number."""
+        """Largest number of experts that one token may visit (M): the static number of slots."""
         if self.num_experts_per_tok != DYNAMIC_K:
             return self.num_experts_per_tok
         return self.num_experts if self.max_experts_per_tok is None else self.max_experts_per_tok

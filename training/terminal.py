@@ -57,10 +57,10 @@ class ProgressBar(Protocol):
         """Count n more."""
 
     def set_description(self, desc: str, refresh: bool = True) -> object:
-        """Name what is under way."""
+        """Set the name in front of the progress."""
 
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> object:
-        """Say how it goes, in a few words."""
+        """Set the short status text behind the progress."""
 
     def __enter__(self) -> Any: ...
 
@@ -88,11 +88,11 @@ class PlainLines:
         self._log_if_due()
 
     def set_description(self, desc: str, refresh: bool = True) -> None:
-        """Name what is under way."""
+        """Set the name in front of the progress."""
         self.desc = desc
 
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
-        """Say how it goes, in a few words."""
+        """Set the short status text behind the progress."""
         self.postfix = s
         if refresh:
             self._log_if_due()

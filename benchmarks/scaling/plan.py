@@ -139,7 +139,7 @@ def plan(
 def parameters(model: ModelConfig) -> Parts:
     """Number of parameters of each part."""
     sizes = {name.rpartition(".")[2]: math.prod(spec.shape) for name, spec in param_specs(model).items()}
-    experts, router = (sum(sizes[name] for name in names) for names in (EXPERT_LEAVES, ROUTER_LEAVES))
+    experts, router = (sum(sizes.get(name, 0) for name in names) for names in (EXPERT_LEAVES, ROUTER_LEAVES))
     return Parts(sum(sizes.values()) - experts - router, experts, router)
 
 

@@ -42,7 +42,7 @@ class Piece(NamedTuple):
         return (*front, ours_out * len(self.leaves), ours_in)
 
     def take(self, flat: Mapping[str, Tensor]) -> Tensor:
-        """The tensor as the checkpoint wants it, contiguous, from our leaves; for pieces of one leaf."""
+        """Slice (and transpose) the leaf into the tensor of the checkpoint, contiguous; for pieces of one leaf."""
         part = flat[self.leaves[0]][self.at]
         return (part.mT if self.transposed else part).contiguous()
 

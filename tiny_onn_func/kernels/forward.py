@@ -23,8 +23,9 @@ def matmul(
     pairs: Sequence[tuple[Float[Tensor, "runs rows _"], Float[Tensor, "runs experts _ out_dim"]]],
     offsets: Int32[Tensor, "runs experts"],
 ) -> Float[Tensor, "runs rows out_dim"]:
-    """Each row times the weights of its expert, summed over one or two pairs of the same sizes; zeros behind the last
-    offset. Transposed weights are taken as they lie.
+    """Grouped matmul: multiply each row by the weights of its expert, and add up one or two such products.
+
+    Rows behind the last offset give zeros. Transposed weights are not copied.
 
     Raises:
         ValueError: no pair or more than two; a tensor of another shape or dtype.
@@ -132,7 +133,7 @@ def swiglu_grad(
 def scaled_rows(
     x: Float[Tensor, "tokens dim"], weights: Float[Tensor, "tokens slots"], order: Int[Tensor, " rows"]
 ) -> Float[Tensor, "rows dim"]:
-    """rows[n] = x[order[n] // slots] * weights.flatten()[order[n]]."""
+    """Gather the token of each row, scaled: x[order[n] // slots] * weights.flatten()[order[n]]."""
     (tokens, dim), slots, (count,) = x.shape, weights.shape[-1], order.shape
     read = {"x": (x, (tokens, dim), F32), "weights": (weights, (tokens, slots), F32)}
     check("scaled_rows", **read, order=(order, (count,), I64))
@@ -209,7 +210,7 @@ def split_heads(
     sines: Float[Tensor, "seq dim"],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (runs, batch, heads, seq, dim), k and v (runs, batch, groups, seq, dim): q and k normed and turned."""
+    """Split a projection into q (runs, batch, heads, seq, dim), k and v; apply RMSNorm and RoPE to q and k."""
     groups = _check_heads("split_heads", qkv, norms, cosines, sines)
     inputs = [t.contiguous() for t in (qkv, norms, cosines, sines)]
     runs, batch, seq, width, dim = qkv.shape

@@ -17,8 +17,11 @@ F32, F64, I64, BOOL = torch.float32, torch.float64, torch.int64, torch.bool
 def cross_entropy(
     logits: Float[Tensor, "*rows vocab"], labels: Int[Tensor, "*rows"]
 ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"], Int[Tensor, "*rows"], Float[Tensor, "*rows"]]:
-    """-log softmax at the label and the softmax's entropy, both 0 where the label is -100; the first of the largest
-    logits, or of those that are no number; the logarithm of the sum of e^(logit - the largest).
+    """Cross entropy of each row, its softmax's entropy, the most probable token, and a log-sum, in one pass.
+
+    Returns:
+        -log softmax at the label and the entropy, both 0 where the label is -100; the first of the largest logits, or
+        of those that are NaN; the logarithm of the sum of e^(logit - the largest).
 
     Raises:
         IndexError: a label is neither in the vocabulary nor -100.
@@ -201,8 +204,12 @@ def routing_sums(
     tied: Bool[Tensor, "runs layers tokens"],
     real: Bool[Tensor, "runs tokens"],
 ) -> tuple[Tensor, ...]:
-    """Numbers of (informative, hits, tied, visits) (4, runs, layers), chance (runs, layers), and by expert
-    (runs, layers, experts): rows, targets, sums of finite surprise, and numbers of finite entries."""
+    """Count routing per layer and per expert, in one pass over tokens.
+
+    Returns:
+        counts of informative tokens, hits, ties and visits (4, runs, layers); chance (runs, layers); and for each
+        expert (runs, layers, experts) rows, targets, the sum of finite surprise, and the number of finite entries.
+    """
     (runs, layers, tokens, experts), slots = logits.shape, expert_ids.shape[-1]
     by_slot = runs, layers, tokens, slots
     routed = {"expert_ids": (expert_ids, by_slot, I64), "active": (active, by_slot, BOOL)}

@@ -41,7 +41,7 @@ def undo_dispatch(
     inverse: Int[Tensor, "*runs rows"],
     slots: int,
 ) -> Float[Tensor, "*runs tokens dim"]:
-    """Each token's rows added up: what flows back through `dispatch_rows`."""
+    """Sum the rows of each token: the backward pass of `dispatch_rows`."""
     return combine_rows(rows, rows.new_ones(*order.shape[:-1], order.shape[-1] // slots, slots), order, inverse)
 
 

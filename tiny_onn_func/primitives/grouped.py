@@ -162,8 +162,10 @@ def matmul_kernel(
     others: Float[Tensor, "*runs rows other_dim"] | None = None,
     other_weights: Float[Tensor, "*runs experts other_dim out_dim"] | None = None,
 ) -> Float[Tensor, "*runs rows out_dim"]:
-    """Each row times its expert's weights, plus others times their weights; inside a Function's forward, where no
-    transform is in sight and tensors are plain."""
+    """Grouped matmul of rows and weights, plus that of `others` and `other_weights`, by the kernel where there is one.
+
+    To be called inside a Function's forward, where tensors are plain: no transform wraps them.
+    """
     pairs = [(rows, weights)] if others is None or other_weights is None else [(rows, weights), (others, other_weights)]
     if not is_traced(offsets) and runtime.supports(*itertools.chain(*pairs)):
         folded = [(flatten_runs(left, 2), flatten_runs(right, 3)) for left, right in pairs]

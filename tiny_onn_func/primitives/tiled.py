@@ -56,7 +56,7 @@ def tiled_matmul(
 def tiled_outer(
     rows: Float[Tensor, "rows in_dim"], grads: Float[Tensor, "rows out_dim"], offsets: Int32[Tensor, " experts"]
 ) -> Float[Tensor, "experts in_dim out_dim"]:
-    """`grouped_outer`, tile by tile."""
+    """Sum of the rows' outer products for each expert, rows^T @ grads: `grouped_outer` in tiles of a fixed size."""
     tiles = cut_tiles(offsets, rows.shape[0])
     left, right = (torch.where(tiles.filled.unsqueeze(-1), part[tiles.rows], 0.0) for part in (rows, grads))
     out = rows.new_zeros(offsets.shape[0], rows.shape[1], grads.shape[1])

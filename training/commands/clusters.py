@@ -118,8 +118,10 @@ def fit_router(observed: Seen, order: Int[Tensor, " inner"], clusters: int) -> F
 
 
 def assign_evenly(similarity: Float[Tensor, "points clusters"], size: int) -> Int[Tensor, " points"]:
-    """Assign `size` points to each cluster: every point asks for the best cluster with room, which takes the
-    closest of them; rejected points ask again."""
+    """Assign each point to a cluster, `size` points to each, near their best ones.
+
+    Every point asks for its best cluster with room, which takes the closest; rejected points ask again.
+    """
     points, clusters = similarity.shape
     assigned = torch.full((points,), -1)
     for _ in range(clusters):  # each round fills a cluster, or is the last

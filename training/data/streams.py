@@ -64,7 +64,7 @@ def resolve_split(split: str, documents: Iterable[Document]) -> tuple[str, Itera
 
 
 def has_both_sides(documents: Iterable[Document], holdout: float) -> bool:
-    """True if both sides have a document with targets; reads no further than it must."""
+    """True if training and held-out side both have a document with targets; stops reading once that is known."""
     sides = set()
     for document in documents:
         if any(part.is_target for part in document):

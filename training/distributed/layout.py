@@ -62,7 +62,7 @@ def shares(vectors: Vectors, layout: Layout) -> tuple[slice, slice]:
 
 
 def gathered(mine: Vectors, like: Vectors, layout: Layout) -> Vectors:
-    """Gather both vectors of a rank from the shares of all its owners; `like` gives their lengths."""
+    """All-gather the two flat parameter vectors from the shares that ranks hold; `like` has their full lengths."""
     whole = []
     for share, vector, group in zip(mine, like, (layout.world, layout.replicas), strict=True):
         each = -(-len(vector) // group.size)

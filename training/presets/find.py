@@ -9,7 +9,7 @@ STUDIES = HOME / "studies"
 
 
 def resolve_preset(name_or_path: str, home: Path = HOME) -> str:
-    """The path of a settings file: `name_or_path` itself, or the preset of that name in `home`.
+    """Path of a settings file: `name_or_path` itself, or the preset of that name in `home`.
 
     A file that exists is never taken for a preset, nor is anything with a suffix or a folder in it.
 

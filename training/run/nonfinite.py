@@ -20,7 +20,7 @@ class NotFinite(UserError):
 
 
 def bad_numbers(record: Mapping[str, Any], state: TrainState) -> list[str]:
-    """Names of what is NaN or infinite after a step: losses, gradients, surprise; if none, parameters or moments.
+    """Names of the metrics that are NaN or infinite after a step, or else of such parameters and moments.
 
     Args:
         record: the step's metrics as `to_record` gives them, where what is not finite is None.

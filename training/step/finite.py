@@ -31,7 +31,7 @@ def bad_runs(metrics: Metrics, states: TrainState) -> Bool[Tensor, " runs"]:
 
 
 def where_runs(chosen: Bool[Tensor, " runs"], there: TrainState, elsewhere: TrainState) -> TrainState:
-    """Take the first state of the chosen runs, the second of the others; all stacked."""
+    """Select run by run between two stacked states: `there` where `chosen` is True, `elsewhere` where not."""
     return tree_map(
         lambda a, b: torch.where(rearrange(chosen, f"r -> r {'1 ' * (a.ndim - 1)}"), a, b), there, elsewhere
     )

@@ -109,7 +109,7 @@ RANGES = ranges_of(HyperParams)
 
 
 def not_a_number(values: object) -> str | None:
-    """The first coefficient that is neither a number nor a tensor, as "name: expected ..., got ..."."""
+    """Error text for the first coefficient that is neither a number nor a tensor; None if all are right."""
     if not isinstance(values, HyperParams):
         return f"expected HyperParams, got {type(values).__name__}; HyperParams(lr=1e-3) has all others, too"
     for name, value in zip(values._fields, values, strict=True):
@@ -119,7 +119,7 @@ def not_a_number(values: object) -> str | None:
 
 
 def with_axes(values: tuple[Number, ...], runs: Sequence[int] = ()) -> str | None:
-    """The first field whose tensor has other axes than the runs', as "name: expected ..., got ..."."""
+    """Error text for the first field whose tensor has other axes than the runs; None if all are right."""
     for at, value in enumerate(values):
         if isinstance(value, Tensor) and value.ndim and value.shape != runs:
             name = values._fields[at]  # type: ignore[attr-defined]

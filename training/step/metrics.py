@@ -73,7 +73,7 @@ class Metrics(NamedTuple):
     """Share of target tokens that equal the model's most probable token."""
     gating_acc: Annotated[Tensor, "share"]
     """Gating accuracy: share of informative (layer, token) pairs whose largest router logit is at the target expert. A
-    high value is no success in itself; see *K = 1 is absorbing* in the README."""
+    high value is not success in itself; see *K = 1 is a trap* in the README."""
     gating_trivial: Annotated[Tensor, "share"]
     """Chance level of `gating_acc`: mean of 1 / (experts that the token visits in the layer) over the informative
     (layer, token) pairs. It assumes that the target is among the visited experts, which it need not be with shuffled or

@@ -55,7 +55,7 @@ def ranges_of(kind: type) -> dict[str, Range]:
 
 
 def out_of_range(values: object, ranges: Mapping[str, Range]) -> str | None:
-    """The first field whose value is out of its range, as "name: expected ..., got ..."; tensors and None pass."""
+    """Error text for the first field whose value is out of its range; None if all fit. Tensors and None pass."""
     for name, range_ in ranges.items():
         value = getattr(values, name)
         if value is not None and not isinstance(value, Tensor) and not range_.fits(value):

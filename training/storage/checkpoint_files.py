@@ -32,7 +32,7 @@ ALONE = "none is whole: remove the folder checkpoints, and --resume begins anew"
 
 
 class Damaged(UserError):
-    """A checkpoint is not what was written: another one may be whole."""
+    """Error: the files of a checkpoint are damaged; another checkpoint of the run may be whole."""
 
 
 def publish_step(home: Path, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:

@@ -20,7 +20,7 @@ class Cursor(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Some records in a row."""
+    """Consecutive records of metrics.jsonl that one look has read."""
 
     records: list[dict[str, Any]]
     cursor: Cursor  # behind them

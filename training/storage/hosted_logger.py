@@ -36,7 +36,7 @@ class HostedLogger:
         self._first = int(getattr(self._run, "step", 0)) if run.resume_step is not None else 0  # wandb has those before
 
     def log(self, step: int, record: Record) -> None:
-        """All scalars and, now and then, histograms of the tables; steps that are there already are passed over."""
+        """Log all scalars and, every some steps, histograms of the tables; steps already logged are skipped."""
         if step < self._first:
             return
         tables = {name: self._library.Histogram(entries) for name, entries in arrays(step, record).items()}

@@ -21,7 +21,7 @@ WORDS = {
 
 
 def typed(hint: Any, value: Any, key: str, shape: str = "") -> Any:
-    """The value of a key as its type has it: no text for numbers, no booleans for integers, no NaN.
+    """Check a value against the type of its key and return it converted; no text for numbers, no NaN.
 
     Args:
         shape: how the key is written, for the message.

@@ -82,7 +82,10 @@ def all_surprises(
 
 
 class Agreement(NamedTuple):
-    """Means over the tokens of which both rankings are known and neither is one tie; NaN where there is none."""
+    """Rank agreement of each pair of values, as means over tokens; NaN where no token has both rankings.
+
+    A token counts for a pair if both rankings are known there and neither is a single tie.
+    """
 
     tau: Float[Tensor, "values values"]  # Kendall's tau-b
     top1: Float[Tensor, "values values"]  # share of tokens whose lowest expert is the same

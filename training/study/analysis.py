@@ -95,8 +95,10 @@ def analyse_rows(
     facts: Mapping[str, Mapping[str, Any]] | None = None,
     curves: Mapping[str, Scores] | None = None,
 ) -> dict[str, Any]:
-    """The values of analysis.json, from the rows of results.csv (numbers, or their text), and of each run its routing
-    facts and its held-out curve."""
+    """Compute the values of analysis.json from the rows of results.csv.
+
+    Numbers of rows may be text; each run may bring its routing facts and its held-out curve.
+    """
     points = points_of(study, rows)
     chosen = choose(points)
     compared = _compared(study, rows, chosen)

@@ -71,7 +71,9 @@ class Arm:
     """A named set of changes to the base."""
 
     name: str
+    """Name of the arm in tables, figures and folders."""
     set: Values = field(default_factory=dict)
+    """Dotted key -> value of each setting that differs from the base."""
 
 
 @dataclass(frozen=True)

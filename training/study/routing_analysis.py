@@ -59,6 +59,7 @@ ROUTING = {  # `routing` of summary.json; in analysis.json the means over an arm
         "Tokens that visit both experts / root of the product of each one's tokens; in a run's summary.json "
         "alone.",
     ),
+    "seconds": Field("s", "Time that the analysis took, divided by the runs of the group."),
 }  # fmt: skip
 
 
@@ -217,8 +218,7 @@ def agreement_facts(
 def co_activation_facts(
     ids: Int[Tensor, "layers tokens slots"], active: Bool[Tensor, "layers tokens slots"], experts: int
 ) -> Facts:
-    """`co_activation`: how far pairs of experts are from what their loads alone would give, mean over layers, None
-    where no token visits two; `co_activation_cosine`: the table of every layer."""
+    """Facts `co_activation` and `co_activation_cosine` of `ROUTING`; the first is None where no token visits two."""
     excess, cosine = coactivation_excess(ids, active, experts)
     return {
         "co_activation": _mean(excess, excess.isfinite()),

@@ -26,6 +26,7 @@ from torch.func import vmap
 from tiny_onn_func.tree import Tree, device_of, number_dtype, to_device
 from training.data.batches import held_out_batches
 from training.data.corpus import Corpus
+from training.fields import Field
 from training.run.config import RunConfig
 from training.step.batch import IGNORE_INDEX, Batch
 from training.step.surprise import SurpriseKind, divide_by_weight
@@ -130,6 +131,15 @@ def omega_squared(groups: Moments) -> float | None:
     return (between - (k - 1) * rest) / total if total > 0 else None
 
 
+VARIANCE = {  # `routing` of summary.json, with `atlas_tokens`
+    "benefit_variance.token": Field("omega squared, (L,)", "Share of the benefit's variance that token ids explain."),
+    "benefit_variance.token_expert": Field(
+        "omega squared, (L,)", "Share of the benefit's variance that pairs of token id and expert explain."
+    ),
+    "benefit_variance.occurrences": Field("tokens", "Occurrences of tokens behind these shares."),
+}
+
+
 def variance_shares(found: TokenBenefit) -> dict[str, Any]:
     """`token` and `token_expert`: omega^2 of every layer; `occurrences`: how many there were."""
     return {
@@ -140,8 +150,10 @@ def variance_shares(found: TokenBenefit) -> dict[str, Any]:
 
 
 def atlas_rows(found: TokenBenefit) -> list[Visits]:
-    """A row for each (layer, token id, expert) that was visited: layers in order, frequent tokens first, and of each
-    token the most helpful expert first."""
+    """List a row for each visited (layer, token id, expert).
+
+    Layers in order, then frequent tokens first, and for each token the most helpful expert first.
+    """
     rows = []
     occurrences = [int(number) for number in found.occurrences.number.amax(dim=0).tolist()]
     tokens = sorted((token for token, n in enumerate(occurrences) if n), key=lambda token: (-occurrences[token], token))

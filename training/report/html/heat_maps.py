@@ -26,8 +26,10 @@ Legend = Sequence[tuple[str, str]]  # name and class of each colour
 
 
 def expert_map(title: str, digest: Digest | None, key: str, frames: int, scale: Scale, **of: Any) -> Chart:
-    """Table of a run, at the end and over steps: rows in fair shares (1 = an even split over the experts of the layer),
-    or mean surprise of each expert's rows. `of` are more fields of the chart."""
+    """Heat map of a run's experts, at the end and over steps: load or mean surprise per layer and expert.
+
+    Load is in fair shares, 1 = an even split over the experts of the layer. `of` are more fields of the chart.
+    """
     of = {"unit": "", **of}
     end = None if digest is None else table_at_end(digest, key)
     if digest is None or end is None:
@@ -79,7 +81,7 @@ def surprise_scale(digests: Sequence[Digest]) -> Scale:
 
 
 def shades(values: Float[np.ndarray, "*axes"], scale: Scale) -> Float[np.ndarray, "*axes"]:
-    """Surprise -> levels 0 to TOP, by the logarithm where the scale is wide."""
+    """Map surprise to colour levels from 0 to TOP, logarithmic where the scale is wide; NO_ROW where it is 0."""
     low, high = scale
     known = np.where(values > 0, values, low)
     wide = high > WIDE * low

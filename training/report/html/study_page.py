@@ -46,8 +46,11 @@ CHARTS = (
 
 
 def study_page(study: Study, digest_of: DigestOf, summary_of: SummaryOf, atlas_of: AtlasOf = lambda run: ()) -> Page:
-    """The page. `digest_of`, `summary_of` and `atlas_of` give a run's records, summary and token atlas, empty ones
-    where there are none."""
+    """Build the page of a study.
+
+    `digest_of`, `summary_of` and `atlas_of` give a run's records, summary and token atlas, empty ones where there are
+    none.
+    """
     summary_of = cache(summary_of)
     groups, analysis = read_groups(study, digest_of, summary_of), study.analysis
     arms = [arm for group in groups for arm in group.arms]

@@ -62,8 +62,10 @@ def choose(points: Mapping[str, Sequence[Point]]) -> dict[str, dict[str, Any]]:
 
 
 def tuning_curves(points: Sequence[Point], *, zipped: bool = False) -> dict[str, dict[str, Any]]:
-    """Tuned axis of an arm -> its curve: `values`, at each the `mean` score, the `scores` and the number `diverged`,
-    with all other axes at their best; the `best` value, and at which `edge` of the axis it lies.
+    """Curve of an arm's scores along each of its tuned axes, with all other axes at their best.
+
+    A curve has `values`, at each the `mean` score, the `scores` and the number `diverged`; then the `best` value, and
+    the `edge` of the axis at which it lies.
 
     Args:
         zipped: all axes go together, so that no other one stays at its best.
