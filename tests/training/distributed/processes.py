@@ -38,6 +38,12 @@ TRICKS = {
     "input": (FIXED, HYPER, {"kind": "input"}),
     "benefit": (FIXED, HYPER._replace(backbone_lr_scale=0.3), {"kind": "benefit"}),
     "crowded": (CROWDED, HYPER, {}),
+    "stable, shared expert": (
+        tiny_config(num_experts_per_tok=3, routing="stable", shared_expert_intermediate_size=5),
+        HYPER._replace(table_step=2, router_coupling=0.6),
+        {},
+    ),
+    "k-means, sigmoid": (tiny_config(num_experts_per_tok=3, routing="kmeans", gate="sigmoid"), HYPER, {}),
     "bfloat16": (FIXED, HYPER, {"compute_dtype": torch.bfloat16}),
     "in parts": (FIXED, HYPER._replace(explore_prob=0.4), {"parts": 2}),
     "own rule in parts": (FIXED, HYPER, {"rule": example("average_surprise_of_a_token").RULE, "parts": 2}),
