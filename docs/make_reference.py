@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tiny_onn_func.tree import flatten
 from training.fields import Field, Fields, field_texts, fields_of
+from training.ranges import Range, ranges_of
 from training.run.config import DEFAULT_MODEL, DERIVED, KEYS, RunConfig, plain_values
 from training.run.describe import texts
 from training.run.evaluate import DURING
@@ -18,7 +19,6 @@ from training.run.loop import SKIPPED
 from training.run.summary import SUMMARY
 from training.step.hyper_params import RANGES, HyperParams
 from training.step.metrics import Metrics
-from training.step.ranges import Range, ranges_of
 from training.storage.recorder import PROGRESS
 from training.storage.results import IDENTITY, MEASURES, OVERRIDES
 from training.study import analysis_fields as analysis

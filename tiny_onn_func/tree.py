@@ -1,6 +1,7 @@
 """Nested dicts of tensors: map, flatten by dotted name, stack runs, split off the router."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,7 +36,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": t}} -> {"a.b": t}, in insertion order."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        if type(value) is not Tensor and isinstance(value, Mapping):  # an abstract class is searched for at length
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
@@ -43,12 +47,19 @@ def unflatten(flat: Mapping[str, Tensor]) -> Tree:
     """The inverse of `flatten`."""
     tree: Tree = {}
     for name, leaf in flat.items():
-        *path, last = name.split(".")
+        path, last = _path(name)
         node = tree
         for key in path:
             node = node.setdefault(key, {})
         node[last] = leaf
     return tree
+
+
+@lru_cache(maxsize=1024)  # the names of a model's leaves are asked for at every step
+def _path(name: str) -> tuple[Any, str]:
+    """(keys of the dicts around a leaf, its own key)."""
+    *path, last = name.split(".")
+    return tuple(path), last
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
@@ -93,9 +104,8 @@ def unstack(tree: Any) -> list[Any]:
 def partition(tree: Mapping[str, Any]) -> tuple[Tree, Tree]:
     """Parameters -> (fast, router): the router's leaves and all others, each with the nesting of the whole."""
     flat = flatten(tree)
-    names = {name for name in flat if name.rsplit(".", 1)[-1] in ROUTER_LEAVES}
-    router = {name: leaf for name, leaf in flat.items() if name in names}
-    fast = {name: leaf for name, leaf in flat.items() if name not in names}
+    router = {name: leaf for name, leaf in flat.items() if _path(name)[1] in ROUTER_LEAVES}
+    fast = {name: leaf for name, leaf in flat.items() if name not in router}
     return unflatten(fast), unflatten(router)
 
 

@@ -24,7 +24,7 @@ from tests.mutation.mutants import DRAW, SOURCES, Mutant
 
 ROOT = Path(__file__).parents[2]
 MEASURE = ["tests/tiny_onn_func", "tests/training/step", *(f"--cov={name}" for name in SOURCES), "--cov-context=test"]
-CALLERS = ("tiny_onn_func/kernels/forward.py", "tiny_onn_func/kernels/step.py")  # of the functions in C
+CALLERS = tuple(f"tiny_onn_func/kernels/{name}.py" for name in ("forward", "step", "decoder", "update"))  # of C
 OPTIONS = ["-x", "-q", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov"]
 Lines = dict[str, dict[int, set[str]]]  # file -> line -> names of tests
 

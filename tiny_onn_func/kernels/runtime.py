@@ -1,6 +1,7 @@
 """The loaded library with its argument types, and the conditions under which its kernels may be called."""
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NoReturn
 
@@ -30,6 +31,25 @@ def check(kernel: str, **tensors: Read) -> None:
         if t.shape != shape or t.dtype is not dtype or not t.is_cpu:
             wanted, got = f"{dtype} {tuple(shape)} on cpu", f"{t.dtype} {tuple(t.shape)} on {t.device}"
             raise ValueError(f"{kernel}: expected {name} of {wanted}, got {got}")
+
+
+def check_leaves(kernel: str, tree: str, leaves: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """`check` of a tree's leaves, which are float32; at least those of `shapes`.
+
+    Raises:
+        ValueError: a leaf is missing, or has another shape, dtype or device.
+    """
+    for name, shape in shapes.items():
+        t = leaves.get(name)
+        if t is None:
+            raise ValueError(f"{kernel}: expected {tree} to have a leaf {name}, got none")
+        if t.shape != shape or t.dtype is not torch.float32 or not t.is_cpu:
+            check(kernel, **{f"{name} of {tree}": (t, shape, torch.float32)})
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    """Where tensors lie, as an array of C; null for none."""
+    return (ctypes.c_void_p * len(tensors))(*[None if t is None else t.data_ptr() for t in tensors])
 
 
 NO_MEMORY, OUTSIDE = 1, 2  # what a kernel returns; vectors.h
@@ -81,6 +101,9 @@ def typed(kernels: Any) -> Any:
     kernels.router_sums.argtypes = [SIZE] * 4 + [POINTER] * 7 + [INT]
     kernels.router_sums_grad.argtypes = [SIZE] * 4 + [POINTER] * 8 + [INT]
     kernels.routing_sums.argtypes = [SIZE] * 5 + [POINTER] * 14 + [INT]
+    kernels.decoder_room.argtypes, kernels.decoder_room.restype = [POINTER], SIZE
+    kernels.decoder_pass.argtypes = [POINTER] * 6
+    kernels.finish_step.argtypes = [POINTER] * 4
     return kernels
 
 

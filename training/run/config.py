@@ -8,8 +8,8 @@ import torch
 from tiny_onn_func.config import ModelConfig
 from tiny_onn_func.tree import flatten
 from training.errors import UserError
+from training.ranges import ABOVE_0_TO_1, BELOW_1, FROM_0, FROM_1, SEED, Range, out_of_range, ranges_of
 from training.step.hyper_params import RANGES, HyperParams
-from training.step.ranges import ABOVE_0_TO_1, BELOW_1, FROM_0, FROM_1, SEED, Range, out_of_range, ranges_of
 from training.step.surprise import SurpriseKind
 from training.storage.loggers import LOGGERS, NONE
 from training.storage.typed import typed

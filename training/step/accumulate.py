@@ -26,6 +26,7 @@ from training.step.hyper_step import (
     ShardResult,
     TrainState,
     checked_numbers,
+    hyper_step,
     router_gradients,
     run_pass,
     shard_result,
@@ -57,6 +58,17 @@ def accumulated_step(
     Raises:
         ValueError: as `hyper_step`; rows that are no multiple of the parts; the oracle, which samples the whole batch.
     """
+    if parts == 1:
+        return hyper_step(
+            state,
+            batch,
+            hyper,
+            config,
+            kind=kind,
+            compute_dtype=compute_dtype,
+            teacher_logits=teacher_logits,
+            rule=rule,
+        )
     hyper = checked_numbers(state, hyper, config)
     options = StepOptions(kind, compute_dtype)
 

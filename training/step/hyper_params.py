@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 from torch import Tensor
 
 from training.fields import show_in_help
-from training.step.ranges import ABOVE_0, ABOVE_0_TO_1, BELOW_1, FROM_0, FROM_0_TO_1, FROM_1, SEED, SIGN, ranges_of
+from training.ranges import ABOVE_0, ABOVE_0_TO_1, BELOW_1, FROM_0, FROM_0_TO_1, FROM_1, SEED, SIGN, ranges_of
 
 Number = int | float | Tensor  # a Python number, or a 0-d tensor when mapped
 
@@ -113,7 +113,7 @@ def not_a_number(values: object) -> str | None:
     if not isinstance(values, HyperParams):
         return f"expected HyperParams, got {type(values).__name__}; HyperParams(lr=1e-3) has all others, too"
     for name, value in zip(values._fields, values, strict=True):
-        if not isinstance(value, Real | Tensor):
+        if type(value) is not float and not isinstance(value, int | Tensor | Real):  # in the order of what is asked
             return f"{name}: expected a number or a 0-d tensor, got {value!r}"
     return None
 

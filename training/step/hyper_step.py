@@ -15,6 +15,7 @@ from tiny_onn_func.params import check_params, init_params
 from tiny_onn_func.primitives.vmap import outside_vmap_tree
 from tiny_onn_func.routing import gated
 from tiny_onn_func.tree import Tree, leaves, merge, number_dtype, partition, to_device, tree_map
+from training.ranges import out_of_range
 from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import RANGES, HyperParams, Number, is_off, not_a_number, with_axes
@@ -28,8 +29,8 @@ from training.step.main_pass import (
     main_gradients,
 )
 from training.step.metrics import Metrics, shares, step_metrics
+from training.step.one_kernel import kernel_update, update_is_one_kernel
 from training.step.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
-from training.step.ranges import out_of_range
 from training.step.regenerate import regenerate
 from training.step.router_loss import RouterLoss, router_loss
 from training.step.router_state import counted, inputs_by_expert, moved_bias, moved_means, quantile_bias, token_visits
@@ -103,7 +104,16 @@ def _step(
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """`hyper_step` of one run, or of several, with an axis of runs in front of every tensor."""
     fast, router = partition(state.params)
-    result = run_pass(state, fast, router, batch, hyper, config, options, rule, teacher_logits)
+    seen = _observe(state, fast, router, batch, hyper, config, options, rule, teacher_logits)
+    grads, router_grads, observed, targets, rule_state, _ = seen
+    optimizers = state.expert_opt, state.router_opt
+    whole = router_grads is None and teacher_logits is None
+    if whole and update_is_one_kernel(fast, router, grads, optimizers, observed, targets, hyper, config):
+        params, optimizers, metrics = kernel_update(
+            fast, router, grads, optimizers, state.step, observed, targets, batch, hyper
+        )
+        return TrainState(params, *optimizers, state.step + 1, rule_state), Metrics(**metrics)
+    result = with_router_sums(shard_result(*seen), router, batch, hyper, config)
     of_router = router_gradients(router, state.step, result, result.sums, hyper, config)
     return update(state, fast, router, result, *of_router, hyper, config)
 
@@ -178,6 +188,29 @@ def run_pass(
     Raises:
         ValueError: `hyper.distill_alpha` asks for a teacher, and there is none.
     """
+    seen = _observe(
+        state, fast, router, batch, hyper, config, options, rule, teacher_logits, shard=shard,
+        hooks_factory=hooks_factory, run_rule=run_rule,
+    )  # fmt: skip
+    return with_router_sums(shard_result(*seen), router, batch, hyper, config)
+
+
+def _observe(
+    state: TrainState,
+    fast: Tree,
+    router: Tree,
+    batch: Batch,
+    hyper: HyperParams,
+    config: ModelConfig,
+    options: StepOptions,
+    rule: Rule,
+    teacher_logits: Tensor | None,
+    *,
+    shard: BatchShard = WHOLE,
+    hooks_factory: HooksFactory = SurpriseHookManager,
+    run_rule: RunRule = apply_rule,
+) -> tuple[Tree, Tree | None, PassResult, Targets, Any, Batch]:
+    """Run the pass and the rule on it; the arguments of `shard_result`."""
     alpha = hyper.distill_alpha
     if teacher_logits is None and not isinstance(alpha, Tensor) and alpha > 0:
         raise ValueError(f"teacher_logits: expected some with hyper.distill_alpha of {alpha}, got none")
@@ -187,8 +220,7 @@ def run_pass(
     )  # fmt: skip
     surprise, trace = observed.per_token_surprise, observed.trace
     rule_state, targets = run_rule(rule, state.rule, surprise, trace, batch, hyper, state.step)
-    result = shard_result(grads, router_grads, observed, targets, rule_state, batch)
-    return with_router_sums(result, router, batch, hyper, config)
+    return grads, router_grads, observed, targets, rule_state, batch
 
 
 def shard_result(

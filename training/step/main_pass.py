@@ -27,7 +27,8 @@ from training.step.counter_rng import random_exploration
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams, is_off
 from training.step.losses import LanguageModelling, distillation, language_modelling
-from training.step.surprise import SurpriseKind, divide_by_weight, kind_of, nonfinite_surprise
+from training.step.one_kernel import kernel_pass, pass_is_one_kernel
+from training.step.surprise import Kind, SurpriseKind, divide_by_weight, kind_of, nonfinite_surprise
 
 
 class StepOptions(NamedTuple):
@@ -106,6 +107,14 @@ def main_gradients(
         drawn = random_exploration(hyper.explore_seed, step, hyper.explore_prob, layers, tokens * shard.of, experts)
         explore = drawn[..., tokens * shard.place : tokens * (shard.place + 1)]
 
+    whole = hooks_factory is SurpriseHookManager and teacher_logits is None and dtype is None and explore is None
+    if whole and pass_is_one_kernel(fast, router, batch, hyper, config, kind):
+        own, seen, trace = kernel_pass(fast, router, batch, hyper, config, kind)
+        lm = LanguageModelling(seen.loss_sum, seen.targets, seen.correct, seen.entropy_sum)
+        result = PassResult(lm, trace, seen.surprise, torch.zeros_like(seen.loss_sum), (), seen.nonfinite)
+        run = merge(fast, router), batch, hyper, step, explore
+        return (own, None), _with_kind(result, kind, run, config)
+
     def objective(fast: Tree, router: Tree, inputs: Any) -> tuple[Tensor, Any]:
         batch, hyper, explore, teacher_logits = inputs
         dtype = wide_dtype(fast["embed_tokens"].dtype)
@@ -148,15 +157,23 @@ def main_gradients(
     else:
         grads, observed = gradients(objective, (fast, router), inputs)
     lm, trace, surprise, kl, outputs = observed
-    if (losses := kind.losses) is None:
-        nonfinite = nonfinite_surprise(surprise, trace.expert_ids, trace.active)
-    else:
-        run = merge(fast, router), batch, hyper, step, explore
-        surprise = each_run(lambda run: losses(run, config), run, step.ndim).to(surprise.dtype)
+    nonfinite = nonfinite_surprise(surprise, trace.expert_ids, trace.active)
+    result = PassResult(lm, trace, surprise, kl, outputs, nonfinite)
+    run = merge(fast, router), batch, hyper, step, explore
+    return (grads[0], grads[1] if len(grads) > 1 else None), _with_kind(result, kind, run, config)
+
+
+def _with_kind(result: PassResult, kind: Kind, run: Any, config: ModelConfig) -> PassResult:
+    """The result with surprise as its kind has it: sampled losses, or divided by the routing weight."""
+    if (losses := kind.losses) is not None:
+        surprise = each_run(lambda run: losses(run, config), run, run[3].ndim).to(result.per_token_surprise.dtype)
         nonfinite = surprise.isnan().sum(dim=(-3, -2, -1))  # +inf where no loss was sampled
+        result = result._replace(per_token_surprise=surprise, nonfinite=nonfinite)
     if kind.divide_by_weight:
-        surprise = divide_by_weight(surprise, trace.expert_ids, trace.weights, trace.active)
-    return (grads[0], grads[1] if len(grads) > 1 else None), PassResult(lm, trace, surprise, kl, outputs, nonfinite)
+        trace = result.trace
+        surprise = divide_by_weight(result.per_token_surprise, trace.expert_ids, trace.weights, trace.active)
+        result = result._replace(per_token_surprise=surprise)
+    return result
 
 
 def sum_by_expert(y: Float[Tensor, "*runs rows dim"], rows: Rows, experts: int) -> Float[Tensor, "*runs experts dim"]:

@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 from tiny_onn_func.tree import flatten
 from training.data.hf_tokenizer import vocab_follows
 from training.errors import UserError
+from training.ranges import Range, out_of_range, ranges_of
 from training.run.config import PLAIN_MODEL, RunConfig, plain_values
 from training.run.settings import sizes_follow
-from training.step.ranges import Range, out_of_range, ranges_of
 from training.storage.typed import typed
 from training.suggest import advice
 

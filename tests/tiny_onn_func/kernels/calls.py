@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from tests.helpers import seeded
-from tiny_onn_func.kernels import forward, step
+from tiny_onn_func import ModelConfig, init_params
+from tiny_onn_func.kernels import decoder, forward, step, update
+from tiny_onn_func.tree import flatten
 
 
 class Call(NamedTuple):
@@ -26,6 +28,67 @@ class Sizes(NamedTuple):
     batch: int = 2
     groups: int = 1
     share: int = 2
+
+
+def a_pass(sizes: Sizes, generator: torch.Generator) -> Call:
+    """Loss, gradients and surprise of a model of these sizes."""
+    runs, tokens, dim, inner, experts, slots, batch, groups, share = sizes
+    vocab, head = 7, 2 * dim
+    config = ModelConfig(
+        vocab_size=vocab, hidden_size=dim, num_hidden_layers=2, num_attention_heads=groups * share,
+        num_key_value_heads=groups, head_dim=head, moe_intermediate_size=inner, num_experts=experts,
+        max_experts_per_tok=slots, tie_word_embeddings=False,
+    )  # fmt: skip
+    params = [init_params(config, generator) for _ in range(runs)]
+    leaves = {name.rpartition(".")[2]: name for name in flatten(params[0])}
+    drawn = {short: torch.stack([flatten(tree)[name] for tree in params]) for short, name in leaves.items()}
+    ids, labels = (torch.randint(vocab, (runs, batch, tokens), generator=generator) for _ in range(2))
+    inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones(1, batch, tokens, dtype=torch.int64)}
+    rotary = {name: torch.randn(tokens, head, generator=generator) for name in ("cosines", "sines")}
+
+    def function(cosines: Tensor, sines: Tensor, **t: Tensor) -> Any:
+        named = {name: t.pop(short) for short, name in leaves.items()}
+        return decoder.decoder_pass(named, **t, rotary=(cosines, sines), config=config, measured="norms")
+
+    budgets = {"budgets": torch.rand(runs, generator=generator, dtype=torch.float64)}
+    return Call(function, {**drawn, **inputs, **budgets, **rotary}, {"input_ids": vocab, "labels": vocab})
+
+
+def a_finish(sizes: Sizes, generator: torch.Generator) -> Call:
+    """Everything that follows a pass, with one leaf beside the router."""
+    runs, tokens, dim, _, experts, slots, *_ = sizes
+    layers, by_run = 2, (runs,)
+    by_token = runs, layers, tokens
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    def below(bound: int, *shape: int) -> Tensor:
+        return torch.randint(bound, shape, generator=generator)
+
+    observed = {
+        "surprise": drawn(*by_token, experts), "router_inputs": drawn(*by_token, dim),
+        "router_logits": drawn(*by_token, experts), "expert_ids": below(experts, *by_token, slots),
+        "active": drawn(*by_token, slots) < 0.7, "target": below(experts, *by_token),
+        "informative": drawn(*by_token) < 0.7, "tied": drawn(*by_token) < 0.1, "real": drawn(runs, tokens) < 0.9,
+        "loss_sum": drawn(*by_run), "entropy_sum": drawn(*by_run), "targets": below(9, *by_run),
+        "correct": below(9, *by_run),
+    }  # fmt: skip
+    leaves = {name: drawn(runs, 3, dim) for name in ("params", "mu", "nu", "grads")}
+    router = {f"router_{name}": drawn(runs, layers, dim, experts) for name in ("params", "mu", "nu")}
+    counters = {name: below(9, *by_run) for name in ("step", "updates", "router_updates")}
+
+    def function(**t: Tensor) -> Any:
+        tree, own = ([{"leaf": t[f"{of}{name}"]} for name in ("params", "mu", "nu")] for of in ("", "router_"))
+        return update.finish_step(
+            update.Observed(*(t[name] for name in update.Observed._fields)), {"leaf": t["grads"]},
+            update.Moments(*tree), update.Moments(*own), t["bias"], t["numbers"],
+            (t["step"], t["updates"], t["router_updates"]), {"leaf": 3},
+        )  # fmt: skip
+
+    rest = {"bias": drawn(runs, layers, experts), "numbers": drawn(runs, len(update.NUMBERS)).double()}
+    indices = {"target": experts, "expert_ids": experts}
+    return Call(function, observed | leaves | router | counters | rest, indices)
 
 
 def calls(sizes: Sizes = Sizes(), seed: int = 0) -> dict[str, Call]:  # noqa: B008
@@ -67,7 +130,9 @@ def calls(sizes: Sizes = Sizes(), seed: int = 0) -> dict[str, Call]:  # noqa: B0
     spread = {"left": drawn(runs, rows, dim), "right": drawn(runs, rows, inner), "token": token, "expert": expert}
     sums = {"picked": drawn(runs, 1), "mass": drawn(runs, 1, experts), "squares": drawn(runs, 1)}
     numbers, ends = torch.full((runs, 6), 0.1), {"offsets": rows + 1}
-    return {
+    some = min(runs, tokens, batch, slots, experts) > 0  # a pass or a step of nothing is refused
+    whole = {"decoder_pass": a_pass(sizes, generator), "finish_step": a_finish(sizes, generator)} if some else {}
+    return whole | {
         "grouped_matmul": Call(
             lambda rows, weights, offsets: forward.matmul([(rows, weights)], offsets),
             {"rows": drawn(runs, rows, dim), "weights": weights, "offsets": offsets}, ends,

@@ -63,7 +63,7 @@ FREE = {  # sizes that no other tensor shares, or that say how many results ther
     ("rms_norm", "x", 1), ("split_heads", "qkv", 1), ("split_heads", "qkv", 3), ("split_heads", "norms", 1),
     ("attention", "q", 2), ("cross_entropy", "logits", 1), ("cross_entropy_grad", "logits", 1),
     ("least_surprised", "surprise", 1), ("least_surprised", "surprise", 3), ("router_sums", "logits", 3),
-    ("spread_surprise", "left", 2), ("spread_surprise", "right", 2),
+    ("spread_surprise", "left", 2), ("spread_surprise", "right", 2), ("finish_step", "params", 1),
 }  # fmt: skip
 
 

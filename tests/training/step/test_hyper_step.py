@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from tests.helpers import assert_close, real_tokens, spread_params, tiny_batch, tiny_config
 from tiny_onn_func import ModelConfig, forward
+from tiny_onn_func.kernels import build, decoder
 from tiny_onn_func.tree import flatten, stack, unflatten, unstack
 from training import Batch, HyperParams, TrainState, hyper_step, init_state, per_token_surprise
+from training.step import main_pass
 
 CONFIG = tiny_config(num_experts_per_tok=3)
 HYPER = HyperParams(
@@ -218,7 +220,10 @@ def test_bfloat16_runs_side_by_side_equal_the_runs_alone() -> None:
         assert_close(together.grad_norm, alone.grad_norm, 5e-2)
 
 
-def test_no_tensor_of_a_step_has_an_entry_for_every_token_and_weight() -> None:
+def test_no_tensor_of_a_step_has_an_entry_for_every_token_and_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        main_pass, "pass_is_one_kernel", lambda *_: False
+    )  # its memory is one tensor, and has its own test
     config = tiny_config(hidden_size=32, moe_intermediate_size=32, num_experts_per_tok=2)
     batch = tiny_batch(config, 8, 16)
     largest = []
@@ -234,8 +239,18 @@ def test_no_tensor_of_a_step_has_an_entry_for_every_token_and_weight() -> None:
     assert max(largest) < batch.input_ids.numel() * 32 * 32 / 4
 
 
+@pytest.mark.skipif(build.library() is None, reason="no C compiler to make the kernels with")
+def test_the_memory_of_a_whole_pass_grows_with_widths_and_not_with_their_product() -> None:
+    def room(width: int, tokens: int) -> int:
+        config = tiny_config(hidden_size=width, moe_intermediate_size=width, num_experts_per_tok=2)
+        return decoder._plan(config, (), 1, 1, tokens, "norms", 1).room
+
+    per_token = [(room(width, 96) - room(width, 64)) / 32 for width in (64, 128, 256)]
+    assert per_token[2] - per_token[1] < 2.2 * (per_token[1] - per_token[0])
+
+
 def test_help_says_what_every_number_means() -> None:
-    assert len(HyperParams._fields) == 31
+    assert len(HyperParams._fields) == 37
     for name in HyperParams._fields:
         text = getattr(HyperParams, name).__doc__
         assert text[0].isupper() or text[0] in "+1"

@@ -116,15 +116,16 @@ int grouped_matmul(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t
     return failed;
 }
 
-/* result (runs, experts, in, out): for every expert the sum over its rows of rows[n]^T grads[n]; an `order` as above. */
-int grouped_outer(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t out, int64_t tokens, const float *rows,
-                  const int64_t *order, const float *grads, const int32_t *offsets, float *result, int threads) {
+/* result (runs, experts, in, out), whose runs lie `apart` floats from one to the next: for every expert the sum over its rows
+   of rows[n]^T grads[n]; an `order` as above. */
+int outer_apart(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t out, int64_t tokens, const float *rows,
+                const int64_t *order, const float *grads, const int32_t *offsets, float *result, int64_t apart, int threads) {
     int outside = !ascend(runs, n, experts, offsets);
     if (outside) return OUTSIDE;
     int64_t groups = runs * experts;
     int64_t parts = groups < 8 * threads ? (in + 4 * HIGH - 1) / (4 * HIGH) : 1; /* few experts: parts of their rows of weights */
     int64_t high = (in + parts - 1) / parts;
-    int aligned = (uintptr_t)result % sizeof(vec) == 0 && out % LANES == 0;
+    int aligned = (uintptr_t)result % sizeof(vec) == 0 && out % LANES == 0 && apart % LANES == 0;
     int how = aligned && groups * in * out * (int64_t)sizeof(float) > FAR ? AWAY : NEW;
 #pragma omp parallel num_threads(threads) if (threads > 1 && runs * n * in * out > SMALL)
     {
@@ -138,7 +139,7 @@ int grouped_outer(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t 
                 outside = 1;
                 continue;
             }
-            float *into = result + (group * in + from) * out;
+            float *into = result + group / experts * apart + (group % experts * in + from) * out;
             const float *up = grads + (first + start) * out;
             if (depth) {
                 const float *a = order ? rows + group / experts * tokens * in : rows + (first + start) * in;
@@ -151,4 +152,10 @@ int grouped_outer(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t 
 #endif
     }
     return outside ? OUTSIDE : DONE;
+}
+
+/* The same, dense. */
+int grouped_outer(int64_t runs, int64_t n, int64_t experts, int64_t in, int64_t out, int64_t tokens, const float *rows,
+                  const int64_t *order, const float *grads, const int32_t *offsets, float *result, int threads) {
+    return outer_apart(runs, n, experts, in, out, tokens, rows, order, grads, offsets, result, experts * in * out, threads);
 }

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from training.ranges import ranges_of
 from training.step.hyper_params import HyperParams
-from training.step.ranges import ranges_of
 from training.storage.results import DIVERGED, FINISHED, Row, pair_key
 from training.study.config import StudyConfig, expand
 

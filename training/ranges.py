@@ -4,6 +4,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, get_type_hints
 
 from torch import Tensor
@@ -58,6 +59,13 @@ def out_of_range(values: object, ranges: Mapping[str, Range]) -> str | None:
     """Error text for the first field whose value is out of its range; None if all fit. Tensors and None pass."""
     for name, range_ in ranges.items():
         value = getattr(values, name)
-        if value is not None and not isinstance(value, Tensor) and not range_.fits(value):
+        if value is None or isinstance(value, Tensor):
+            continue
+        if not (_is_number_within(range_, value) if type(value) in (int, float) else range_.fits(value)):
             return f"{name}: expected {range_.wanted}, got {value!r}" + (range_.mend and f"; {range_.mend}")
     return None
+
+
+@lru_cache(maxsize=1024)  # a step asks for the same ones every time
+def _is_number_within(range_: Range, value: int | float) -> bool:
+    return range_.fits(value)
