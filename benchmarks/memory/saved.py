@@ -17,6 +17,7 @@ from benchmarks.scaling.plan import saved_of
 from tiny_onn_func import ModelConfig
 from tiny_onn_func.tree import leaves, partition
 from training import HyperParams, init_state
+from training.step.hooks import SurpriseHookManager
 from training.step.main_pass import StepOptions, main_gradients
 
 BASE = {"V": 300, "D": 64, "L": 2, "H": 4, "G": 2, "d": 16, "F": 32, "E": 8, "K": 2, "B": 4, "S": 32}
@@ -72,7 +73,7 @@ def measured(model: ModelConfig, batch: int, length: int, dtype: torch.dtype | N
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         main_gradients(
             *partition(state.params), a_batch(model, batch, length), HyperParams(balance_weight=1.0), model, state.step,
-            StepOptions(compute_dtype=dtype),
+            StepOptions(compute_dtype=dtype), hooks_factory=lambda *given, **more: SurpriseHookManager(*given, **more),
         )  # fmt: skip
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

@@ -67,7 +67,14 @@ def readers(home: Path) -> dict[str, Reader]:
         csv.writer(file).writerows([["id", "text"], *([row["text"][:1], row["text"]] for row in rows)])
     run, study = home / "run", home / "study"
     flags = [f"--model.{key.replace('_', '-')}={value}" for key, value in SIZES.items()]
-    few = ["--steps=3", "--batch-size=2", "--sequence-length=16", "--eval-every=2", "--final-eval-bytes=60"]
+    few = [
+        "--config=small_qwen3",
+        "--steps=3",
+        "--batch-size=2",
+        "--sequence-length=16",
+        "--eval-every=2",
+        "--final-eval-bytes=60",
+    ]
     _quietly(main, ["train", f"--data={texts / 'text.txt'}", f"--out={run}", "--sample-tokens=0", *few, *flags])
     base = {"data": str(texts / "text.txt"), "steps": 3, "batch_size": 2, "sequence_length": 16, "model": SIZES}
     plan = {

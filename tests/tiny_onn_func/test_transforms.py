@@ -57,7 +57,8 @@ def hypers(runs: int, dtype: torch.dtype = torch.float64) -> list[HyperParams]:
             explore_prob=0.2 * run, explore_seed=run, surprise_until=3 * run, target_temperature=0.5 * run,
             expert_norm=0.4 * run, shuffle_targets=(0, 0, 1)[run], freeze_step=(0, 0, 9)[run],
             regenerate_below=0.2 * run, backbone_lr_scale=1.0 - 0.3 * run, distill_alpha=0.2 * run,
-            distill_temperature=1.0 + run,
+            distill_temperature=1.0 + run, quantile_balance=0.1 * run, quantile_k=1.0 + run, table_step=5 + run,
+            table_memory=0.9 - 0.1 * run, kmeans_rate=0.1 + 0.1 * run, default_memory=0.9 - 0.1 * run,
         )  # fmt: skip
 
     return [HyperParams(**{k: torch.tensor(v, dtype=dtype) for k, v in of(run).items()}) for run in range(runs)]

@@ -107,7 +107,7 @@ def _step(
     seen = _observe(state, fast, router, batch, hyper, config, options, rule, teacher_logits)
     grads, router_grads, observed, targets, rule_state, _ = seen
     optimizers = state.expert_opt, state.router_opt
-    whole = router_grads is None and teacher_logits is None
+    whole = router_grads is None and (teacher_logits is None or is_off(hyper.distill_alpha))
     if whole and update_is_one_kernel(fast, router, grads, optimizers, observed, targets, hyper, config):
         params, optimizers, metrics = kernel_update(
             fast, router, grads, optimizers, state.step, observed, targets, batch, hyper

@@ -101,6 +101,8 @@ def main_gradients(
         check_shape("teacher_logits", teacher_logits, (*batch.input_ids.shape, config.vocab_size))
         if not teacher_logits.is_floating_point():
             raise ValueError(f"teacher_logits: expected floating point numbers, got {teacher_logits.dtype}")
+    if is_off(hyper.distill_alpha):  # a teacher without weight: the bits of a step without one
+        teacher_logits = None
     kind, (layers, experts) = kind_of(options.kind), (config.num_hidden_layers, config.num_experts)
     tokens, explore = batch.input_ids.shape[-2:].numel(), None
     if not is_off(hyper.explore_prob):

@@ -501,14 +501,14 @@ def test_a_folder_without_a_tokenizer_writes_bytes_if_it_has_the_room(
     assert "vocab_size" in refusal(["generate", str(ours)], capsys)
 
 
-def test_a_trained_default_run_writes_the_same_greedy_text_there(
+def test_a_trained_run_of_the_default_sizes_writes_the_same_greedy_text_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The default preset and its text; few steps, little scoring."""
+    """The preset for exports and the default's text; few steps, little scoring."""
     monkeypatch.setenv("TINY_ONN_CACHE", str(tmp_path / "cache"))
     run, out = str(tmp_path / "run"), str(tmp_path / "out")
     short = ["--steps=25", "--hyper.warmup-steps=5", "--final-eval-bytes=4096", "--sample-tokens=0", "--split=tail"]
-    assert main(["train", "--data", "stdlib:json/*.py", *short, "--out", run]) == 0
+    assert main(["train", "--config", "small_qwen3", "--data", "stdlib:json/*.py", *short, "--out", run]) == 0
     assert main(["export", run, "--out", out]) == 0
     capsys.readouterr()
     assert main(["generate", run, "--tokens", "60", "--temperature", "0", "--context", "0"]) == 0

@@ -383,7 +383,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def train(place: Path, out: Path, *flags: str) -> list[str]:
-    return ["train", "--data", str(place / "text.txt"), "--out", str(out), *SMALL, *flags]
+    return ["train", "--config=small_qwen3", "--data", str(place / "text.txt"), "--out", str(out), *SMALL, *flags]
 
 
 @pytest.fixture(scope="module")

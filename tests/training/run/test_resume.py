@@ -255,7 +255,7 @@ def test_the_best_step_of_a_run_is_that_of_its_lowest_held_out_loss(text: Path, 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--hyper.lr=0.25", "--seed=3"], "got hyper.lr 0.25 for 0.005, seed 3 for 0; go on"),
+        (["--hyper.lr=0.25", "--seed=3"], "got hyper.lr 0.25 for 0.002, seed 3 for 0; go on"),
         (["--model.hidden-size=32"], "got model.hidden_size 32 for 16; go on"),
         (["--batch-size=3"], "got batch_size 3 for 2; go on"),
     ],

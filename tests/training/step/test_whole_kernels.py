@@ -110,7 +110,7 @@ def test_mapped_runs_by_whole_kernels_are_those_of_the_parts_and_of_each_run_alo
             torch.testing.assert_close(came, wanted, rtol=1e-6, atol=1e-7, msg=name)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_pass_by_a_whole_kernel_is_that_of_the_parts(data: st.DataObject) -> None:
     config = replace(data.draw(configs()), routing=data.draw(st.sampled_from(["router", "token"])))
