@@ -131,7 +131,7 @@ def _losses(ax: Axes, history: Records, at: Columns, baselines: Mapping[str, flo
     last = losses[np.isfinite(losses)][-1:]
     for place, (name, value) in enumerate(baselines.items()):
         beside = (abs(last - value) < 0.12 * (high - low)).any()
-        x = (0.5 if beside else 0.99) - 0.14 * place  # side by side: compressors are close to each other
+        x = (0.62 if beside else 0.99) - 0.18 * (place % 3)  # side by side: compressors are close to each other
         ax.text(  # below its line, for curves come from above; where they end beside it, further to the left
             x, value, printable(f"{name} {value:.2f}"), transform=ax.get_yaxis_transform(), fontsize=8.5, color=GREY,
             ha="right", va="top", parse_math=False,
