@@ -25,7 +25,8 @@ EMBEDDING_STD = 0.02
 
 
 def param_specs(config: ModelConfig) -> dict[str, Spec]:
-    """Dotted name -> Spec. Layers are stacked on a leading axis L, experts on E; weights are (in, out).
+    """Dotted name -> Spec, in the order of the tree. Layers are stacked on a leading axis L, experts on E; weights
+    are (in, out).
 
     Matrices start at 1 / sqrt(fan in), so that activations keep their size whatever the widths; the two that write
     into the residual stream are smaller by sqrt(2 L), one for each write (GPT-2), or zero. Tables that are looked up
@@ -77,7 +78,7 @@ def param_specs(config: ModelConfig) -> dict[str, Spec]:
         specs["ngram_embed"] = Spec((config.ngram_order - 1, config.ngram_buckets, width))
     if not config.tie_word_embeddings:
         specs["lm_head"] = Spec((width, config.vocab_size), std=EMBEDDING_STD)
-    return specs
+    return flatten(unflatten(specs))
 
 
 def init_params(config: ModelConfig, generator: Generator, dtype: torch.dtype = torch.float32) -> Tree:

@@ -43,8 +43,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def unflatten(flat: Mapping[str, Tensor]) -> Tree:
-    """The inverse of `flatten`."""
+def unflatten(flat: Mapping[str, Any]) -> Tree:
+    """The inverse of `flatten`; leaves of one dict lie together."""
     tree: Tree = {}
     for name, leaf in flat.items():
         path, last = _path(name)

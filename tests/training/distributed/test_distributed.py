@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import assert_close, assert_same_bits
+from tests.helpers import assert_close, assert_same_bits, tiny_config
 from tests.training.distributed.processes import (
     CASES,
     FIXED,
@@ -22,7 +22,8 @@ from tests.training.distributed.processes import (
     trained,
     with_a_rule,
 )
-from tiny_onn_func.tree import flatten, partition, walk
+from tiny_onn_func import ModelConfig
+from tiny_onn_func.tree import flatten, partition, tree_map, walk
 from training.distributed.collectives import Group
 from training.distributed.expert_parallel import ROWS, SIZES, SURPRISE
 from training.distributed.flat_params import (
@@ -168,18 +169,27 @@ def test_a_sharded_checkpoint_becomes_a_whole_one(files, tmp_path: Path, capsys:
         gather_sharded(tmp_path)
 
 
+MORE_LEAVES = tiny_config(
+    num_experts_per_tok=2, ngram_order=3, ngram_buckets=5, value_embeddings=True, token_bias=True,
+    shared_expert_intermediate_size=3, default_outputs=True, tie_word_embeddings=False,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
-def test_shares_of_a_tree_make_the_tree_again(parts: int) -> None:
-    fast, _ = partition(init_state(FIXED, torch.Generator().manual_seed(0)).params)
-    vectors = to_vectors(fast, FIXED)
+@pytest.mark.parametrize("config", [FIXED, MORE_LEAVES], ids=["plain", "every leaf"])
+def test_shares_of_a_tree_make_the_tree_again(config: ModelConfig, parts: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    fast, _ = partition(init_state(config, generator).params)
+    fast = tree_map(lambda leaf: torch.randn(leaf.shape, generator=generator), fast)  # tables begin at zero
+    vectors = to_vectors(fast, config)
     pieces = []
     for rank_info in range(parts):
         where = [share_of(len(vector), parts, rank_info) for vector in vectors]
         mine = type(vectors)(*(vector[part] for vector, part in zip(vectors, where, strict=True)))
-        tree = named_shares(mine, where[0].start, FIXED)
-        assert flatten(tree).keys() <= fast_shapes(FIXED, 1).keys() | {"layers.moe.share"}
+        tree = named_shares(mine, where[0].start, config)
+        assert flatten(tree).keys() <= fast_shapes(config, 1).keys() | {"layers.moe.share"}
         pieces.append(joined_shares(tree))
     again = type(vectors)(*(torch.cat(both) for both in zip(*pieces, strict=True)))
-    joined = from_vectors(again, FIXED, FIXED.num_experts)
+    joined = from_vectors(again, config, config.num_experts)
     assert [*flatten(joined)] == [*flatten(fast)]
     assert all(torch.equal(flatten(joined)[name], leaf) for name, leaf in flatten(fast).items())

@@ -19,14 +19,7 @@ from tests.training.run.test_engine import SMALL
 from training.cli import main
 from training.storage.checkpoint import load_checkpoint
 
-RUN = [
-    "--config=small_qwen3",
-    *SMALL,
-    "--batch-size=4",
-    "--model.num-hidden-layers=2",
-    "--eval-every=0",
-    "--checkpoint-every=5",
-]
+RUN = [*SMALL, "--batch-size=4", "--model.num-hidden-layers=2", "--eval-every=0", "--checkpoint-every=5"]
 FLAGS = {
     "data": (), "optimizer": ("--shard-optimizer=true",), "both": ("--shard-experts=2", "--shard-optimizer=true"),
 }  # fmt: skip
