@@ -34,7 +34,7 @@ class Piece(NamedTuple):
     transposed: bool
 
     def shape(self, specs: Mapping[str, Spec]) -> tuple[int, ...]:
-        """Of the tensor in the checkpoint."""
+        """Shape of the tensor in the checkpoint."""
         shape = specs[self.leaves[0]].shape[len(self.at) :]
         if not self.transposed:
             return shape

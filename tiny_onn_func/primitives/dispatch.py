@@ -46,7 +46,7 @@ def undo_dispatch(
 
 
 def _dispatch(x: Tensor, order: Tensor, inverse: Tensor, slots: int) -> Tensor:
-    """Of one run, or of several, with axes of them in front, as one."""
+    """Dispatch the rows of one run, or of several whose axes are in front, in one call."""
     if x.ndim == 2:
         return _Dispatch.apply(x, order, inverse, slots)
     rows = _Dispatch.apply(x.flatten(0, -2), _fold_index(order), _fold_index(inverse), slots)

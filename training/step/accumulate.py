@@ -22,6 +22,7 @@ from training.step.batch import Batch
 from training.step.hooks import SurpriseHookManager
 from training.step.hyper_params import HyperParams
 from training.step.hyper_step import (
+    Pass,
     RunRule,
     ShardResult,
     TrainState,
@@ -31,7 +32,6 @@ from training.step.hyper_step import (
     run_pass,
     shard_result,
     update,
-    with_router_sums,
 )
 from training.step.main_pass import WHOLE, BatchShard, HooksFactory, PassResult, StepOptions, main_gradients
 from training.step.metrics import Metrics
@@ -113,10 +113,11 @@ def run_parts(
         ValueError: rows that are no multiple of the parts; the oracle in parts.
     """
     if parts == 1:
-        result = run_pass(
+        seen = run_pass(
             state, fast, router, batch, hyper, config, options, rule, teacher_logits, shard=shard,
             hooks_factory=hooks_factory, run_rule=run_rule,
         )  # fmt: skip
+        result = shard_result(seen, router, batch, hyper, config)
         return Accumulated(result.grads, result.sums, result.rule, (result,))
     batches = _cut(batch, parts)
     if kind_of(options.kind).losses is not None:
@@ -135,9 +136,7 @@ def run_parts(
     trace = RouterTrace(*map(_joined, zip(*(observed.trace for _, observed in passes), strict=True)))
     rule_state, targets = run_rule(rule, state.rule, surprise, trace, batch, hyper, state.step)
     results = tuple(
-        with_router_sums(
-            shard_result({}, router_grads, observed, own_targets, rule_state, own), router, own, hyper, config
-        )
+        shard_result(Pass({}, router_grads, observed, own_targets, rule_state), router, own, hyper, config)
         for (router_grads, observed), own_targets, own in zip(passes, _shared(targets, parts), batches, strict=True)
     )
     return Accumulated(grads, _added([result.sums for result in results]), rule_state, results)

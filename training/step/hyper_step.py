@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from tiny_onn_func.config import ModelConfig
@@ -33,7 +33,7 @@ from training.step.one_kernel import kernel_update, update_is_one_kernel
 from training.step.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
 from training.step.regenerate import regenerate
 from training.step.router_loss import RouterLoss, router_loss
-from training.step.router_state import counted, inputs_by_expert, moved_bias, moved_means, quantile_bias, token_visits
+from training.step.router_state import moved_leaves, with_router_sums
 from training.step.rules import LEAST_SURPRISE, Rule, Targets, apply_rule
 from training.step.sums import Sums, sums_of
 from training.step.surprise import SurpriseKind
@@ -104,8 +104,8 @@ def _step(
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """`hyper_step` of one run, or of several, with an axis of runs in front of every tensor."""
     fast, router = partition(state.params)
-    seen = _observe(state, fast, router, batch, hyper, config, options, rule, teacher_logits)
-    grads, router_grads, observed, targets, rule_state, _ = seen
+    seen = run_pass(state, fast, router, batch, hyper, config, options, rule, teacher_logits)
+    grads, router_grads, observed, targets, rule_state = seen
     optimizers = state.expert_opt, state.router_opt
     whole = router_grads is None and (teacher_logits is None or is_off(hyper.distill_alpha))
     if whole and update_is_one_kernel(fast, router, grads, optimizers, observed, targets, hyper, config):
@@ -113,7 +113,7 @@ def _step(
             fast, router, grads, optimizers, state.step, observed, targets, batch, hyper
         )
         return TrainState(params, *optimizers, state.step + 1, rule_state), Metrics(**metrics)
-    result = with_router_sums(shard_result(*seen), router, batch, hyper, config)
+    result = shard_result(seen, router, batch, hyper, config)
     of_router = router_gradients(router, state.step, result, result.sums, hyper, config)
     return update(state, fast, router, result, *of_router, hyper, config)
 
@@ -156,14 +156,24 @@ def update(
 RunRule = Callable[..., tuple[Any, Targets]]  # (rule, state, surprise, trace, batch, hyper, step) -> (state, targets)
 
 
-class ShardResult(NamedTuple):
-    """The pass over a batch, or over some rows of one: gradients and sums of shards add up to those of the whole."""
+class Pass(NamedTuple):
+    """The pass over a batch, or over some rows of one, and the rule's targets for them."""
 
     grads: Tree  # of the summed main loss in the fast parameters
     router_grads: Tree | None  # in the router, where `hyper.router_coupling` lets the main loss in
     observed: PassResult
     targets: Targets
     rule: Any  # the rule's new state
+
+
+class ShardResult(NamedTuple):
+    """A pass with its sums: gradients and sums of shards add up to those of the whole batch."""
+
+    grads: Tree
+    router_grads: Tree | None
+    observed: PassResult
+    targets: Targets
+    rule: Any
     real: Bool[Tensor, "*runs tokens"]
     sums: Sums
 
@@ -182,35 +192,14 @@ def run_pass(
     shard: BatchShard = WHOLE,
     hooks_factory: HooksFactory = SurpriseHookManager,
     run_rule: RunRule = apply_rule,
-) -> ShardResult:
-    """Run the one forward and one backward pass; the last three arguments are for a rank with part of a batch.
+) -> Pass:
+    """Run the one forward and one backward pass, and the rule on what it gave.
+
+    The last three arguments are for a rank with part of a batch.
 
     Raises:
         ValueError: `hyper.distill_alpha` asks for a teacher, and there is none.
     """
-    seen = _observe(
-        state, fast, router, batch, hyper, config, options, rule, teacher_logits, shard=shard,
-        hooks_factory=hooks_factory, run_rule=run_rule,
-    )  # fmt: skip
-    return with_router_sums(shard_result(*seen), router, batch, hyper, config)
-
-
-def _observe(
-    state: TrainState,
-    fast: Tree,
-    router: Tree,
-    batch: Batch,
-    hyper: HyperParams,
-    config: ModelConfig,
-    options: StepOptions,
-    rule: Rule,
-    teacher_logits: Tensor | None,
-    *,
-    shard: BatchShard = WHOLE,
-    hooks_factory: HooksFactory = SurpriseHookManager,
-    run_rule: RunRule = apply_rule,
-) -> tuple[Tree, Tree | None, PassResult, Targets, Any, Batch]:
-    """Run the pass and the rule on it; the arguments of `shard_result`."""
     alpha = hyper.distill_alpha
     if teacher_logits is None and not isinstance(alpha, Tensor) and alpha > 0:
         raise ValueError(f"teacher_logits: expected some with hyper.distill_alpha of {alpha}, got none")
@@ -220,37 +209,16 @@ def _observe(
     )  # fmt: skip
     surprise, trace = observed.per_token_surprise, observed.trace
     rule_state, targets = run_rule(rule, state.rule, surprise, trace, batch, hyper, state.step)
-    return grads, router_grads, observed, targets, rule_state, batch
+    return Pass(grads, router_grads, observed, targets, rule_state)
 
 
-def shard_result(
-    grads: Tree, router_grads: Tree | None, observed: PassResult, targets: Targets, rule_state: Any, batch: Batch
-) -> ShardResult:
-    """Build the result of a pass from its gradients, observations and targets, with their sums."""
+def shard_result(seen: Pass, router: Tree, batch: Batch, hyper: HyperParams, config: ModelConfig) -> ShardResult:
+    """Add up what a pass over these rows gave."""
     real = rearrange(batch.attention_mask != 0, "... b s -> ... (b s)")
-    sums = sums_of(observed, targets, real)
-    return ShardResult(grads, router_grads, observed, targets, rule_state, real, sums)
-
-
-def with_router_sums(
-    result: ShardResult, router: Tree, batch: Batch, hyper: HyperParams, config: ModelConfig
-) -> ShardResult:
-    """The result with the sums that some rules need: the bias that would balance its tokens, and visits by token id.
-
-    Shards of a batch make the mean of their biases, each weighing as much as it has tokens.
-    """
-    if config.routing == "stable":
-        ids = rearrange(batch.input_ids, "... b s -> ... (b s)")
-        result = result._replace(
-            sums=result.sums._replace(token_visits=token_visits(result.observed.trace, ids, config))
-        )
-    if config.routing == "kmeans":
-        result = result._replace(sums=result.sums._replace(router_inputs=inputs_by_expert(result.observed.trace)))
-    if is_off(hyper.quantile_balance):
-        return result
-    trace, bias = result.observed.trace, router["layers"]["moe"]["router_bias"]
-    wanted = quantile_bias(trace, bias, result.real, hyper.quantile_k, config) * as_wide_as(bias, result.sums.real)
-    return result._replace(sums=result.sums._replace(balanced_bias=wanted))
+    sums = sums_of(seen.observed, seen.targets, real)
+    ids, moe = rearrange(batch.input_ids, "... b s -> ... (b s)"), router["layers"]["moe"]
+    sums = with_router_sums(sums, seen.observed.trace, ids, real, moe["router_bias"], hyper, config)
+    return ShardResult(*seen, real, sums)
 
 
 def router_gradients(
@@ -317,19 +285,7 @@ def update_router(
         _learned(router, config), router_grads, state.router_opt, lr=hyper.router_lr * rate * learning,
         weight_decay=0.0, hyper=hyper, grad_scale=clip_factor(router_grad_norm, hyper.max_grad_norm),
     )  # fmt: skip
-    moe = {**router["layers"]["moe"], **learned}
-    moe["router_bias"] = balanced_bias(moe["router_bias"], sums.routed, hyper.bias_speed * learning)
-    if not is_off(hyper.quantile_balance):
-        old, share = router["layers"]["moe"]["router_bias"], hyper.quantile_balance * learning
-        moe["router_bias"] = moved_bias(old, moe["router_bias"], sums, share)
-    if config.routing == "kmeans":
-        moe["router"] = moved_means(moe["router"], sums.router_inputs, sums.routed, hyper.kmeans_rate * learning)
-    if config.default_outputs:
-        new_outputs = sums.expert_outputs.mT
-        means = moved_means(moe["default_output"].mT, new_outputs, sums.routed, 1 - hyper.default_memory)
-        moe["default_output"] = means.mT
-    if config.routing == "stable":
-        moe |= counted(router["layers"]["moe"], sums, state.step, hyper)
+    moe = moved_leaves(router["layers"]["moe"], learned, sums, state.step, hyper, config, learning)
     params = merge(fast, {"layers": {"moe": moe}})
     new = state._replace(params=params, router_opt=router_opt, step=state.step + 1)
     if not is_off(hyper.regenerate_below):
@@ -340,17 +296,6 @@ def update_router(
         new = new._replace(**replaced)
     lr = (hyper.lr * rate).to(router_grad_norm.dtype)
     return new, step_metrics(sums, loss, hyper, grad_norm=grad_norm, router_grad_norm=router_grad_norm, lr=lr)
-
-
-def balanced_bias(
-    bias: Tensor, routed: Int[Tensor, "*runs layers experts"], speed: Number
-) -> Float[Tensor, "*runs layers experts"]:
-    """bias + speed * sign(mean rows - rows): over-used experts sink (loss-free balancing, arXiv 2408.15664).
-
-    Integers are compared, so an expert with exactly its fair share keeps its bias.
-    """
-    above = (routed.sum(dim=-1, keepdim=True) - routed * routed.shape[-1]).sign()
-    return bias + (as_wide_as(above, speed) * above).to(bias.dtype)
 
 
 def _while_learning(step: Tensor, hyper: HyperParams) -> Number:

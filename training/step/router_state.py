@@ -13,6 +13,64 @@ from training.step.hyper_params import HyperParams, Number, is_off
 from training.step.sums import Sums
 
 
+def with_router_sums(
+    sums: Sums,
+    trace: RouterTrace,
+    token_ids: Int[Tensor, "*runs tokens"],
+    real: Bool[Tensor, "*runs tokens"],
+    bias: Float[Tensor, "*runs layers experts"],
+    hyper: HyperParams,
+    config: ModelConfig,
+) -> Sums:
+    """The sums with those that some rules need: the bias that would balance these tokens, visits by token id, inputs.
+
+    Shards of a batch make the mean of their biases, each weighing as much as it has tokens.
+    """
+    if config.routing == "stable":
+        sums = sums._replace(token_visits=token_visits(trace, token_ids, config))
+    if config.routing == "kmeans":
+        sums = sums._replace(router_inputs=inputs_by_expert(trace))
+    if is_off(hyper.quantile_balance):
+        return sums
+    wanted = quantile_bias(trace, bias, real, hyper.quantile_k, config) * as_wide_as(bias, sums.real)
+    return sums._replace(balanced_bias=wanted)
+
+
+def moved_leaves(
+    router: Mapping[str, Tensor], learned: Mapping[str, Tensor], sums: Sums, step: Tensor, hyper: HyperParams,
+    config: ModelConfig, learning: Number,
+) -> dict[str, Tensor]:  # fmt: skip
+    """All new leaves of the router: those that a gradient moved, and those that follow the sums of a whole batch.
+
+    Args:
+        router: the leaves before the step.
+        learned: those that a gradient moved, after it.
+        learning: 1 while the router learns, 0 once it is frozen.
+    """
+    new = {**router, **learned}
+    new["router_bias"] = balanced_bias(new["router_bias"], sums.routed, hyper.bias_speed * learning)
+    if not is_off(hyper.quantile_balance):
+        share = hyper.quantile_balance * learning
+        new["router_bias"] = moved_bias(router["router_bias"], new["router_bias"], sums, share)
+    if config.routing == "kmeans":
+        new["router"] = moved_means(new["router"], sums.router_inputs, sums.routed, hyper.kmeans_rate * learning)
+    if config.default_outputs:
+        outputs, rate = sums.expert_outputs.mT, 1 - hyper.default_memory
+        new["default_output"] = moved_means(new["default_output"].mT, outputs, sums.routed, rate).mT
+    return new | counted(router, sums, step, hyper) if config.routing == "stable" else new
+
+
+def balanced_bias(
+    bias: Tensor, routed: Int[Tensor, "*runs layers experts"], speed: Number
+) -> Float[Tensor, "*runs layers experts"]:
+    """bias + speed * sign(mean rows - rows): over-used experts sink (loss-free balancing, arXiv 2408.15664).
+
+    Integers are compared, so an expert with exactly its fair share keeps its bias.
+    """
+    above = (routed.sum(dim=-1, keepdim=True) - routed * routed.shape[-1]).sign()
+    return bias + (as_wide_as(above, speed) * above).to(bias.dtype)
+
+
 def quantile_bias(
     trace: RouterTrace, bias: Float[Tensor, "*runs layers experts"], real: Bool[Tensor, "*runs tokens"], k: Number,
     config: ModelConfig,

@@ -12,10 +12,10 @@ from torch.func import vmap
 from tests.helpers import assert_close, seeded
 from tiny_onn_func.tree import leaves, stack, tree_map, unstack
 from training import HyperParams
-from training.step.hyper_step import balanced_bias
 from training.step.losses import language_modelling, predictive_integrity
 from training.step.optim import AdamWState, adamw_init, adamw_update, clip_factor, global_norm, schedule
 from training.step.router_loss import router_loss
+from training.step.router_state import balanced_bias
 from training.step.rules import Targets, router_targets
 
 
