@@ -48,7 +48,12 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 def example(name: str) -> ModuleType:
     """A script of examples/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    return script(f"examples/{name}.py")
+
+
+def script(path: str) -> ModuleType:
+    """A script of the repository, which is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, script
 from training.cli import USAGE, main
 from training.presets.find import STUDIES, resolve_preset
 from training.run.config import KEYS
@@ -122,11 +122,7 @@ def test_every_picture_and_page_that_is_linked_is_there() -> None:
 
 
 def test_the_layout_page_is_fresh() -> None:
-    spec = importlib.util.spec_from_file_location("make_layout", ROOT / "docs" / "make_layout.py")
-    assert spec is not None
-    assert spec.loader is not None
-    layout = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(layout)
+    layout = script("docs/make_layout.py")
     text = PAGES["docs/layout.md"]
     assert layout.page(text) == text, "stale: run `python docs/make_layout.py`"
     assert re.findall(r"^\| \[(\S+)\]\(\S+\) \|  \|$", text, re.MULTILINE) == [], "files without a caption"

@@ -1,17 +1,15 @@
 """The reference is whole: every setting, every field of a real record, every word of a picture or a report."""
 
 import csv
-import importlib.util
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, script
 from tiny_onn_func import ModelConfig
 from training import HyperParams, run_study
 from training.report.html import run_page, study_page
@@ -28,16 +26,7 @@ GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 TEXT = "the router sends each token to the expert that it surprises least.\n" * 60
 
 
-def make_reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-REFERENCE = make_reference()
+REFERENCE = script("docs/make_reference.py")
 
 
 def fields(*headings: str) -> set[str]:

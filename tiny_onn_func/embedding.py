@@ -8,16 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiny_onn_func.config import ModelConfig
-from tiny_onn_func.hashing import mix
+from tiny_onn_func.hashing import earlier_ids, mix
 from tiny_onn_func.ops import embed
-
-NO_TOKEN = -1  # in an n-gram: before the first token of a document, and on padding
 
 
 def ngram_embedding(
@@ -46,18 +43,11 @@ def ngram_rows(
     config: ModelConfig,
 ) -> Int[Tensor, "*runs batch seq orders"]:
     """Row of the n-gram that ends at each place, in [0, `ngram_buckets`), for n = 2 ... `ngram_order`."""
-    document, key, rows = documents.to(torch.int64), mix(input_ids), []
+    key, rows = mix(input_ids), []
     for back in range(1, config.ngram_order):
-        is_same = _shifted(document, back, 0) == document
-        earlier = torch.where(is_same, _shifted(input_ids, back, NO_TOKEN), NO_TOKEN)
-        key = mix(key + mix(earlier + back * config.vocab_size + 1))
+        key = mix(key + mix(earlier_ids(input_ids, documents, back) + back * config.vocab_size + 1))
         rows.append(key % config.ngram_buckets)
     return torch.stack(rows, dim=-1)
-
-
-def _shifted(t: Int[Tensor, "*batch seq"], back: int, fill: int) -> Int[Tensor, "*batch seq"]:
-    """Entry i is entry i - back."""
-    return F.pad(t, (back, 0), value=fill)[..., : t.shape[-1]]
 
 
 def softcapped(logits: Float[Tensor, "*batch vocab"], config: ModelConfig) -> Float[Tensor, "*batch vocab"]:

@@ -1,12 +1,13 @@
 """A 32-bit hash in tensor arithmetic: pseudo-random numbers that map, repeat and need no generator."""
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiny_onn_func.config import HashKey
 
-NONE_BEFORE = -1  # the id before the first token of a document
+NO_TOKEN = -1  # id of a place before the first token of a document
 WORD = 1 << 32
 _MASK = WORD - 1
 
@@ -32,14 +33,28 @@ def hash_keys(
     """
     if kind in ("token", "table"):
         return token_ids
+    documents = torch.ones_like(token_ids) if documents is None else documents
+    previous = earlier_ids(token_ids, documents, 1)
     place = torch.arange(token_ids.shape[-1], device=token_ids.device).expand_as(token_ids)
-    starts = place == 0
-    if documents is not None:
-        numbers = documents.to(torch.int64)
-        starts = starts | (numbers != numbers.roll(1, dims=-1))
     if kind == "position":
-        return place - torch.where(starts, place, 0).cummax(dim=-1).values
-    return key_of(kind, token_ids, torch.where(starts, NONE_BEFORE, token_ids.roll(1, dims=-1)), place)
+        place = place - torch.where(previous == NO_TOKEN, place, 0).cummax(dim=-1).values
+    return key_of(kind, token_ids, previous, place)
+
+
+def earlier_ids(
+    token_ids: Int[Tensor, "*runs batch seq"],
+    documents: Int[Tensor, "*runs batch seq"] | Bool[Tensor, "*runs batch seq"],
+    back: int,
+) -> Int[Tensor, "*runs batch seq"]:
+    """Id of the token that many places before each one; NO_TOKEN where that is of another document, or none."""
+    numbers = documents.to(torch.int64)
+    is_same = _shifted(numbers, back, -1) == numbers
+    return torch.where(is_same, _shifted(token_ids, back, NO_TOKEN), NO_TOKEN)
+
+
+def _shifted(t: Int[Tensor, "*batch seq"], back: int, fill: int) -> Int[Tensor, "*batch seq"]:
+    """Entry i is entry i - back."""
+    return F.pad(t, (back, 0), value=fill)[..., : t.shape[-1]]
 
 
 def key_of(kind: HashKey, token: Tensor, previous: Tensor, position: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ EMBEDDING_STD = 0.02
 
 
 def param_specs(config: ModelConfig) -> dict[str, Spec]:
-    """Dotted name -> Spec, in the order of the tree. Layers are stacked on a leading axis L, experts on E; weights
-    are (in, out).
+    """Dotted name -> Spec, in the order of the tree, for every leaf of the parameters.
+
+    Layers are stacked on a leading axis L, experts on E; weights are (in, out).
 
     Matrices start at 1 / sqrt(fan in), so that activations keep their size whatever the widths; the two that write
     into the residual stream are smaller by sqrt(2 L), one for each write (GPT-2), or zero. Tables that are looked up

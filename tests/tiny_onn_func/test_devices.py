@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from tests.helpers import assert_close, seeded, spread_params, tiny_batch, tiny_config
 from tiny_onn_func import attention, forward, init_params
 from tiny_onn_func.inference import decode as decoding
+from tiny_onn_func.inference import expert_visits, layer_weights
 from tiny_onn_func.inference.generate import generate
 from tiny_onn_func.primitives import grouped
 from tiny_onn_func.tree import stack, to_device, tree_map
@@ -25,7 +26,8 @@ def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "_reads_offsets", lambda offsets: False)
     monkeypatch.setattr(grouped.runtime, "supports", lambda *tensors: False)
     monkeypatch.setattr(attention, "_uses_library", lambda q: True)
-    monkeypatch.setattr(decoding, "_reads", lambda device: False)
+    for module in (decoding, expert_visits, layer_weights):
+        monkeypatch.setattr(module, "reads", lambda device: False)
 
 
 def step_of(config: Any, runs: int, dtype: torch.dtype) -> tuple[TrainState, Any]:

@@ -9,8 +9,8 @@ from torch.func import vmap
 
 from tests.helpers import seeded, tiny_batch, tiny_config
 from tiny_onn_func import ModelConfig, forward, init_params
-from tiny_onn_func.embedding import NO_TOKEN, ngram_embedding, ngram_rows
-from tiny_onn_func.hashing import mix
+from tiny_onn_func.embedding import ngram_embedding, ngram_rows
+from tiny_onn_func.hashing import NO_TOKEN, mix
 from tiny_onn_func.huggingface.pretrained import inexpressible, load_pretrained, save_pretrained
 from tiny_onn_func.inference.decode import decode, start_decoding
 from tiny_onn_func.params import count_active_flops, count_active_params, param_specs

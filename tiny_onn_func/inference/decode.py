@@ -4,49 +4,27 @@ One token costs little arithmetic, so the time goes into the number of operation
 shapes are changed by `view` (einops asks what a pattern means at every call), no gradient is prepared for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tiny_onn_func.attention import causal_bias
 from tiny_onn_func.config import DYNAMIC_K, ModelConfig
 from tiny_onn_func.decoder import unstack_layers
-from tiny_onn_func.embedding import NO_TOKEN, ngram_embedding, softcapped
-from tiny_onn_func.hashing import hash_keys, key_of
+from tiny_onn_func.embedding import ngram_embedding, softcapped
+from tiny_onn_func.hashing import NO_TOKEN, hash_keys, key_of
 from tiny_onn_func.inference.arguments import check_memory, check_tokens
+from tiny_onn_func.inference.expert_visits import visit_of
 from tiny_onn_func.inference.kv_cache import append, empty_cache, view
+from tiny_onn_func.inference.layer_weights import LayerWeights, lay_out, reads
 from tiny_onn_func.moe import Scores, router_input, router_scores, weigh_all
 from tiny_onn_func.ops import as_scalar, rotary_angles, swiglu_reference, wide_dtype
 from tiny_onn_func.params import check_params
-from tiny_onn_func.primitives.grouped import grouped_matmul
 from tiny_onn_func.routing import Routing, route
-from tiny_onn_func.tree import ROUTER_LEAVES
-
-
-class LayerWeights(NamedTuple):
-    """A layer's parameters; matrices that multiply the same input lie side by side."""
-
-    input_norm: Float[Tensor, " dim"]
-    qkv: Float[Tensor, "dim all_heads"]
-    qk_norm: Float[Tensor, "rotated_heads head_dim"]
-    o_proj: Float[Tensor, "heads dim"]
-    value_embed: Float[Tensor, "vocab groups"] | None
-    token_bias: Float[Tensor, "vocab dim"] | None
-    post_norm: Float[Tensor, " dim"]
-    router: Mapping[str, Tensor]  # its leaves by name; the matrix in the dtype of decisions
-    w13: Float[Tensor, "experts dim both"]
-    w2: Float[Tensor, "experts inner dim"]
-    shared: tuple[Tensor, Tensor] | None  # (w13, w2) of the expert that every token visits
-    each: tuple[tuple[Tensor, Tensor], ...]  # (w13, w2) of every expert
-    finite: bool  # True if all of w13 and w2 is known to be
-
-
-Visit = Callable[[Tensor, Tensor, Routing, LayerWeights], Tensor]  # (x, normed, routing, layer) -> x + moe(normed)
 
 
 class DecodeState(NamedTuple):
@@ -67,8 +45,7 @@ class DecodeState(NamedTuple):
     surprise_budget: float
     memory: tuple[tuple[Tensor, Tensor], ...]  # the cache, layer by layer
     columns: list[int]  # one number: how many of the cache's columns were read
-    recent: list[Tensor]  # one (batch, order - 1): the last tokens that were read, NO_TOKEN before the first
-    last: list[Tensor]  # one tensor, (batch,): the tokens of the last column that was read; read by hash routing only
+    recent: list[Tensor]  # one (batch, before): the last tokens that were read, NO_TOKEN before the first
 
 
 class DecodeOutput(NamedTuple):
@@ -98,8 +75,8 @@ def start_decoding(
     check_memory(batch, columns, attention_mask, context_length, surprise_budget)
     embedding = params["embed_tokens"]
     dtype, device = embedding.dtype, embedding.device
-    layers = tuple(_lay_out(layer) for layer in unstack_layers(params["layers"], config.num_hidden_layers))
-    mask = None if attention_mask is None or (_reads(device) and attention_mask.all()) else attention_mask
+    layers = tuple(lay_out(layer) for layer in unstack_layers(params["layers"], config.num_hidden_layers))
+    mask = None if attention_mask is None or (reads(device) and attention_mask.all()) else attention_mask
     positions, hidden = torch.arange(columns, device=device)[None], None
     if mask is not None:
         skipped = (mask == 0).sum(dim=1, keepdim=True)
@@ -114,39 +91,8 @@ def start_decoding(
         as_scalar(config.rms_norm_eps, device, wide_dtype(dtype)),
         cos, sin, mask, hidden, context_length or columns, surprise_budget,
         tuple(zip(*(part.unbind(0) for part in cache), strict=True)), [0],
-        [torch.full((batch, config.ngram_order - 1), NO_TOKEN, device=device)], [],
+        [torch.full((batch, _look_back(config)), NO_TOKEN, device=device)],
     )  # fmt: skip
-
-
-def _reads(device: torch.device) -> bool:
-    """True if the host may read a tensor's values; on an accelerator every read would wait for it."""
-    return device.type == "cpu"
-
-
-def _lay_out(layer: Mapping[str, Any]) -> LayerWeights:
-    attn, moe = layer["self_attn"], layer["moe"]
-    head_dim = attn["q_norm"].shape[0]
-    heads, groups = (attn[name].shape[1] // head_dim for name in ("q_proj", "k_proj"))
-    w13, w2 = torch.cat((moe["w1"], moe["w3"]), dim=-1), moe["w2"]
-    return LayerWeights(
-        layer["input_layernorm"],
-        torch.cat([attn[name] for name in ("q_proj", "k_proj", "v_proj")], dim=1),
-        torch.cat((attn["q_norm"].expand(heads, -1), attn["k_norm"].expand(groups, -1))),
-        attn["o_proj"],
-        attn.get("value_embed"),
-        layer.get("token_bias"),
-        layer["post_attention_layernorm"],
-        {
-            name: leaf.to(wide_dtype(moe["w1"].dtype)) if name == "router" else leaf
-            for name, leaf in moe.items()
-            if name in ROUTER_LEAVES
-        },
-        w13,
-        w2,
-        (torch.cat((moe["shared_w1"], moe["shared_w3"]), dim=-1), moe["shared_w2"]) if "shared_w1" in moe else None,
-        tuple(zip(w13.unbind(0), w2.unbind(0), strict=True)),
-        _reads(w2.device) and bool(w13.isfinite().all() & w2.isfinite().all()),
-    )
 
 
 @torch.inference_mode()
@@ -163,16 +109,17 @@ def decode(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> 
     check_tokens(tokens, start, state.columns[0], batch, columns, prompt)
     new = tokens.shape[1]
     state.columns[0] = start + new
-    flat, keys = tokens.reshape(-1), _keys(state, tokens, start)
-    state.last[:] = [tokens[:, -1]]
+    flat = tokens.reshape(-1)
     real = torch.ones_like(flat, dtype=torch.bool) if state.mask is None or start else state.mask.reshape(-1) != 0
     first = 0 if new > 1 else max(0, start + 1 - state.window)
     bias = (
         _prompt_bias(state, new) if new > 1 else None if state.hidden is None else state.hidden[..., first : start + 1]
     )
+    read = _with_recent(state, tokens, real.view(batch, new), start)
+    keys = _keys(state, tokens, read, start)
     x, routes = F.embedding(flat, state.embedding), []
     if state.config.ngram_order > 1:
-        x = x + _ngrams(state, tokens, real.view(batch, new), start).flatten(0, 1)
+        x = x + ngram_embedding(state.ngrams, read.clamp_min(0), read != NO_TOKEN, state.config)[:, -new:].flatten(0, 1)
     for index, layer in enumerate(state.layers):
         x = _attend(state, layer, index, x.view(batch, new, -1), flat, start, first, bias)
         x, routing = _visit_experts(state, layer, index, x, flat, keys, real)
@@ -182,13 +129,20 @@ def decode(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> 
     return DecodeOutput(softcapped(logits.to(wide_dtype(logits.dtype)), state.config), tuple(routes))
 
 
-def _ngrams(state: DecodeState, tokens: Tensor, real: Tensor, start: int) -> Float[Tensor, "batch new dim"]:
-    """The embeddings of the n-grams that end at the new tokens; the last tokens are kept for the next ones."""
+def _look_back(config: ModelConfig) -> int:
+    """Number of earlier tokens that n-grams or the key of a hash need."""
+    return max(config.ngram_order - 1, int(config.hash_key in ("previous", "pair")))
+
+
+def _with_recent(state: DecodeState, tokens: Tensor, real: Tensor, start: int) -> Int[Tensor, "batch before_and_new"]:
+    """The last tokens and the new ones, NO_TOKEN on padding; the last ones of them are kept for the next call."""
+    before = state.recent[0].shape[1]
+    if not before:
+        return tokens
     recent = state.recent[0] if start else torch.full_like(state.recent[0], NO_TOKEN)
     read = torch.cat((recent, torch.where(real, tokens, NO_TOKEN)), dim=1)
-    state.recent[0] = read[:, -recent.shape[1] :]
-    embedded = ngram_embedding(state.ngrams, read.clamp_min(0), read != NO_TOKEN, state.config)
-    return embedded[:, recent.shape[1] :]
+    state.recent[0] = read[:, -before:]
+    return read
 
 
 def _prompt_bias(state: DecodeState, new: int) -> Float[Tensor, "#batch 1 queries keys"]:
@@ -247,7 +201,7 @@ def _visit_experts(
     routing, absent = _route(scores, real, state), None
     if config.default_outputs:
         routing, absent = weigh_all(scores.logits, routing, real)
-    out = _visit_of(routing, layer)(x, normed, routing, layer)
+    out = visit_of(routing, layer)(x, normed, routing, layer)
     if absent is not None:
         out = out + (absent @ layer.router["default_output"].to(absent.dtype)).to(out.dtype)
     if layer.shared is not None:
@@ -256,17 +210,7 @@ def _visit_experts(
     return out, routing
 
 
-def _visit_of(routing: Routing, layer: LayerWeights) -> Visit:
-    """Choose the fastest expert implementation for this number of tokens on this device."""
-    tokens, slots = routing.expert_ids.shape
-    if not _reads(layer.w2.device):
-        return _visit_gathered if tokens * slots <= layer.w2.shape[0] else _visit_sorted
-    if tokens == 1:
-        return _visit_one_by_one
-    return _visit_all if _are_few(tokens, slots, layer) else _visit_sorted
-
-
-def _keys(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> Int[Tensor, " tokens"]:
+def _keys(state: DecodeState, tokens: Int[Tensor, "batch new"], read: Tensor, start: int) -> Int[Tensor, " tokens"]:
     """`hash_keys` of the new tokens, (batch * new,): a prompt's from itself, one token's from what was read before."""
     kind = state.config.hash_key
     if kind in ("token", "table"):
@@ -275,68 +219,16 @@ def _keys(state: DecodeState, tokens: Int[Tensor, "batch new"], start: int) -> I
         return hash_keys(tokens, state.mask, kind).reshape(-1)
     skipped = 0 if state.mask is None else (state.mask == 0).sum(dim=1)
     token = tokens[:, -1]
-    return key_of(kind, token, state.last[0], torch.full_like(token, start) - skipped)
+    return key_of(kind, token, read[:, -2:][:, 0], torch.full_like(token, start) - skipped)
 
 
 def _route(scores: Scores, real: Bool[Tensor, " tokens"], state: DecodeState) -> Routing:
     """`route`, without the slots that no token fills."""
     routing = route(scores.logits, real, state.config, state.surprise_budget, scores.bias, choice=scores.choice)
-    if not _reads(scores.logits.device) or (state.config.num_experts_per_tok != DYNAMIC_K and state.mask is None):
+    if not reads(scores.logits.device) or (state.config.num_experts_per_tok != DYNAMIC_K and state.mask is None):
         return routing
     used = max(1, int(routing.active.sum(dim=-1).max()))  # kept slots come first
     return Routing(*(part[:, :used] for part in routing))
-
-
-def _visit_gathered(x: Tensor, normed: Tensor, routing: Routing, layer: LayerWeights) -> Float[Tensor, "tokens dim"]:
-    """Few (token, slot) pairs: their experts' matrices are gathered, and no index is read on the host."""
-    ids = routing.expert_ids
-    gate, up = einsum(normed, layer.w13[ids], "t dim, t slot dim both -> t slot both").chunk(2, dim=-1)
-    hidden = swiglu_reference(gate, up) * routing.weights.to(x.dtype).unsqueeze(-1)
-    y = einsum(hidden, layer.w2[ids], "t slot inner, t slot inner dim -> t slot dim")
-    return x + torch.where(routing.active.unsqueeze(-1), y, 0.0).sum(dim=1)
-
-
-def _visit_one_by_one(x: Tensor, normed: Tensor, routing: Routing, layer: LayerWeights) -> Float[Tensor, "1 dim"]:
-    """One token: its experts' matrices are used where they lie."""
-    visited = [layer.each[expert] for expert in routing.expert_ids[0].tolist()]
-    gate, up = torch.cat([normed @ w13 for w13, _ in visited]).chunk(2, dim=-1)
-    hidden = swiglu_reference(gate, up) * routing.weights.to(x.dtype).mT
-    for row, (_, w2) in zip(hidden.split(1), visited, strict=True):
-        x = torch.addmm(x, row, w2)
-    return x
-
-
-def _are_few(tokens: int, slots: int, layer: LayerWeights) -> bool:
-    """True if two batched products over every token and expert beat many small ones over the routed pairs.
-
-    Not with a weight that is nan or infinite: 0 times it is nan, and only tokens that visit that expert may see it.
-
-    Measured on two cores: from about 400,000 multiplications an expert, or 200,000 times K / E a pair, they are not.
-    """
-    experts, inner, width = layer.w2.shape
-    size = 3 * inner * width
-    return layer.finite and tokens * size <= 400_000 and size * experts <= 200_000 * slots
-
-
-def _visit_all(x: Tensor, normed: Tensor, routing: Routing, layer: LayerWeights) -> Float[Tensor, "tokens dim"]:
-    """A few tokens that visit most experts between them: every expert reads every token, weight 0 where not routed."""
-    experts, tokens = layer.w2.shape[0], x.shape[0]
-    weights = routing.weights.new_zeros(tokens, experts).scatter_add_(1, routing.expert_ids, routing.weights)
-    gate, up = torch.bmm(normed.expand(experts, -1, -1), layer.w13).chunk(2, dim=-1)
-    hidden = swiglu_reference(gate, up) * weights.to(x.dtype).mT[:, :, None]
-    return x + torch.bmm(hidden, layer.w2).sum(dim=0)
-
-
-def _visit_sorted(x: Tensor, normed: Tensor, routing: Routing, layer: LayerWeights) -> Float[Tensor, "tokens dim"]:
-    """Many tokens: their (token, slot) pairs sorted by expert, free slots last, as in experts.py."""
-    experts, slots = layer.w2.shape[0], routing.expert_ids.shape[1]
-    expert, order = routing.expert_ids.masked_fill(~routing.active, experts).flatten().sort(stable=True)
-    offsets = torch.searchsorted(expert, torch.arange(experts, device=x.device), right=True).to(torch.int32)
-    rows = normed.index_select(0, order // slots)
-    gate, up = grouped_matmul(rows, layer.w13, offsets).chunk(2, dim=-1)
-    weights = routing.weights.to(x.dtype).flatten().index_select(0, order)[:, None]
-    y = grouped_matmul(swiglu_reference(gate, up) * weights, layer.w2, offsets)
-    return x + torch.empty_like(y).index_copy_(0, order, y).view(-1, slots, x.shape[1]).sum(dim=1)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:

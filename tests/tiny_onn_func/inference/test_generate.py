@@ -26,7 +26,7 @@ from tests.helpers import (
     tiny_config,
 )
 from tiny_onn_func import ModelConfig, forward, generate, init_params, save_pretrained
-from tiny_onn_func.inference import decode as decoding
+from tiny_onn_func.inference import expert_visits
 from tiny_onn_func.inference.decode import decode, start_decoding
 from tiny_onn_func.inference.generate import stream
 from tiny_onn_func.inference.sampling import SamplingParams, penalize, sample
@@ -179,7 +179,7 @@ def test_few_and_many_tokens_visit_their_experts_alike(routing: str, monkeypatch
     params, tokens = wild(config), torch.randint(13, (40, 1), generator=seeded(0))
     wanted, _ = forward(params, tokens, config)
     for few in (True, False):
-        monkeypatch.setattr(decoding, "_are_few", lambda *_, few=few: few)
+        monkeypatch.setattr(expert_visits, "_are_few", lambda *_, few=few: few)
         for batch in (40, 5, 1):
             logits = [
                 decode(start_decoding(params, config, len(part), 1), part, 0).logits for part in tokens.split(batch)

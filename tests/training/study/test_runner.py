@@ -51,20 +51,6 @@ def small_study(data: str = "stdlib", **changes: Any) -> StudyConfig:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINY_ONN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
 def done(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a study that ran without interruption: a group of six runs and one of two."""
     out = tmp_path_factory.mktemp("studies") / "whole"

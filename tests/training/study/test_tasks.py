@@ -46,13 +46,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(home / f"{name}.txt") for name in contents}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINY_ONN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def stream_study(texts: dict[str, str], **changes: Any) -> StudyConfig:
     base = RunConfig(
         steps=4, batch_size=4, sequence_length=16, schedule="constant", eval_every=0, final_eval_bytes=100,

@@ -123,20 +123,6 @@ def test_nothing_that_varies_has_no_share() -> None:
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINY_ONN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def test_benefits_of_vmapped_runs_are_those_of_every_token_of_every_run_by_a_loop(text: str) -> None:
     config = RunConfig(data=text, batch_size=2, sequence_length=16, model=MODEL)
     corpus = open_corpus(text, sequence_length=16).held_out

@@ -179,20 +179,6 @@ def tuned_study(text: str, **changes: Any) -> StudyConfig:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINY_ONN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
 def done(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tuned study that ran without interruption: eight runs to tune, four to compare, each in groups of three."""
     out = tmp_path_factory.mktemp("studies") / "tuned"
