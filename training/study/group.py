@@ -26,7 +26,7 @@ from training.storage.checkpoint import Checkpoint, load_state, named_tensors, o
 from training.storage.checkpoint_files import clean, steps_in
 from training.storage.recorder import Recorder
 from training.storage.results import Row
-from training.storage.token_table import write_atlas
+from training.storage.token_atlas import write_atlas
 from training.study.config import StudyConfig
 from training.study.group_records import open_record, record_step, snapshot
 from training.study.group_state import GroupRun, GroupState, start_group, teacher_of

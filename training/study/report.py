@@ -15,7 +15,7 @@ from training.storage.cursor import Cursor, follow
 from training.storage.plain_yaml import read_yaml
 from training.storage.regular_file import read_object, read_small
 from training.storage.results import RESULTS, UNFINISHED, Row, read_results
-from training.storage.token_table import read_atlas
+from training.storage.token_atlas import read_atlas
 
 REPORT = "report.html"
 ODD = (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)  # what a forged value of a file causes

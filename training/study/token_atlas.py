@@ -30,7 +30,7 @@ from training.fields import Field
 from training.run.config import RunConfig
 from training.step.batch import IGNORE_INDEX, Batch
 from training.step.surprise import SurpriseKind, divide_by_weight
-from training.storage.token_table import Visits
+from training.storage.token_atlas import Visits
 from training.study.agreement import recorded_surprises
 
 KIND: SurpriseKind = "benefit"

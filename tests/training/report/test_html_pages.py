@@ -29,7 +29,7 @@ from training.report.html.study_arms import Study, read_groups, scores_by_seed, 
 from training.report.html.wording import MINUS, NOTHING, level_note, number, printable, speedup_bounds, speedup_text
 from training.run.settings import save_settings
 from training.storage.results import DIVERGED, FINISHED, UNFINISHED, read_results, write_results
-from training.storage.token_table import Visits, write_atlas
+from training.storage.token_atlas import Visits, write_atlas
 from training.study.analysis import analyse
 from training.study.comparison.table import study_table
 from training.study.comparison.tuning import choose, points_of

@@ -20,7 +20,7 @@ from training.data.corpus import open_corpus
 from training.errors import UserError
 from training.run.config import RunConfig
 from training.step.batch import IGNORE_INDEX
-from training.storage.token_table import FILE, Visits, read_atlas, write_atlas
+from training.storage.token_atlas import FILE, Visits, read_atlas, write_atlas
 from training.study.agreement import VALUES, all_surprises
 from training.study.token_atlas import (
     MOST_TOKENS,

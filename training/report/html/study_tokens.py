@@ -10,7 +10,7 @@ from training.report.html.charts import Chart, text_of
 from training.report.html.heat_maps import MOST_EXPERTS, NO_ROW, TOP, Legend, level_map
 from training.report.html.point_charts import Points, point_chart
 from training.report.html.wording import MINUS, NOTHING, number
-from training.storage.token_table import Visits
+from training.storage.token_atlas import Visits
 
 AtlasOf = Callable[[str], Sequence[Visits]]  # run -> its token_atlas.csv; empty where there is none
 SHOWN = 20  # token ids of a map, the most frequent ones
