@@ -111,7 +111,9 @@ def _byte_tokenizer() -> str:
 
 def _advice(run: str | Path, num_experts_per_tok: int) -> str:
     if num_experts_per_tok != DYNAMIC_K:
-        return "train with --config small_qwen3 and hyper.bias_speed 0, or keep it as our own: save_pretrained"
+        return (
+            "train with the settings of --config small_qwen3 and no bias_speed, or keep it as our own: save_pretrained"
+        )
     return f"choose with --num-experts-per-tok K how many experts a token visits{_average(run)}"
 
 
